@@ -25,6 +25,11 @@ def replicate(tree, mesh: jax.sharding.Mesh):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def split_rows(tree, mesh: jax.sharding.Mesh):
+    """The first axis of every leaf split over `data`."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+
+
 def split_batch(tree, mesh: jax.sharding.Mesh):
     """Packed sequences split over `data`, everything else replicated. Takes a `Packed` or anything that holds one."""
 
