@@ -1,7 +1,7 @@
 """Saves and restores everything that a run carries from step to step.
 
-That is the `State` (θ, ω, both optimizers, the step) and a few counters. The order of the data and all randomness are functions
-of (seed, step), so nothing else is needed to continue exactly.
+That is the `State` (θ, ω, both optimizers, the step), the model's own responses, and a few counters. The order of the data and
+all randomness are functions of (seed, step), so nothing else is needed to continue exactly.
 """
 
 import hashlib
@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import jax
 from orbax.checkpoint import v1 as ocp
+
+from bilevel_jax import online
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -35,19 +37,21 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, step: int, state, counters: dict) -> None:
+    def save(self, step: int, state, own: online.Own, counters: dict) -> None:
         """Starts writing; returns as soon as the arrays are copied. A step that is there already is not written again."""
         if self.latest() == step:
             return
-        self._checkpointer.save_async(step, state, custom_metadata=counters)
+        whole = {"state": state, "responses": own.arrays()}
+        self._checkpointer.save_checkpointables_async(step, whole, custom_metadata=counters)
 
     def counters(self, step: int) -> dict:
         return dict(self._checkpointer.metadata(step).custom_metadata)
 
-    def restore(self, step: int, like):
-        """The state of `step`, with the shapes, types and shardings of `like`."""
+    def restore(self, step: int, like) -> tuple:
+        """The state of `step`, with the shapes, types and shardings of `like`, and the model's own responses."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return self._checkpointer.load(step, abstract)
+        found = self._checkpointer.load_checkpointables(step, {"state": abstract, "responses": None})
+        return found["state"], online.from_arrays(found["responses"])
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -36,18 +36,18 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         del argv
-        from bilevel_jax import train
+        from bilevel_jax import workspace
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report too much below that
         try:
             main()
-        except train.Interrupted as stop:
+        except workspace.Interrupted as stop:
             print(f"\n{stop}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
-        except (ValueError, OSError, train.RunError) as error:
+        except (ValueError, OSError, workspace.RunError) as error:
             # Our own errors, and those of libraries about values and files, speak for themselves; anything else is a bug.
             if os.environ.get("BILEVEL_JAX_TRACEBACK"):
                 raise

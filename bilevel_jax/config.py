@@ -5,10 +5,11 @@ import math
 
 import ml_collections
 
-from bilevel_jax import selector, step
+from bilevel_jax import online, selector, step
 from bilevel_jax.data import templates
 
-METHODS = ("mixing", "offline")
+ONLINE = ("online", "dynamic")
+METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16")
 
@@ -25,7 +26,8 @@ def default() -> ml_collections.ConfigDict:
 
     return section(
         seed=0,  # of the data split, its order, the adapter's start; of generated data too
-        method="offline",  # mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection
+        method="offline",  # mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection;
+        # online, dynamic: the model answers masked questions itself, a fixed random set or those of the smallest weights
         num_epochs=3,  # passes over the lower level
         mixing=section(rho=0.5),  # constant ρ; 1 is fine-tuning on the lower level alone
         penalty=section(
@@ -41,6 +43,17 @@ def default() -> ml_collections.ConfigDict:
             value_function="zero",  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
             weight_scale="dataset",  # dataset: N·σ(ω), mean 1; literal: σ(ω)
             coefficient_at="next",  # a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
+        ),
+        online=section(
+            ratio=0.1,  # R, the masked share of the lower level
+            num_samples=1,  # G, responses to a question
+            refresh_every=500,  # K_gen, steps between refreshes
+            max_new_tokens=512,  # of a response, EOS included; data.max_length holds it with its question
+            temperature=0.8,
+            response_weight="sequence",  # sequence (r as in eq. 8), geometric (per token), softmax (λ of Lemma 6), none
+            clip=2.0,  # the most that a ratio counts
+            generate="needed",  # needed: what is visited before the next refresh; all: every masked question, to look at
+            slots=64,  # responses decoded side by side
         ),
         loss=section(
             upper="sft",  # sft, dpo (needs preference rows)
@@ -98,13 +111,15 @@ def build_selector(config) -> selector.Selector:
     """The selector of a run; frozen for direct mixing."""
     s = config.selection
     chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale)
-    return chosen if config.method == "offline" else selector.Selector(rule="uniform")
+    return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
 
 
 def build_objective(config) -> step.Objective:
-    s, loss = config.selection, config.loss
-    value_function = s.value_function if config.method == "offline" else "zero"
-    return step.Objective(loss.upper, loss.dpo_beta, loss.reduction, s.coefficient_at, value_function)
+    s, loss, o = config.selection, config.loss, config.online
+    value_function = s.value_function if config.method != "mixing" else "zero"
+    return step.Objective(
+        loss.upper, loss.dpo_beta, loss.reduction, s.coefficient_at, value_function, o.response_weight, o.clip
+    )
 
 
 def rho(config, epoch: int) -> float:
@@ -150,6 +165,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     at_least(0, seed=config.seed, checkpoint__every=config.checkpoint.every, mesh__data=config.mesh.data)
     at_least(0, data__num_upper=config.data.num_upper, data__num_lower=config.data.num_lower)
     at_least(0, eval__num_upper=config.eval.num_upper, eval__num_lower=config.eval.num_lower)
+    at_least(1, online__num_samples=config.online.num_samples, online__refresh_every=config.online.refresh_every)
+    at_least(1, online__max_new_tokens=config.online.max_new_tokens, online__slots=config.online.slots)
+    at_least(0, online__temperature=config.online.temperature)
+    one_of("online.generate", config.online.generate, online.GENERATE)
+    require(0 <= config.online.ratio <= 1, f"online.ratio={config.online.ratio} must be in [0, 1]")
     require(config.seed < 2**32, f"seed={config.seed} must be below 2^32")
     for level in ("upper", "lower"):
         require(config.data[level].strip(), f"data.{level} is empty; name a file, a hub data set or a recipe")

@@ -4,11 +4,12 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
 
     θ-loss = mean_b0 L0(θ) + γ · mean_b [ w_{i_b} · ℓ_b(θ) ]              (7), (10a)
     ω-grad = γ · mean_b [ N ∇σ_{i_b}(ω) · stop(C_b) ]                     (10b)
-    C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current")
+    ℓ_b    = (1/G) Σ_g stop(r^g) ℓ(θ; x, y^g)                              (8), (9), where the model answered question b itself
+    C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
 
-Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights. Everything that a row is multiplied
-by is known before the forward pass, so the micro-batches of a step add up exact parts of the full-batch gradient, however rows
-of unequal length fall into them.
+Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights. Everything that an entry is multiplied
+by is known before the forward pass or, as r^g, from its own part of it, so the micro-batches of a step add up exact parts of
+the full-batch gradient, however rows of unequal length fall into them.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import losses
+from bilevel_jax import losses, online
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
@@ -41,6 +42,8 @@ class Objective:
       coefficient_at: the θ at which C_b is taken.
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
+      response_weight: what the model's own responses are multiplied by, see `online.response_weights`.
+      clip: the most that a ratio counts.
     """
 
     upper: str = "sft"
@@ -48,6 +51,8 @@ class Objective:
     reduction: str = "mean"
     coefficient_at: str = "next"
     value_function: str = "zero"
+    response_weight: str = "sequence"
+    clip: float = 2.0
 
     def __post_init__(self):
         for field, name, allowed in (
@@ -55,11 +60,14 @@ class Objective:
             ("reduction", "loss.reduction", REDUCTIONS),
             ("coefficient_at", "selection.coefficient_at", COEFFICIENTS),
             ("value_function", "selection.value_function", VALUE_FUNCTIONS),
+            ("response_weight", "online.response_weight", online.RESPONSE_WEIGHTS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{name}={getattr(self, field)!r} is not among {', '.join(allowed)}")
         if not self.dpo_beta > 0:
             raise ValueError(f"loss.dpo_beta must be positive, got {self.dpo_beta}")
+        if not self.clip >= 1:
+            raise ValueError(f"online.clip must be at least 1, got {self.clip}")
 
 
 class Learner(NamedTuple):
@@ -126,7 +134,7 @@ def _upper_loss(objective: Objective, batch: packing.Batch, share_E, nll_E, m) -
     here_E = jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
 
     def per_pair(values_E):  # the two of a pair are never in different micro-batches
-        return jax.ops.segment_sum(values_E, batch.pair, num_segments=E)
+        return jax.ops.segment_sum(values_E, batch.group, num_segments=E)
 
     margin_P = per_pair(batch.sign * (-nll_E - batch.reference))
     share_P = per_pair(jnp.where((batch.sign > 0) & here_E, share_E, 0.0))
@@ -165,7 +173,8 @@ def make_step(
     """Builds `step(base, state, batch, scales) -> (state, metrics)`, pure and ready for `jax.jit(step, donate_argnums=1)`.
 
     `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean ℓ, unweighted), `gradient_norm`,
-    `response_tokens`; and `row_loss` [E], each entry's ℓ, by which a NaN finds its row.
+    `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN finds its row, `log_ratio`, log r at θ^k before
+    clipping, and `response_weight`, what became of it (1 for responses of the data).
     """
 
     def step(base, state: State, batch: packing.Batch, scales: Scales):
@@ -178,20 +187,31 @@ def make_step(
         def row_losses(nll_E):
             return losses.row_losses(nll_E, packed.length, objective.reduction)
 
+        def response_weights(nll_E):
+            return online.response_weights(
+                objective.response_weight, -nll_E, batch.old_log_prob, packed.length, batch.group, objective.clip
+            )
+
+        given_E = None
+        if objective.response_weight == "softmax":  # λ compares responses that may lie in different micro-batches
+            given_E = response_weights(entry_nll(config, base, state.policy.adapter, packed, batch.num_lower_micro))
+
         # θ^{k+1}: both levels in one pass.
         def joint(adapter, m):
             nll_E = micro_nll(config, base, adapter, packed, m)
             upper = _upper_loss(objective, batch, upper_share_E, nll_E, m)
-            lower = jnp.sum(lower_share_E * weight_E * row_losses(nll_E))
+            response_E = jax.lax.stop_gradient(response_weights(nll_E)) if given_E is None else given_E
+            lower = jnp.sum(lower_share_E * weight_E * response_E * row_losses(nll_E))
             return scales.upper * upper + scales.lower * lower, (upper, nll_E)
 
         (loss, upper, nll_E), gradient = _gradient(joint, state.policy.adapter, packed.num_micro, E)
         policy = _descend(optimizer, state.policy, gradient)
+        response_E = response_weights(nll_E) if given_E is None else given_E
 
         # θ'^{k+1}: the weighted lower level alone.
         def lower_only(adapter, m):
             nll_E = micro_nll(config, base, adapter, packed, m)
-            return jnp.sum(lower_share_E * weight_E * row_losses(nll_E)), (jnp.float32(0), nll_E)
+            return jnp.sum(lower_share_E * weight_E * response_E * row_losses(nll_E)), (jnp.float32(0), nll_E)
 
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:
@@ -218,6 +238,8 @@ def make_step(
             "gradient_norm": optax.tree.norm(gradient),
             "response_tokens": jnp.sum(packed.num_targets).astype(jnp.float32),
             "row_loss": row_losses(nll_E),
+            "log_ratio": -nll_E - batch.old_log_prob,
+            "response_weight": response_E,
         }
         return State(state.step + 1, policy, moved, tracker), metrics
 

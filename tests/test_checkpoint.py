@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import checkpoint, selector, step
+from bilevel_jax import checkpoint, online, selector, step
 
 COUNTERS = {"data": "abc", "seconds": {"train": 1.5}, "at_start": {"eval/upper_loss": 1 / 3}}
 
@@ -34,12 +34,12 @@ def assert_same(found, expected):
 def test_round_trip(tmp_path, optimizer, tracked):
     state = make_state(optimizer, tracked)
     first = checkpoint.Checkpoints(tmp_path, keep=1)
-    first.save(5, state, COUNTERS)
+    first.save(5, state, online.nothing_yet(7), COUNTERS)
     first.close()
 
     second = checkpoint.Checkpoints(tmp_path, keep=1)
     assert second.latest() == 5 and second.counters(5) == COUNTERS
-    assert_same(second.restore(5, jax.tree.map(jnp.zeros_like, state)), state)
+    assert_same(second.restore(5, jax.tree.map(jnp.zeros_like, state))[0], state)
     second.close()
 
 
@@ -54,12 +54,12 @@ def test_the_newest_remain(tmp_path, keep):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep)
     steps = [2, 4, 5, 10, 100]
     for k in steps:
-        checkpoints.save(k, make_state(seed=k), COUNTERS)
+        checkpoints.save(k, make_state(seed=k), online.nothing_yet(7), COUNTERS)
     checkpoints.close()
     assert sorted(int(file.name) for file in tmp_path.iterdir()) == steps[-keep:]
     again = checkpoint.Checkpoints(tmp_path, keep)
     assert again.latest() == 100
-    assert_same(again.restore(100, make_state()), make_state(seed=100))
+    assert_same(again.restore(100, make_state())[0], make_state(seed=100))
     again.close()
 
 
@@ -68,22 +68,22 @@ def test_donation_after_saving(tmp_path):
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     checkpoints, x = checkpoint.Checkpoints(tmp_path, keep=3), jnp.zeros(4_000_000)
     for k in range(3):
-        checkpoints.save(k, {"x": x}, {})
+        checkpoints.save(k, {"x": x}, online.nothing_yet(7), {})
         x = add_one(x)
     checkpoints.close()
     again = checkpoint.Checkpoints(tmp_path, keep=3)
     for k in range(3):
-        assert (np.asarray(again.restore(k, {"x": x})["x"]) == k).all()
+        assert (np.asarray(again.restore(k, {"x": x})[0]["x"]) == k).all()
     again.close()
 
 
 def test_a_step_is_written_once(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
-    checkpoints.save(3, make_state(seed=1), COUNTERS)
-    checkpoints.save(3, make_state(seed=2), COUNTERS)
+    checkpoints.save(3, make_state(seed=1), online.nothing_yet(7), COUNTERS)
+    checkpoints.save(3, make_state(seed=2), online.nothing_yet(7), COUNTERS)
     checkpoints.close()
     again = checkpoint.Checkpoints(tmp_path, keep=2)
-    assert_same(again.restore(3, make_state()), make_state(seed=1))
+    assert_same(again.restore(3, make_state())[0], make_state(seed=1))
     again.close()
 
 

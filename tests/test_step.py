@@ -204,7 +204,8 @@ def test_theta_follows_the_gradient_of_the_objective(config, reduction, scales):
         "response_tokens": 4 + 2 + 9 + 3 + 6 + 10 + 1,  # the row without a prompt has one less than it is long
         "row_loss": np.append(losses, 0.0),
     }
-    assert_close(metrics, witness)
+    assert_close({key: metrics[key] for key in witness}, witness)
+    assert np.isnan(metrics["log_ratio"]).all() and (np.asarray(metrics["response_weight"]) == 1).all()  # none of its own
 
 
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ def test_dpo_upper_level(padded):
     rng, upper = np.random.default_rng(7), []
     for pair, sizes in enumerate([((3, 4), (3, 8)), ((2, 9), (2, 5)), ((5, 2), (5, 6))]):
         for sign, size in zip((1, -1), sizes):
-            row = segment(rng, *size, share=1 / 3, pair=pair, sign=sign)
+            row = segment(rng, *size, share=1 / 3, group=pair, sign=sign)
             upper.append(row._replace(reference=-float(response_nll(LLAMA, None, row))))
     _, lower = rows()
     batch = pack(upper, lower, Layout(2, 24, 12, padded))

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import train
+from bilevel_jax import online, progress, train, workspace
+from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, templates
 from tests.conftest import (
     EPOCH_STEPS,
@@ -100,7 +101,7 @@ def test_weights(finished, epoch):
 
 def test_selector_measures(finished, data, make_config):
     """Recomputed from the table: pairs of a bad and a good row counted one by one."""
-    level = train.load_level(make_config(), "lower", load_tokenizer(make_config()))
+    level = data_levels.load_level(make_config(), "lower", load_tokenizer(make_config()))
     bad_ids = {row.id for row in level.rows if row.fields["bad"]}
     table = table_of(finished, 2).to_pylist()
     bad = [row["weight"] for row in table if row["id"] in bad_ids]
@@ -123,7 +124,7 @@ def test_evaluation(finished, neox, data, when):
         return np.mean([-np.mean(token_log_probs(loaded, row["question"], row[field])) for row in rows])
 
     config = ConfigDict(json.loads((finished / "config.json").read_text()))
-    held_out = {level: train.load_level(config, level, loaded[3]).eval_rows for level in ("upper", "lower")}
+    held_out = {level: data_levels.load_level(config, level, loaded[3]).eval_rows for level in ("upper", "lower")}
     weighted = set(table_of(finished, 1)["id"].to_pylist())
     assert len(held_out["lower"]) == HELD_OUT and not weighted & {row.id for row in held_out["lower"]}
     upper, lower = ([row.fields for row in held_out[level]] for level in ("upper", "lower"))
@@ -142,11 +143,11 @@ def test_evaluation(finished, neox, data, when):
 # begun to be written, `kill` once that is on disk.
 COMMAND = """
 import os, pathlib, runpy, signal, sys, time
-from bilevel_jax import checkpoint, train
+from bilevel_jax import checkpoint, progress
 
 how, at, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 sys.argv[1:] = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}"]
-dispatched, save = train._StepLog.dispatched, checkpoint.Checkpoints.save
+dispatched, save = progress.StepLog.dispatched, checkpoint.Checkpoints.save
 
 def dispatch(log, done, *rest):
     dispatched(log, done, *rest)
@@ -160,7 +161,7 @@ def save_and_die(checkpoints, step, *rest):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
-train._StepLog.dispatched, checkpoint.Checkpoints.save = dispatch, save_and_die
+progress.StepLog.dispatched, checkpoint.Checkpoints.save = dispatch, save_and_die
 runpy.run_module("bilevel_jax.main", run_name="__main__")
 """
 CONFIG = """
@@ -206,14 +207,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
 
 def stop_at(monkeypatch, at):
     """A SIGTERM to this process after step `at`."""
-    dispatched = train._StepLog.dispatched
+    dispatched = progress.StepLog.dispatched
 
     def dispatch(log, done, *rest):
         dispatched(log, done, *rest)
         if done == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train._StepLog, "dispatched", dispatch)
+    monkeypatch.setattr(progress.StepLog, "dispatched", dispatch)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def interrupted(make_config, data, tmp_path_factory):
     config = make_config(paths | {"selection.rule": "uniform"})
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 3)
-        with pytest.raises(train.Interrupted, match=f"SIGTERM: saved at step 3 of {STEPS}"):
+        with pytest.raises(workspace.Interrupted, match=f"SIGTERM: saved at step 3 of {STEPS}"):
             train.run(config, directory / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return directory, config
@@ -248,7 +249,7 @@ def test_refuses_another_config(interrupted, changes, named):
     before = snapshot(directory / "run")
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(changes)
-    with pytest.raises(train.RunError, match=named):
+    with pytest.raises(workspace.RunError, match=named):
         train.run(other, directory / "run")
     assert snapshot(directory / "run") == before
 
@@ -262,7 +263,7 @@ def test_refuses_changed_data(interrupted, level, number, seed):
     text = file.read_text()
     count = {"upper": NUM_UPPER, "lower": NUM_LOWER}[level] + number
     write_jsonl(file, make_rows(count, seed) if seed else read_jsonl(file)[:count])
-    with pytest.raises(train.RunError, match="the data changed"):
+    with pytest.raises(workspace.RunError, match="the data changed"):
         train.run(config, directory / "run")
     file.write_text(text)
     assert snapshot(directory / "run") == before
@@ -270,7 +271,7 @@ def test_refuses_changed_data(interrupted, level, number, seed):
 
 def test_refuses_a_finished_run(finished, make_config):
     before = snapshot(finished)
-    with pytest.raises(train.RunError, match="finished run"):
+    with pytest.raises(workspace.RunError, match="finished run"):
         train.run(make_config(EVERYTHING), finished)
     assert snapshot(finished) == before
 
@@ -278,7 +279,7 @@ def test_refuses_a_finished_run(finished, make_config):
 def test_a_run_that_could_not_start_leaves_its_workdir_to_the_next(make_config, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         train.run(make_config({"data.lower": "absent.jsonl"}), tmp_path / "run")
-    with pytest.raises(train.RunError, match="eval.num_lower=25.*lower.jsonl"):
+    with pytest.raises(ValueError, match="eval.num_lower=25.*lower.jsonl"):
         train.run(make_config({"eval.num_lower": NUM_LOWER}), tmp_path / "run")  # not: another config
 
 
@@ -289,9 +290,9 @@ def test_a_run_that_could_not_start_leaves_its_workdir_to_the_next(make_config, 
 
 def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
     config = make_config({"optimizer.learning_rate": 1e30, "checkpoint.every": 0})
-    level = {name: train.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
+    level = {name: data_levels.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
     ids = batch_ids(config, level, 1)
-    with pytest.raises(train.RunError) as caught:  # the first step is the one that leaps
+    with pytest.raises(workspace.RunError) as caught:  # the first step is the one that leaps
         train.run(config, tmp_path / "run")
     message = str(caught.value)
     assert message.startswith("step 2: ") and all(row_id in message for row_id in ids)
@@ -301,7 +302,7 @@ def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
 
 def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
     config = make_config({"optimizer.learning_rate": 1e30, "batch.size": 32, "num_epochs": 1})  # a single step
-    with pytest.raises(train.RunError, match="step 1: eval/upper_loss, .* not finite"):
+    with pytest.raises(workspace.RunError, match="step 1: eval/upper_loss, .* not finite"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -322,7 +323,7 @@ def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
 )
 def test_refuses_before_compiling(make_config, tmp_path, monkeypatch, changes, reason):
     monkeypatch.setattr(train.step, "make_step", None)
-    with pytest.raises((ValueError, train.RunError), match=reason) as caught:
+    with pytest.raises((ValueError, workspace.RunError), match=reason) as caught:
         train.run(make_config(changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -338,7 +339,8 @@ def load_tokenizer(config):
 
 def batch_ids(config, level, k) -> list[str]:
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    return train.make_batch(config, level["upper"], level["lower"], None, layout, k)[1]
+    own = online.nothing_yet(len(level["lower"].rows))
+    return train.make_batch(config, level["upper"], level["lower"], None, layout, k, own).ids
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +349,7 @@ def levels(make_config):
 
     def make(changes):
         config = make_config(changes)
-        return config, {name: train.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
+        return config, {name: data_levels.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
 
     return make
 
@@ -385,8 +387,8 @@ def test_only_measurement_reads_labels_and_truth(levels, make_config, data, tmp_
     bare = [{key: row[key] for key in ("question", "response")} for row in read_jsonl(data / "lower.jsonl")]
     (config, marked), (_, plain) = levels({}), levels({"data.lower": str(write_jsonl(tmp_path / "bare.jsonl", bare))})
     assert batch_ids(config, marked, 0) == batch_ids(config, plain, 0)
-    assert train.labels(plain["lower"], "bad") is None
-    assert train.with_truth(plain["lower"], config, load_tokenizer(config)) == []
+    assert data_levels.labels(plain["lower"], "bad") is None
+    assert data_levels.with_truth(plain["lower"], config, load_tokenizer(config)) == []
 
 
 # --------------------------------------------------------------------------------------------------------------------

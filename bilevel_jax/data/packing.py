@@ -6,6 +6,7 @@ pass which re-scores the lower level runs over a prefix of the micro-batches. M 
 use travels with the batch as a number, not as a shape.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,10 @@ class Segment(NamedTuple):
     response: np.ndarray  # int32 token ids, EOS included where it is to be learned
     sample: int = -1  # index into the selector's logits; -1: upper level
     share: float = 0.0  # weight in its level's mean
-    pair: int = -1  # preference rows: which pair of the step
-    sign: int = 0  # +1 chosen, -1 rejected
-    reference: float = 0.0  # log-probability of the response under the reference model
+    group: int = -1  # which preference pair of the step, or which question that the model answered itself; -1: neither
+    sign: int = 0  # preference rows: +1 chosen, -1 rejected
+    reference: float = 0.0  # preference rows: log-probability of the response under the reference model
+    old_log_prob: float = math.nan  # of the model's own responses, log π_old when it was made; NaN: from the data
 
     @property
     def size(self) -> int:
@@ -50,9 +52,10 @@ class Batch(NamedTuple):
     packed: Packed
     sample: np.ndarray  # [E] int32, index into the selector's logits; N for upper rows and padding
     share: np.ndarray  # [E] float32, weight in the level's mean, adding up to 1; of a pair, both rows carry the pair's
-    pair: np.ndarray  # [E] int32, preference pair; E where there is none
+    group: np.ndarray  # [E] int32, preference pair or question answered by the model itself; E where there is none
     sign: np.ndarray  # [E] float32, +1 chosen, -1 rejected, 0 otherwise
     reference: np.ndarray  # [E] float32
+    old_log_prob: np.ndarray  # [E] float32, log π_old of the model's own responses; NaN for those of the data
     num_lower_micro: np.ndarray  # [] int32, the micro-batches that hold every lower-level row
     num_lower: np.ndarray  # [] float32, rows B of the lower level
 
@@ -99,8 +102,8 @@ def _groups(segments: Sequence[Segment], indices: Sequence[int]) -> list[list[in
     """Segments that must share a sequence: the two of a preference pair; every other segment by itself."""
     pairs: dict[int, list[int]] = {}
     for i in indices:
-        pair = segments[i].pair
-        pairs.setdefault(pair if pair >= 0 else -2 - i, []).append(i)
+        segment = segments[i]
+        pairs.setdefault(segment.group if segment.sign else -1 - i, []).append(i)
     return list(pairs.values())
 
 
@@ -166,9 +169,10 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
         packed=_lay_out(segments, lower_bins + upper_bins, layout),
         sample=column([s.sample if s.sample >= 0 else N for s in segments], np.int32, N),
         share=column([s.share for s in segments], np.float32, 0),
-        pair=column([s.pair if s.pair >= 0 else E for s in segments], np.int32, E),
+        group=column([s.group if s.group >= 0 else E for s in segments], np.int32, E),
         sign=column([s.sign for s in segments], np.float32, 0),
         reference=column([s.reference for s in segments], np.float32, 0),
+        old_log_prob=column([s.old_log_prob for s in segments], np.float32, math.nan),
         num_lower_micro=np.int32(-(-len(lower_bins) // layout.sequences)),
         num_lower=np.float32(num_lower),
     )

@@ -241,6 +241,16 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig):
     return _unflatten(loaded)
 
 
+def eos_ids(directory: pathlib.Path, tokenizer) -> tuple[int, ...]:
+    """The tokens that end a response: the tokenizer's, and those that the model's own settings for generation name."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        file = pathlib.Path(directory) / name
+        named = _read_json(file).get("eos_token_id") if file.exists() else None
+        found += [] if named is None else named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(found))
+
+
 def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, dict]:
     """Config and base weights of a model directory or hub id."""
     if dtype not in ("float32", "bfloat16", "float16"):

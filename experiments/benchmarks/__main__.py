@@ -22,8 +22,7 @@ OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output 
 def main() -> None:
     import dataclasses
 
-    from bilevel_jax import train
-    from bilevel_jax.data import templates
+    from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
     from experiments.benchmarks import cost, padding, selector_cost, timing
 
@@ -33,7 +32,7 @@ def main() -> None:
     else:
         directory = str(huggingface.locate(config.model.path))
         tokenizer = templates.load_tokenizer(directory)
-        upper, lower = train.load_level(config, "upper", tokenizer), train.load_level(config, "lower", tokenizer)
+        upper, lower = levels.load_level(config, "upper", tokenizer), levels.load_level(config, "lower", tokenizer)
         model, base = huggingface.load_model(directory, config.model.dtype)
         model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
         suite = {"cost": cost, "padding": padding}[SUITE.value]

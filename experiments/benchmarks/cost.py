@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import selector, sharding, step, train
-from bilevel_jax.data import packing
+from bilevel_jax import online, selector, sharding, step, train
+from bilevel_jax.data import levels, packing
 from bilevel_jax.models import lora
 from experiments.benchmarks import timing
 
@@ -19,14 +19,15 @@ VARIANTS = {  # name -> (rule, coefficient_at, value_function)
 }
 
 
-def measure(config, model, base, upper: train.Level, lower: train.Level, rounds: int) -> list[str]:
+def measure(config, model, base, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
     """Markdown lines: seconds of a step and its ratio to mixing, for every variant on the same batches."""
     mesh = sharding.make_mesh(1)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
     optimizer = optax.adam(config.optimizer.learning_rate)
     targets = lora.resolve_targets(model, config.lora.targets)
+    own = online.nothing_yet(len(lower.rows))
     batches = [
-        sharding.split_batch(train.make_batch(config, upper, lower, None, layout, k)[0], mesh) for k in range(rounds)
+        sharding.split_batch(train.make_batch(config, upper, lower, None, layout, k, own).batch, mesh) for k in range(rounds)
     ]
     states, runs = {}, {}
     for name, (rule, coefficient_at, value_function) in VARIANTS.items():

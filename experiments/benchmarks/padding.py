@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import selector, sharding, step, train
-from bilevel_jax.data import order, packing
+from bilevel_jax import online, selector, sharding, step, train
+from bilevel_jax.data import levels, order, packing
 from bilevel_jax.models import lora
 from experiments.benchmarks import timing
 
@@ -18,7 +18,7 @@ ROWS = 8  # of a padded micro-batch, as in the paper
 ROUNDING = 32  # tokens
 
 
-def _padded(config, upper: train.Level, lower: train.Level, k: int, mesh):
+def _padded(config, upper: levels.Level, lower: levels.Level, k: int, mesh):
     """Micro-batches of `ROWS` rows of one level, one row to a sequence; (batch, length needed, length given)."""
     size, found = config.batch.size, []
     for level, draw, sample in ((lower, order.lower_rows, 0), (upper, order.upper_rows, -1)):
@@ -34,7 +34,7 @@ def _padded(config, upper: train.Level, lower: train.Level, k: int, mesh):
     return found
 
 
-def measure(config, model, base, upper: train.Level, lower: train.Level, rounds: int) -> list[str]:
+def measure(config, model, base, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
     """Markdown lines: response tokens per second of both, and the ratio of their times."""
     mesh = sharding.make_mesh(1)
     optimizer, select = optax.adam(config.optimizer.learning_rate), selector.Selector(rule="uniform")
@@ -44,8 +44,9 @@ def measure(config, model, base, upper: train.Level, lower: train.Level, rounds:
     jitted = jax.jit(step.make_step(model, step.Objective(), select, optimizer))
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    hosts = [train.make_batch(config, upper, lower, None, layout, k) for k in range(rounds)]
-    packed = [sharding.split_batch(batch, mesh) for batch, _, _ in hosts]
+    own = online.nothing_yet(len(lower.rows))
+    hosts = [train.make_batch(config, upper, lower, None, layout, k, own) for k in range(rounds)]
+    packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
     padded = [_padded(config, upper, lower, k, mesh) for k in range(rounds)]
     for length in {given for micro in padded for _, _, given in micro}:  # compile ahead
         jitted.lower(base, state, next(b for m in padded for b, _, g in m if g == length), scales).compile()
@@ -55,11 +56,11 @@ def measure(config, model, base, upper: train.Level, lower: train.Level, rounds:
 
     runs = {"packed": lambda k: jitted(base, state, packed[k], scales)[1]["loss"], "padded": run_padded}
     seconds = timing.in_turn(runs, rounds)
-    responses = [int(batch.packed.num_targets.sum()) for batch, _, _ in hosts]
-    tokens = sum(count for _, _, count in hosts)
+    responses = [int(drawn.batch.packed.num_targets.sum()) for drawn in hosts]
+    tokens = sum(drawn.tokens for drawn in hosts)
     needed = sum(ROWS * longest for micro in padded for _, longest, _ in micro)
     given = sum(ROWS * length for micro in padded for _, _, length in micro)
-    sequences = sum(int((batch.packed.tokens.any(-1)).sum()) for batch, _, _ in hosts) * config.data.max_length
+    sequences = sum(int((drawn.batch.packed.tokens.any(-1)).sum()) for drawn in hosts) * config.data.max_length
     lines = [
         f"{tokens} tokens in {rounds} steps, {sum(responses)} of them responses; computed on: {sequences} packed, {needed} padded "
         f"({given} with lengths rounded up to {ROUNDING})",

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(pack):
     with pytest.raises(ValueError, match="9 tokens .* 8"):
         pack(segments_of([(4, 5)]), Layout(2, 8, 2))
     with pytest.raises(ValueError, match="10 tokens .* 8"):
-        pack(segments_of([(4, 1)] * 2, pair=0), Layout(2, 8, 2))  # a pair is not torn apart
+        pack(segments_of([(4, 1)] * 2, group=0, sign=1), Layout(2, 8, 2))  # a pair is not torn apart
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_pairs_share_a_sequence():
     rng, count, layout = np.random.default_rng(0), 12, Layout(2, 40, 30)
     sizes = [(int(prompt), int(response)) for prompt, response in rng.integers(1, 11, (2 * count, 2))]
     order = rng.permutation(2 * count)  # the two of a pair need not be neighbours
-    roles = [dict(pair=int(k) // 2, sign=1 - 2 * (int(k) % 2), reference=-float(k)) for k in order]
+    roles = [dict(group=int(k) // 2, sign=1 - 2 * (int(k) % 2), reference=-float(k)) for k in order]
     segments = [segment(i, *sizes[i], **roles[i]) for i in range(2 * count)]
     lower = [segment(2 * count, 3, 4, sample=2), segment(2 * count + 1, 1, 6, sample=0)]
     batch = packing.pack_step(segments + lower, 5, 2, layout)
@@ -178,7 +178,7 @@ def test_pairs_share_a_sequence():
         assert sequence_of[first] == sequence_of[second]
 
     rest = layout.entries - 2 * count
-    np.testing.assert_array_equal(batch.pair, [*(order // 2)] + [layout.entries] * rest)
+    np.testing.assert_array_equal(batch.group, [*(order // 2)] + [layout.entries] * rest)
     np.testing.assert_array_equal(batch.sign, [*(1 - 2 * (order % 2))] + [0] * rest)
     np.testing.assert_array_equal(batch.reference, [*(-order)] + [0] * rest)
 

@@ -1,0 +1,64 @@
+"""One level's rows, read, tokenized and split into those to train on and those held out."""
+
+import dataclasses
+
+import numpy as np
+
+from bilevel_jax.data import rows, sources, templates
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Rows to train on and rows held out, each with its token ids."""
+
+    rows: list[rows.Row]
+    examples: list[templates.Example]
+    eval_rows: list[rows.Row]
+    eval_examples: list[templates.Example]
+
+
+def load_level(config, level: str, tokenizer) -> Level:
+    """Reads, tokenizes and splits one level, and says what was found and left out."""
+    source, limit = config.data[level], config.data[f"num_{level}"]
+    preference = level == "upper" and config.loss.upper == "dpo"
+    found, report = sources.open_source(
+        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
+    )
+    print("\n".join(report.summary()))
+    encoded = templates.encode(found, tokenizer, template=config.data.template)
+    kept, fitting, counts = templates.fit(encoded, found, config.data.max_length)
+    for reason, (count, line) in counts.items():
+        print(f"  {count}: {reason} (first: {rows.place(source, line)})")
+    if not kept:
+        raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
+    num_eval = config.eval[f"num_{level}"]
+    if num_eval >= len(kept):
+        raise rows.DataError(f"eval.num_{level}={num_eval} leaves nothing to train on: {source} has {len(kept)} usable rows")
+    train, held_out = sources.split(kept, num_eval, config.seed)
+
+    def pick(items, places):
+        return [items[i] for i in places]
+
+    usable = pick(found, kept)
+    return Level(pick(usable, train), pick(fitting, train), pick(usable, held_out), pick(fitting, held_out))
+
+
+def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
+    """The held-out questions with their right responses, where the data know them."""
+    field = config.data.truth
+    known = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
+    right = [dataclasses.replace(row, response=row.fields[field]) for row in known]
+    encoded = templates.encode(right, tokenizer, template=config.data.template)
+    return templates.fit(encoded, right, config.data.max_length)[1]
+
+
+def labels(level: Level, field: str) -> np.ndarray | None:
+    """Which training rows are marked bad, for measuring the selector; None where the rows do not say."""
+    marks = [row.fields.get(field) for row in level.rows]
+    return np.array([bool(mark) for mark in marks]) if any(mark is not None for mark in marks) else None
+
+
+def truths(level: Level, field: str) -> list[str | None]:
+    """The right response of every training row, for measuring; None where the row does not say."""
+    found = (row.fields.get(field) for row in level.rows)
+    return [truth if isinstance(truth, str) else None for truth in found]
