@@ -18,12 +18,17 @@ def get(tier: str):
         config.optimizer.learning_rate = 2e-3
         config.selection.learning_rate = 3.0
         config.data.max_length = 256
+        config.online.refresh_every = 30
+        config.online.max_new_tokens = 128
         return config
     if tier == "smollm2":  # 135M parameters; see third_party/README.md for how to get it
         config.model.path = "local/smollm2"
         config.optimizer.learning_rate = 2e-4
         config.data.max_length = 512
         config.batch.micro_size = 2
+        config.online.refresh_every = 100
+        config.online.max_new_tokens = 256
+        config.online.slots = 16
         return config
     # The paper's settings (appendix F.1). Its batch is 32 rows in micro-batches of 8; packed, that is about five sequences of
     # 2048 tokens a level.

@@ -174,11 +174,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     # The workdir belongs to this config now that it has proved to run.
     workspace.write_atomically(workdir / "config.json", config.to_json(indent=2, sort_keys=True) + "\n")
-    at_start = {}
+    at_start, refreshed = {}, {}  # measures before the first step, and of the latest refresh
     if start:
         state, own = checkpoints.restore(start, state)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        at_start = counters["at_start"]
+        at_start, refreshed = counters["at_start"], counters["refreshed"]
         print(f"resuming {workdir} at step {start} of {num_steps}")
     writer = metrics.Writer(
         workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict()
@@ -224,7 +224,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     def save(state: step.State, k: int) -> None:
         with clock("checkpoint"):
-            counters = {"data": data, "seconds": dict(clock.seconds), "at_start": at_start}
+            counters = {"data": data, "seconds": dict(clock.seconds), "at_start": at_start, "refreshed": refreshed}
             # A copy: the next step donates its buffers while the checkpoint is still being written.
             checkpoints.save(k, jax.tree.map(jnp.copy, state), own, counters)
 
@@ -251,6 +251,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         tokens = sum(len(one.response.ids) for one in said)
         values["speed/generated_tokens_per_s"] = tokens / (time.perf_counter() - began)
         values["online/time_share"] = clock.share("generate", of=("train", "generate"))
+        before = refreshed.get("online/total_responses", 0)
+        refreshed.update(values, **{"online/total_responses": before + len(said)})
         writer.write(k + 1, k / epoch_steps, values)  # at the first step that uses them: a run resumed at k writes it again
         return fresh
 
@@ -313,6 +315,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     final = final or measure(state)  # the latter if resumed after the last step
     times = {f"time/{key}": round(value, 2) for key, value in clock.seconds.items()}
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
-    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | times
+    own_words = {key: value for key, value in refreshed.items() if key.startswith("online/")}
+    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | own_words | times
     workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

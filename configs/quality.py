@@ -1,5 +1,8 @@
 """Quality: trusted rows of high quality above; below, a broad mixture of lesser quality.
 
+The model answers a fixed random share R of the lower level's questions itself, G times each (`online`). For the other
+experiments add --config.method=dynamic, offline or mixing; R and G are online.ratio and online.num_samples.
+
     python -m bilevel_jax.main --config=configs/quality.py              embedded model, generated rows
     python -m bilevel_jax.main --config=configs/quality.py:smollm2      SmolLM2-135M, files in $BILEVEL_JAX_DATA or local/
     python -m bilevel_jax.main --config=configs/quality.py:pythia-1b    the paper's settings, OpenOrca and Alpaca-cleaned
@@ -13,6 +16,7 @@ from bilevel_jax import tiers
 
 def get_config(tier: str = ""):
     config = tiers.get(tier)
+    config.method = "online"
     if not tier:
         config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"
         config.data.num_upper = config.data.num_lower = 2200

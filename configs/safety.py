@@ -1,5 +1,9 @@
 """Safety: trusted safe rows above; below, a mixture with compliance to forbidden requests, wrong answers and garbage.
 
+The rows that weigh least are asked again, and the model's own answers stand in for theirs (`dynamic`). For the other experiments
+add --config.method=online (a fixed random mask), offline (selection alone) or mixing; R and G are online.ratio and
+online.num_samples.
+
     python -m bilevel_jax.main --config=configs/safety.py              embedded model, generated rows
     python -m bilevel_jax.main --config=configs/safety.py:smollm2      SmolLM2-135M, files in $BILEVEL_JAX_DATA or local/
     python -m bilevel_jax.main --config=configs/safety.py:pythia-1b    the paper's settings, BlueOrca and RedOrca from the hub
@@ -13,6 +17,7 @@ from bilevel_jax import tiers
 
 def get_config(tier: str = ""):
     config = tiers.get(tier)
+    config.method = "dynamic"
     if not tier:
         config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"
         config.data.num_upper = config.data.num_lower = 2200
@@ -23,4 +28,5 @@ def get_config(tier: str = ""):
     else:
         config.data.upper, config.data.lower = "recipe:blueorca", "recipe:redorca"
         config.data.label = "unsafe"
+        config.online.slots = 16  # the paper's batch of generations
     return config
