@@ -4,6 +4,7 @@ That is the `State` (θ, ω, both optimizers, the step), the model's own respons
 all randomness are functions of (seed, step), so nothing else is needed to continue exactly.
 """
 
+import copy
 import hashlib
 import pathlib
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ class Checkpoints:
         if self.latest() == step:
             return
         whole = {"state": state, "responses": own.arrays()}
-        self._checkpointer.save_checkpointables_async(step, whole, custom_metadata=counters)
+        self._checkpointer.save_checkpointables_async(step, whole, custom_metadata=copy.deepcopy(counters))
 
     def counters(self, step: int) -> dict:
         return dict(self._checkpointer.metadata(step).custom_metadata)

@@ -46,7 +46,9 @@ def run(main: Callable[[], None]) -> None:
             print(f"\n{stop}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGINT)  # an orderly exit would wait, or crash, in a computation that is still under way
         except (ValueError, OSError, workspace.RunError) as error:
             # Our own errors, and those of libraries about values and files, speak for themselves; anything else is a bug.
             if os.environ.get("BILEVEL_JAX_TRACEBACK"):

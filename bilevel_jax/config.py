@@ -5,7 +5,7 @@ import math
 
 import ml_collections
 
-from bilevel_jax import online, selector, step
+from bilevel_jax import online, sampling, selector, step
 from bilevel_jax.data import templates
 
 ONLINE = ("online", "dynamic")
@@ -167,7 +167,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     at_least(0, eval__num_upper=config.eval.num_upper, eval__num_lower=config.eval.num_lower)
     at_least(1, online__num_samples=config.online.num_samples, online__refresh_every=config.online.refresh_every)
     at_least(1, online__max_new_tokens=config.online.max_new_tokens, online__slots=config.online.slots)
-    at_least(0, online__temperature=config.online.temperature)
     one_of("online.generate", config.online.generate, online.GENERATE)
     require(0 <= config.online.ratio <= 1, f"online.ratio={config.online.ratio} must be in [0, 1]")
     require(config.seed < 2**32, f"seed={config.seed} must be below 2^32")
@@ -179,6 +178,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(config.lora.alpha > 0, f"lora.alpha={config.lora.alpha} must be positive")
     require(0 <= config.data.bad_fraction < 1, f"data.bad_fraction={config.data.bad_fraction} must be in [0, 1)")
     require(0 < config.eval.keep <= 1, f"eval.keep={config.eval.keep} must be in (0, 1]")
+    try:
+        sampling.Settings(config.online.temperature)
+    except ValueError as error:
+        raise ConfigError(f"online.{error}") from error
     try:
         build_objective(config)
         built = build_selector(config)

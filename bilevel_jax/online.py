@@ -62,7 +62,7 @@ def response_weights(kind: str, log_prob_E, old_log_prob_E, length_E, group_E, c
     log_ratio_E = log_prob_E - jnp.where(own_E, old_log_prob_E, log_prob_E)
     if kind == "geometric":
         log_ratio_E = log_ratio_E / jnp.maximum(length_E, 1)
-    return jnp.exp(jnp.minimum(log_ratio_E, jnp.log(clip)))
+    return jnp.minimum(jnp.exp(jnp.minimum(log_ratio_E, LARGE)), clip)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -164,6 +164,7 @@ class Said(NamedTuple):
     """One response as it came from the model, kept or not."""
 
     row: int  # the lower-level row that it answers
+    sample: int  # g
     text: str
     response: sampling.Response
 
@@ -197,7 +198,11 @@ def make_refresh(
         found = sample(base, adapter, [prompts[i] for i in asked], keys, "answering masked questions", stopped)
         if found is None:
             return None
-        return [Said(int(i), detokenize(one.tokens), one) for i, group in zip(asked, found) for one in group]
+        return [
+            Said(int(i), g, detokenize(one.tokens), one)
+            for i, group in zip(asked, found, strict=True)
+            for g, one in enumerate(group)
+        ]
 
     def refresh(base, adapter, step: int, masked, visited, stopped: Callable[[], bool]):
         needed = np.intersect1d(masked, visited)
@@ -210,10 +215,14 @@ def make_refresh(
             part = answer(base, adapter, step, asked, stopped)
             if part is None:
                 return None
-            words = [(place % num_samples, one) for place, one in enumerate(part) if one.text.strip()]
+            words = [one for one in part if one.text.strip()]
             if words:
-                lines = [packing.Segment(prompts[one.row], one.response.ids) for _, one in words]
+                lines = [packing.Segment(prompts[one.row], one.response.ids) for one in words]
                 nll, _ = score(base, adapter, lines, "scoring answers")
+                broken = [ids[one.row] for one, value in zip(words, nll, strict=True) if not np.isfinite(value)]
+                if broken:
+                    cause = f"the answer to row {broken[0]} has no probability"
+                    raise workspace.RunError(f"step {step}: {cause}; {workspace.REMEDY}")
                 log_probs.extend(-nll)
             said, kept = said + part, kept + words
         mask = np.zeros(len(prompts), bool)
@@ -221,9 +230,9 @@ def make_refresh(
         own = Own(
             step=step,
             masked=mask,
-            row=np.array([one.row for _, one in kept], np.int64),
-            sample=np.array([g for g, _ in kept], np.int64),
-            tokens=[one.response.ids for _, one in kept],
+            row=np.array([one.row for one in kept], np.int64),
+            sample=np.array([one.sample for one in kept], np.int64),
+            tokens=[one.response.ids for one in kept],
             log_prob=np.array(log_probs, np.float64),
             log_ratio=np.full(len(kept), np.nan),
         )
@@ -254,9 +263,18 @@ def refresh_measures(own: Own, said: Sequence[Said], bad: np.ndarray | None, tru
     values["online/empty"] = float(np.mean([not one.text.strip() for one in said]))
     second = [one for one in said if bad is not None and bad[one.row] and truths[one.row] is not None]
     if second:
-        right = [one.text.strip() == truths[one.row].strip() for one in second]
-        values["online/another_chance"] = float(np.mean(right))
+        right = sum(one.text.strip() == truths[one.row].strip() for one in second)
+        values |= {"online/bad_answered": float(len(second)), "online/bad_right": float(right)}
+        values["online/another_chance"] = right / len(second)
     return values
+
+
+def add_refresh(totals: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+    """Counts of all refreshes so far, from those before and the measures of one more."""
+    names = "online/responses", "online/bad_answered", "online/bad_right"
+    totals = {name: totals.get(name, 0.0) + values.get(name, 0.0) for name in names}
+    asked = totals["online/bad_answered"]
+    return totals | ({"online/another_chance": totals["online/bad_right"] / asked} if asked else {})
 
 
 def ratio_measures(log_ratio: np.ndarray, clipped: Sequence[np.ndarray], ess: Sequence[float]) -> dict[str, float]:
@@ -288,12 +306,12 @@ class Record:
 
     def __init__(self, file: pathlib.Path, start: int, refresh_every: int):
         if file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(True) if self._stays(line, start - refresh_every)]
-            workspace.write_atomically(file, "".join(lines))
+            lines = [line for line in file.read_bytes().split(b"\n") if self._stays(line, start - refresh_every)]
+            workspace.write_atomically(file, "".join(line.decode() + "\n" for line in lines))
         self._file = open(file, "a", encoding="utf-8")
 
     @staticmethod
-    def _stays(line: str, before: int) -> bool:
+    def _stays(line: bytes, before: int) -> bool:
         try:
             return json.loads(line)["step"] < before
         except ValueError:  # cut short by a crash

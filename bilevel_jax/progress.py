@@ -13,8 +13,6 @@ from bilevel_jax import config as configuration
 from bilevel_jax import metrics, online, workspace
 from bilevel_jax.data import packing
 
-REMEDY = "the last checkpoint is from before. Lower the learning rates, or look at the rows"
-
 
 class Clock:
     """Seconds by activity, up to date at every change of activity. One inside another counts for itself alone."""
@@ -93,7 +91,7 @@ class StepLog:
         if not math.isfinite(found["loss"]) or not math.isfinite(found["gradient_norm"]):
             rows_at_fault = [row_id for row_id, loss in zip(drawn.ids, row_loss) if not math.isfinite(loss)]
             where = f"rows {', '.join(rows_at_fault)}" if rows_at_fault else "its gradient, no single row"
-            raise workspace.RunError(f"step {done}: the loss is not finite ({where}); {REMEDY}")
+            raise workspace.RunError(f"step {done}: the loss is not finite ({where}); {workspace.REMEDY}")
         self._note_ratios(drawn, own, log_ratio, weight)
         self._responses += int(found.pop("response_tokens"))
         self._tokens += drawn.tokens

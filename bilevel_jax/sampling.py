@@ -48,8 +48,8 @@ class Settings:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy), or at least 0.0001")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
         if not 0 < self.top_p <= 1:
@@ -284,7 +284,7 @@ def _prefill_batches(prompts: Sequence[np.ndarray], num_samples: int, window: in
     """Prompts less their last token, grouped by padded length: (responses to make, tokens [rows, length]), the longest last."""
     by_length: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        padded = max(SHORTEST_PREFILL, 1 << (len(prompt) - 1).bit_length())
+        padded = max(SHORTEST_PREFILL, 1 << max(len(prompt) - 2, 0).bit_length())
         by_length.setdefault(min(padded, window), []).append(place)
     batches = []
     for length, members in sorted(by_length.items()):

@@ -20,11 +20,11 @@ def closing_table(summary: dict, workdir: pathlib.Path) -> str:
     if "selector/auroc" in summary:
         lines.append(f"  {'AUROC against the planted truth':<32}{summary['selector/auroc']:>18.4f}")
         lines.append(f"  {'bad rows among those kept':<32}{summary['selector/bad_kept']:>18.1%}")
-    if "online/total_responses" in summary:
-        lines += ["", "answers of the model's own"]
-        lines.append(f"  {'in all refreshes':<32}{summary['online/total_responses']:>18.0f}")
+    if "online/responses" in summary:
+        lines += ["", "questions asked again"]
+        lines.append(f"  {'answers of the model itself':<32}{summary['online/responses']:>18.0f}")
     if "online/another_chance" in summary:
-        lines.append(f"  {'of bad rows, right at the last':<32}{summary['online/another_chance']:>18.1%}")
+        lines.append(f"  {'right ones where the data are bad':<33}{summary['online/another_chance']:>17.1%}")
     seconds = {key.removeprefix("time/"): value for key, value in summary.items() if key.startswith("time/")}
     lines += ["", f"{'seconds':<34}" + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
     lines += _lightest(workdir)

@@ -86,7 +86,8 @@ class Setup:
     lower: levels.Level
 
     def detokenize(self, tokens) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """The text, to the space: cleaning up would drop spaces that the model did write."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def load(config) -> Setup:
@@ -174,7 +175,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     # The workdir belongs to this config now that it has proved to run.
     workspace.write_atomically(workdir / "config.json", config.to_json(indent=2, sort_keys=True) + "\n")
-    at_start, refreshed = {}, {}  # measures before the first step, and of the latest refresh
+    at_start, refreshed = {}, {}  # measures before the first step, and counts of all refreshes
     if start:
         state, own = checkpoints.restore(start, state)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
@@ -210,7 +211,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
             values = evaluation(state) | (verdict(state) if selects else {})
         broken = [key for key, value in values.items() if not math.isfinite(value)]
         if broken:
-            raise RunError(f"step {int(state.step)}: {', '.join(broken)} not finite; {progress.REMEDY}")
+            raise RunError(f"step {int(state.step)}: {', '.join(broken)} not finite; {workspace.REMEDY}")
         return values
 
     def finish_epoch(state: step.State, epoch: int) -> dict[str, float]:
@@ -251,8 +252,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         tokens = sum(len(one.response.ids) for one in said)
         values["speed/generated_tokens_per_s"] = tokens / (time.perf_counter() - began)
         values["online/time_share"] = clock.share("generate", of=("train", "generate"))
-        before = refreshed.get("online/total_responses", 0)
-        refreshed.update(values, **{"online/total_responses": before + len(said)})
+        refreshed.update(online.add_refresh(refreshed, values))
         writer.write(k + 1, k / epoch_steps, values)  # at the first step that uses them: a run resumed at k writes it again
         return fresh
 
@@ -281,9 +281,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
                     save(state, k)
                     break
                 retire(own)
-                own, ahead = fresh, None
+                own = fresh
             drawn = (ahead or worker.submit(batch_of, k, own)).result()
-            ahead = None
+            ahead = None  # the batch after a refresh waits for its answers
             if k + 1 < num_steps and not refresh_due(k + 1):
                 ahead = worker.submit(batch_of, k + 1, own)  # packs while the device computes
             scale = sharding.replicate(scales(config, k // epoch_steps), mesh)
@@ -315,7 +315,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     final = final or measure(state)  # the latter if resumed after the last step
     times = {f"time/{key}": round(value, 2) for key, value in clock.seconds.items()}
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
-    own_words = {key: value for key, value in refreshed.items() if key.startswith("online/")}
-    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | own_words | times
+    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed | times
     workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

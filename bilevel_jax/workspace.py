@@ -8,6 +8,8 @@ import signal
 
 import ml_collections
 
+REMEDY = "the last checkpoint is from before. Lower the learning rates, or look at the rows"
+
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message is one line with the cause and what to do."""
@@ -51,7 +53,7 @@ def _flatten(config, prefix: str = "") -> dict:
 def write_atomically(file: pathlib.Path, text: str) -> None:
     """All of `text` or, if the process dies, what was there before."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 

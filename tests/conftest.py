@@ -1,6 +1,9 @@
 """Helpers shared by several test files: a tiny model directory, small data files, a config for runs of seconds."""
 
+import contextlib
 import functools
+import importlib
+import io
 import json
 
 import jax
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 
 from bilevel_jax import config as configuration
 from bilevel_jax import train
@@ -136,6 +140,23 @@ def token_log_probs(loaded, question: str, response: str, *, template="human", e
     logits = np.asarray(_logits(model, base, adapter, padded), np.float64)[0, len(prompt) - 1 : len(tokens) - 1]
     log_normalizer = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     return (logits[np.arange(len(answer)), answer] - log_normalizer).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_command(name: str, arguments) -> str:
+    """What `python -m bilevel_jax.NAME ARGUMENTS` prints; it raises what the command raises. For a process that runs no other
+    command: their flags have the same names."""
+    command = importlib.import_module(f"bilevel_jax.{name}")
+    for flag in flags.FLAGS:
+        flags.FLAGS[flag].unparse()
+    flags.FLAGS([name, *arguments])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command.main()
+    return printed.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------------

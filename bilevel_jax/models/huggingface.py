@@ -242,12 +242,19 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig):
 
 
 def eos_ids(directory: pathlib.Path, tokenizer) -> tuple[int, ...]:
-    """The tokens that end a response: the tokenizer's, and those that the model's own settings for generation name."""
+    """The tokens that end a response: the tokenizer's, and those that the model's own settings for generation name.
+
+    Raises:
+      ModelError: what is named there is not a token id.
+    """
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         file = pathlib.Path(directory) / name
         named = _read_json(file).get("eos_token_id") if file.exists() else None
-        found += [] if named is None else named if isinstance(named, list) else [named]
+        ids = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise ModelError(f"{file}: eos_token_id must be a token id or a list of them, got {named!r:.80}")
+        found += ids
     return tuple(dict.fromkeys(found))
 
 

@@ -1,0 +1,199 @@
+"""Sampling against `generate` and logits of `transformers`, recomputed live with PyTorch: `make parity`."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import transformers  # noqa: E402
+
+from bilevel_jax import sampling, sharding  # noqa: E402
+from bilevel_jax.data import rows, templates  # noqa: E402
+from bilevel_jax.models import huggingface  # noqa: E402
+from tests.models.fixtures import make  # noqa: E402
+
+pytestmark = pytest.mark.parity
+SEED = 4321
+LENGTHS = [1, 2, 5, 9, 17, 29, 33, 34, 50]  # of prompts
+NEW = 64
+EOS = [2, 7]
+GREEDY = sampling.Settings(temperature=0, max_new_tokens=NEW)
+FILTERED = sampling.Settings(temperature=0.8, top_k=12, top_p=0.9, max_new_tokens=NEW)
+ATOL = 1e-4  # nats
+
+
+def draw_prompts():
+    rng = np.random.default_rng(SEED)
+    return [rng.integers(8, make.SHARED["vocab_size"], length).astype(np.int32) for length in LENGTHS]
+
+
+def respond(model, prompts, *, slots, settings=GREEDY, eos=EOS):
+    """Our response to every prompt; `model` is (config, base, adapter)."""
+    length = max(map(len, prompts)) + NEW
+    sample = sampling.make_sampler(model[0], settings, eos, slots=slots, length=length, mesh=sharding.make_mesh(1))
+    keys = sampling.row_keys(SEED, map(str, range(len(prompts))), 0, 1)
+    return [responses[0] for responses in sample(*model[1:], prompts, keys)]
+
+
+def generate(reference, prompts, eos):
+    """Their greedy responses, the EOS included, all prompts side by side with padding on the left."""
+    longest = max(map(len, prompts))
+    padded = torch.tensor(np.stack([np.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])).long()
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": list(eos), "pad_token_id": 0}
+    found = reference.generate(padded, attention_mask=seen, **options)[:, longest:].tolist()
+    ends = [next((place + 1 for place, token in enumerate(row) if token in eos), NEW) for row in found]
+    return [row[:end] for row, end in zip(found, ends)]
+
+
+@torch.no_grad()
+def logits_after(reference, prompt, tokens):
+    """Their logits [n, V] before each of the tokens that follow a prompt, in float64."""
+    row = torch.tensor(np.concatenate([prompt, tokens]))[None].long()
+    return reference(row).logits[0, len(prompt) - 1 : -1].double()
+
+
+def of_tokens(logits, tokens):
+    return torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens).long()].numpy()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Random small models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """`f(variant or adapter)` -> their model, and ours as (config, base, adapter)."""
+
+    def build(name):
+        root = tmp_path_factory.mktemp(name)
+        variant, options = make.ADAPTERS.get(name, (name, None))
+        theirs, adapter = make.save(make.build(variant, SEED), variant, root / "base"), None
+        config, base = huggingface.load_model(str(root / "base"))
+        if options:
+            theirs = make.adapt(theirs, options, SEED)
+            theirs.save_pretrained(root / "adapter", save_embedding_layers=False)
+            config, adapter = huggingface.load_adapter(root / "adapter", config)
+        return theirs, (config, base, adapter)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "name, slots",  # all prompts at once, or some after others in the same place
+    [
+        ("neox_parallel", 4),
+        ("neox_sequential", 9),
+        ("llama_gqa_tied", 4),
+        ("llama_rope_llama3", 9),
+        ("neox_all", 4),
+        ("llama_all", 4),
+    ],
+)
+def test_greedy_responses_are_those_of_generate(pairs, name, slots):
+    theirs, ours = pairs(name)
+    prompts = draw_prompts()
+    expected = generate(theirs, prompts, EOS)
+    assert len({tuple(tokens[:3]) for tokens in expected}) > 1  # the prompt matters
+    responses = respond(ours, prompts, slots=slots)
+    assert [response.ids.tolist() for response in responses] == expected
+    for prompt, response in zip(prompts, responses):
+        assert response.finish_reason == ("stop" if response.ids[-1] in EOS else "length")
+        exact = of_tokens(logits_after(theirs, prompt, response.ids), response.ids)
+        np.testing.assert_allclose(response.log_probs, exact, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["neox_sequential", "llama_all"])
+def test_log_probs_of_sampled_responses(pairs, name):
+    """Under the plain model, and as transformers' own temperature, top-k and top-p make it."""
+    theirs, ours = pairs(name)
+    filters = [
+        transformers.TemperatureLogitsWarper(FILTERED.temperature),
+        transformers.TopKLogitsWarper(FILTERED.top_k),
+        transformers.TopPLogitsWarper(FILTERED.top_p),
+    ]
+    prompts = draw_prompts()
+    for prompt, response in zip(prompts, respond(ours, prompts, slots=4, settings=FILTERED)):
+        logits = logits_after(theirs, prompt, response.ids)
+        np.testing.assert_allclose(response.log_probs, of_tokens(logits, response.ids), rtol=0, atol=ATOL)
+        for change in filters:
+            logits = change(None, logits)
+        np.testing.assert_allclose(response.sampled_log_probs, of_tokens(logits, response.ids), rtol=0, atol=ATOL)
+
+
+def cast(model, dtype):
+    """Parameters only: `model.to(dtype)` would round the frequencies of the positions too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def test_bfloat16_responses_under_an_adapter(pairs):
+    """Weights in half precision with the adapter beside them, as PEFT holds it: no further from the truth than PEFT."""
+    theirs, (config, base, adapter) = pairs("llama_all")
+    half = dataclasses.replace(config, dtype="bfloat16"), jax.tree.map(lambda leaf: leaf.astype("bfloat16"), base), adapter
+    prompts = draw_prompts()
+    responses = respond(half, prompts, slots=4)
+    cast(theirs, torch.bfloat16)
+    rounded = [logits_after(theirs, prompt, response.ids) for prompt, response in zip(prompts, responses)]
+    cast(theirs, torch.float64)  # the rounded weights still
+    ours_off, theirs_off, behind = [], [], []
+    for prompt, response, near in zip(prompts, responses, rounded):
+        exact = logits_after(theirs, prompt, response.ids)
+        truth = of_tokens(exact, response.ids)
+        ours_off += [*np.abs(response.log_probs - truth)]
+        theirs_off += [*np.abs(of_tokens(near, response.ids) - truth)]
+        behind += [*(of_tokens(exact, exact.argmax(-1).tolist()) - truth)]
+    print(f"off by {np.mean(ours_off):.4f} (PEFT {np.mean(theirs_off):.4f}), at most {max(ours_off):.3f} ({max(theirs_off):.3f})")
+    print(f"{np.mean(np.array(behind) == 0):.3f} of {len(behind)} tokens most likely, others behind by up to {max(behind):.3f}")
+    assert np.mean(ours_off) < 1.3 * np.mean(theirs_off) and max(ours_off) < 2 * max(theirs_off)
+    assert np.mean(np.array(behind) == 0) > 0.9 and max(behind) < 2 * max(theirs_off)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# SmolLM2-135M-Instruct
+# --------------------------------------------------------------------------------------------------------------------
+
+SMOLLM2 = pathlib.Path("local/smollm2")
+REAL = os.environ.get("BILEVEL_JAX_DATA")
+NUMBER, IN_FLOAT64 = 20, 4  # of questions; of those whose log-probabilities are held against float64
+TIE = 1e-3  # nats: float32 logits of this model are up to 2e-4 away from PyTorch's, and those up to 1e-4 from float64
+
+
+@pytest.mark.skipif(not REAL, reason="BILEVEL_JAX_DATA does not name a folder of real rows")
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="local/smollm2 is absent: make smollm2")
+def test_smollm2_answers_like_generate():
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
+    read = rows.iter_rows(pathlib.Path(REAL) / "alpacaeval/prompts.jsonl", questions_only=True)
+    items = list(itertools.islice(read, NUMBER))
+    prompts = [example.prompt for example in templates.encode(items, tokenizer, template="auto")]
+    for item, prompt in zip(items, prompts):
+        chat = [{"role": "user", "content": item.fields["question"]}]
+        assert prompt.tolist() == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+    eos = huggingface.eos_ids(SMOLLM2, tokenizer)
+    expected = generate(theirs, prompts, eos)
+    responses = respond((*huggingface.load_model(str(SMOLLM2)), None), prompts, slots=8, eos=eos)
+    equal = [response.ids.tolist() == tokens for response, tokens in zip(responses, expected)]
+    print(f"{sum(equal)} of {NUMBER} answers are equal, {sum(map(len, expected))} tokens")
+    cast(theirs, torch.float64)
+    for prompt, response, tokens, same in zip(prompts, responses, expected, equal):
+        if not same:  # rounding may decide between two tokens that are as good as equal, and then all is different
+            ours = response.ids.tolist()
+            place = next(place for place, (a, b) in enumerate(zip(ours, tokens)) if a != b)
+            last = logits_after(theirs, prompt, ours[: place + 1])[-1]
+            gap = abs(last[ours[place]] - last[tokens[place]]).item()
+            print(f"token {place}: {ours[place]} and {tokens[place]} are {gap:.1e} apart")
+            assert gap < TIE and max(last[ours[place]], last[tokens[place]]) == last.max()
+    assert sum(equal) >= NUMBER - 1
+    for prompt, response in list(zip(prompts, responses))[:IN_FLOAT64]:
+        exact = of_tokens(logits_after(theirs, prompt, response.ids), response.ids)
+        print(f"log-probabilities off by up to {np.abs(response.log_probs - exact).max():.1e}")
+        np.testing.assert_allclose(response.log_probs, exact, rtol=0, atol=ATOL)
