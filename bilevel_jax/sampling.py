@@ -26,6 +26,8 @@ SHORTEST_PREFILL = 32  # padded lengths are this, doubled until they fit
 STEPS = 256  # tokens per slot after which the host looks at the progress bar, and for a signal
 STEPS_TO_STOP = 16  # the same where it looks for stop strings
 FREE_SHARE = 8  # one in so many slots must be free before new prompts are started
+HALVINGS = 32  # of the range in which the last token within top-p lies: down to what float32 tells apart
+UNDERFLOW = 104.0  # e^-104 is 0 in float32
 COLUMNS = 128  # the most vocabulary entries in one column of `_inverse_cdf`
 
 
@@ -36,7 +38,8 @@ class Settings:
     Attributes:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens; 0 for all. Tokens that tie with the k-th stay.
-      top_p: only the smallest set of most likely tokens whose probability, after temperature and top-k, reaches p.
+      top_p: only the smallest set of most likely tokens whose probability, after temperature and top-k, reaches p. Tokens that tie
+        with its last stay.
       max_new_tokens: a response's most tokens, its EOS included.
       stop: texts before which a response ends, as soon as it contains one.
     """
@@ -89,17 +92,24 @@ def row_keys(seed: int, ids: Iterable[str], refresh: int, num_samples: int) -> n
 
 def filtered(settings: Settings, logits_SxV: jax.Array) -> jax.Array:
     """Logits over temperature, -inf for tokens outside top-k and top-p. Not for temperature 0."""
-    scaled = logits_SxV / settings.temperature
-    top_k = settings.top_k if 0 < settings.top_k < scaled.shape[-1] else 0
-    if not top_k and settings.top_p == 1:
+    values = scaled = logits_SxV / settings.temperature
+    if 0 < settings.top_k < scaled.shape[-1]:
+        values = jax.lax.top_k(scaled, settings.top_k)[0]
+        lowest = values.min(axis=-1, keepdims=True)  # for values[:, -1:] XLA would sort the whole vocabulary
+        scaled = jnp.where(scaled >= lowest, scaled, -jnp.inf)
+    if settings.top_p == 1:
         return scaled
-    ranked = jax.lax.top_k(scaled, top_k or scaled.shape[-1])[0]  # descending
-    lowest = ranked[:, -1:]
-    if settings.top_p < 1:
-        probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # what more likely tokens add up to; 0 for the first, which always stays
-        lowest = jnp.min(jnp.where(before < settings.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= lowest, scaled, -jnp.inf)
+    probs = jnp.exp(values - jax.nn.logsumexp(scaled, axis=-1, keepdims=True))
+    highest = values.max(axis=-1, keepdims=True)
+
+    def halve(_, bounds):  # all above `low` reach p together, all above `high` do not; quicker than to sort
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = jnp.where(values > middle, probs, 0).sum(axis=-1, keepdims=True) >= settings.top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (highest - UNDERFLOW, highest))
+    return jnp.where(scaled > low, scaled, -jnp.inf)
 
 
 def _inverse_cdf(weight_SxV: jax.Array, uniform_S: jax.Array) -> jax.Array:

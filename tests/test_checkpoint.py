@@ -43,6 +43,57 @@ def test_round_trip(tmp_path, optimizer, tracked):
     second.close()
 
 
+def make_responses(number):
+    """What a refresh may leave: responses of unequal length, some of them used; or none at all."""
+    rng = np.random.default_rng(number)
+    return online.Own(
+        step=30,
+        masked=np.array([True, False, True, True, False, False, True]),
+        row=np.arange(number, dtype=np.int64),
+        sample=np.arange(number, dtype=np.int64) % 2,
+        tokens=[rng.integers(0, 2**31 - 1, 1 + i, dtype=np.int32) for i in range(number)],
+        log_prob=-100 * rng.random(number),
+        log_ratio=np.where(np.arange(number) % 3 == 1, np.nan, rng.normal(size=number)),
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_responses_come_back(tmp_path, number):
+    """A refresh whose responses were all empty is one too: its mask counts."""
+    own = make_responses(number)
+    first = checkpoint.Checkpoints(tmp_path, keep=1)
+    first.save(31, make_state(), own, COUNTERS)
+    kept = own.log_ratio.copy()
+    own.log_ratio[:] = 7.0  # goes on being noted while the checkpoint is written
+    first.close()
+    second = checkpoint.Checkpoints(tmp_path, keep=1)
+    _, found = second.restore(31, make_state())
+    second.close()
+    assert found.step == 30 and len(found.tokens) == number
+    for name, expected in (("masked", own.masked), ("row", own.row), ("sample", own.sample), ("log_ratio", kept)):
+        np.testing.assert_array_equal(getattr(found, name), expected)
+        assert getattr(found, name).dtype == expected.dtype
+    np.testing.assert_array_equal(found.log_prob, own.log_prob)
+    assert found.log_prob.dtype == np.float64
+    for one, other in zip(found.tokens, own.tokens, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == np.int32
+    assert found.by_row == {i: [i] for i in range(number)}
+    found.log_ratio[:] = 1.0  # goes on being noted
+
+
+def test_counters_after_saving(tmp_path):
+    """They too may change while the checkpoint is still being written."""
+    counters = {"data": "abc", "refreshed": {"online/responses": 3.0}}
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, make_state(), online.nothing_yet(7), counters)
+    counters["refreshed"]["online/responses"] = 4.0
+    checkpoints.close()
+    again = checkpoint.Checkpoints(tmp_path, keep=1)
+    assert again.counters(3) == {"data": "abc", "refreshed": {"online/responses": 3.0}}
+    again.close()
+
+
 def test_nothing_saved(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path / "absent", keep=1)
     assert checkpoints.latest() is None

@@ -73,6 +73,18 @@ MIXING = {"method": "mixing"}
         ({"checkpoint.every": -1}, "checkpoint.every"),
         ({"mesh.data": -1}, "mesh.data"),
         ({"log.every": 0}, "log.every"),
+        ({"online.ratio": -0.01}, "online.ratio"),
+        ({"online.ratio": 1.01}, "online.ratio"),
+        ({"online.num_samples": 0}, "online.num_samples"),
+        ({"online.num_samples": 1.5}, "online.num_samples"),
+        ({"online.refresh_every": 0}, "online.refresh_every"),
+        ({"online.max_new_tokens": 0}, "online.max_new_tokens"),
+        ({"online.temperature": -0.1}, "online.temperature"),
+        ({"online.temperature": float("inf")}, "online.temperature"),
+        ({"online.clip": 0.99}, "online.clip"),
+        ({"online.clip": float("nan")}, "online.clip"),
+        ({"online.slots": 0}, "online.slots"),
+        (MIXING | {"online.ratio": 2.0}, "online.ratio"),  # a number that is not used, but cannot be meant
         # names that nothing goes by
         ({"method": "ofline"}, "method"),
         ({"selection.rule": "bdz"}, "selection.rule"),
@@ -81,6 +93,8 @@ MIXING = {"method": "mixing"}
         ({"selection.value_function": "exact"}, "selection.value_function"),
         ({"selection.weight_scale": "n"}, "selection.weight_scale"),
         ({"selection.coefficient_at": "previous"}, "selection.coefficient_at"),
+        ({"online.response_weight": "token"}, "online.response_weight"),
+        ({"online.generate": "some"}, "online.generate"),
         ({"loss.upper": "ppo"}, "loss.upper"),
         ({"loss.reduction": "max"}, "loss.reduction"),
         ({"optimizer.name": "lion"}, "optimizer.name"),
@@ -94,6 +108,8 @@ MIXING = {"method": "mixing"}
         (OFFLINE | {"penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"penalty.rho_init": -0.1}, "penalty"),
         (OFFLINE | {"penalty.rho_init": 0.5, "penalty.rho_step": -0.3}, "penalty"),  # ρ = -0.1 in epoch 3
+        ({"method": "online", "num_epochs": 10}, "penalty.rho_step"),  # online and dynamic have the schedule of offline
+        ({"method": "dynamic", "penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"selection.rule": "uniform", "selection.value_function": "tracked"}, "selection.value_function"),
     ],
 )
@@ -129,6 +145,8 @@ def test_names_a_missing_key(section):
         OFFLINE | {"num_epochs": 9},  # the last epoch has ρ = 0.9
         OFFLINE | {"penalty.rho_init": 0.0},
         OFFLINE | {"mixing.rho": 7.0},  # a number that is not used
+        {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
+        {"method": "online", "online.ratio": 1, "online.response_weight": "softmax", "online.generate": "all", "online.slots": 1},
         {"data.num_upper": 0, "eval.num_upper": 0, "eval.num_lower": 0, "eval.keep": 1.0, "checkpoint.every": 0},
     ],
 )
@@ -141,6 +159,7 @@ def test_accepts(changes):
     [
         ({}, [0.1, 0.2, 0.3]),  # the paper's
         ({"penalty.rho_init": 0.5, "penalty.rho_step": -0.1}, [0.5, 0.4, 0.3]),
+        ({"method": "dynamic"}, [0.1, 0.2, 0.3]),
         (MIXING | {"mixing.rho": 0.7}, [0.7, 0.7, 0.7]),
     ],
 )
@@ -163,9 +182,14 @@ def test_levels(changes, expected):
 
 
 @pytest.mark.parametrize("tier", tiers.TIERS)
-@pytest.mark.parametrize("task", [safety, quality])
-def test_config_files(task, tier):
-    configuration.check(task.get_config(tier))
+@pytest.mark.parametrize("task, method", [(safety, "dynamic"), (quality, "online")])
+def test_config_files(task, method, tier):
+    config = task.get_config(tier)
+    configuration.check(config)
+    assert config.method == method
+    for other in configuration.METHODS:  # chosen with --config.method
+        config.method = other
+        configuration.check(config)
 
 
 def test_every_config_file_is_tested():
@@ -195,7 +219,13 @@ PAPER = {
     "selection.baseline": "none",
     "batch.size": 32,
     "data.max_length": 2048,
+    "online.num_samples": 1,
+    "online.refresh_every": 500,
+    "online.max_new_tokens": 512,
+    "online.temperature": 0.8,
+    "online.response_weight": "sequence",
 }
+SLOTS = {"safety": 16, "quality": 64}  # batch of generation
 DATA = {"safety": ("recipe:blueorca", "recipe:redorca"), "quality": ("Open-Orca/OpenOrca", "yahma/alpaca-cleaned")}
 
 
@@ -207,6 +237,8 @@ def test_paper_settings(task, tier, model, num_lower):
     config = task.get_config(tier)
     upper, lower = DATA[task.__name__.split(".")[-1]]
     expected = PAPER | {"data.num_lower": num_lower, "data.upper": upper, "data.lower": lower}
+    expected["online.slots"] = SLOTS[task.__name__.split(".")[-1]]
+    assert config.online.ratio in (0.05, 0.1, 0.2)
     flat = {f"{section}.{key}": value for section in config for key, value in _items(config[section])}
     flat["num_epochs"] = config.num_epochs
     assert {key: flat[key] for key in expected} == expected

@@ -1,5 +1,6 @@
 """The joint step against its objective written out: every row by itself, all logits, no packing, no micro-batches."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -13,10 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import step
+from bilevel_jax import evaluate, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, huggingface, lora
 from bilevel_jax.selector import Selector
 from bilevel_jax.step import Objective, Scales
 
@@ -382,6 +383,165 @@ def test_entry_nll(config, adapted):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The model's own responses
+# --------------------------------------------------------------------------------------------------------------------
+
+CLIP = 1.5
+ROOM = Layout(sequences=1, length=32, entries=12)
+ASKED = {4: (4, (9, 7, 3)), 0: (2, (9, 5))}  # the rows that the model answered: length of the question, of each response
+LOG_RATIOS = {4: (0.4, -0.3, 1.8), 0: (0.1, -2.0)}  # e^1.8 is clipped, as a whole and per token
+
+
+@jax.jit
+def _own_nll(adapter, tokens, is_response):
+    return jax.value_and_grad(_response_nll, argnums=2)(LLAMA, model(LLAMA)[0], adapter, tokens, is_response)
+
+
+def own_nll(adapter, row):
+    """Summed NLL of a response and its gradient, with the row alone in a sequence; what follows it has no part in either."""
+    tokens = np.zeros(ROOM.length, np.int32)
+    tokens[: row.size] = np.concatenate([row.prompt, row.response])
+    place = np.arange(ROOM.length)
+    return _own_nll(adapter, tokens, (place >= len(row.prompt)) & (place < row.size))
+
+
+@functools.cache
+def own_rows():
+    """Upper rows; a lower batch of four rows, of which two are answered by the model, three times and twice."""
+    upper, (_, first, _, second) = rows()
+    rng, answers = np.random.default_rng(11), []
+    for (i, (prompt, sizes)), group in zip(ASKED.items(), (5, 3)):
+        question = segment(rng, prompt, 0).prompt
+        for size, log_ratio in zip(sizes, LOG_RATIOS[i], strict=True):
+            response = segment(rng, 0, size).response
+            row = Segment(question, response, sample=i, share=1 / 4 / len(sizes), group=group)
+            nll, _ = own_nll(model(LLAMA)[1], row)
+            answers.append(row._replace(old_log_prob=-float(nll) - log_ratio))
+    return upper, [answers[0], first, *answers[3:0:-1], second, answers[4]]  # answers to one question are no neighbours
+
+
+def response_weight(kind, row):
+    """(8) and Lemma 6."""
+    if math.isnan(row.old_log_prob) or kind == "none":
+        return 1.0
+    if kind == "softmax":
+        nll, *others = (float(own_nll(model(LLAMA)[1], r)[0]) for r in [row, *own_rows()[1]] if r.sample == row.sample)
+        return len(others) / sum(math.exp(nll - other) for other in others)
+    log_ratio = dict(zip(ASKED[row.sample][1], LOG_RATIOS[row.sample]))[len(row.response)]
+    return min(math.exp(log_ratio / (len(row.response) if kind == "geometric" else 1)), CLIP)
+
+
+@functools.cache
+def own_gradients():
+    """∇ℓ at θ of all rows."""
+    upper, lower = own_rows()
+    found = [(own_nll(model(LLAMA)[1], row)[1], num_predicted(row)) for row in upper + lower]
+    return [jax.tree.map(lambda x, n=n: np.asarray(x) / n, gradient) for gradient, n in found]
+
+
+def own_descent(kind, scales):
+    """θ after a step down scale_0 Σ_j ∇ℓ_j / B0 + scale_1 Σ_b w_b / B · (1/G) Σ_g r^g ∇ℓ_b^g, (8)-(10a)."""
+    upper, lower = own_rows()
+    weights = N * softmax(np.float64(OMEGA))
+    factors = [scales[0] / len(upper)] * len(upper)
+    for row in lower:
+        _, responses = ASKED.get(row.sample, (0, [0]))
+        factors.append(scales[1] * weights[row.sample] / 4 / len(responses) * response_weight(kind, row))
+    return jax.tree.map(
+        lambda x, *slopes: x - RATE * sum(f * slope for f, slope in zip(factors, slopes, strict=True)),
+        model(LLAMA)[1],
+        *own_gradients(),
+    )
+
+
+def plain_costs(adapter):
+    """(10c): the mean of ℓ over the responses to each visited row, without r; 0 elsewhere."""
+    found = [[float(own_nll(adapter, row)[0]) / num_predicted(row) for row in own_rows()[1] if row.sample == i] for i in range(N)]
+    return np.array([np.mean(losses) if losses else 0.0 for losses in found])
+
+
+def cost_of(state):
+    return (OMEGA - state.selector.logits) / (ALPHA * GAMMA)
+
+
+@pytest.mark.parametrize(
+    "kind, coefficient_at", [("sequence", "next"), ("geometric", "current"), ("softmax", "next"), ("none", "current")]
+)
+def test_own_responses_stand_in_for_those_of_the_data(kind, coefficient_at):
+    """Whatever they share a sequence and a micro-batch with: the answers to one question too may be anywhere."""
+    upper, lower = own_rows()
+    base, adapter = model(LLAMA)
+    objective = Objective(coefficient_at=coefficient_at, response_weight=kind, clip=CLIP)
+    theta = own_descent(kind, (1.0, GAMMA))
+    costs = {"next": plain_costs(theta), "current": plain_costs(adapter)}
+    assert np.abs(costs["next"] - costs["current"]).max() > 1e-2  # so the test can tell them apart
+    told = [LOG_RATIOS[r.sample][ASKED[r.sample][1].index(len(r.response))] if r.group >= 0 else np.nan for r in lower]
+    spread = []
+    for layout in (ROOM, ROOM._replace(padded=True)):
+        batch = packing.pack_step([*upper, *lower], N, 4, layout)
+        place = micro_batches(batch.packed, 10)[3:]
+        spread.append([len({m for m, row in zip(place, lower) if row.sample == i}) for i in ASKED])
+        after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
+        assert_close(after.policy.adapter, theta, atol=2e-6)
+        np.testing.assert_allclose(cost_of(after), costs[coefficient_at], atol=1e-5)
+        np.testing.assert_allclose(after.selector.visits, np.isin(np.arange(N), SAMPLES), rtol=1e-6)  # one of each row
+        np.testing.assert_allclose(metrics["lower_loss"], costs["current"].sum() / 4, rtol=1e-5)
+        np.testing.assert_allclose(metrics["response_weight"][3:10], [response_weight(kind, r) for r in lower], rtol=2e-5)
+        np.testing.assert_allclose(metrics["log_ratio"][3:10], told, atol=2e-5)  # before clipping, whatever the weights
+        assert np.isnan(metrics["log_ratio"][:3]).all() and (np.asarray(metrics["response_weight"][:3]) == 1).all()
+    assert spread == [[2, 2], [3, 2]]
+
+
+def test_own_responses_and_a_tracked_value_function():
+    """θ' descends Σ_b w_b (1/G) Σ_g r^g ℓ^g(θ') with the r^g of θ; C compares plain means."""
+    upper, lower = own_rows()
+    objective = Objective(coefficient_at="current", value_function="tracked", clip=CLIP)
+    batch, state = packing.pack_step([*upper, *lower], N, 4, ROOM), begin(LLAMA, tracked=model(LLAMA)[1])
+    state, _ = compiled(LLAMA, objective)(model(LLAMA)[0], state, batch, Scales(1.0, GAMMA))
+    theta, tracker = own_descent("sequence", (1.0, GAMMA)), own_descent("sequence", (0.0, 1.0))
+    assert_close(state.policy.adapter, theta, atol=2e-6)
+    assert_close(state.tracker.adapter, tracker, atol=2e-6)
+    np.testing.assert_allclose(state.selector.logits, OMEGA, atol=1e-6)  # θ' = θ: nothing to choose by
+
+    costs = plain_costs(theta) - plain_costs(tracker)
+    assert np.abs(costs).max() > 1e-2
+    state, _ = compiled(LLAMA, objective)(model(LLAMA)[0], state, batch, Scales(1.0, GAMMA))
+    np.testing.assert_allclose(cost_of(state), costs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, length", [("llama", 20), ("tiny", 40)])
+def test_ratios_are_one_straight_after_scoring(name, length):
+    """π_old by the scorer of whole data sets, π_θ in the step, each packing as it likes. A moved adapter gives other ratios."""
+    config, (base, adapter) = LLAMA, model(LLAMA)
+    if name == "tiny":  # NeoX
+        config, base = huggingface.load_model(str(pathlib.Path(step.__file__).parent / "tiny"))
+        config = dataclasses.replace(config, adapter_scale=2.0)
+        adapter = make_adapter(config, 2)
+    rng = np.random.default_rng(12)
+
+    def draw():
+        return rng.integers(1, config.vocab_size, rng.integers(1, length)).astype(np.int32)
+
+    questions = [draw() for _ in range(4)]
+    own = [Segment(questions[i], draw(), i, 1 / 15, group=5 + i) for i in [0, 1, 2, 3] * 3]
+    others = [Segment(draw(), draw(), 4, 1 / 5), Segment(draw(), draw(), -1, 1.0)]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    nll, count = evaluate.make_scorer(config, 3, 2 * length, mesh)(base, adapter, own + others, "")
+    assert count.tolist() == [len(row.response) for row in own + others]
+    own = [row._replace(old_log_prob=-x) for row, x in zip(own, nll)]
+
+    uniform, frozen = Selector("uniform"), optax.sgd(0.0)
+    advance = jax.jit(step.make_step(config, Objective(coefficient_at="current"), uniform, frozen))
+    state = step.init(adapter, frozen, uniform, N, tracked=False)
+    moved = step.init(jitter(adapter, 3, 0.1), frozen, uniform, N, tracked=False)
+    for padded in (False, True):
+        batch = packing.pack_step(own + others, N, 5, Layout(2, 2 * length, 15, padded))
+        fresh, stale = (np.exp(advance(base, s, batch, Scales(1.0, GAMMA))[1]["log_ratio"][:12]) for s in (state, moved))
+        np.testing.assert_allclose(fresh, 1, atol=1e-4)
+        assert (np.abs(stale - 1) > 1e-3).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Isolation and finite differences
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -552,6 +712,9 @@ def test_eight_devices_give_the_same_update(tmp_path):
         ({"coefficient_at": "now"}, "selection.coefficient_at='now'"),
         ({"value_function": "one"}, "selection.value_function='one'"),
         ({"dpo_beta": 0.0}, "loss.dpo_beta.*0.0"),
+        ({"response_weight": "token"}, "online.response_weight='token'"),
+        ({"clip": 0.99}, "online.clip.*0.99"),
+        ({"clip": float("nan")}, "online.clip.*nan"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -1,5 +1,7 @@
 """Whole runs: what they leave, that they continue exactly, what they refuse, and that every method runs."""
 
+import functools
+import hashlib
 import json
 import math
 import os
@@ -8,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from bilevel_jax import online, progress, train, workspace
+from bilevel_jax import online, progress, sampling, train, workspace
 from bilevel_jax.data import levels as data_levels
-from bilevel_jax.data import packing, templates
+from bilevel_jax.data import order, packing, templates
 from tests.conftest import (
     EPOCH_STEPS,
     EPOCHS,
@@ -32,6 +37,26 @@ from tests.conftest import (
 )
 
 STEPS = EPOCHS * EPOCH_STEPS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_compilations(tmp_path_factory):
+    """Runs of the same shapes compile once, in processes that are started here too."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def summary_of(workdir):
@@ -140,28 +165,43 @@ def test_evaluation(finished, neox, data, when):
 # --------------------------------------------------------------------------------------------------------------------
 
 # The training command, with a signal to itself at a step: `term` after the step, `torn` as soon as its checkpoint has
-# begun to be written, `kill` once that is on disk.
+# begun to be written, `kill` once that is on disk; `asking` while the responses of its refresh are sampled and `step` after the
+# step, both once the checkpoint before it, of an even step, is on disk.
 COMMAND = """
 import os, pathlib, runpy, signal, sys, time
-from bilevel_jax import checkpoint, progress
+from bilevel_jax import checkpoint, online, progress
 
 how, at, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 sys.argv[1:] = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}"]
-dispatched, save = progress.StepLog.dispatched, checkpoint.Checkpoints.save
+dispatched, save, make_refresh = progress.StepLog.dispatched, checkpoint.Checkpoints.save, online.make_refresh
+
+def die_once_saved(step):
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def dispatch(log, done, *rest):
     dispatched(log, done, *rest)
     if how == "term" and done == at:
         os.kill(os.getpid(), signal.SIGTERM)
+    if how == "step" and done == at:
+        die_once_saved((at - 1) // 2 * 2)
 
 def save_and_die(checkpoints, step, *rest):
     save(checkpoints, step, *rest)
-    if how != "term" and step == at:
-        while how == "kill" and not (workdir / "checkpoints" / str(at)).is_dir():
-            time.sleep(0.01)
+    if how == "torn" and step == at:
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "kill" and step == at:
+        die_once_saved(at)
 
-progress.StepLog.dispatched, checkpoint.Checkpoints.save = dispatch, save_and_die
+def make_and_die(*args):
+    refresh = make_refresh(*args)
+    def refresh_and_die(base, adapter, step, masked, visited, stopped):
+        die = how == "asking" and step == at
+        return refresh(base, adapter, step, masked, visited, lambda: die_once_saved((at - 1) // 2 * 2) if die else stopped())
+    return refresh_and_die
+
+progress.StepLog.dispatched, checkpoint.Checkpoints.save, online.make_refresh = dispatch, save_and_die, make_and_die
 runpy.run_module("bilevel_jax.main", run_name="__main__")
 """
 CONFIG = """
@@ -358,6 +398,47 @@ def ids(rows):
     return {row.id for row in rows}
 
 
+def make_pairs(directory) -> str:
+    """A file of preference rows."""
+    texts = enumerate(make_rows(12, seed=5))
+    rows = [{"prompt": row["question"], "chosen": row["truth"], "rejected": f"No {i}."} for i, row in texts]
+    return str(write_jsonl(directory / "upper.jsonl", rows))
+
+
+def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
+    """Beside preference pairs, whose numbers are not those of questions. The third row of four was answered once, the first
+    three times; the second is masked, but has no answer."""
+    config, level = levels({"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128})
+    first, second, third, fourth = (int(i) for i in order.lower_rows(config.seed, len(level["lower"].rows), 4, 0))
+    own = online.Own(
+        step=0,
+        masked=np.isin(np.arange(len(level["lower"].rows)), [first, second, third]),
+        row=np.array([third, first, first, first]),
+        sample=np.array([1, 0, 1, 2]),
+        tokens=[np.arange(1, 2 + n, dtype=np.int32) for n in range(4)],
+        log_prob=np.array([-1.0, -2.0, -3.0, -4.0]),
+        log_ratio=np.full(4, np.nan),
+    )
+    layout = packing.Layout(2, 128, (2 + 3) * 4)
+    references = np.zeros((len(level["upper"].rows), 2))
+    drawn = train.make_batch(config, level["upper"], level["lower"], references, layout, 0, own)
+    lower = [first] * 3 + [second, third, fourth]
+    assert drawn.places.tolist() == [1, 2, 3, -1, 0, -1] + [-1] * 8
+    assert drawn.ids[:6] == [level["lower"].rows[i].id for i in lower] and len(drawn.ids) == 14
+    batch = drawn.batch
+    np.testing.assert_array_equal(batch.sample[:6], lower)
+    np.testing.assert_allclose(batch.share[:6], [1 / 12] * 3 + [1 / 4] * 3)
+    np.testing.assert_array_equal(batch.old_log_prob[:6], [-2, -3, -4, np.nan, -1, np.nan])
+    responses = [len(level["lower"].examples[i].response) for i in (second, fourth)]
+    np.testing.assert_array_equal(batch.packed.length[:6], [2, 3, 4, responses[0], 1, responses[1]])
+    assert len(set(batch.group[:3])) == 1 and batch.group[0] != batch.group[4]
+    assert not {batch.group[0], batch.group[4]} & {*batch.group[6:14]} and max(batch.group[0], batch.group[4]) < layout.entries
+    prompts = [len(level["lower"].examples[i].prompt) for i in lower]
+    upper = [level["upper"].examples[j] for j in order.upper_rows(config.seed, len(level["upper"].rows), 4, 0)]
+    pairs = sum(2 * len(pair.prompt) + len(pair.response) + len(pair.rejected) for pair in upper)
+    assert drawn.tokens == sum(prompts) + sum(batch.packed.length[:6]) + pairs and batch.num_lower == 4
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_rows_are_never_trained_on(levels, seed):
     config, level = levels({"seed": seed})
@@ -407,8 +488,11 @@ def finish(make_config, changes, workdir):
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
 def test_mixing(make_config, tmp_path, rho):
-    summary, events = finish(make_config, {"method": "mixing", "mixing.rho": rho}, tmp_path)
+    """It has no use for a selector, nor for responses of the model's own, whatever is said about them."""
+    summary, events = finish(make_config, {"method": "mixing", "mixing.rho": rho, "online.ratio": 1.0}, tmp_path)
     assert not any(key.startswith("selector/") for key in summary) and not (tmp_path / "weights").exists()
+    assert not any(key.startswith("online/") for event in [summary, *events] for key in event)
+    assert not (tmp_path / "responses.jsonl").exists() and summary["time/generate"] == 0
     seen = {0.0: {"upper"}, 0.5: {"upper", "lower"}, 1.0: {"lower"}}[rho]
     for event in events:
         assert {level for level in ("upper", "lower") if f"train/{level}_loss" in event} == seen
@@ -446,12 +530,7 @@ def test_uniform(make_config, tmp_path):
 
 
 def test_dpo(make_config, tmp_path):
-    rows = [
-        {"prompt": row["question"], "chosen": row["truth"], "rejected": f"No {i}."}
-        for i, row in enumerate(make_rows(12, seed=5))
-    ]
-    upper = str(write_jsonl(tmp_path / "upper.jsonl", rows))
-    changes = {"loss.upper": "dpo", "data.upper": upper, "data.max_length": 128, "log.every": 1}
+    changes = {"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128, "log.every": 1}
     summary, events = finish(make_config, changes, tmp_path / "run")
     losses = [event["train/upper_loss"] for event in events]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # the policy is the reference before the first step
@@ -465,14 +544,304 @@ def test_every_row_in_one_batch_and_none_held_out(make_config, tmp_path):
     assert not any(key.startswith(("eval/", "start/")) for key in summary)
 
 
-def test_devices_share_a_batch(finished, make_config, tmp_path):
-    """Two devices come to what one comes to, but for rounding."""
-    write_config(tmp_path, make_config(EVERYTHING | {"mesh.data": 2}))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
+def run_on_two_devices(directory, config):
+    """To `run` in the directory."""
+    write_config(directory, config)
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles much and computes little
+    environment = os.environ | quick | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    arguments = [f"--config={directory / 'config.py'}", f"--workdir={directory / 'run'}"]
     command = [sys.executable, "-m", "bilevel_jax.main", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_devices_share_a_batch(finished, make_config, tmp_path):
+    """Two devices come to what one comes to, but for rounding."""
+    run_on_two_devices(tmp_path, make_config(EVERYTHING | {"mesh.data": 2}))
     found, expected = summary_of(tmp_path / "run"), summary_of(finished)
     for key in EVAL | {"selector/ess"}:
         assert found[key] == pytest.approx(expected[key], rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Self-refining generation
+# --------------------------------------------------------------------------------------------------------------------
+
+EVERY, NUM_ROWS, NUM_MASKED = 3, NUM_LOWER - HELD_OUT, 8  # ⌊0.4 · 21⌋
+REFINED = {
+    "method": "dynamic",
+    "online.ratio": 0.4,
+    "online.num_samples": 2,
+    "online.refresh_every": EVERY,  # every other one is between two checkpoints
+    "online.max_new_tokens": 12,
+    "online.slots": 4,  # fewer than there are responses to make
+    "online.clip": 1.2,
+    "selection.coefficient_at": "current",
+    "log.every": 1,
+}
+SINGLE = {"online.num_samples": 1}  # the shapes of an offline run
+
+
+@pytest.fixture(scope="module")
+def refined(make_config, tmp_path_factory):
+    """`f(changes)` -> workdir of a finished run of `REFINED` with these changes, and what was recorded of each refresh."""
+
+    @functools.cache
+    def run(items):
+        workdir, retired, retire = tmp_path_factory.mktemp("refined") / "run", [], online.Record.retire
+
+        def note(record, own, *rest, **more):
+            retired.append(own)
+            retire(record, own, *rest, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(online.Record, "retire", note)
+            train.run(make_config(REFINED | dict(items)), workdir)
+        return workdir, [own for own in retired if own.step >= 0]
+
+    return lambda changes=(): run(tuple(sorted(dict(changes).items())))
+
+
+def responses_of(workdir) -> list[dict]:
+    """Lines as JSON ends them: a random model may say what else ends a line."""
+    return [json.loads(line) for line in (workdir / "responses.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def masked_in(workdir, epoch) -> set[str]:
+    return {row["id"] for row in table_of(workdir, epoch).to_pylist() if row["masked"]}
+
+
+def rows_of_step(table, k, batch=4) -> set[str]:
+    return {table["id"][int(i)].as_py() for i in order.lower_rows(0, NUM_ROWS, batch, k)}
+
+
+REFRESH = {"online/masked", "online/masked_bad", "online/responses", "online/response_length", "online/eos_rate", "online/empty"}
+REFRESH |= {"online/time_share", "speed/generated_tokens_per_s"}
+RATIOS = {f"online/{key}" for key in ("ratio_mean", "ratio_p05", "ratio_p50", "ratio_p95", "clip_fraction", "ess")}
+
+
+def test_metrics_of_refreshes(refined):
+    workdir, _ = refined()
+    events = read_jsonl(workdir / "metrics.jsonl")
+    refreshes = [event for event in events if "online/responses" in event]
+    assert [(event["step"], event["epoch"]) for event in refreshes] == [(1, 0), (4, 0.5), (7, 1), (10, 1.5)]
+    assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes)
+    assert any("online/another_chance" in event for event in refreshes)
+    training = [event for event in events if "train/loss" in event]
+    assert [event["step"] for event in training] == list(range(1, STEPS + 1))
+    used = [event for event in training if "online/ratio_mean" in event]
+    assert used and all(event.keys() >= RATIOS for event in used)
+    assert any(event["online/clip_fraction"] > 0 for event in used) and any(event["online/ess"] < 1 for event in used)
+    assert all(math.isfinite(value) for event in events for value in event.values())
+    summary = summary_of(workdir)
+    assert summary["time/generate"] > 0
+    assert summary["online/responses"] == sum(event["online/responses"] for event in refreshes) > 0
+
+
+@pytest.mark.parametrize("method", ["online", "dynamic"])
+def test_recorded_responses(refined, method):
+    """Of every refresh: two to each question that was masked and visited before the next one, all of them used."""
+    workdir, retired = refined({"method": method})
+    lines = responses_of(workdir)
+    assert all(list(line) == ["step", "id", "sample", "text", "logprob", "ratio"] for line in lines)
+    table = table_of(workdir, 2)
+    for own, step in zip(retired, range(0, STEPS, EVERY), strict=True):
+        masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(own.masked)}
+        visited = set.union(*(rows_of_step(table, k) for k in range(step, step + EVERY)))
+        mine = [line for line in lines if line["step"] == step]
+        assert len(masked) == NUM_MASKED and {line["id"] for line in mine} == masked & visited
+        assert len({(line["id"], line["sample"]) for line in mine}) == len(mine) == 2 * len(masked & visited)
+        # θ has not moved when a step follows a refresh at once; later it has.
+        fresh = [line["ratio"] for line in mine if line["id"] in rows_of_step(table, step)]
+        stale = [line["ratio"] for line in mine if line["id"] not in rows_of_step(table, step)]
+        np.testing.assert_allclose(fresh, 1, atol=1e-4)
+        assert all(abs(ratio - 1) > 1e-3 for ratio in stale)
+    assert masked_in(workdir, 2) == masked  # that of the last refresh
+    if method == "online":
+        assert all((own.masked == retired[0].masked).all() for own in retired)
+    else:
+        assert len({own.masked.tobytes() for own in retired}) == len(retired)
+
+
+def test_refreshes_ask_for_what_the_config_says(levels, monkeypatch):
+    """Seed and row ids make the keys: SHA-256, as `sampling` says."""
+    asked = []
+
+    def make_sampler(model, settings, eos, **rest):
+        def sample(base, adapter, prompts, keys, *more):
+            asked.append((settings, tuple(eos), rest["slots"], rest["length"], prompts, keys))
+
+        return sample
+
+    monkeypatch.setattr(train.sampling, "make_sampler", make_sampler)
+    changes = {"temperature": 0.7, "max_new_tokens": 5, "slots": 6, "num_samples": 3}
+    config, level = levels({f"online.{key}": value for key, value in changes.items()} | {"seed": 7})
+    refresh = train.make_refresh(config, train.load(config), score=None)
+    assert refresh(None, None, 6, np.array([2, 5]), np.array([1, 5]), lambda: False) is None
+    (settings, eos, slots, length, prompts, keys), lower = asked[0], level["lower"]
+    assert settings == sampling.Settings(temperature=0.7, max_new_tokens=5)
+    assert (eos, slots, length) == ((load_tokenizer(config).eos_token_id,), 6, 96)
+    np.testing.assert_array_equal(prompts, [lower.examples[5].prompt])
+    texts = [f"7/{lower.rows[5].id}/6/{g}".encode() for g in range(3)]
+    np.testing.assert_array_equal(keys, [[np.frombuffer(hashlib.sha256(text).digest()[:8], "<u4") for text in texts]])
+
+
+class Verbatim:
+    """A tokenizer for what is tokens already."""
+
+    eos_token_id = None
+
+    def __call__(self, tokens):
+        return {"input_ids": [int(token) for token in tokens]}
+
+
+def test_recorded_log_probabilities(refined, neox, make_config):
+    """π_old at step 0 is the base model, plain and at temperature 1, and each response scored alone."""
+    workdir, retired = refined()
+    model, base, _, tokenizer = load(neox)
+    rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
+    lines = [line for line in responses_of(workdir) if line["step"] == 0]
+    for line, row, sample, tokens in zip(lines, retired[0].row, retired[0].sample, retired[0].tokens, strict=True):
+        assert (line["id"], line["sample"]) == (rows[row].id, sample)
+        spoken = [token for token in tokens if token != tokenizer.eos_token_id]
+        assert line["text"] == tokenizer.backend_tokenizer.decode(spoken)  # to the space
+        prompt = tokenizer(f"Human: {rows[row].question}\n\nAssistant: ")["input_ids"]
+        expected = token_log_probs((model, base, None, Verbatim()), prompt, tokens, template="none", eos=False)
+        assert line["logprob"] == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_dynamic_masks_follow_the_weights(refined):
+    """The rows that weigh least when the second epoch begins; before that, none weighs less than another."""
+    workdir, _ = refined({"online.refresh_every": EPOCH_STEPS})
+    logits = {row["id"]: row["logit"] for row in table_of(workdir, 1).to_pylist()}
+    assert len(set(logits.values())) == NUM_ROWS
+    lightest = set(sorted(logits, key=logits.get)[:NUM_MASKED])
+    assert masked_in(workdir, 2) == lightest != masked_in(workdir, 1)
+    assert len(masked_in(workdir, 1)) == NUM_MASKED
+
+
+TRAINED = ("adapter/adapter_model.safetensors", "weights/epoch_1.parquet", "weights/epoch_2.parquet")
+
+
+@pytest.mark.parametrize("method", ["online", "dynamic"])
+def test_answers_that_are_not_needed_change_nothing(refined, method):
+    (needed, _), (every, _) = refined({"method": method}), refined({"method": method, "online.generate": "all"})
+    for file in TRAINED:
+        assert (every / file).read_bytes() == (needed / file).read_bytes()
+    found, expected = ([e for e in read_jsonl(x / "metrics.jsonl") if "online/masked" not in e] for x in (every, needed))
+    assert [without(event, "speed/") for event in found] == [without(event, "speed/") for event in expected]
+    found, expected = responses_of(every), responses_of(needed)
+    assert [line for line in found if line["ratio"] is not None] == expected
+    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [2 * NUM_MASKED] * 4
+
+
+def interrupt_refresh(patch, at):
+    """A SIGTERM to this process while the responses of the refresh at step `at` are sampled."""
+    make_refresh = online.make_refresh
+
+    def make(*args):
+        refresh = make_refresh(*args)
+
+        def interrupted(base, adapter, step, masked, visited, stopped):
+            def asked():
+                if step == at:
+                    signal.raise_signal(signal.SIGTERM)
+                return stopped()
+
+            return refresh(base, adapter, step, masked, visited, asked)
+
+        return interrupted
+
+    patch.setattr(online, "make_refresh", make)
+
+
+def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config, tmp_path, capsys):
+    """Stopped while responses are sampled, in the first refresh and later; killed there, and between a refresh and the next
+    checkpoint, when the record is ahead of what will be resumed."""
+    expected, _ = refined()
+    workdir, config = tmp_path / "run", make_config(REFINED)
+    write_config(tmp_path, config)
+    for how, at, resumed in [("term", 0, ""), ("asking", 3, ""), ("term", 3, "2"), ("step", 10, "3")]:
+        if how == "term":
+            with pytest.MonkeyPatch.context() as patch:
+                interrupt_refresh(patch, at)
+                with pytest.raises(workspace.Interrupted, match=f"SIGTERM: saved at step {at} of {STEPS}"):
+                    train.run(config, workdir)
+            printed = capsys.readouterr().out
+        else:
+            command = [sys.executable, "-u", "-c", COMMAND, how, str(at), str(workdir)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            printed = done.stdout
+        assert "".join(re.findall(rf"resuming .* at step (\d+) of {STEPS}", printed)) == resumed
+    train.run(config, workdir)
+    assert f"at step 8 of {STEPS}" in capsys.readouterr().out
+
+    for file in ("config.json", "responses.jsonl", *TRAINED):
+        assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
+    assert without(summary_of(workdir), "time/") == without(summary_of(expected), "time/")
+    timings = "speed/", "online/time_share"
+    found, events = ([without(e, timings) for e in read_jsonl(x / "metrics.jsonl")] for x in (workdir, expected))
+    assert found == events
+
+
+def test_no_mask_is_offline(refined, tmp_path, make_config):
+    """Bit for bit: R = 0 generates nothing and changes nothing."""
+    nothing, retired = refined(SINGLE | {"online.ratio": 0.0})
+    offline, _ = refined(SINGLE | {"method": "offline"})
+    assert not (offline / "responses.jsonl").exists() and responses_of(nothing) == []
+    for file in TRAINED:
+        assert (nothing / file).read_bytes() == (offline / file).read_bytes()
+    assert masked_in(nothing, 2) == set() and summary_of(nothing)["online/responses"] == 0
+    assert "time/generate" in summary_of(nothing) and summary_of(offline)["time/generate"] == 0
+
+
+def test_all_masked(refined):
+    """R = 1: no response of the data is looked at. What is told of the ratios is of all that were used since the last event."""
+    workdir, retired = refined(SINGLE | {"online.ratio": 1.0, "log.every": 4})
+    assert len(masked_in(workdir, 1)) == len(masked_in(workdir, 2)) == NUM_ROWS
+    table, lines = table_of(workdir, 2), responses_of(workdir)
+    seen = [rows_of_step(table, k) for k in range(STEPS)]
+    for own in retired:
+        of_refresh = {line["id"] for line in lines if line["step"] == own.step}
+        assert of_refresh == set.union(*seen[own.step : own.step + EVERY])
+    assert all(line["ratio"] is not None for line in lines) and len(lines) == EPOCHS * NUM_ROWS
+
+    training = [event for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event]
+    assert [event["step"] for event in training] == [4, 6, 8, 12]
+    for event, steps in zip(training, [range(4), range(4, 6), range(6, 8), range(8, 12)]):
+        used = [x["ratio"] for x in lines for k in steps if x["step"] == k // EVERY * EVERY and x["id"] in seen[k]]
+        assert event["online/ratio_mean"] == pytest.approx(np.mean(used), rel=1e-5)
+        assert event["online/clip_fraction"] == np.mean([ratio > 1.2 for ratio in used])
+        assert "online/ess" not in event  # there is nothing to compare with where a question has one answer
+    assert any(0 < event["online/clip_fraction"] < 1 for event in training)
+
+
+def test_preferences_above_and_own_responses_below(make_config, tmp_path):
+    changes = {"method": "dynamic", "online.ratio": 0.4, "online.refresh_every": 2, "online.max_new_tokens": 8, "online.slots": 4}
+    preferences = {"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128, "log.every": 1}
+    _, events = finish(make_config, changes | preferences, tmp_path / "run")
+    losses = [event["train/upper_loss"] for event in events]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-5)  # the policy is the reference before the first step
+    assert losses[-1] < losses[0]
+    used = [line["ratio"] for line in responses_of(tmp_path / "run")]
+    assert used and all(ratio is not None for ratio in used)
+
+
+def test_devices_share_the_sampling(refined, make_config, tmp_path):
+    """Two devices say what one does, and come to the same but for rounding."""
+    expected, _ = refined()
+    run_on_two_devices(tmp_path, make_config(REFINED | {"mesh.data": 2}))
+    for key in EVAL | {"selector/ess"}:
+        assert summary_of(tmp_path / "run")[key] == pytest.approx(summary_of(expected)[key], rel=1e-3)
+    found, lines = responses_of(tmp_path / "run"), responses_of(expected)
+    assert [(x["step"], x["id"], x["text"]) for x in found] == [(x["step"], x["id"], x["text"]) for x in lines]
+    for key in ("logprob", "ratio"):
+        np.testing.assert_allclose([x[key] for x in found], [x[key] for x in lines], rtol=1e-3)
+
+
+@pytest.mark.parametrize("key", ["online.slots", "batch.micro_size"])
+def test_devices_take_equal_parts(make_config, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(train.sharding, "make_mesh", lambda number: types.SimpleNamespace(size=number))
+    with pytest.raises(workspace.RunError, match=f"{key}=3 must be a multiple of the 2 devices"):
+        train.run(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")

@@ -1,8 +1,11 @@
-"""Measures speed: `python -m experiments.benchmarks --suite=cost|padding|selector [--config=FILE:TIER] [--out=FILE.md]`.
+"""Measures speed: `python -m experiments.benchmarks --suite=SUITE [--config=FILE:TIER] [--out=FILE.md]`.
 
 cost      a step of bilevel selection over one of direct mixing
 padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
 selector  the selector's own cost for up to 10^7 rows
+decode    sampling over `generate` of transformers (in .venv-parity, see the Makefile; --config=configs/safety.py:smollm2)
+refill    sampling with slot refill over without (--config=configs/safety.py:smollm2 --rounds=1)
+methods   whole runs: selection and self-refining over mixing (--set=num_epochs=1 for shorter ones)
 """
 
 import pathlib
@@ -14,8 +17,9 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
-SUITE = flags.DEFINE_enum("suite", "cost", ["cost", "padding", "selector"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "cost", ["cost", "padding", "selector", "decode", "refill", "methods"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "key=value for every run of the suite methods, on top of the config.")
 OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.")
 
 
@@ -24,19 +28,27 @@ def main() -> None:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import cost, padding, selector_cost, timing
+    from experiments.benchmarks import cost, decode, methods, padding, refill, selector_cost, timing
 
     config = CONFIG.value
     if SUITE.value == "selector":
         lines = selector_cost.measure(ROUNDS.value)
+    elif SUITE.value == "methods":
+        lines = methods.measure(config_flags.get_config_filename(flags.FLAGS["config"]), ROUNDS.value, SET.value)
     else:
         directory = str(huggingface.locate(config.model.path))
         tokenizer = templates.load_tokenizer(directory)
         upper, lower = levels.load_level(config, "upper", tokenizer), levels.load_level(config, "lower", tokenizer)
         model, base = huggingface.load_model(directory, config.model.dtype)
         model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
-        suite = {"cost": cost, "padding": padding}[SUITE.value]
-        lines = suite.measure(config, model, base, upper, lower, ROUNDS.value)
+        prompts, eos = [example.prompt for example in lower.examples], huggingface.eos_ids(directory, tokenizer)
+        if SUITE.value == "decode":
+            lines = decode.measure(config, model, base, directory, prompts, eos, ROUNDS.value)
+        elif SUITE.value == "refill":
+            lines = refill.measure(model, base, prompts, eos, ROUNDS.value)
+        else:
+            suite = {"cost": cost, "padding": padding}[SUITE.value]
+            lines = suite.measure(config, model, base, upper, lower, ROUNDS.value)
     command = "python -m experiments.benchmarks " + " ".join(a for a in sys.argv[1:] if not a.startswith("--out"))
     text = "\n".join([f"# Benchmark: {SUITE.value}", "", f"`{command}`", "", timing.hardware(), "", *lines, ""])
     if OUT.value:

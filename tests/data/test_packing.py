@@ -183,6 +183,28 @@ def test_pairs_share_a_sequence():
     np.testing.assert_array_equal(batch.reference, [*(-order)] + [0] * rest)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_own_responses_go_where_there_is_room(padded):
+    """Those to one question share a number, as preference pairs do, but no sequence: together they would not fit one."""
+    rng, layout = np.random.default_rng(0), Layout(2, 40, 30, padded)
+    sizes = [(8, int(response)) for response in rng.integers(1, 33, 20)]
+    question = [int(q) for q in rng.integers(0, 4, 20)]
+    segments = [
+        segment(i, *size, sample=q, share=1 / 8, group=20 + q, old_log_prob=-i / 3)
+        for i, (size, q) in enumerate(zip(sizes, question))
+    ]
+    pairs = [segment(20 + i, 4, 5, group=i // 2, sign=1 - 2 * (i % 2)) for i in range(4)]
+    others = [segment(24, 5, 5, sample=9), segment(25, 5, 5, sample=-1)]
+    batch = packing.pack_step(segments + pairs + others, 10, 5, layout)
+    check(batch.packed, sizes + [(4, 5)] * 4 + [(5, 5)] * 2, layout)
+    where = {i: b for b, members in enumerate(contents(batch.packed)) for i in members}
+    assert all(len({where[i] for i in range(20) if question[i] == q}) > 1 for q in range(4))
+    np.testing.assert_array_equal(batch.group, [20 + q for q in question] + [0, 0, 1, 1] + [30] * 6)
+    np.testing.assert_array_equal(batch.old_log_prob, np.float32([-i / 3 for i in range(20)] + [np.nan] * 10))
+    np.testing.assert_array_equal(batch.sample, question + [10] * 4 + [9] + [10] * 5)
+    assert batch.num_lower == 5
+
+
 @pytest.mark.parametrize(
     "entries, sequences, expected", [(32, 8, 4), (33, 8, 5), (1, 8, 1), (7, 1, 7)]
 )  # enough for every segment to have a sequence of its own

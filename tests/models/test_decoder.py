@@ -1,4 +1,5 @@
-"""The decoder against `transformers`' logits (see fixtures/make.py), and what no reference shows: who may see whom."""
+"""The decoder against `transformers`' logits (see fixtures/make.py), and what no reference shows: who may see whom, and that
+decoding with a cache comes to the same as the whole forward pass."""
 
 import dataclasses
 import functools
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import linen as nn
 
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import decoder, huggingface, lora
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 logits_of = jax.jit(decoder.logits, static_argnums=0)
@@ -135,3 +136,157 @@ def test_initial_parameters():
             assert abs(float(leaf.std()) / 0.02 - 1) < 0.05, path
     tied = init(dataclasses.replace(config, tie_embeddings=True), jax.random.key(0))
     assert "lm_head" in params and "lm_head" not in tied
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding
+# --------------------------------------------------------------------------------------------------------------------
+
+WINDOW = 192  # three blocks
+AT_ONCE = [decoder.CACHE_BLOCK, WINDOW]  # both ways to go through a cache
+HEADS = [(1, 1, 3), (2, 2, 8), (2, 6, 5)]  # key heads, query heads, width
+
+
+@pytest.fixture(params=AT_ONCE)
+def at_once(request, monkeypatch):
+    """Positions of the cache that attention takes at once."""
+    monkeypatch.setattr(decoder, "_positions_at_once", lambda window: request.param)
+    return request.param
+
+
+def random_adapter(config):
+    """An adapter of every projection, large enough to change each logit."""
+    adapter = lora.init_adapter(config, jax.random.key(0), 3, lora.resolve_targets(config, "all-linear"))
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float = 0.0):
+    """Logits [S, L, V] by prefill of the first prompt_S[s] tokens of each row and one step for each later one; NaN for the prompts.
+    What the cache holds beyond a row's prompt starts as `stale`."""
+    S, L = tokens_SxL.shape
+    within = np.arange(max(prompt_S)) < prompt_S[:, None]
+    prefix = jax.jit(lambda tokens: decoder.prefill(config, params, adapter, tokens))(
+        np.where(within, tokens_SxL[:, : max(prompt_S)], 0)
+    )
+
+    def fill(room, filled):
+        kept = jnp.where(within[:, None, :, None], filled, stale)
+        return jnp.full_like(room, stale).at[:, :, : kept.shape[2]].set(kept)
+
+    cache = jax.tree.map(fill, decoder.init_cache(config, S, L), prefix)
+    weights = [tree if tree is None else decoder.split_layers(tree, config) for tree in (params, adapter)]
+
+    @jax.jit
+    def step(cache, token_S, position_S):
+        hidden, cache = decoder.decode(config, *weights, cache, token_S, position_S)
+        return hidden @ decoder.head(params).T, cache
+
+    found = np.full((S, L, config.vocab_size), np.nan, np.float32)
+    rows = np.arange(S)
+    for i in range(L - min(prompt_S)):
+        position_S = np.minimum(prompt_S + i, L - 1)  # a row that is done repeats its last token
+        logits, cache = step(cache, tokens_SxL[rows, position_S], position_S)
+        found[rows, position_S] = logits
+    return found
+
+
+def assert_decoding_is_the_forward(config, params, adapter, decoded_with):
+    """Rows of unequal prompts, one of which ends a block, and one that starts from nothing, so that every position is decoded."""
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 150))
+    prompt_S = np.array([0, 37, 64, 130])
+    found = decoded_logits(config, decoded_with[0], decoded_with[1], tokens, prompt_S)
+    expected = np.asarray(logits_of(config, params, adapter, tokens))
+    for row, prompt in enumerate(prompt_S):
+        np.testing.assert_allclose(found[row, prompt:], expected[row, prompt:], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3"])
+def test_decoding_equals_the_whole_forward(variant, at_once):
+    config, params, _ = load(variant)
+    assert_decoding_is_the_forward(config, params, None, (params, None))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+def test_decoding_with_an_adapter_equals_the_whole_forward(variant, merged):
+    config, params, _ = load(variant)
+    config = dataclasses.replace(config, adapter_scale=1.5)
+    adapter = random_adapter(config)
+    used = (lora.merge(config, params, adapter), None) if merged else (params, adapter)
+    assert_decoding_is_the_forward(config, params, adapter, used)
+
+
+@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+def test_what_a_cache_held_before_has_no_influence(variant, at_once):
+    config, params, _ = load(variant)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 140))
+    prompt_S = np.array([2, 64, 90])
+    clean = decoded_logits(config, params, None, tokens, prompt_S)
+    np.testing.assert_array_equal(decoded_logits(config, params, None, tokens, prompt_S, stale=1e30), clean)
+    assert np.isfinite(clean[2, 90:]).all()
+
+
+def test_bfloat16_decodes_in_bfloat16_and_stays_near():
+    config, params, _ = load("llama_gqa_tied", "bfloat16")
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 70))
+    cache = decoder.init_cache(config, 2, 70)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+    found = decoded_logits(config, params, None, tokens, np.array([1, 66]))
+    exact = dataclasses.replace(config, dtype="float32")
+    expected = logits_of(exact, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), None, tokens)
+    error = np.linalg.norm(found[0, 1:] - expected[0, 1:]) / np.linalg.norm(expected[0, 1:])
+    assert 0 < error < 0.05  # as above
+
+
+def random_cache(key_heads: int, width: int, number: int):
+    """Keys and values [number, K, WINDOW, C], and the cache that holds them, grown one position at a time."""
+    rng = np.random.default_rng(0)
+    pair = rng.normal(size=(2, number, key_heads, WINDOW, width)).astype(np.float32)
+    config, _, _ = load("llama_mha")
+    config = dataclasses.replace(config, num_layers=1, num_kv_heads=key_heads, head_dim=width)
+    (layer,) = decoder.init_cache(config, number, WINDOW)
+    caches = [layer["self_attn"]["key"], layer["self_attn"]["value"]]
+    append = jax.jit(decoder.append)
+    for position in range(WINDOW):
+        at = np.full(number, position)
+        caches = [append(cache, new[:, :, position], at) for cache, new in zip(caches, pair, strict=True)]
+    return pair.astype(np.float64), caches
+
+
+@pytest.mark.parametrize("key_heads, heads, width", HEADS)
+def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width, at_once):
+    """softmax(q · k / √C) v in float64; head h looks at key head h // (H / K)."""
+    position_S = np.array([0, 1, 62, 63, 64, 100, 127, 128, WINDOW - 1])
+    (keys, values), caches = random_cache(key_heads, width, len(position_S))
+    q = 3 * np.random.default_rng(1).normal(size=(len(position_S), heads, width)).astype(np.float32)
+    found = jax.jit(lambda *args: decoder.attend_cached(*args))(q, *caches, position_S)
+    assert found.shape == q.shape
+    for row, position in enumerate(position_S):
+        for head in range(heads):
+            key = keys[row, head * key_heads // heads, : position + 1]
+            scores = key @ q[row, head].astype(np.float64) / np.sqrt(width)
+            weights = np.exp(scores - scores.max())
+            expected = weights @ values[row, head * key_heads // heads, : position + 1] / weights.sum()
+            np.testing.assert_allclose(found[row, head], expected, rtol=0, atol=1e-5)
+
+
+def test_a_row_attends_alike_beside_any_other(at_once):
+    """To the last bit: however far another row has come, blocks that a row does not need add nothing to it."""
+    position_S = np.array([3, 70, WINDOW - 1])
+    _, caches = random_cache(2, 8, len(position_S))
+    q = np.random.default_rng(1).normal(size=(len(position_S), 4, 8)).astype(np.float32)
+    attend = jax.jit(lambda *args: decoder.attend_cached(*args))
+    far = attend(q, *caches, position_S)
+    near = attend(q, *caches, np.minimum(position_S, 70))
+    np.testing.assert_array_equal(far[:2], near[:2])
+    assert (far[2] != near[2]).any()
+
+
+@pytest.mark.parametrize("length, window", [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576)])
+def test_a_cache_is_a_whole_number_of_blocks(length, window):
+    config, _, _ = load("neox_parallel")
+    assert decoder.cache_window(length) == window
+    shapes = {leaf.size for leaf in jax.tree.leaves(decoder.init_cache(config, 3, length))}
+    assert shapes == {3 * config.num_kv_heads * window * config.head_dim}
