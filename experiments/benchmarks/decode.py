@@ -2,7 +2,8 @@
 
 Both sides answer the same real prompts, in turn. `decode alone` is a long generation less one of a single token, over the steps
 between them, so that prompts, padding and start-up fall out on either side. `natural stop` is a queue of prompts, each answered up
-to its EOS: `generate` takes them batch by batch, in order, and ours refills slots; what counts are tokens up to the EOS.
+to its EOS: `generate` takes them batch by batch, in order, and ours refills slots; what counts are tokens up to the EOS. With an
+adapter, `generate` applies it beside the weights, as PEFT does between training steps, ours as `sampling` does.
 """
 
 import functools
