@@ -19,8 +19,6 @@ COLUMNS = {
     "AUROC": "selector/auroc",
     "bad kept": "selector/bad_kept",
     "another chance": "online/another_chance",
-    "train s": "time/train",
-    "generate s": "time/generate",
 }
 
 
