@@ -185,7 +185,7 @@ def make_refresh(
 
     Args:
       sample: from `sampling.make_sampler`.
-      score: from `evaluate.make_scorer`: the training forward.
+      score: from `scoring.make_scorer`: the training forward.
       detokenize: token ids -> text.
       ids, prompts: of all lower-level rows; every prompt leaves room for a response.
       seed: of the responses, together with row, step and g.

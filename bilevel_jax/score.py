@@ -29,7 +29,7 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
       items: `rows.Row` or `rows.Rejection`, as `rows.iter_rows` yields them.
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
     """
-    from bilevel_jax import evaluate, sharding
+    from bilevel_jax import scoring, sharding
     from bilevel_jax.data import packing, rows, templates
 
     usable = [item for item in items if isinstance(item, rows.Row)]
@@ -52,7 +52,7 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
             segments.append(segment)
     if not segments:
         return results
-    score = evaluate.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
+    score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
     for result, total, number in zip(places, nll, count):
         result |= {"loss": total / max(number, 1), "logprob": -total, "num_tokens": int(number)}

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import tqdm
 
-from bilevel_jax import checkpoint, evaluate, metrics, online, progress, sampling, selector, sharding, step, weights, workspace
+from bilevel_jax import checkpoint, metrics, online, progress, sampling, scoring, selector, sharding, step, weights, workspace
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, order, packing, templates
 from bilevel_jax.models import decoder, huggingface, lora
@@ -165,7 +165,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     own = online.nothing_yet(len(lower.rows))
     per_row = (2 if objective.upper == "dpo" else 1) + (config.online.num_samples if generates else 1)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
-    score = evaluate.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
+    score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
     references = reference_log_probs(score, base, upper) if objective.upper == "dpo" else None
     batch_of = functools.partial(make_batch, config, upper, lower, references, layout)
     with clock("compile"):
@@ -194,8 +194,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         values = {}
         for name, examples in held_out.items():
             if examples:
-                found = score(base, state.policy.adapter, evaluate.segments_of(examples), f"evaluating {name}")
-                values[f"eval/{name}_loss"] = evaluate.mean_loss(*found)
+                found = score(base, state.policy.adapter, scoring.segments_of(examples), f"evaluating {name}")
+                values[f"eval/{name}_loss"] = scoring.mean_loss(*found)
         return values
 
     def verdict(state: step.State) -> dict[str, float]:

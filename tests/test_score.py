@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bilevel_jax import evaluate, score
+from bilevel_jax import score, scoring
 from bilevel_jax.data import rows
 from bilevel_jax.models import huggingface, lora
 from tests.conftest import load, make_rows, read_jsonl, token_log_probs, write_jsonl
@@ -90,8 +90,8 @@ def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("short, entries", [(512, 256), (8, 5)])  # one shape for all, or one for every power of two
 def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, entries):
-    monkeypatch.setattr(evaluate, "SHORT", short)
-    monkeypatch.setattr(evaluate, "ENTRIES", entries)
+    monkeypatch.setattr(scoring, "SHORT", short)
+    monkeypatch.setattr(scoring, "ENTRIES", entries)
     loaded = load(neox)
     items = list(rows.parse(enumerate(OBJECTS, 1)))
     results = score.score_rows(items, *loaded, template="none", eos=True, batch_size=batch_size)
