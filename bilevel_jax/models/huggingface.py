@@ -146,7 +146,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32") -> decoder.Mode
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Shards:
+class Shards:
     """All tensors of a model directory by name, read one at a time; bfloat16 included, which NumPy lacks by itself."""
 
     def __init__(self, directory: pathlib.Path):
@@ -187,7 +187,7 @@ class _Shards:
         return tensor.T if transposed else tensor
 
 
-def _theirs(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bool]:
+def their_name(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bool]:
     """Hugging Face's name for a weight of ours, `{}` standing for the layer, and whether it is transposed."""
     first, *rest = path
     outer = OUTER[config.architecture][first]
@@ -198,7 +198,7 @@ def _theirs(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bo
     return ".".join([outer, *middle, kind]), rest[-1] == "kernel"
 
 
-def _flatten(tree) -> list[tuple[tuple[str, ...], object]]:
+def flatten(tree) -> list[tuple[tuple[str, ...], object]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
 
@@ -225,11 +225,11 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig):
     than a stack of them exists.
     """
     directory = pathlib.Path(directory)
-    shards = _Shards(directory)
+    shards = Shards(directory)
     shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     loaded = {}
-    for path, leaf in tqdm.tqdm(_flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
-        name, transposed = _theirs(path, config)
+    for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
+        name, transposed = their_name(path, config)
         if path[0] == "layers":
             stack = jnp.zeros(leaf.shape, leaf.dtype)
             for i in range(config.num_layers):
@@ -270,8 +270,8 @@ def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, 
 def save_params(directory: pathlib.Path, config: decoder.ModelConfig, params, dtype: str | None = None) -> None:
     """Writes `model.safetensors` with Hugging Face's names, in `dtype` or as the weights are."""
     tensors = {}
-    for path, leaf in _flatten(params):
-        name, transposed = _theirs(path, config)
+    for path, leaf in flatten(params):
+        name, transposed = their_name(path, config)
         stack = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         for i, tensor in enumerate(stack if path[0] == "layers" else [stack]):
             tensors[name.format(i)] = np.ascontiguousarray(tensor.T if transposed else tensor)
