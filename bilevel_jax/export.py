@@ -1,78 +1,124 @@
-"""What a finished run leaves to others: `python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8]`.
+"""What a finished run leaves to others, as files that Hugging Face's libraries read.
 
-Writes the `keep` share of the training rows that weighs most, with their original fields, `weight` and `rank`, in stored order.
+    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --refined --format=auto|chat|text|original]
+    python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
+
+`--selected` writes the `keep` share of the training rows that weighs most, in stored order, as JSONL or Parquet: their own fields,
+`weight`, `rank`, and the `prompt` and `completion` that TRL's SFTTrainer learns from (`exporting` says how). With `--refined`,
+masked rows have the model's latest own response instead of that of the data, and say so. Masked rows are those that weighed least
+when they were masked, so `--keep=1` is what goes with it. FILE.card.md beside it tells what it is.
+
 Rows are matched to weights by content, so data that changed since the run is refused.
+
+`--merged` writes a model directory (safetensors, config, tokenizer, README.md) that needs no PEFT.
 """
 
 import json
 import pathlib
+import shlex
+import sys
 
 import ml_collections
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, exporting
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True)
-SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file to write the kept rows to.", required=True)
+SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file to write the kept rows to.")
 KEEP = flags.DEFINE_float("keep", 0.8, "Share of the rows to keep, heaviest first.")
+REFINED = flags.DEFINE_bool("refined", False, "Masked rows have the model's latest own response.")
+FORMAT = flags.DEFINE_enum("format", "auto", list(exporting.FORMATS), "; ".join(f"{k}: {v}" for k, v in exporting.FORMATS.items()))
+MERGED = flags.DEFINE_string("merged", None, "Directory to write base and adapter to, as one model.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.")
 
 
-def select(found, table, keep: float) -> list[dict]:
-    """The kept rows' original fields with `weight` and `rank`, in stored order.
-
-    Args:
-      found: `rows.Row`s of the lower level, at least all those in the table.
-      table: as written by `weights.write`.
-      keep: share of the table's rows, in (0, 1].
-    """
-    from bilevel_jax.data import rows
-
-    verdicts = {verdict["id"]: verdict for verdict in table.to_pylist()}
-    limit = round(keep * len(verdicts))
-    places = sorted(rows.select(found, [row_id for row_id, verdict in verdicts.items() if verdict["rank"] <= limit]))
-    kept = ((found[place], verdicts[found[place].id]) for place in places)
-    return [dict(row.fields) | {"weight": verdict["weight"], "rank": verdict["rank"]} for row, verdict in kept]
-
-
-def write(out: pathlib.Path, kept: list[dict]) -> None:
-    """Writes rows to a JSONL or Parquet file; rows need not have the same fields."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        names = dict.fromkeys(name for row in kept for name in row)
-        try:
-            table = pyarrow.table({name: [row.get(name) for row in kept] for name in names})
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{out}: a field has values of several types ({error}); write .jsonl") from error
-        pyarrow.parquet.write_table(table, out)
-    else:
-        with open(out, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept)
-
-
-def main() -> None:
-    from bilevel_jax import weights
-    from bilevel_jax.data import sources
-
-    workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(SELECTED.value)
+def check_flags() -> None:
+    """Refuses what has no meaning, before any work."""
+    if not SELECTED.value and not MERGED.value:
+        raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
+    for owner, names in ((SELECTED, ("keep", "refined", "format")), (MERGED, ("dtype",))):
+        idle = [name for name in names if flags.FLAGS[name].present]
+        if idle and not owner.value:
+            raise ValueError(f"--{idle[0]} goes with --{owner.name}")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
-    if out.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--selected={out} must end in .jsonl or .parquet")
-    if not (workdir / "summary.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
+    if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
+
+
+def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
+    from bilevel_jax import cards, weights, workspace
+    from bilevel_jax.data import sources, templates
+    from bilevel_jax.models import huggingface
+
     table = weights.latest(workdir)
     if table is None:
         raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    recorded = workdir / "responses.jsonl"
+    if REFINED.value and not recorded.exists():
+        raise FileNotFoundError(f"{recorded} is missing: method={config.method} generates nothing, so --refined has no responses")
     found, _ = sources.open_source(
         config.data.lower, seed=config.seed, num_rows=config.data.num_lower, bad_fraction=config.data.bad_fraction
     )
-    kept = select(found, table, KEEP.value)
-    write(out, kept)
+    kept = exporting.select(found, table, KEEP.value)
+    told = [{} for _ in kept]
+    if REFINED.value:
+        kept, told = zip(*exporting.refine(kept, exporting.latest_responses(recorded)))
+    chosen = [one.row for one in kept]
+
+    form, tokenizer, template = FORMAT.value, None, None
+    if form in ("auto", "text"):
+        tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
+        template = templates.resolve(config.data.template, tokenizer)
+    form = exporting.resolve_format(form, chosen, template)
+    columns = [
+        {"weight": one.weight, "rank": one.rank, **more, **exporting.prompt_columns(one.row, form, tokenizer, template)}
+        for one, more in zip(kept, told)
+    ]
+    records, renamed = exporting.join(chosen, columns, exporting.misread(form, chosen))
+    late = exporting.write(out, records)
+    facts = cards.Facts(workdir, config, command)
+    card = out.with_suffix(".card.md")
+    workspace.write_atomically(card, cards.data_card(facts, out, table, found, kept, told, form, renamed))
+
     print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
+    if REFINED.value:
+        masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in told)
+        hint = "" if masked or KEEP.value == 1 else "; the masked rows weigh least: --keep=1 keeps them"
+        print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
+    for name in renamed:
+        print(f"  field '{name}' is kept as 'original_{name}'")
+    if late:
+        print(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")
+    print(f"{card}: counts, weights, provenance")
+
+
+def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
+    from bilevel_jax import cards
+    from bilevel_jax.models import huggingface, merging
+
+    base = huggingface.locate(config.model.path)
+    on_hub = not pathlib.Path(config.model.path).is_dir() and base != huggingface.PACKAGE.parent / config.model.path
+    card = cards.model_card(cards.Facts(workdir, config, command), DTYPE.value, config.model.path if on_hub else None)
+    number = merging.merge(base, workdir / "adapter", out, dtype=DTYPE.value, texts={"README.md": card})
+    print(f"{out}: {config.model.path} with its adapter, {number / 1e6:.1f}M parameters in {DTYPE.value}")
+
+
+def main() -> None:
+    check_flags()
+    workdir = pathlib.Path(WORKDIR.value)
+    if not (workdir / "summary.json").exists():
+        raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
+    if MERGED.value:
+        from bilevel_jax.models import merging
+
+        merging.check_free(pathlib.Path(MERGED.value))
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    command = f"python -m bilevel_jax.export {shlex.join(sys.argv[1:])}"
+    if SELECTED.value:
+        export_selected(workdir, config, pathlib.Path(SELECTED.value), command)
+    if MERGED.value:
+        export_merged(workdir, config, pathlib.Path(MERGED.value), command)
 
 
 if __name__ == "__main__":

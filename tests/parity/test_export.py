@@ -1,0 +1,182 @@
+"""What is exported, in the hands of those it is for: `transformers`, `peft`, `datasets` and TRL's SFTTrainer."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import datasets  # noqa: E402
+import peft  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+
+from bilevel_jax import config as configuration  # noqa: E402
+from bilevel_jax import weights  # noqa: E402
+from bilevel_jax.data import rows, templates  # noqa: E402
+from bilevel_jax.models import decoder, huggingface, merging  # noqa: E402
+from tests.conftest import make_model, make_rows, write_jsonl  # noqa: E402
+from tests.models.fixtures import make  # noqa: E402
+from tests.test_exporting import CHAT, MIXED  # noqa: E402
+
+pytestmark = pytest.mark.parity
+SEED = 999
+SMOLLM2 = "local/smollm2"
+LLAMA3 = (  # as Llama 3 writes chats: nothing follows the EOS
+    "{% for m in messages %}{{ '<|head|>' + m['role'] + '\n\n' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant\n\n' }}{% endif %}"
+)
+logits_of = jax.jit(decoder.logits, static_argnums=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Merged models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_shard", [10**9, 24 * 1024])
+@pytest.mark.parametrize("name", [*make.ADAPTERS, "llama_bfloat16"])
+def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp_path):
+    """Equal to those of PEFT with the adapter beside the base, and to ours. Models with biases and tied embeddings are among them."""
+    base, options = make.ADAPTERS.get(name, (name, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}))
+    model = make.save(make.build(base, SEED), base, tmp_path / "base")
+    make.adapt(model, options, SEED).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merging.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", max_shard=max_shard)
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists() == (max_shard < 10**9)
+
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    tokens = make.draw_tokens(SEED)
+    merged, expected = make.compute_logits(again.eval(), tokens), make.compute_logits(adapted, tokens)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=5e-5)
+    config, params = huggingface.load_model(str(tmp_path / "base"))
+    config, adapter = huggingface.load_adapter(tmp_path / "adapter", config)
+    np.testing.assert_allclose(merged, logits_of(config, params, adapter, tokens.numpy()), rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kept rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of tiny models: without a chat template, with Llama 3's, and with SmolLM2's tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    found = {"plain": make_model(root / "plain", "llama")}
+    found["llama3"] = shutil.copytree(found["plain"], root / "llama3")
+    (found["llama3"] / "chat_template.jinja").write_text(LLAMA3)
+    tokenizer = templates.load_tokenizer(SMOLLM2)
+    tokenizer.save_pretrained(root / "smollm2")
+    sizes = make.SIZES | {"vocab_size": len(tokenizer), "num_attention_heads": 4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(root / "smollm2")
+    return found | {"smollm2": root / "smollm2"}
+
+
+@pytest.fixture
+def export(models, tmp_path):
+    """`f(model, objects, *flags)` -> the exported rows as `datasets` reads them, and the rows that the run had."""
+
+    def run(name, objects, *arguments, template="auto", suffix="jsonl"):
+        workdir = tmp_path / "run"
+        shutil.rmtree(workdir, ignore_errors=True)
+        workdir.mkdir()
+        config = configuration.default()
+        file = write_jsonl(tmp_path / "lower.jsonl", objects)
+        config.data.lower, config.data.template, config.model.path = str(file), template, str(models[name])
+        (workdir / "config.json").write_text(config.to_json(indent=2))
+        (workdir / "summary.json").write_text("{}")
+        found, _ = rows.read_rows(file)
+        number = len(found)
+        weights.write(workdir / "weights" / "epoch_1.parquet", weights.table(found, np.arange(number), [1] * number, [True] * number))
+        lines = [{"step": 0, "id": row.id, "sample": 0, "text": f"My {row.line}"} for row in found[::2]]
+        write_jsonl(workdir / "responses.jsonl", lines)
+        out = tmp_path / f"kept.{suffix}"
+        command = [sys.executable, "-m", "bilevel_jax.export", f"--workdir={workdir}", f"--selected={out}", "--keep=1", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kind = {"jsonl": "json"}.get(suffix, suffix)
+        return datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache")), found
+
+    return run
+
+
+def train(directory, dataset, tmp_path):
+    """Token ids and labels of every row as SFTTrainer prepares them with its own settings; it takes a step, too."""
+    settings = trl.SFTConfig(str(tmp_path / "sft"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
+    trainer = trl.SFTTrainer(model=str(directory), args=settings, train_dataset=dataset)
+    prepared = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert np.isfinite(trainer.train().training_loss)
+    return prepared
+
+
+def of_run(found, tokenizer, template):
+    """Token ids and labels of every row in a run."""
+    pairs = [(x.prompt.tolist(), x.response.tolist()) for x in templates.encode(found, tokenizer, template=template)]
+    return [(prompt + response, [-100] * len(prompt) + response) for prompt, response in pairs]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name, after", [("llama3", ""), ("smollm2", "\n")])
+def test_trl_learns_the_same_chats(export, models, tmp_path, name, after, suffix):
+    """To the token, but for the line feed that SmolLM2's template writes after the EOS."""
+    dataset, found = export(name, MIXED, suffix=suffix)
+    tokenizer = templates.load_tokenizer(str(models[name]))
+    rest = tokenizer(after, add_special_tokens=False)["input_ids"]
+    expected = [(ids + rest, labels + rest) for ids, labels in of_run(found, tokenizer, "chat")]
+    assert train(models[name], dataset, tmp_path) == expected
+
+
+def test_trl_learns_chats_that_keep_their_messages(export, models, tmp_path):
+    dataset, found = export("llama3", [{"messages": CHAT}, {"messages": CHAT[1:3]}])
+    assert "messages" in dataset.column_names
+    tokenizer = templates.load_tokenizer(str(models["llama3"]))
+    assert train(models["llama3"], dataset, tmp_path) == of_run(found, tokenizer, "chat")
+
+
+def test_trl_learns_refined_responses(export, models, tmp_path):
+    dataset, found = export("llama3", MIXED, "--refined")
+    assert dataset["refined"] == [True, False, True, False]
+    tokenizer = templates.load_tokenizer(str(models["llama3"]))
+    prepared = train(models["llama3"], dataset, tmp_path)
+    told = [tokenizer.decode([label for label in labels if label != -100]) for _, labels in prepared]
+    assert told == [f"{text}<|end|>" for text in ("My 1", "3", "My 3", "Hey")]
+
+
+def test_trl_learns_the_same_texts(export, models, tmp_path):
+    """Template none, no token across the border: the same tokens. A field `text` would be learned in their place."""
+    objects = [row | {"text": "not to be learned"} for row in make_rows(5, seed=3)]
+    dataset, found = export("plain", objects, template="none")
+    assert "text" not in dataset.column_names and dataset["original_text"] == ["not to be learned"] * 5
+    tokenizer = templates.load_tokenizer(str(models["plain"]))
+    assert train(models["plain"], dataset, tmp_path) == of_run(found, tokenizer, "none")
+
+
+def test_trl_takes_prompt_and_completion_as_they_are(export, models, tmp_path):
+    objects = [{"prompt": "Where is it?", "completion": "Über there"}, {"prompt": "1+1=", "completion": "two", "source": "x"}]
+    dataset, found = export("llama3", objects)
+    assert [{key: value for key, value in row.items() if value is not None} for row in dataset] == [
+        row | {"weight": pytest.approx(weight), "rank": rank}
+        for row, weight, rank in zip(objects, 2 / (1 + np.exp([1, -1])), (2, 1))
+    ]
+    tokenizer = templates.load_tokenizer(str(models["llama3"]))
+    assert train(models["llama3"], dataset, tmp_path) == of_run(found, tokenizer, "none")
+
+
+def test_trl_learns_the_same_words_where_tokens_merge(export, models, tmp_path):
+    """Under `human` the space before a response becomes part of its first token: the same text, and the loss on the response."""
+    dataset, found = export("plain", [*MIXED, *make_rows(5, seed=3)])
+    tokenizer = templates.load_tokenizer(str(models["plain"]))
+    for (ids, labels), (expected, _), row in zip(
+        train(models["plain"], dataset, tmp_path), of_run(found, tokenizer, "human"), found, strict=True
+    ):
+        assert tokenizer.decode(ids) == tokenizer.decode(expected)
+        learned = [label for label in labels if label != -100]
+        assert tokenizer.decode(learned) == f" {row.response}<|end|>" and ids[-len(learned) :] == learned
