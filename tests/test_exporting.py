@@ -176,7 +176,7 @@ def test_join_keeps_what_is_in_the_way_under_another_name():
     joined, renamed = exporting.join(parse(objects), columns, {"text", "labels"})
     assert renamed == ["text", "weight"]
     assert joined == [
-        {"question": "a", "response": "b", "original_weight": 3, "original_text": "t", "labels": None, "weight": 0.5, "prompt": "a"},
+        {"question": "a", "response": "b", "labels": None, "original_weight": 3, "original_text": "t"} | columns[0],
         {"question": "c", "response": "d", "weight": 1.5, "prompt": "c"},
     ]
 

@@ -1,4 +1,4 @@
-"""Merged directories against the logits that PEFT computed with base and adapter, and what is refused before anything is left behind."""
+"""Merged directories against the logits that PEFT computed with base and adapter, and what is refused."""
 
 import json
 import pathlib

@@ -41,7 +41,7 @@ logits_of = jax.jit(decoder.logits, static_argnums=0)
 @pytest.mark.parametrize("max_shard", [10**9, 24 * 1024])
 @pytest.mark.parametrize("name", [*make.ADAPTERS, "llama_bfloat16"])
 def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp_path):
-    """Equal to those of PEFT with the adapter beside the base, and to ours. Models with biases and tied embeddings are among them."""
+    """Equal to those of PEFT with the adapter beside the base, and to ours; with biases and with tied embeddings, too."""
     base, options = make.ADAPTERS.get(name, (name, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}))
     model = make.save(make.build(base, SEED), base, tmp_path / "base")
     make.adapt(model, options, SEED).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -94,8 +94,8 @@ def export(models, tmp_path):
         (workdir / "config.json").write_text(config.to_json(indent=2))
         (workdir / "summary.json").write_text("{}")
         found, _ = rows.read_rows(file)
-        number = len(found)
-        weights.write(workdir / "weights" / "epoch_1.parquet", weights.table(found, np.arange(number), [1] * number, [True] * number))
+        table = weights.table(found, np.arange(len(found)), [1] * len(found), [True] * len(found))
+        weights.write(workdir / "weights" / "epoch_1.parquet", table)
         lines = [{"step": 0, "id": row.id, "sample": 0, "text": f"My {row.line}"} for row in found[::2]]
         write_jsonl(workdir / "responses.jsonl", lines)
         out = tmp_path / f"kept.{suffix}"
@@ -111,7 +111,9 @@ def export(models, tmp_path):
 def train(directory, dataset, tmp_path):
     """Token ids and labels of every row as SFTTrainer prepares them with its own settings; it takes a step, too."""
     settings = trl.SFTConfig(str(tmp_path / "sft"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
-    trainer = trl.SFTTrainer(model=str(directory), args=settings, train_dataset=dataset)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = templates.load_tokenizer(str(directory))
+    trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
     prepared = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
     assert np.isfinite(trainer.train().training_loss)
     return prepared
