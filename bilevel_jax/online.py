@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -317,10 +317,11 @@ class Record:
         except ValueError:  # cut short by a crash
             return False
 
-    def retire(self, own: Own, ids: Sequence[str], detokenize: Callable) -> None:
+    def retire(self, own: Own, ids: Sequence[str], detokenize: Callable, eos: Collection[int]) -> None:
         for row, sample, tokens, log_prob, log_ratio in zip(own.row, own.sample, own.tokens, own.log_prob, own.log_ratio):
             line = {"step": own.step, "id": ids[row], "sample": int(sample), "text": detokenize(tokens), "logprob": float(log_prob)}
             line["ratio"] = None if np.isnan(log_ratio) else float(np.exp(min(log_ratio, LARGE)))
+            line["finish_reason"] = "stop" if tokens[-1] in eos else "length"
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 

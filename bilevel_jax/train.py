@@ -77,8 +77,8 @@ class Setup:
     """What a run works on."""
 
     mesh: jax.sharding.Mesh
-    directory: pathlib.Path  # of the model
     tokenizer: object
+    eos: tuple[int, ...]  # ids that end a response
     model: decoder.ModelConfig
     base: dict
     adapter: dict  # at its start
@@ -106,15 +106,15 @@ def load(config) -> Setup:
     targets = lora.resolve_targets(model, targets if targets == "all-linear" else targets.split(","))
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
-    return Setup(mesh, directory, tokenizer, model, sharding.replicate(base, mesh), adapter, upper, lower)
+    eos = huggingface.eos_ids(directory, tokenizer)
+    return Setup(mesh, tokenizer, eos, model, sharding.replicate(base, mesh), adapter, upper, lower)
 
 
 def make_refresh(config, setup: Setup, score) -> Callable:
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
-    eos = huggingface.eos_ids(setup.directory, setup.tokenizer)
     sample = sampling.make_sampler(
-        setup.model, settings, eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
+        setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
     )
     return online.make_refresh(
         sample,
@@ -233,7 +233,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     if generates:
         answer_anew = make_refresh(config, setup, score)
         record = online.Record(workdir / "responses.jsonl", start, config.online.refresh_every)
-        retire = functools.partial(record.retire, ids=[row.id for row in lower.rows], detokenize=setup.detokenize)
+        retire = functools.partial(
+            record.retire, ids=[row.id for row in lower.rows], detokenize=setup.detokenize, eos=setup.eos
+        )
 
     def refresh_due(k: int) -> bool:
         return generates and k % config.online.refresh_every == 0

@@ -643,7 +643,10 @@ def test_recorded_responses(refined, method):
     """Of every refresh: two to each question that was masked and visited before the next one, all of them used."""
     workdir, retired = refined({"method": method})
     lines = responses_of(workdir)
-    assert all(list(line) == ["step", "id", "sample", "text", "logprob", "ratio"] for line in lines)
+    assert all(list(line) == ["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"] for line in lines)
+    eos = load_tokenizer(ConfigDict(json.loads((workdir / "config.json").read_text()))).eos_token_id
+    ends = ["stop" if tokens[-1] == eos else "length" for own in retired for tokens in own.tokens]
+    assert [line["finish_reason"] for line in lines] == ends and set(ends) == {"stop", "length"}
     table = table_of(workdir, 2)
     for own, step in zip(retired, range(0, STEPS, EVERY), strict=True):
         masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(own.masked)}
