@@ -1,8 +1,27 @@
 """What a person sees at the end of a run: losses before and after, what the selector found, the rows it trusts least."""
 
 import pathlib
+import unicodedata
 
 from bilevel_jax import weights
+from bilevel_jax.data import levels
+
+OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories that a terminal or browser obeys, and half surrogate pairs
+KEPT = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
+
+
+def visible(text: str) -> str:
+    """`text` with what would be obeyed instead of shown written out, such as `\\x1b` or `\\u202e`; line feeds and tabs stay."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in OBEYED and c not in KEPT else c for c in text
+    )
+
+
+def one_line(text: str, most: int) -> str:
+    """The beginning of `text` as one harmless line of at most `most` characters."""
+    line = " ".join(visible(text[: 8 * most]).split())
+    whole = len(text) <= 8 * most and len(line) <= most
+    return line if whole else line[: most - 1] + "…"
 
 
 def closing_table(summary: dict, workdir: pathlib.Path) -> str:
@@ -28,7 +47,8 @@ def closing_table(summary: dict, workdir: pathlib.Path) -> str:
     seconds = {key.removeprefix("time/"): value for key, value in summary.items() if key.startswith("time/")}
     lines += ["", f"{'seconds':<34}" + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
     lines += _lightest(workdir)
-    lines += ["", f"in {workdir}: adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"]
+    left = "adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
+    lines += ["", f"in {workdir}: report.html (open it in a browser), {left}"]
     return "\n".join(lines)
 
 
@@ -38,5 +58,12 @@ def _lightest(workdir: pathlib.Path, count: int = 5) -> list[str]:
     if table is None:
         return []
     lightest = table.sort_by([("rank", "descending")]).slice(0, count).to_pylist()
-    lines = [f"  {row['id']:<20}{row['weight']:<12.3g}{row['source']}" for row in lightest]
-    return ["", "least trusted rows (id, weight, source)", *lines]
+    try:
+        questions = {row.id: row.question for row in levels.reopen(workdir)}
+    except (ValueError, OSError):  # the data went away meanwhile; their ids are still worth showing
+        questions = {}
+    lines = [
+        f"  {row['id']:<20}{row['weight']:<10.3g}{one_line(row['source'], 16):<18}{one_line(questions.get(row['id'], ''), 60)}"
+        for row in lightest
+    ]
+    return ["", "least trusted rows (id, weight, source, question)", *(line.rstrip() for line in lines)]

@@ -9,6 +9,7 @@ import logging
 import math
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 import tqdm
 
-from bilevel_jax import checkpoint, metrics, online, progress, sampling, scoring, selector, sharding, step, weights, workspace
+from bilevel_jax import checkpoint, metrics, online, page, progress, sampling, scoring, selector, sharding, step, weights, workspace
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, order, packing, templates
 from bilevel_jax.models import decoder, huggingface, lora
@@ -319,4 +320,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
     summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed | times
     workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    try:
+        page.write(workdir, lower.rows)
+    except Exception as error:  # whatever it is: the run is finished, and only its picture is missing
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
     return summary
