@@ -72,7 +72,7 @@ def changed(run: Run) -> list[dict]:
     for answer in run.answers:  # in the order of steps; of several answers to a question, the first
         if answer["id"] not in latest or answer["step"] > latest[answer["id"]]["step"]:
             latest[answer["id"]] = answer
-    known = [i for i, row_id in enumerate(table["id"]) if table["masked"][i] and row_id in latest and row_id in run.rows]
+    known = [i for i, row_id in enumerate(table["id"]) if row_id in latest and table["masked"][i] and row_id in run.rows]
     common = {i: reporting.words_in_common(run.rows[table["id"][i]].response, latest[table["id"][i]]["text"]) for i in known}
     found = []
     for i in sorted(known, key=lambda i: (common[i], table["weight"][i]))[:CHANGED]:
@@ -91,10 +91,10 @@ def overview(run: Run) -> dict:
     """The head of the page: what was done, what came of it, and a few large numbers."""
     method, events = run.config.method, run.events
     what = {
-        "mixing": "Direct mixing, the baseline: the model learned from the trusted rows and from the mixture at a fixed ratio, and "
-        "no row was weighed.",
-        "offline": "Data selection: together with the model, one weight was learned for every row of the mixture, so that the model "
-        "does best on rows that you trust.",
+        "mixing": "Direct mixing, the baseline: the model learned from the trusted rows and from the mixture at a fixed ratio, "
+        "and no row was weighed.",
+        "offline": "Data selection: together with the model, one weight was learned for every row of the mixture, so that the "
+        "model does best on rows that you trust.",
     }
     refined = "Self-refining: as in data selection every row of the mixture was weighed, and "
     if method in ("online", "dynamic"):
@@ -115,36 +115,39 @@ def overview(run: Run) -> dict:
         last = reporting.epoch_measures(run, max(run.tables))
         tiles.append(("Effective sample size", f"{last['ess']:.1%}", "of the rows; 100% = all weigh the same"))
         if "auroc" in last and reporting.ranked(run):
-            tiles.append(("AUROC", f"{last['auroc']:.3f}", f"chance that a row marked “{run.config.data.label}” weighs less"))
+            label = show.one_line(run.config.data.label, 20)
+            tiles.append(("AUROC", f"{last['auroc']:.3f}", f"chance that a row marked “{label}” weighs less"))
     responses = sum(reporting.series(events, "online/responses")[1])
     if responses:
         right, asked = (sum(reporting.series(events, f"online/{name}")[1]) for name in ("bad_right", "bad_answered"))
         note = f"{right / asked:.0%} right where the data are bad" if asked else "by the model itself"
-        tiles.append(("Questions answered anew", f"{responses:,.0f}", note))
+        tiles.append(("Answers renewed", f"{responses:,.0f}", note))
     seconds = sum(value for key, value in run.summary.items() if key.startswith("time/"))
     if seconds:
         tiles.append(("Time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "from loading to the end"))
     result = "No loss is known yet after the start."
     if trusted:
         change = trusted[1] / trusted[0] - 1
-        verb = "fell" if change < -0.0005 else "rose" if change > 0.0005 else "stayed"
-        result = f"The loss on trusted rows held out {verb} from {trusted[0]:.4f} to {trusted[1]:.4f} ({change:+.0%}).".replace("-", "−")
+        moved = f"{'fell' if change < 0 else 'rose'} from {trusted[0]:.4f} to {trusted[1]:.4f} ({change:+.0%})".replace("-", "−")
+        result = f"The loss on trusted rows that were held out {moved if abs(change) >= 0.005 else f'stayed at {trusted[1]:.4f}'}."
     return {"what": what[method], "result": result, "tiles": tiles, "last_step": max((e["step"] for e in events), default=0)}
 
 
-def figures(run: Run) -> dict[str, list[str]]:
-    """SVG by section; a section without data has none."""
+def figures(run: Run, lengths: Mapping[str, list[float]]) -> dict[str, list[tuple[str, markupsafe.Markup]]]:
+    """(title, SVG) by section; a section without data has none."""
     events, found = run.events, collections.defaultdict(list)
     for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
         held_out = {"held out": reporting.series(events, f"eval/{level}_loss")}
-        if level == "lower" and reporting.series(events, "eval/lower_clean_loss")[0]:
-            held_out = {"held out, as it is": held_out["held out"], "right answers": reporting.series(events, "eval/lower_clean_loss")}
+        right = reporting.series(events, "eval/lower_clean_loss")
+        if level == "lower" and right[0]:
+            held_out = {"held out, as it is": held_out["held out"], "right answers": right}
         train = reporting.series(events, f"train/{level}_loss")
         if train[0] or any(line[0] for line in held_out.values()):
             found["losses"].append((f"Loss on {name}", plots.losses(f"Loss on {name}", train, held_out)))
     ess = reporting.series(events, "selector/ess")
     if len(ess[0]) > 1:
-        found["ess"].append(("Effective sample size over time", plots.ess("Effective sample size over time", ess)))
+        title = "Effective sample size over time"
+        found["ess"].append((title, plots.ess(title, ess)))
         names = "p01", "p10", "p50", "p90", "p99"
         quantiles = {name: reporting.series(events, f"selector/weight_{name}")[1] for name in names}
         if len(quantiles["p50"]) == len(ess[0]):
@@ -164,17 +167,18 @@ def figures(run: Run) -> dict[str, list[str]]:
         if len(moved) > 1:
             names = [show.one_line(name, 22) or "(none)" for name, _, _ in moved]
             shares = np.stack([share for _, _, share in moved])
-            found["sources"].append(("Share of all weight by source", plots.sources("Share of all weight by source", names, shares)))
-        if run.rows and reporting.ranked(run):
+            title = "Share of all weight by source"
+            found["sources"].append((title, plots.sources(title, names, shares)))
+        if lengths:
             title = "Length of the answers by epoch"
-            found["lengths"].append((title, plots.lengths(title, epochs, reporting.answer_lengths(run))))
+            found["lengths"].append((title, plots.lengths(title, epochs, lengths)))
     seconds = reporting.time_split(run)
     if seconds:
         found["time"].append(("Share of the time", plots.times("Seconds by activity", seconds)))
     return {section: [(title, markupsafe.Markup(svg)) for title, svg in panels] for section, panels in found.items()}
 
 
-def reasons(run: Run) -> dict[str, str]:
+def reasons(run: Run, pairs: list[dict]) -> dict[str, str]:
     """Why a section has nothing to show, in one line; "" for one that has."""
     found = dict.fromkeys(("losses", "weights", "sources", "rows", "lengths", "answers", "time"), "")
     if not run.events:
@@ -193,7 +197,7 @@ def reasons(run: Run) -> dict[str, str]:
             found["lengths"] = run.notice
     if run.config.method not in ("online", "dynamic"):
         found["answers"] = f"With method={run.config.method} the model answers no questions itself."
-    elif not run.tables or not changed(run):
+    elif not pairs:
         found["answers"] = run.notice or "No answers to masked questions are recorded yet."
     if not run.summary:
         found["time"] = "Known when the run is finished."
@@ -209,20 +213,22 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     )
-    missing, epochs = reasons(run), list(run.tables)
+    pairs = changed(run) if run.tables else []
+    missing, epochs = reasons(run, pairs), list(run.tables)
+    lengths = {} if missing["lengths"] else reporting.answer_lengths(run)
     shares = [] if missing["sources"] else reporting.source_shares(run)
     return environment.get_template("report.html.jinja").render(
         run=run,
         overview=overview(run),
         missing=missing,
-        figures=figures(run),
+        figures=figures(run, lengths),
         epochs=epochs,
         measures={epoch: reporting.epoch_measures(run, epoch) for epoch in epochs},
         extremes={} if missing["rows"] else {epoch: extremes(run, epoch) for epoch in epochs},
         sources=[(show.one_line(name, 60), rows, share) for name, rows, share in shares[: MOST_SOURCES[1]]],
         more_sources=max(0, len(shares) - MOST_SOURCES[1]),
-        lengths={} if missing["lengths"] else reporting.answer_lengths(run),
-        changed=[] if missing["answers"] else changed(run),
+        lengths=lengths,
+        changed=pairs,
         seconds=reporting.time_split(run),
         settings=json.loads(run.config.to_json()),
         visible=show.visible,

@@ -20,7 +20,8 @@ WIDTH, HEIGHT = 4.4, 2.6  # inches of 72 points; a point is about a pixel on a p
 MOST_POINTS = 300  # of a line; more are averaged in groups
 BINS = 40
 PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
-styled = matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.linewidth": 0.8})  # of a function that draws
+STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.linewidth": 0.8}
+styled = matplotlib.rc_context(STYLE)  # decorates what draws; pyplot and its global figures are never touched
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def _for_the_page(text: str, label: str) -> str:
     body = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them, and several figures share a page
     body = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*;? ?', r"\1", body)
-    body = re.sub(r'<(?:path|use|text)[^<>]*>', lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)  # hundredths of a point
+    body = re.sub(r"<(?:path|use|text)[^<>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)  # hundredths of a point
     body = re.sub(r"\s*\n\s*", " ", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var({variable})")
@@ -78,10 +79,12 @@ def _epochs(axes, last: float) -> None:
 
 def _legend(axes) -> None:
     """Above the panel, where it hides nothing."""
-    axes.legend(
+    legend = axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, labelcolor=INK,
         handlelength=1.4, columnspacing=1.2, borderaxespad=0.2, handletextpad=0.5,
     )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def thinned(values: Sequence[float]) -> np.ndarray:

@@ -50,10 +50,10 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     found, notice = {}, ""
     if tables:
         try:
-            found = {row.id: row for row in (levels.reopen(workdir) if rows is None else rows)}
-            missing = sum(row_id not in found for row_id in tables[max(tables)]["id"])
-            if missing:
-                notice = f"{missing} rows are no longer in {config.data.lower}; only their ids are shown."
+            ids = set(tables[max(tables)]["id"])
+            found = {row.id: row for row in (levels.reopen(workdir) if rows is None else rows) if row.id in ids}
+            if len(found) < len(ids):
+                notice = f"{len(ids) - len(found)} rows are no longer in {config.data.lower}; only their ids are shown."
         except (ValueError, OSError) as error:
             notice = f"The rows could not be read again, so only their ids are shown ({error})."
     return Run(
@@ -69,7 +69,8 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
 
 
 def _columns(file: pathlib.Path) -> dict[str, np.ndarray]:
-    return {name: np.array(values) for name, values in pyarrow.parquet.read_table(file).to_pydict().items()}
+    table = pyarrow.parquet.read_table(file)
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def _lines(file: pathlib.Path) -> list[dict]:
@@ -145,10 +146,10 @@ def in_use(run: Run, epoch: int) -> dict[str, list[str]]:
 def answer_lengths(run: Run, share: float = 0.1) -> dict[str, list[float]]:
     """Mean number of words of the answers in use, by epoch: of the `share` heaviest rows, of all, of the `share` lightest."""
     found = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
+    of_data = {row_id: float(len(row.response.split())) for row_id, row in run.rows.items()}
     for epoch, table in run.tables.items():
-        own = in_use(run, epoch)
-        texts = ((own.get(row_id) or [run.rows[row_id].response]) if row_id in run.rows else [] for row_id in table["id"])
-        length = np.array([np.mean([len(text.split()) for text in group]) if group else np.nan for group in texts])
+        own = {row_id: float(np.mean([len(text.split()) for text in texts])) for row_id, texts in in_use(run, epoch).items()}
+        length = np.array([own.get(row_id, of_data.get(row_id, np.nan)) for row_id in table["id"]])
         length = length[np.argsort(table["rank"])]
         number = max(1, round(share * len(length)))
         for name, part in zip(found, (length[:number], length, length[-number:])):

@@ -12,9 +12,7 @@ KEPT = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
 
 def visible(text: str) -> str:
     """`text` with what would be obeyed instead of shown written out, such as `\\x1b` or `\\u202e`; line feeds and tabs stay."""
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in OBEYED and c not in KEPT else c for c in text
-    )
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in OBEYED and c not in KEPT else c for c in text)
 
 
 def one_line(text: str, most: int) -> str:
