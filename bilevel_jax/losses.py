@@ -83,6 +83,22 @@ def _token_nll_backward(residuals, cotangent_P):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
+def token_scores(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> tuple[jax.Array, jax.Array]:
+    """`token_nll` [P], and whether some other token is more likely than the target, bool [P], False at padding. Forward only."""
+
+    def body(first, size, carry):
+        source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
+        target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
+        nll, log_probs = _chunk(hidden_TxD, head_VxD, source, target)
+        found = nll, jnp.argmax(log_probs, axis=-1) != target
+        return tuple(jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0) for whole, part in zip(carry, found))
+
+    P = source_P.shape[0]
+    nll_P, missed_P = _over_chunks(body, source_P, num_targets, (jnp.zeros(P, jnp.float32), jnp.zeros(P, bool)))
+    inside = jnp.arange(P) < num_targets
+    return jnp.where(inside, nll_P, 0.0), missed_P & inside
+
+
 def row_losses(nll_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:
     """ℓ of each row from its summed NLL: per response token (`mean`), or the sum itself, eq. (1) (`sum`). Nats."""
     return nll_E / jnp.maximum(length_E, 1) if reduction == "mean" else nll_E

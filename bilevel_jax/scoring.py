@@ -3,29 +3,49 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from bilevel_jax import sharding, step
+from bilevel_jax import losses, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
 ENTRIES = 256  # segments per packed batch: enough to fill sequences well
 SHORT = 512  # tokens; segments up to here share one shape, longer ones take the next power of two
 
+
+def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Packed) -> tuple[jax.Array, jax.Array]:
+    """Summed NLL of every entry [E], and how many of its targets are not the most likely token, int32 [E]."""
+    E = packed.length.shape[0]
+
+    def add(m, sums):
+        hidden_TxD = step.hidden_states(config, base, adapter, packed, m)
+        target = packed.source[m], packed.target[m], packed.num_targets[m]
+        nll_P, missed_P = losses.token_scores(hidden_TxD, decoder.head(base), *target)
+        found = nll_P, missed_P.astype(jnp.int32)
+        return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, found))
+
+    return jax.lax.fori_loop(0, packed.num_micro, add, (jnp.zeros(E, jnp.float32), jnp.zeros(E, jnp.int32)))
+
+
 _entry_nll = jax.jit(step.entry_nll, static_argnums=0)  # one cache for all scorers of a process
+_entry_scores = jax.jit(entry_scores, static_argnums=0)
 
 
-def make_scorer(config: decoder.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh) -> Callable:
+def make_scorer(
+    config: decoder.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh, greedy: bool = False
+) -> Callable:
     """Builds `score(base, adapter, segments, description) -> (nll, length)`.
 
     Both results are [n], in the order of the segments: the response's summed negative log-likelihood in nats, and the number of
-    its tokens. `adapter=None` scores the base. Segments are packed into `sequences` rows at a time; a few long ones do not make
-    the short ones pay, and all lengths up to `max_length` tokens share a handful of compilations.
+    its tokens. With `greedy` there is a third: whether the most likely token at each place is the response's. `adapter=None`
+    scores the base. Segments are packed into `sequences` rows at a time; a few long ones do not make the short ones pay, and all
+    lengths up to `max_length` tokens share a handful of compilations.
     """
 
-    def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, np.ndarray]:
-        nll, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64)
+    def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, ...]:
+        nll, missed, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
         shapes: dict[int, list[int]] = {}
         for i, segment in enumerate(segments):
             shapes.setdefault(min(max(SHORT, 1 << (segment.size - 1).bit_length()), max_length), []).append(i)
@@ -35,10 +55,13 @@ def make_scorer(config: decoder.ModelConfig, sequences: int, max_length: int, me
                 for first in range(0, len(members), ENTRIES):
                     part = members[first : first + ENTRIES]
                     packed = packing.pack([segments[i] for i in part], layout)
-                    found = _entry_nll(config, base, adapter, sharding.split_batch(packed, mesh))
-                    nll[part], count[part] = np.asarray(found)[: len(part)], packed.length[: len(part)]
+                    batch = config, base, adapter, sharding.split_batch(packed, mesh)
+                    found = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
+                    for whole, values in zip((nll, missed), found):
+                        whole[part] = np.asarray(values)[: len(part)]
+                    count[part] = packed.length[: len(part)]
                     bar.update(len(part))
-        return nll, count
+        return (nll, count, missed == 0) if greedy else (nll, count)
 
     return score
 

@@ -105,11 +105,16 @@ def init(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def micro_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
-    """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere."""
+def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+    """Final hidden states [T, D] of micro-batch m."""
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     hidden_SxLxD = decoder.Decoder(config).apply(variables, packed.tokens[m], packed.positions[m], packed.segments[m])
-    hidden_TxD = hidden_SxLxD.reshape(-1, config.hidden_size)
+    return hidden_SxLxD.reshape(-1, config.hidden_size)
+
+
+def micro_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+    """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere."""
+    hidden_TxD = hidden_states(config, base, adapter, packed, m)
     nll_P = losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
     return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])
 

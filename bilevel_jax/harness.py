@@ -1,0 +1,158 @@
+"""Our model behind lm-eval's interface, with the conventions of its `hf` backend: the same items get the same numbers.
+
+Needs the package lm-eval (`pip install 'bilevel_jax[eval]'`), but no PyTorch.
+"""
+
+import jinja2
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
+from bilevel_jax import sampling, scoring, sharding
+from bilevel_jax.data import packing
+from bilevel_jax.models import decoder
+
+MAX_GEN_TOKS = 256  # where a task does not say; also lm-eval's
+OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+
+
+def read_options(options: dict) -> sampling.Settings:
+    """A task's `generation_kwargs` as settings.
+
+    Raises:
+      ValueError: an option that would be lost, or one out of range.
+    """
+    found = normalize_gen_kwargs(options, MAX_GEN_TOKS)  # unites the names of the longest length
+    unknown = sorted(found.keys() - set(OPTIONS))
+    if unknown:
+        raise ValueError(f"generation option {unknown[0]!r} is not supported; known are {', '.join(OPTIONS)}")
+    temperature = float(found.get("temperature", 0)) if found["do_sample"] else 0.0
+    if found["do_sample"] and not temperature:
+        raise ValueError("generation option do_sample=True needs a temperature above 0")
+    stop = tuple(end for end in found["until"] if end)
+    return sampling.Settings(temperature, found.get("top_k", 0), found.get("top_p", 1.0), found["max_gen_toks"], stop)
+
+
+class JaxLM(TemplateLM):
+    """A model of ours with or without an adapter. How text becomes requests of tokens is lm-eval's own code.
+
+    Args:
+      model, base, adapter: config, weights and adapter (or None) from `huggingface`.
+      tokenizer: of Hugging Face; has an EOS.
+      eos: ids that end a generated text.
+      batch_size: packed sequences scored, or texts generated, side by side.
+      max_length: the most tokens that the model is given; its own number of positions by default.
+    """
+
+    def __init__(self, model, base, adapter, tokenizer, eos, *, batch_size: int = 8, max_length: int | None = None):
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token, which lm-eval needs")
+        self.model, self.base, self.adapter, self.tokenizer, self.eos = model, base, adapter, tokenizer, tuple(eos)
+        self.batch_size, self.max_length = batch_size, max_length or model.max_positions
+        self.mesh = sharding.make_mesh(1)
+        # A request is up to one token longer than the model's input: what follows its last token is not asked for.
+        self._score = scoring.make_scorer(model, batch_size, self.max_length + 1, self.mesh, greedy=True)
+        self._prefix = tokenizer.decode(self.prefix_token_id)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        special = not string.startswith(self._prefix) if add_special_tokens is None else add_special_tokens
+        return self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+
+    def tok_decode(self, tokens) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+        except jinja2.TemplateError:  # as in lm-eval: some templates refuse a system text
+            chat_history = [message for message in chat_history if message["role"] != "system"]
+            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether it is what greedy decoding gives.
+
+        Args:
+          requests: (texts or None, context ids, continuation ids). Context that does not fit is cut at its beginning.
+        """
+        places: dict[tuple, int] = {}  # equal requests are scored once
+        of_request = []
+        for texts, context, continuation in requests:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                asked = f"{len(continuation)} tokens after {len(context)}"
+                raise ValueError(f"a request of {asked} cannot be scored within {self.max_length} positions: {texts!r:.200}")
+            room = self.max_length + 1 - len(continuation)
+            key = tuple(context[-room:]), tuple(continuation)
+            of_request.append(places.setdefault(key, len(places)))
+        segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in places]
+        nll, _, greedy = self._score(self.base, self.adapter, segments, "scoring")
+        _check_numbers(nll)
+        return [(-float(nll[place]), bool(greedy[place])) for place in of_request]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *utils.make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows)):
+            totals[owner] += log_likelihood
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        groups: dict[sampling.Settings, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(read_options(request.args[1]), []).append(place)
+        texts = [""] * len(requests)
+        for settings, places in groups.items():
+            for place, text in zip(places, self._generate([requests[place].args[0] for place in places], settings)):
+                texts[place] = text
+        return texts
+
+    def _generate(self, contexts: list[str], settings: sampling.Settings) -> list[str]:
+        room = self.max_length - settings.max_new_tokens
+        if room < 1:
+            raise ValueError(f"max_gen_toks={settings.max_new_tokens} leaves no room for a prompt in {self.max_length} positions")
+        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
+        # The text of a special token is not in what is generated: its id is.
+        special = [self.tokenizer.convert_tokens_to_ids(end) for end in settings.stop if end in self.tokenizer.all_special_tokens]
+        sample = sampling.make_sampler(
+            self.model,
+            settings,
+            (*self.eos, *special),
+            slots=min(self.batch_size, len(prompts)),
+            length=min(decoder.cache_window(max(map(len, prompts)) + settings.max_new_tokens), self.max_length),
+            mesh=self.mesh,
+            detokenize=self.tok_decode,
+        )
+        keys = sampling.row_keys(0, map(str, range(len(prompts))), 0, 1)
+        responses = sample(self.base, self.adapter, [np.array(prompt, np.int32) for prompt in prompts], keys, "generating")
+        texts = []
+        for (response,) in responses:
+            _check_numbers(response.log_probs)
+            ends = [*settings.stop, self.tokenizer.eos_token]
+            texts.append(postprocess_generated_text(self.tok_decode(response.ids), ends, think_end_token=None))
+        return texts
+
+
+def _check_numbers(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError("the model's probabilities are not numbers; are its weights damaged?")
