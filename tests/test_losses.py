@@ -57,6 +57,20 @@ def test_token_nll_of_extreme_logits():
 
 
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
+def test_token_scores(monkeypatch, intermediate_shapes, P, chunk, num_targets):
+    """Targets that are the most likely token, and others; padding is neither missed nor scored."""
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    hidden, head, source, target, count = problem(P, num_targets)
+    best = np.argmax(np.float64(hidden)[np.minimum(source, T - 1)] @ np.float64(head).T, axis=-1)
+    target = jnp.asarray(np.where(np.arange(P) % 2, target, best), jnp.int32)
+    nll, missed = losses.token_scores(hidden, head, source, target, count)
+    np.testing.assert_allclose(nll, numpy_nll(hidden, head, source, target, count), rtol=1e-5, atol=1e-5)
+    assert np.asarray(missed).tolist() == [place < num_targets and best[place] != target[place] for place in range(P)]
+    shapes = intermediate_shapes(lambda *args: losses.token_scores(*args), hidden, head, source, target, count)
+    assert (min(chunk, P), V) in shapes and (chunk >= P or (P, V) not in shapes)
+
+
+@pytest.mark.parametrize("P, chunk, num_targets", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.04)])
 def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
     monkeypatch.setattr(losses, "CHUNK", chunk)
