@@ -25,6 +25,8 @@ PREFILL_TOKENS = 1024  # padded tokens of one prefill batch, roughly
 SHORTEST_PREFILL = 32  # padded lengths are this, doubled until they fit
 STEPS = 256  # tokens per slot after which the host looks at the progress bar, and for a signal
 STEPS_TO_STOP = 16  # the same where it looks for stop strings
+SHORTEST_WINDOW = 256  # positions of the cache that are looked at are this, doubled until they suffice
+LEEWAY = 32  # tokens for which they suffice, at least
 FREE_SHARE = 8  # one in so many slots must be free before new prompts are started
 HALVINGS = 32  # of the range in which the last token within top-p lies: down to what float32 tells apart
 UNDERFLOW = 104.0  # e^-104 is 0 in float32
@@ -207,7 +209,7 @@ def _fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
     def copy(i, caches):
         def one(cache, prefix):
             row = jax.lax.dynamic_index_in_dim(prefix, starts.source[i])
-            return jax.lax.dynamic_update_slice(cache, row, (starts.slot[i], 0, 0, 0))
+            return jax.lax.dynamic_update_slice(cache, row, (starts.slot[i], 0, 0, 0, 0))
 
         return jax.tree.map(one, caches, prefilled)
 
@@ -251,8 +253,8 @@ def _advance(config: decoder.ModelConfig, settings: Settings, eos: tuple[int, ..
     )
 
 
-def _run(config, settings, eos, params, adapter, slots: Slots, free_enough: jax.Array, steps: jax.Array) -> Slots:
-    """Decodes until `free_enough` slots are free, or for `steps` tokens."""
+def _run(config, settings, eos, blocks: int, params, adapter, slots: Slots, free_enough: jax.Array, steps: jax.Array) -> Slots:
+    """Decodes until `free_enough` slots are free, or for `steps` tokens, within the first `blocks` blocks of the cache."""
 
     def go_on(carry):
         done, slots = carry
@@ -261,7 +263,20 @@ def _run(config, settings, eos, params, adapter, slots: Slots, free_enough: jax.
     def body(carry):
         return carry[0] + 1, _advance(config, settings, eos, params, adapter, carry[1])
 
-    return jax.lax.while_loop(go_on, body, (0, slots))[1]
+    small = jax.tree.map(lambda cache: cache[:, :, :blocks], slots.cache)
+    after = jax.lax.while_loop(go_on, body, (0, slots._replace(cache=small)))[1]
+    return after._replace(cache=jax.tree.map(lambda cache, new: cache.at[:, :, :blocks].set(new), slots.cache, after.cache))
+
+
+def _window(longest: int, room: int) -> int:
+    """Positions of the cache to decode in, where the longest response under way stands at `longest`.
+
+    Few sizes, as each is compiled, and not far more than needed, as all of it is read for every token.
+    """
+    window = SHORTEST_WINDOW
+    while window < longest + LEEWAY:
+        window *= 2
+    return min(window, room)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -365,11 +380,11 @@ def make_sampler(
     if settings.stop and not detokenize:
         raise ValueError("stop strings need a tokenizer")
     eos = tuple(int(token) for token in eos)
-    most = min(settings.max_new_tokens, length - 1)
+    most, room = min(settings.max_new_tokens, length - 1), decoder.cache_window(length)
     by_layer = jax.jit(functools.partial(_by_layer, config))
     prefill = jax.jit(functools.partial(decoder.prefill, config))
     fill = jax.jit(_fill, donate_argnums=0)
-    run = jax.jit(functools.partial(_run, config, settings, eos), donate_argnums=2)
+    run = jax.jit(functools.partial(_run, config, settings, eos), static_argnums=0, donate_argnums=3)
 
     def harvest(state: Slots, owner: dict[int, Job], seen: dict[int, int], found) -> Slots:
         """Moves what has ended from its slot to `found`."""
@@ -404,10 +419,10 @@ def make_sampler(
         state = sharding.split_rows(_init_slots(config, slots, length, most), mesh)
         num_samples = keys.shape[1]
         found: list[list[Response | None]] = [[None] * num_samples for _ in prompts]
-        batches = _prefill_batches(prompts, num_samples, decoder.cache_window(length))
+        batches = _prefill_batches(prompts, num_samples, room)
         waiting: list[Job] = []  # for a slot, all of the prefill batch at hand
         owner: dict[int, Job] = {}  # of each slot in use
-        seen: dict[int, int] = {}  # tokens that were looked through for stop strings
+        seen: dict[int, int] = {}  # tokens of each when last looked at
         total = len(prompts) * num_samples
         with tqdm.tqdm(total=total, desc=description, unit="response", delay=2, leave=False, disable=None) as bar:
             while owner or waiting or batches:
@@ -422,7 +437,10 @@ def make_sampler(
                     owner |= zip(places, now)
                     seen |= dict.fromkeys(places, 0)
                 enough = max(1, slots // FREE_SHARE) if refill and (waiting or batches) else slots
-                state = run(*weights, state, enough, STEPS_TO_STOP if settings.stop else STEPS)
+                longest = max(len(prompts[job.prompt]) - 1 + seen[slot] for slot, job in owner.items())
+                window = _window(longest, room)
+                steps = min(STEPS_TO_STOP if settings.stop else STEPS, window - longest)
+                state = run(window // decoder.CACHE_BLOCK, *weights, state, enough, steps)
                 before = len(owner)
                 state = harvest(state, owner, seen, found)
                 bar.update(before - len(owner))

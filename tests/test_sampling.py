@@ -385,6 +385,34 @@ def test_a_response_does_not_depend_on_order_neighbours_or_number_of_samples():
     assert_same(sample(params, None, PROMPTS, KEYS[:, :1]), [row[:1] for row in shared()])
 
 
+@pytest.mark.parametrize("longest, room, window", [(0, 64, 64), (0, 512, 256), (224, 512, 256), (225, 512, 512), (500, 576, 576)])
+def test_the_window_leaves_leeway_within_the_room(longest, room, window):
+    assert sampling._window(longest, room) == window
+
+
+def test_a_response_does_not_depend_on_how_much_of_the_cache_is_looked_at(monkeypatch):
+    """To the last bit: two slots whose responses pass from the first block into the second, against both blocks from the start."""
+    prompts = [np.random.default_rng(size).integers(0, VOCAB, size).astype(np.int32) for size in (2, 50, 58, 70, 3)]
+    keys, windows, window_of = sampling.row_keys(0, map(str, prompts), 0, 2), [], sampling._window
+
+    def noted(*args):
+        windows.append(window_of(*args))
+        return windows[-1]
+
+    monkeypatch.setattr(sampling, "_window", noted)
+    found = {}
+    for shortest in (64, 128):
+        monkeypatch.setattr(sampling, "SHORTEST_WINDOW", shortest)
+        monkeypatch.setattr(sampling, "LEEWAY", 4)
+        windows.clear()
+        found[shortest] = make(slots=2, length=128)(model()[1], None, prompts, keys)
+        assert set(windows) == ({64, 128} if shortest == 64 else {128})
+    assert max(len(prompt) + len(one.ids) for prompt, row in zip(prompts, found[64]) for one in row if len(prompt) < 60) > 64
+    for mine, theirs in zip(sum(found[64], []), sum(found[128], []), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_the_samples_of_a_prompt_and_of_other_seeds_differ():
     texts = [tuple(response.ids) for response in sum(unending(), [])]
     assert len(set(texts)) == len(texts)
@@ -633,7 +661,7 @@ def test_no_distribution_is_kept_for_every_token(intermediate_shapes):
     config, params, _ = model(53)
     slots, most = 3, 37
     state = sampling._init_slots(config, slots, 64, most)
-    run = functools.partial(sampling._run, config, WARM, EOS)
+    run = functools.partial(sampling._run, config, WARM, EOS, 1)
     shapes = intermediate_shapes(run, *sampling._by_layer(config, params, None), state, slots, 5)
     assert (slots, 53) in shapes and (slots, most) in shapes
     assert not any({53, most} <= set(shape) for shape in shapes)

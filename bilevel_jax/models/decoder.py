@@ -8,7 +8,7 @@ leaves the keys and values there that a cache starts from. Layers are stacked an
 depth. Submodules carry Hugging Face's names, which makes conversion a rule instead of a table.
 
 Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width,
-W positions that a cache has room for.
+B blocks of P positions that a cache has room for.
 Activations are kept token-flat, [T, D], and take the [S, L, ...] shape only inside attention: on a CPU that makes the backward
 pass of the matmuls 1.4x faster, elsewhere it costs nothing.
 """
@@ -114,53 +114,46 @@ def packing_mask(segments_SxL: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-CACHE_BLOCK = 64  # W is a multiple of it
+CACHE_BLOCK = 64  # P
 
 
 def cache_window(length: int) -> int:
-    """The W that has room for `length` positions."""
+    """The room, B·P, of a cache for `length` positions."""
     return -(-length // CACHE_BLOCK) * CACHE_BLOCK
 
 
-def _positions_at_once(window: int) -> int:
-    """A CPU gains by stopping at the longest row, an accelerator by few large kernels."""
-    return CACHE_BLOCK if jax.default_backend() == "cpu" else window
+def in_blocks(key_SxKxLxC: jax.Array, value_SxKxLxC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys [S, K, B, C, P] and values [S, K, B, P, C], zero beyond L: the order in which the matmuls of one query read them."""
+    S, K, L, C = key_SxKxLxC.shape
+    beyond = (0, 0), (0, 0), (0, -L % CACHE_BLOCK), (0, 0)
+    key, value = (jnp.pad(x, beyond).reshape(S, K, -1, CACHE_BLOCK, C) for x in (key_SxKxLxC, value_SxKxLxC))
+    return key.swapaxes(3, 4), value
 
 
-def append(cache_SxKxWxC: jax.Array, new_SxKxC: jax.Array, position_S: jax.Array) -> jax.Array:
-    """The cache with each row's new key or value at its position."""
+def append(cache: dict[str, jax.Array], key_SxKxC: jax.Array, value_SxKxC: jax.Array, position_S: jax.Array) -> dict:
+    """One layer's cache with each row's new key and value at its position."""
+    row, block, place = jnp.arange(position_S.shape[0]), position_S // CACHE_BLOCK, position_S % CACHE_BLOCK
+    return {
+        "key": cache["key"].at[row, :, block, :, place].set(key_SxKxC.astype(cache["key"].dtype)),
+        "value": cache["value"].at[row, :, block, place].set(value_SxKxC.astype(cache["value"].dtype)),
+    }
 
-    def one(row, new, position):
-        return jax.lax.dynamic_update_slice(row, new[:, None], (0, position, 0))
 
-    return jax.vmap(one)(cache_SxKxWxC, new_SxKxC.astype(cache_SxKxWxC.dtype), position_S)
-
-
-def attend_cached(q_SxHxC: jax.Array, key_SxKxWxC: jax.Array, value_SxKxWxC: jax.Array, position_S: jax.Array) -> jax.Array:
+def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxP: jax.Array, value_SxKxBxPxC: jax.Array, position_S: jax.Array) -> jax.Array:
     """Attention of one query per row to cache positions 0 ... position_S, [S, H, C].
 
-    Blocks of the cache are visited in order with a running softmax (Milakov and Gimelshein, 2018), up to the longest row. A block
-    that is masked for a row adds exact zeros to it, so that a row's result does not depend on the others' lengths.
+    Sums go block by block, in order, and a block beyond a row's position adds exact zeros to it, so that its result is the same
+    whatever B is.
     """
-    S, K, W, C = key_SxKxWxC.shape
-    q_SxKxRxC = q_SxHxC.reshape(S, K, -1, C)  # R query heads share a key head
-    size = _positions_at_once(W)
+    S, K, B, C, P = key_SxKxBxCxP.shape
+    q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries share a key
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def body(block, carry):
-        top, total, mixed = carry
-        key = jax.lax.dynamic_slice_in_dim(key_SxKxWxC, block * size, size, axis=2)
-        value = jax.lax.dynamic_slice_in_dim(value_SxKxWxC, block * size, size, axis=2)
-        seen = block * size + jnp.arange(size) <= position_S[:, None, None, None]
-        scores = jnp.where(seen, product("skrc,skwc->skrw", q_SxKxRxC, key) / C**0.5, -jnp.inf)
-        higher = jnp.maximum(top, scores.max(axis=-1))  # finite: the first block is not masked whole for any row
-        weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-        mixed = mixed * shrink[..., None] + product("skrw,skwc->skrc", weights.astype(value.dtype), value)
-        return higher, total * shrink + weights.sum(axis=-1), mixed
-
-    heads = q_SxKxRxC.shape[:3]
-    start = jnp.full(heads, -jnp.inf), jnp.zeros(heads), jnp.zeros((*heads, C))
-    _, total, mixed = jax.lax.fori_loop(0, jnp.max(position_S) // size + 1, body, start)
+    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC, key_SxKxBxCxP) / C**0.5
+    seen = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=(2, 4), keepdims=True))
+    parts = product("skbrp,skbpc->skbrc", weights.astype(value_SxKxBxPxC.dtype), value_SxKxBxPxC), weights.sum(axis=-1)
+    mixed, total = (functools.reduce(jnp.add, (part[:, :, b] for b in range(B))) for part in parts)
     return (mixed / total[..., None]).reshape(q_SxHxC.shape).astype(q_SxHxC.dtype)
 
 
@@ -219,10 +212,10 @@ class Attention(nn.Module):
             out = "dense"
         q, k = rotate(q, table), rotate(k, table)
         if self.has_variable("cache", "key"):
-            cached = [append(self.get_variable("cache", name), new[:, 0], place) for name, new in (("key", k), ("value", v))]
-            for name, grown in zip(("key", "value"), cached):
+            cached = append({name: self.get_variable("cache", name) for name in ("key", "value")}, k[:, 0], v[:, 0], place)
+            for name, grown in cached.items():
                 self.put_variable("cache", name, grown)
-            attended = attend_cached(q[:, 0], *cached, place)
+            attended = attend_cached(q[:, 0], cached["key"], cached["value"], place)
         else:
             for name, new in (("key", k), ("value", v)):
                 self.sow("prefilled", name, new, reduce_fn=lambda _, last: last, init_fn=lambda: None)
@@ -318,21 +311,21 @@ def split_layers(tree, config: ModelConfig):
 
 
 def init_cache(config: ModelConfig, sequences: int, length: int) -> list:
-    """Keys and values [S, K, W, C] of every layer, all zero, with room for `length` positions."""
-    shape = sequences, config.num_kv_heads, cache_window(length), config.head_dim
+    """Keys [S, K, B, C, P] and values [S, K, B, P, C] of every layer, all zero, with room for `length` positions."""
     name = "self_attn" if config.architecture == "llama" else "attention"
-    zeros = functools.partial(jnp.zeros, shape, config.dtype)
-    return [{name: {"key": zeros(), "value": zeros()}} for _ in range(config.num_layers)]
+    nothing = jnp.zeros((sequences, config.num_kv_heads, cache_window(length), config.head_dim), config.dtype)
+    return [{name: dict(zip(("key", "value"), in_blocks(nothing, nothing)))} for _ in range(config.num_layers)]
 
 
 def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list:
-    """The first L positions of `init_cache`'s arrays, [S, K, L, C], for L tokens of each row. What stands beyond the end of a row's
-    prompt is not looked at before it is overwritten."""
+    """The first ⌈L / P⌉ blocks of `init_cache`'s arrays, for L tokens of each row. What stands beyond the end of a row's prompt is
+    not looked at before it is overwritten."""
     positions = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
     _, kept = Decoder(config).apply(variables, tokens_SxL, positions, jnp.ones_like(tokens_SxL), mutable=["prefilled"])
-    stacked = jax.tree.map(lambda x: x.swapaxes(2, 3), kept["prefilled"]["layers"])
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.num_layers)]
+    ((name, stacked),) = kept["prefilled"]["layers"].items()
+    key, value = (stacked[kind].swapaxes(2, 3) for kind in ("key", "value"))  # [layers, S, K, L, C]
+    return [{name: dict(zip(("key", "value"), in_blocks(key[i], value[i])))} for i in range(config.num_layers)]
 
 
 def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array, position_S: jax.Array):

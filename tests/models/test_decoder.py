@@ -143,15 +143,7 @@ def test_initial_parameters():
 # --------------------------------------------------------------------------------------------------------------------
 
 WINDOW = 192  # three blocks
-AT_ONCE = [decoder.CACHE_BLOCK, WINDOW]  # both ways to go through a cache
 HEADS = [(1, 1, 3), (2, 2, 8), (2, 6, 5)]  # key heads, query heads, width
-
-
-@pytest.fixture(params=AT_ONCE)
-def at_once(request, monkeypatch):
-    """Positions of the cache that attention takes at once."""
-    monkeypatch.setattr(decoder, "_positions_at_once", lambda window: request.param)
-    return request.param
 
 
 def random_adapter(config):
@@ -171,11 +163,14 @@ def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float =
         np.where(within, tokens_SxL[:, : max(prompt_S)], 0)
     )
 
-    def fill(room, filled):
-        kept = jnp.where(within[:, None, :, None], filled, stale)
+    held = np.pad(within, ((0, 0), (0, -within.shape[1] % decoder.CACHE_BLOCK))).reshape(S, -1, decoder.CACHE_BLOCK)
+    held = {"key": held[:, None, :, None, :], "value": held[:, None, :, :, None]}
+
+    def fill(path, room, filled):
+        kept = jnp.where(held[path[-1].key], filled, stale)
         return jnp.full_like(room, stale).at[:, :, : kept.shape[2]].set(kept)
 
-    cache = jax.tree.map(fill, decoder.init_cache(config, S, L), prefix)
+    cache = jax.tree_util.tree_map_with_path(fill, decoder.init_cache(config, S, L), prefix)
     weights = [tree if tree is None else decoder.split_layers(tree, config) for tree in (params, adapter)]
 
     @jax.jit
@@ -203,7 +198,7 @@ def assert_decoding_is_the_forward(config, params, adapter, decoded_with):
 
 
 @pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3"])
-def test_decoding_equals_the_whole_forward(variant, at_once):
+def test_decoding_equals_the_whole_forward(variant):
     config, params, _ = load(variant)
     assert_decoding_is_the_forward(config, params, None, (params, None))
 
@@ -219,7 +214,7 @@ def test_decoding_with_an_adapter_equals_the_whole_forward(variant, merged):
 
 
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
-def test_what_a_cache_held_before_has_no_influence(variant, at_once):
+def test_what_a_cache_held_before_has_no_influence(variant):
     config, params, _ = load(variant)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 140))
     prompt_S = np.array([2, 64, 90])
@@ -241,22 +236,29 @@ def test_bfloat16_decodes_in_bfloat16_and_stays_near():
 
 
 def random_cache(key_heads: int, width: int, number: int):
-    """Keys and values [number, K, WINDOW, C], and the cache that holds them, grown one position at a time."""
+    """Keys and values [number, K, WINDOW, C], and those of the cache that holds them, grown one position at a time."""
     rng = np.random.default_rng(0)
     pair = rng.normal(size=(2, number, key_heads, WINDOW, width)).astype(np.float32)
     config, _, _ = load("llama_mha")
     config = dataclasses.replace(config, num_layers=1, num_kv_heads=key_heads, head_dim=width)
     (layer,) = decoder.init_cache(config, number, WINDOW)
-    caches = [layer["self_attn"]["key"], layer["self_attn"]["value"]]
-    append = jax.jit(decoder.append)
+    cache, append = layer["self_attn"], jax.jit(decoder.append)
     for position in range(WINDOW):
-        at = np.full(number, position)
-        caches = [append(cache, new[:, :, position], at) for cache, new in zip(caches, pair, strict=True)]
-    return pair.astype(np.float64), caches
+        cache = append(cache, *pair[:, :, :, position], np.full(number, position))
+    return pair.astype(np.float64), [cache["key"], cache["value"]]
+
+
+def test_a_cache_grown_by_position_is_one_filled_at_once():
+    pair, caches = random_cache(2, 8, 3)
+    for grown, filled in zip(caches, decoder.in_blocks(*pair.astype(np.float32)), strict=True):
+        np.testing.assert_array_equal(grown, filled)
+    key, value = caches
+    np.testing.assert_array_equal(key[1, 0, 2, :, 5], pair[0, 1, 0, 2 * decoder.CACHE_BLOCK + 5])
+    np.testing.assert_array_equal(value[1, 0, 2, 5], pair[1, 1, 0, 2 * decoder.CACHE_BLOCK + 5])
 
 
 @pytest.mark.parametrize("key_heads, heads, width", HEADS)
-def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width, at_once):
+def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width):
     """softmax(q · k / √C) v in float64; head h looks at key head h // (H / K)."""
     position_S = np.array([0, 1, 62, 63, 64, 100, 127, 128, WINDOW - 1])
     (keys, values), caches = random_cache(key_heads, width, len(position_S))
@@ -272,16 +274,19 @@ def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width, at_onc
             np.testing.assert_allclose(found[row, head], expected, rtol=0, atol=1e-5)
 
 
-def test_a_row_attends_alike_beside_any_other(at_once):
-    """To the last bit: however far another row has come, blocks that a row does not need add nothing to it."""
-    position_S = np.array([3, 70, WINDOW - 1])
+def test_a_row_attends_alike_beside_any_other():
+    """To the last bit: however far another row has come and however many blocks are looked at, those that a row does not need
+    add nothing to it."""
+    position_S = np.array([3, 70, 127, WINDOW - 1])
     _, caches = random_cache(2, 8, len(position_S))
     q = np.random.default_rng(1).normal(size=(len(position_S), 4, 8)).astype(np.float32)
     attend = jax.jit(lambda *args: decoder.attend_cached(*args))
     far = attend(q, *caches, position_S)
     near = attend(q, *caches, np.minimum(position_S, 70))
+    fewer = attend(q, *(cache[:, :, :2] for cache in caches), np.minimum(position_S, 127))
     np.testing.assert_array_equal(far[:2], near[:2])
-    assert (far[2] != near[2]).any()
+    np.testing.assert_array_equal(far[:3], fewer[:3])
+    assert (far[2:] != near[2:]).any(axis=(1, 2)).all() and (far[3] != fewer[3]).any()
 
 
 @pytest.mark.parametrize("length, window", [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576)])
