@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, workspace
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run: its base with its adapter.")
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id, instead of a run.")
@@ -51,11 +51,9 @@ def read_subject() -> Subject:
     if ADAPTER.value is not None:
         raise ValueError("--adapter goes with --model; a --workdir has its own")
     workdir = pathlib.Path(WORKDIR.value)
-    if not (workdir / "summary.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
-    model = json.loads((workdir / "config.json").read_text())["model"]
+    model = workspace.read_finished(workdir).model
     out = pathlib.Path(OUT.value or workdir / "lm_eval.json")
-    return Subject(model["path"], str(workdir / "adapter"), DTYPE.value or model["dtype"], out)
+    return Subject(model.path, str(workdir / "adapter"), DTYPE.value or model.dtype, out)
 
 
 def load_tasks(names: list[str], include_path: str | None = None):

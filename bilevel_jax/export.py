@@ -13,12 +13,10 @@ Rows are matched to weights by content, so data that changed since the run is re
 `--merged` writes a model directory (safetensors, config, tokenizer, README.md) that needs no PEFT.
 """
 
-import json
 import pathlib
 import shlex
 import sys
 
-import ml_collections
 from absl import flags
 
 from bilevel_jax import cli, exporting
@@ -48,7 +46,7 @@ def check_flags() -> None:
 
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
     from bilevel_jax import cards, weights, workspace
-    from bilevel_jax.data import sources, templates
+    from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
 
     table = weights.latest(workdir)
@@ -57,9 +55,7 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     recorded = workdir / "responses.jsonl"
     if REFINED.value and not recorded.exists():
         raise FileNotFoundError(f"{recorded} is missing: method={config.method} generates nothing, so --refined has no responses")
-    found, _ = sources.open_source(
-        config.data.lower, seed=config.seed, num_rows=config.data.num_lower, bad_fraction=config.data.bad_fraction
-    )
+    found = levels.reopen(config)
     kept = exporting.select(found, table, KEEP.value)
     told = [{} for _ in kept]
     if REFINED.value:
@@ -105,15 +101,15 @@ def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str
 
 
 def main() -> None:
+    from bilevel_jax import workspace
+
     check_flags()
     workdir = pathlib.Path(WORKDIR.value)
-    if not (workdir / "summary.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
+    config = workspace.read_finished(workdir)
     if MERGED.value:
         from bilevel_jax.models import merging
 
         merging.check_free(pathlib.Path(MERGED.value))
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     command = f"python -m bilevel_jax.export {shlex.join(sys.argv[1:])}"
     if SELECTED.value:
         export_selected(workdir, config, pathlib.Path(SELECTED.value), command)

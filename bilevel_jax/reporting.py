@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pyarrow.parquet
 
-from bilevel_jax import metrics
+from bilevel_jax import metrics, workspace
 from bilevel_jax.data import levels, order
 from bilevel_jax.data import rows as data_rows
 
@@ -41,9 +41,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     Raises:
       FileNotFoundError: if there is no run.
     """
-    if not (workdir / "config.json").exists():
-        raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
+    config = workspace.read_config(workdir)
     summary = workdir / "summary.json"
     files = {int(file.stem.removeprefix("epoch_")): file for file in (workdir / "weights").glob("epoch_*.parquet")}
     tables = {epoch: _columns(files[epoch]) for epoch in sorted(files)}
@@ -51,7 +49,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     if tables:
         try:
             ids = set(tables[max(tables)]["id"])
-            found = {row.id: row for row in (levels.reopen(workdir) if rows is None else rows) if row.id in ids}
+            found = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
             if len(found) < len(ids):
                 notice = f"{len(ids) - len(found)} rows are no longer in {config.data.lower}; only their ids are shown."
         except (ValueError, OSError) as error:

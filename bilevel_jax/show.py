@@ -3,7 +3,7 @@
 import pathlib
 import unicodedata
 
-from bilevel_jax import weights
+from bilevel_jax import weights, workspace
 from bilevel_jax.data import levels
 
 OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories that a terminal or browser obeys, and half surrogate pairs
@@ -57,7 +57,7 @@ def _lightest(workdir: pathlib.Path, count: int = 5) -> list[str]:
         return []
     lightest = table.sort_by([("rank", "descending")]).slice(0, count).to_pylist()
     try:
-        questions = {row.id: row.question for row in levels.reopen(workdir)}
+        questions = {row.id: row.question for row in levels.reopen(workspace.read_config(workdir))}
     except (ValueError, OSError):  # the data went away meanwhile; their ids are still worth showing
         questions = {}
     lines = [

@@ -42,6 +42,29 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
         raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir")
 
 
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The resolved config of the run in a workdir, finished or not.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
+    return ml_collections.ConfigDict(json.loads(file.read_text()))
+
+
+def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """The same of a finished run.
+
+    Raises:
+      FileNotFoundError: if it is not, or there is none.
+    """
+    if not (workdir / "summary.json").exists():
+        raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
+    return read_config(workdir)
+
+
 def _flatten(config, prefix: str = "") -> dict:
     flat = {}
     for key, value in config.items():

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import page, plots, reporting, show, train
+from bilevel_jax import page, plots, reporting, show, train, workspace
 from bilevel_jax.data import levels
 from bilevel_jax.data import rows as data_rows
 from tests.conftest import write_jsonl
@@ -419,7 +419,7 @@ def test_command_makes_the_same_report_again(finished, tmp_path):
     assert done.stdout.strip() == str(copy / "report.html")
     assert (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
     lightest = pyarrow.parquet.read_table(finished / "weights" / "epoch_2.parquet").sort_by("weight")["id"][0].as_py()
-    questions = {row.id: row.question for row in levels.reopen(finished)}
+    questions = {row.id: row.question for row in levels.reopen(workspace.read_config(finished))}
     assert questions[lightest] in Parsed((copy / "report.html").read_text()).words["rows"]
 
 

@@ -1,10 +1,7 @@
 """One level's rows, read, tokenized and split into those to train on and those held out."""
 
 import dataclasses
-import json
-import pathlib
 
-import ml_collections
 import numpy as np
 
 from bilevel_jax.data import rows, sources, templates
@@ -46,13 +43,12 @@ def load_level(config, level: str, tokenizer) -> Level:
     return Level(pick(usable, train), pick(fitting, train), pick(usable, held_out), pick(fitting, held_out))
 
 
-def reopen(workdir: pathlib.Path) -> list[rows.Row]:
+def reopen(config) -> list[rows.Row]:
     """The lower level's rows of a run, those held out too, read again from where its config says.
 
     Raises:
       DataError: if they are not there any more.
     """
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
     found, _ = sources.open_source(
         config.data.lower, seed=config.seed, num_rows=config.data.num_lower, bad_fraction=config.data.bad_fraction
     )
