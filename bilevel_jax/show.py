@@ -22,8 +22,9 @@ def one_line(text: str, most: int) -> str:
     return line if whole else line[: most - 1] + "…"
 
 
-def closing_table(summary: dict, workdir: pathlib.Path) -> str:
+def closing_table(summary: dict, workdir: str | pathlib.Path) -> str:
     """The closing table of a finished run."""
+    workdir = pathlib.Path(workdir)
     lines = [f"{'held-out loss, nats per token':<34}{'before':>9}{'after':>9}"]
     names = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
     for key, name in names.items():

@@ -481,7 +481,7 @@ def spell(tokens):
 
 
 def retire(record, own):
-    record.retire(own, IDS, spell)
+    record.retire(own, IDS, spell, eos=(2,))
 
 
 def recorded(file):
@@ -496,9 +496,10 @@ def test_what_is_recorded(tmp_path):
     retire(record, own)
     record.close()
     found = recorded(tmp_path / "responses.jsonl")
-    assert [list(line) for line in found] == [["step", "id", "sample", "text", "logprob", "ratio"]] * 3
-    assert found[0] == {"step": 8, "id": "row-1", "sample": 1, "text": "Grüße ☃\u2028\x85\n", "logprob": -1.5, "ratio": None}
-    assert found[1] == found[0] | {"id": "row-4", "sample": 0, "text": '"', "logprob": -1 / 3, "ratio": math.exp(0.25)}
+    assert [list(line) for line in found] == [["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"]] * 3
+    first = {"step": 8, "id": "row-1", "sample": 1, "text": "Grüße ☃\u2028\x85\n", "logprob": -1.5, "ratio": None}
+    assert found[0] == first | {"finish_reason": "stop"}
+    assert found[1] == found[0] | {"id": "row-4", "sample": 0, "text": '"', "logprob": -1 / 3, "ratio": math.exp(0.25), "finish_reason": "length"}
     assert found[2]["ratio"] > 1e30 and math.isfinite(found[2]["ratio"])
 
 
