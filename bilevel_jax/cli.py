@@ -16,9 +16,10 @@ def fail(message: str, code: int = 1):
     sys.exit(code)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Sets the flags; what is wrong with them ends the process with one line and status 2."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = known(argv)
     except (flags.Error, ValueError, TypeError) as error:
         fail(error, 2)
     except (SyntaxError, ImportError) as error:
@@ -55,4 +56,4 @@ def run(main: Callable[[], None]) -> None:
                 raise
             fail(error)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=parse)

@@ -28,6 +28,15 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     if (workdir / "summary.json").exists():
         raise RunError(f"{workdir} holds a finished run; give another --workdir, or remove it to run again")
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_another(config, workdir)
+
+
+def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Nothing, if the workdir holds no run or one of the same config.
+
+    Raises:
+      RunError: the run there is another one.
+    """
     file = workdir / "config.json"
     if not file.exists():
         return

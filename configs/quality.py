@@ -28,3 +28,10 @@ def get_config(tier: str = ""):
         config.data.upper, config.data.lower = "Open-Orca/OpenOrca", "yahma/alpaca-cleaned"
         config.data.num_upper = config.data.num_lower
     return config
+
+
+def sweep(add):
+    """R and G: `python -m experiments.sweep --config=configs/quality.py --workdir=DIR`."""
+    for ratio in (0.05, 0.1, 0.2):
+        for num_samples in (1, 5):
+            add({"online.ratio": ratio, "online.num_samples": num_samples})

@@ -30,3 +30,10 @@ def get_config(tier: str = ""):
         config.data.label = "unsafe"
         config.online.slots = 16  # the paper's batch of generations
     return config
+
+
+def sweep(add):
+    """R and G: `python -m experiments.sweep --config=configs/safety.py --workdir=DIR`."""
+    for ratio in (0.05, 0.1, 0.2):
+        for num_samples in (1, 5):
+            add({"online.ratio": ratio, "online.num_samples": num_samples})

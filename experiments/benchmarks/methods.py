@@ -3,15 +3,13 @@
 The paper (appendix F): online with G=1 takes 1.96x the time of mixing on Pythia-1B and 1.31x on Llama-3-8B; G=5 3.6x and 2.9x.
 """
 
-import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 
 import tqdm
 
+from experiments import cells
 from experiments.benchmarks import timing
 
 VARIANTS = {
@@ -30,13 +28,10 @@ def measure(config_file: str, rounds: int, settings: list[str]) -> list[str]:
         for i in range(rounds):
             for number, (name, keys) in enumerate(VARIANTS.items()):
                 workdir = pathlib.Path(directory) / f"{number}-{i}"
-                command = [sys.executable, "-m", "bilevel_jax.main", f"--config={config_file}", f"--workdir={workdir}"]
-                command += [f"--config.{key}={value}" for key, value in keys.items()]
-                command += [f"--config.{pair}" for pair in ["log.tensorboard=False", *settings]]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise ValueError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-                summary = json.loads((workdir / "summary.json").read_text())
+                changes = keys | {"log.tensorboard": False} | dict(pair.split("=", 1) for pair in settings)
+                summary = cells.run_cell(cells.make(config_file, workdir, changes))
+                if isinstance(summary, str):
+                    raise ValueError(f"{name}: {summary}")
                 parts[name].append((summary["time/train"], summary["time/generate"]))
                 bar.update()
     seconds = {name: [train + generate for train, generate in times] for name, times in parts.items()}
