@@ -160,18 +160,18 @@ def run_all(cells: Sequence[Cell], start: Start) -> list[dict | str]:
         while waiting:
             done = [pair for pair in waiting if pair[0].done()]
             waiting = [pair for pair in waiting if pair not in done]
-            for handle, cell in done:
-                results[cell] = _result(handle)
-                if isinstance(results[cell], str) and not signals:
-                    bar.write(f"failed: {cell.workdir}: {results[cell]}")
-                bar.update()
             if signals and not cancelled:
                 cancel()
                 cancelled = True
+            for handle, cell in done if not signals else ():
+                results[cell] = _result(handle)
+                if isinstance(results[cell], str):
+                    bar.write(f"failed: {cell.workdir}: {results[cell]}")
+                bar.update()
             if not done:
                 time.sleep(POLL)
     if signals:
-        whole = sum(isinstance(result, dict) for result in results.values())
+        whole = sum(finished(cell) is not None for cell in cells)
         name = signal.Signals(signals[0]).name
         raise workspace.Interrupted(f"{name}: {whole} of {len(cells)} runs are finished; the same command continues")
     return [results[cell] for cell in cells]

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 from collections.abc import Mapping
 
 from experiments import cells
@@ -37,13 +38,19 @@ def _ray(options: Mapping) -> cells.Start:
 
     ray.init(log_to_driver=False, logging_level="error")
     resources = {"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))}
-    task = ray.remote(**(resources | options))(cells.run_cell)
+    task = ray.remote(**(resources | options))(_interruptible)
 
     def start(todo):
-        references = [task.remote(cell, None, os.getcwd()) for cell in todo]
+        references = [task.remote(cell, os.getcwd()) for cell in todo]
         return [reference.future() for reference in references], lambda: [ray.cancel(one) for one in references]
 
     return start
+
+
+def _interruptible(cell: cells.Cell, cwd: str) -> dict | str:
+    # Ray cancels by an interrupt, which workers ignore whose cluster was started in the background of a script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return cells.run_cell(cell, cwd=cwd)
 
 
 def _slurm(options: Mapping, folder: pathlib.Path) -> cells.Start:

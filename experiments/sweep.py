@@ -25,8 +25,8 @@ SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... of every cell.", lower
 METRIC = flags.DEFINE_string("metric", None, "Key of summary.json to draw; by default the held-out loss on right answers.")
 LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "ray", "slurm"], "Where the runs are started.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time with --launcher=local; a GPU holds one.", lower_bound=1)
-RAY = flags.DEFINE_string("ray_options", "{}", "JSON for ray.remote, such as {\"num_gpus\": 1}.")
-SLURM = flags.DEFINE_string("slurm_options", "{}", "JSON for submitit, such as {\"timeout_min\": 600, \"gpus_per_node\": 1}.")
+RAY = flags.DEFINE_string("ray_options", "{}", 'JSON for ray.remote, such as {"num_gpus": 1}.')
+SLURM = flags.DEFINE_string("slurm_options", "{}", 'JSON for submitit, such as {"timeout_min": 600, "gpus_per_node": 1}.')
 
 
 def options() -> dict:

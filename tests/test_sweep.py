@@ -322,21 +322,22 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_real_sweep(tmp_path, make_config):
-    (tmp_path / "tiny.json").write_text(make_config({"num_epochs": 1, "checkpoint.every": 0, "method": "mixing"}).to_json())
+def test_a_real_sweep(tmp_path, make_config, data):
+    changes = {"num_epochs": 1, "checkpoint.every": 0, "method": "mixing", "mixing.rho": 1.0}
+    (tmp_path / "tiny.json").write_text(make_config(changes).to_json())
     (tmp_path / "tiny.py").write_text(
         "import json, ml_collections\n"
         "def get_config():\n"
         f"    return ml_collections.ConfigDict(json.load(open({str(tmp_path / 'tiny.json')!r})))\n"
         "def sweep(add):\n"
-        "    add({'mixing.rho': 0.0})\n"
-        "    add({'mixing.rho': 0.5})\n"
+        f"    add({{'data.lower': {str(data / 'lower.jsonl')!r}}})\n"
+        f"    add({{'data.lower': {str(tmp_path / 'absent.jsonl')!r}}})\n"
     )
     done = command(f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/sweep", "--jobs=2")
-    assert done.returncode == 0, done.stderr
-    for rho in ("0.0", "0.5"):
-        workdir = tmp_path / "sweep" / f"mixing.rho_{rho}" / "seed_0"
-        assert json.loads((workdir / "config.json").read_text())["mixing"]["rho"] == float(rho)
-        summary = json.loads((workdir / "summary.json").read_text())
-        assert f"| {rho} | 1 | {summary['eval/upper_loss']:.4f} | {summary['eval/lower_loss']:.4f} |" in done.stdout
-    assert f"eval/lower_clean_loss: {tmp_path}/sweep/sweep.png" in done.stdout
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: 1 of 2 runs failed; the same command tries them again\n")
+    [summary] = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/seed_0/summary.json")]
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert f"lower.jsonl | 1 | {summary['eval/upper_loss']:.4f} | {summary['eval/lower_loss']:.4f} |" in table
+    assert f"seed 0: {tmp_path}/absent.jsonl: no such file" in table
+    assert "no picture: it takes one or two keys that vary, all numbers; here data.lower" in done.stdout
