@@ -163,18 +163,20 @@ def measured(outcomes: Sequence[Outcome]) -> set[str]:
 
 
 def table(outcomes: Sequence[Outcome], metric: str | None = None) -> list[str]:
-    """Lines of Markdown: a row for each cell, means over its seeds and their standard deviations."""
+    """Lines of Markdown: a row for each cell, means over its seeds and their standard deviations. What all cells share is above."""
     there = measured(outcomes)
     columns = {heading: key for heading, key in COLUMNS.items() if key in there}
     if metric in there - set(columns.values()):
         columns[metric] = metric
-    keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.point.settings))
+    first = outcomes[0].point.settings
+    keys = list(axes([outcome.point for outcome in outcomes])) or list(first)
+    shared = ", ".join(f"{key}={value}" for key, value in first.items() if key not in keys)
     rows = []
     for point, whole, failed in outcomes:
         done = f"{len(whole)}" + (f", {len(failed)} failed" if failed else "")
         values = (str(point.settings.get(key, "")) for key in keys)
         rows.append([*values, done, *(cells.entry(list(whole.values()), key) for key in columns.values())])
-    return cells.markdown([*keys, "seeds", *columns], rows)
+    return [*([f"All cells: {shared}", ""] if shared else []), *cells.markdown([*keys, "seeds", *columns], rows)]
 
 
 def write(directory: pathlib.Path, command: str, outcomes: Sequence[Outcome], metric: str | None) -> str:

@@ -273,6 +273,11 @@ def test_table_has_means_and_spread(points):
     ]
 
 
+def test_what_all_cells_share_is_above_the_table():
+    shown = sweeping.table(outcomes_of(sweeping.points(SAFETY, sweeping.grid(["num_epochs=2", "online.ratio=0.1,0.2"]))))
+    assert shown[0] == "All cells: num_epochs=2" and shown[2].startswith("| online.ratio | seeds |")
+
+
 def test_heat_map(points, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(sweeping, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[0])
