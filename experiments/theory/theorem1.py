@@ -1,0 +1,125 @@
+"""Theorem 1 and Lemma 5: weak Pareto points by their definition, minimisers of weighted sums, and the best of both."""
+
+import numpy as np
+
+from experiments.theory import plates
+
+TITLE = "Theorem 1: weak Pareto set and weighted minimisers (Figure 1)"
+VERDICT = "global solutions: holds, with weights from the closed simplex; local solutions: does not hold as printed"
+TIE = 1e-12  # losses closer than this to the least are least
+STEP, PARTS = 0.25, 8
+
+
+def weak_pareto(loss_PxN: np.ndarray) -> np.ndarray:
+    """Definition 1 over P points, bool [P]: no other point is lower in every loss."""
+    dominated = np.ones((len(loss_PxN), len(loss_PxN)), bool)
+    for loss in loss_PxN.T:
+        dominated &= loss[None, :] < loss[:, None] - TIE
+    return ~dominated.any(1)
+
+
+def simplex(number: int, parts: int) -> np.ndarray:
+    """All weights that are multiples of 1/parts, faces and corners included."""
+    if number == 1:
+        return np.ones((1, 1))
+    counts = np.stack(np.meshgrid(*[np.arange(parts + 1)] * number, indexing="ij"), -1).reshape(-1, number)
+    return counts[counts.sum(1) == parts] / parts
+
+
+def minimisers(weights: np.ndarray, loss_PxN: np.ndarray) -> np.ndarray:
+    """S(λ) for every λ, bool [weights, P]."""
+    total = weights @ loss_PxN.T
+    return total <= total.min(1, keepdims=True) + TIE
+
+
+def compare(loss: np.ndarray, trusted: np.ndarray, weights: np.ndarray) -> dict:
+    pareto, union = weak_pareto(loss), minimisers(weights, loss).any(0)
+    return {"pareto": pareto, "union": union, "bmo": trusted[pareto].min(), "bds": trusted[union].min()}
+
+
+def curve(kind: str) -> dict:
+    """Two rows on a line, with no shared minimiser: ½(θ ∓ 1)² (convex) or 1 - exp(-(θ ∓ 1)²) (not); trusted ½θ²."""
+    theta = np.linspace(-2, 2, 401)
+    square = (theta[:, None] - np.array([1.0, -1.0])) ** 2
+    loss = 0.5 * square if kind == "convex" else 1 - np.exp(-square)
+    return compare(loss, 0.5 * theta**2, simplex(2, 200)) | {"theta": theta, "loss": loss}
+
+
+def local_solutions(radius: float = 0.25) -> dict:
+    """Two lines that cross at 0, the trusted minimum (1, 0) on one of them: best trusted losses near λ = (½, ½), θ = 0."""
+    boxes = np.array([[[-2, 0], [2, 0]], [[0, -2], [0, 2]]], float)
+    points = plates.grid(0.125)
+    loss, trusted = plates.losses(points, boxes), 0.5 * ((points - np.array([1.0, 0.0])) ** 2).sum(1)
+    near = np.linalg.norm(points, axis=1) <= radius
+    weights = simplex(2, 40)
+    weights = weights[np.abs(weights - 0.5).max(1) <= radius]
+    here = trusted[(points == 0).all(1)].min()
+    return {
+        "here": here,
+        "bds_near": trusted[near & minimisers(weights, loss).any(0)].min(),
+        "bmo_near": trusted[near & weak_pareto(loss)].min(),
+    }
+
+
+def measure() -> dict:
+    points = plates.grid(STEP)
+    loss, trusted = plates.losses(points, plates.LOWER), plates.losses(points, plates.UPPER[None])[:, 0]
+    weights = simplex(3, PARTS)
+    found = compare(loss, trusted, weights)
+    lemma5 = 0
+    for i in range(3):
+        individual = (loss[:, i] == 0) & (np.delete(loss, i, 1) > 0).all(1)
+        lemma5 += int(((found["pareto"] & ~weak_pareto(np.delete(loss, i, 1))) != individual).sum())
+    inside = minimisers(weights[(weights > 0).all(1)], loss).any(0)  # what finite ω can reach
+    return found | {
+        "points": points,
+        "trusted": trusted,
+        "inside": inside,
+        "bds_inside": trusted[inside].min(),
+        "lemma5": lemma5,
+        "convex": curve("convex"),
+        "concave": curve("concave"),
+        "local": local_solutions(),
+    }
+
+
+def paragraph(found: dict) -> str:
+    concave, convex, local = found["concave"], found["convex"], found["local"]
+    return f"""\
+On {len(found["points"])} grid points of the rows of Figure 1, the weak Pareto set by Definition 1 and the union of S(λ) over
+{len(simplex(3, PARTS))} λ of the simplex differ in {(found["pareto"] != found["union"]).sum()} points of
+{found["pareto"].sum()}; both optima are {found["bmo"]:g}. Lemma 5 (WP less WP without row i = individual minimisers of i) fails
+in {found["lemma5"]} points. Under Assumption 1 both sets are simply the points where some row has loss 0, so the proof needs no
+convexity.
+
+*λ must come from the closed simplex.* Over λ > 0, all that ω in R^N gives, the union has {found["inside"].sum()} points, those
+that all rows share, and the best trusted loss is {found["bds_inside"]:g}. *Without Assumption 1* equivalence can fail: with
+losses 1 - exp(-(θ∓1)²) every θ in [-1, 1] is weakly Pareto, weighted sums reach only {concave["union"].sum()} of
+{concave["pareto"].sum()} points, and the optima are {concave["bmo"]:.3f} (BMO) and {concave["bds"]:.3f} (BDS). The assumption
+is not necessary: with ½(θ∓1)², convex in θ, the sets differ in {(convex["pareto"] != convex["union"]).sum()} points.
+
+*Local solutions are not equivalent.* Two rows whose minimisers are the two axes, the trusted minimum at (1, 0): at λ = (½, ½),
+θ = 0 all nearby λ have S(λ) = {{0}}, so it is a local solution of BDS (trusted loss {local["here"]:g}, none lower nearby:
+{local["bds_near"]:g}). For BMO it is not: the axis leads down, to {local["bmo_near"]:.3f} within the same radius."""
+
+
+def draw(figure, found: dict) -> None:
+    left = figure.add_subplot(1, 2, 1, projection="3d")
+    side = int(round(len(found["points"]) ** 0.5))
+    x, y = found["points"].T.reshape(2, side, side)
+    left.plot_surface(x, y, found["trusted"].reshape(side, side), cmap="Blues_r", alpha=0.7, linewidth=0, rcount=15, ccount=15)
+    for i, (low, high) in enumerate(plates.LOWER):
+        corners = np.array([low, [high[0], low[1]], high, [low[0], high[1]], low])
+        left.plot(*corners.T, -1.0, color=f"C{i + 1}", label=f"minimisers of row {i + 1}")
+    left.set_xlabel("θ₁")
+    left.set_ylabel("θ₂")
+    left.set_zlabel("trusted loss")
+    left.legend(fontsize=7, loc="upper left")
+    right = figure.add_subplot(1, 2, 2)
+    first, second = found["concave"]["loss"].T
+    right.plot(first, second, color="0.8", label="θ in [-2, 2]")
+    for name, marker, label in (("pareto", ".", "weakly Pareto"), ("union", "x", "weighted minimisers")):
+        right.plot(first[found["concave"][name]], second[found["concave"][name]], marker, markersize=4, label=label)
+    right.set_xlabel("loss of row 1")
+    right.set_ylabel("loss of row 2")
+    right.legend(fontsize=8)
