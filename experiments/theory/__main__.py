@@ -2,12 +2,24 @@
 
 import pathlib
 import sys
+import textwrap
 
 from absl import flags
 
 from bilevel_jax import cli
 
 OUT = flags.DEFINE_string("out", "experiments/results/theory", "Directory of the figures; the page is OUT.md beside it.")
+
+PROBLEMS = """Unless said otherwise, θ is a point of the plane and a row's loss half its squared distance to a box: minimiser
+sets are boxes, so optima are known exactly. Such a loss is the NLL of a softmax policy of two words whose right word has
+probability e^-ℓ. Zero loss takes a logit of -∞; with finite logits Assumption 1 never holds, so all that rests on it is
+about that limit."""
+
+
+def prose(text: str) -> str:
+    """Paragraphs filled again, since numbers have taken the places of their names; tables as they are."""
+    fill = textwrap.TextWrapper(130, break_long_words=False, break_on_hyphens=False).fill
+    return "\n\n".join(part if part.startswith("|") else fill(part) for part in text.split("\n\n"))
 
 
 def main() -> None:
@@ -30,9 +42,9 @@ def main() -> None:
             module.draw(figure, found)
             figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         verdicts.append(f"| {module.TITLE} | {module.VERDICT} |")
-        lines += [f"## {module.TITLE}", "", f"Verdict: **{module.VERDICT}**.", "", module.paragraph(found), ""]
+        lines += [f"## {module.TITLE}", "", f"Verdict: **{module.VERDICT}**.", "", prose(module.paragraph(found)), ""]
         lines += [f"![{module.TITLE}]({out.name}/{name}.svg)", ""]
-    head = ["# The paper's statements on small problems", "", f"`{command}`", "", *verdicts, ""]
+    head = ["# The paper's statements on small problems", "", f"`{command}`", "", prose(PROBLEMS), "", *verdicts, ""]
     workspace.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *lines]).rstrip() + "\n")
     print("\n".join(verdicts))
 

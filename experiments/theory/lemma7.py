@@ -62,7 +62,7 @@ def measure() -> dict:
 def paragraph(found: dict) -> str:
     return f"""\
 The Hessian of `losses.token_nll` for {TOKENS} tokens of {WORDS} words, by differences of its gradient in float32, is within
-{found["error"]:.1e} of diag(p) - ppᵀ for each token and 0 between tokens ({found["off_block"]:.1e}). The smallest eigenvalue of
+{found["error"]:.1e} of diag(p) − ppᵀ for each token and 0 between tokens ({found["off_block"]:.1e}). The smallest eigenvalue of
 the stated matrix is {found["smallest"]:.1e}; {found["zeros"]} are 0, one for each token, as a constant added to its logits
 changes nothing: the loss is convex, not strictly. It is not convex in θ: with z = (ab, 0) an eigenvalue at a = b = 0 is
 {found["in_parameters"]:.2f}. (The zero blocks of (14) are V x V, not V x D.)"""

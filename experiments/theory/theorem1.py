@@ -5,7 +5,7 @@ import numpy as np
 from experiments.theory import plates
 
 TITLE = "Theorem 1: weak Pareto set and weighted minimisers (Figure 1)"
-VERDICT = "global solutions: holds, with weights from the closed simplex; local solutions: does not hold as printed"
+VERDICT = "holds for global solutions, with weights from the closed simplex; does not hold for local ones"
 TIE = 1e-12  # losses closer than this to the least are least
 STEP, PARTS = 0.25, 8
 
@@ -98,23 +98,32 @@ losses 1 - exp(-(θ∓1)²) every θ in [-1, 1] is weakly Pareto, weighted sums 
 {concave["pareto"].sum()} points, and the optima are {concave["bmo"]:.3f} (BMO) and {concave["bds"]:.3f} (BDS). The assumption
 is not necessary: with ½(θ∓1)², convex in θ, the sets differ in {(convex["pareto"] != convex["union"]).sum()} points.
 
-*Local solutions are not equivalent.* Two rows whose minimisers are the two axes, the trusted minimum at (1, 0): at λ = (½, ½),
-θ = 0 all nearby λ have S(λ) = {{0}}, so it is a local solution of BDS (trusted loss {local["here"]:g}, none lower nearby:
-{local["bds_near"]:g}). For BMO it is not: the axis leads down, to {local["bmo_near"]:.3f} within the same radius."""
+*Local solutions are not equivalent.* Two rows whose minimisers are the two axes, the trusted minimum at (1, 0): at λ = (½,
+½), θ = 0 all nearby λ have S(λ) = {{0}}, so it is a local solution of BDS (trusted loss {local["here"]:g}, none lower
+nearby: {local["bds_near"]:g}). For BMO it is not: the axis leads down, to {local["bmo_near"]:.3f} within the same radius.
+The other direction is sound: a local solution of BMO lies in some row's minimisers, and is one of BDS with all weight on
+that row."""
 
 
 def draw(figure, found: dict) -> None:
     left = figure.add_subplot(1, 2, 1, projection="3d")
-    side = int(round(len(found["points"]) ** 0.5))
-    x, y = found["points"].T.reshape(2, side, side)
-    left.plot_surface(x, y, found["trusted"].reshape(side, side), cmap="Blues_r", alpha=0.7, linewidth=0, rcount=15, ccount=15)
+    floor = -2.0  # the plates lie under the surface of the trusted loss
     for i, (low, high) in enumerate(plates.LOWER):
-        corners = np.array([low, [high[0], low[1]], high, [low[0], high[1]], low])
-        left.plot(*corners.T, -1.0, color=f"C{i + 1}", label=f"minimisers of row {i + 1}")
+        x, y = np.meshgrid(*np.stack([low, high], 1))
+        left.plot_surface(x, y, np.full((2, 2), floor), color=f"C{i + 1}", alpha=0.35, label=f"minimisers of row {i + 1}")
+    side = round(len(found["points"]) ** 0.5)
+    x, y = found["points"].T.reshape(2, side, side)
+    shown = np.where(found["trusted"] < 4, found["trusted"], np.nan).reshape(side, side)
+    left.plot_surface(x, y, shown, cmap="Blues_r", alpha=0.5, linewidth=0, rcount=side, ccount=side)
+    for name, color, label in (("inside", "black", "best where all rows share"), ("union", "magenta", "best without row 2")):
+        best = found["points"][found[name]][found["trusted"][found[name]].argmin()]
+        loss = found["trusted"][found[name]].min()
+        left.plot(*np.stack([best, best], 1), [floor, loss], "o-", color=color, markersize=4, label=label)
     left.set_xlabel("θ₁")
     left.set_ylabel("θ₂")
     left.set_zlabel("trusted loss")
-    left.legend(fontsize=7, loc="upper left")
+    left.view_init(elev=22, azim=-125)
+    left.legend(fontsize=6, loc="upper left")
     right = figure.add_subplot(1, 2, 2)
     first, second = found["concave"]["loss"].T
     right.plot(first, second, color="0.8", label="θ in [-2, 2]")

@@ -85,7 +85,8 @@ On the rows of Figure 1 selection reaches {found["selection"]:g}. Mixing, solved
 {RHO[0]:g} to 1, has {found["mixing"].min():.1e} to {found["mixing"].max():.3f}: above for every ρ, and within
 {np.abs(found["mixing"] - found["closed"]).max():.0e} of ½(ρ/(3-2ρ))², by hand. The same with a softmax table of two questions
 and two words, trained through `losses.token_nll`: within {np.abs(found["table"] - found["table_closed"]).max():.0e} of
-log((2-ρ)/(2-2ρ)) > 0, while selection has 0 in the limit.
+log((2-ρ)/(2-2ρ)) > 0, while selection, with all weight
+on question 0, has 0 in the limit.
 
 Two things are missing from the statement. (a) *A useless row that no trusted minimiser fits must exist.* The proof says that
 trusted and lower-level rows share no model; Theorem 2's conditions do not. Without row 2 mixing has
@@ -101,6 +102,8 @@ def draw(figure, found: dict) -> None:
     axes.semilogx(RHO, found["kinked"], "s--", markersize=3, label="the same, trusted loss with a kink")
     axes.semilogx(RHO, found["separable"], "--", label="mixing, no useless row")
     axes.axhline(found["selection"], color="black", linewidth=1, label="selection")
+    axes.set_yscale("symlog", linthresh=1e-9)
+    axes.set_ylim(-5e-10, 2)
     axes.set_xlabel("ρ")
     axes.set_ylabel("trusted loss")
     axes.legend(fontsize=8)

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.theory import theorem3
 
 TITLE = "Theorem 4: on evaluation rows"
-VERDICT = "holds for large N' and small shift, with the proof put right; its bound is far from tight"
+VERDICT = "holds for large N' and small shift, under Theorem 3's assumptions and with the proof put right"
 CENTRES, HALF, WALL = np.linspace(1.5, 2, 9), 0.5, 0.5
 STRANGE = 0.9  # a centre that the trusted distribution never has
 SIZES, RHOS, DRAWS = (1, 2, 4, 8, 16, 32, 64), (0.05, 0.5, 1.0), 100
