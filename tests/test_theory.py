@@ -121,6 +121,9 @@ def test_theorem4_the_margin_is_sure_for_many_trusted_rows_and_turns_under_a_lar
         assert found["shifted"][rho][0] > 0 > found["shifted"][rho][-1]
     assert found["share"][0.05][0] < 0.9  # one trusted row is too few
     assert found["turns"][0.05] < found["turns"][0.5] < found["turns"][1.0]
+    # ρ = 1 stays at 1/2, selection is in [1.5, 2]: of the strange centre's loss, 0 there, 0.6²/2 at 2.
+    mean = np.mean(0.5 * (theorem4.CENTRES - 1) ** 2)
+    assert found["turns"][1.0] == pytest.approx(-np.log(1 - mean / (mean + 0.18)), rel=1e-6)
 
 
 def test_theorem4_mixing_by_hand():

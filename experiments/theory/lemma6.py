@@ -8,7 +8,7 @@ import numpy as np
 from bilevel_jax import online
 
 TITLE = "Lemma 6: implicit response weights"
-VERDICT = "holds for λ; that the importance ratio is proportional to λ holds only for equal π_old"
+VERDICT = "holds; the remark that the importance ratio is proportional to λ does not, unless π_old is equal"
 TOKENS, WORDS = 2, 3
 RESPONSES = np.array(list(itertools.product(range(WORDS), repeat=TOKENS)))  # all there are
 GROUP = np.array([0, 3, 4, 7, 8])  # G of them

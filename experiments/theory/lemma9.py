@@ -8,7 +8,7 @@ from bilevel_jax import selector
 from experiments.theory import plates
 
 TITLE = "Lemma 9: the expected move of ω (Figure 6)"
-VERDICT = "holds for ω; what the paper says of the weights does not hold for σ(ω)"
+VERDICT = "holds; what the paper concludes for the weights holds for ω, not for σ(ω)"
 ALPHA, GAMMA, BETA, DRAWS = 0.5, 2.0, 0.1, 20_000
 LITERAL = selector.Selector(optimizer="sgd", learning_rate=ALPHA, baseline="none", weight_scale="literal")
 MIRROR = selector.Selector(optimizer="mirror", learning_rate=ALPHA, baseline="none", weight_scale="literal")

@@ -5,7 +5,7 @@ import numpy as np
 from experiments.theory import plates
 
 TITLE = "Theorem 1: weak Pareto set and weighted minimisers (Figure 1)"
-VERDICT = "holds for global solutions, with weights from the closed simplex; does not hold for local ones"
+VERDICT = "holds weakly: for global solutions, with weights from the closed simplex; not for local ones"
 TIE = 1e-12  # losses closer than this to the least are least
 STEP, PARTS = 0.25, 8
 

@@ -8,7 +8,7 @@ from bilevel_jax import selector
 from experiments.theory import plates
 
 TITLE = "Theorem 2: useless rows get weight 0"
-VERDICT = "holds with a stronger definition of useless; does not hold as printed"
+VERDICT = "does not hold as printed; holds with a stronger definition of useless"
 USEFUL, STEPS, GAMMA, BETA = 8, 4000, 1.0, 0.2
 RULES = {
     "bds, mirror (default)": selector.Selector(),

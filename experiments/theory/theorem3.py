@@ -8,7 +8,7 @@ from bilevel_jax import losses
 from experiments.theory import plates
 
 TITLE = "Theorem 3: strictly below every ρ of direct mixing"
-VERDICT = "holds with two more assumptions; does not hold as printed"
+VERDICT = "does not hold as printed; holds with two more assumptions"
 RHO = np.concatenate([np.logspace(-4, -1, 13), np.linspace(0.15, 1, 18)])
 TABLE_RHO = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
 BISECTIONS = 70  # to the last bit

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.theory import theorem3
 
 TITLE = "Theorem 4: on evaluation rows"
-VERDICT = "holds for large N' and small shift, under Theorem 3's assumptions and with the proof put right"
+VERDICT = "holds weakly: for large N' and small shift, under Theorem 3's assumptions and with the proof put right"
 CENTRES, HALF, WALL = np.linspace(1.5, 2, 9), 0.5, 0.5
 STRANGE = 0.9  # a centre that the trusted distribution never has
 SIZES, RHOS, DRAWS = (1, 2, 4, 8, 16, 32, 64), (0.05, 0.5, 1.0), 100
@@ -43,6 +43,12 @@ def margin(rho: float, centres: np.ndarray, evaluated: np.ndarray, weight: np.nd
     return min(weight @ loss(y, evaluated) for y in np.linspace(low, high, 21 if high - low > 1e-9 else 1)) - worst
 
 
+def crossing(share: np.ndarray, margins: np.ndarray) -> float:
+    """Where the margin, linear in the share, is 0."""
+    slope, start = np.polyfit(share, margins, 1)
+    return float(-start / slope)
+
+
 def measure() -> dict:
     rng = np.random.default_rng(0)
     uniform = np.full(len(CENTRES), 1 / len(CENTRES))
@@ -58,14 +64,14 @@ def measure() -> dict:
         "share": {rho: (m > 0).mean(1) for rho, m in margins.items()},
         "shifted": shifted,
         "kl": -np.log(1 - SHARES),  # KL(p_val || p_eval); the other direction is infinite
-        "turns": {rho: -np.log(1 - SHARES[np.argmax(m <= 0)]) if (m <= 0).any() else np.inf for rho, m in shifted.items()},
+        "turns": {rho: -np.log(1 - crossing(SHARES, m)) for rho, m in shifted.items()},
         "bound": enough,
     }
 
 
 def paragraph(found: dict) -> str:
     share = "; ".join(f"ρ = {rho:g}: {', '.join(f'{s:.0%}' for s in found['share'][rho])}" for rho in RHOS)
-    turns = ", ".join(f"{kl:.2f} (ρ = {rho:g})" for rho, kl in found["turns"].items())
+    turns = ", ".join(f"{kl:.3f} (ρ = {rho:g})" for rho, kl in found["turns"].items())
     bound = ", ".join(f"{n:.1e} (ρ = {rho:g})" for rho, n in found["bound"].items())
     return f"""\
 {DRAWS} draws of N' = {", ".join(str(n) for n in SIZES)} trusted rows; evaluation losses are exact expectations. The one of the
