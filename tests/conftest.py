@@ -16,7 +16,7 @@ from absl import flags
 from bilevel_jax import config as configuration
 from bilevel_jax import train
 from bilevel_jax.data import templates
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import decoder, huggingface, lora
 
 
 def _shapes(jaxpr):
@@ -219,3 +219,19 @@ def finished(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.run(make_config(EVERYTHING), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def make_adapter():
+    """`make_adapter(directory, out) -> out`: a random PEFT adapter of the model in `directory` that is not zero."""
+
+    def make(directory, out):
+        model = huggingface.read_config(directory, "float32")
+        start = lora.init_adapter(model, jax.random.key(0), 3, lora.resolve_targets(model, "all-linear"))
+        leaves, tree = jax.tree.flatten(start)
+        rng = np.random.default_rng(0)
+        drawn = tree.unflatten([leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+        huggingface.save_adapter(out, model, drawn, alpha=6.0, base="tiny")
+        return out
+
+    return make

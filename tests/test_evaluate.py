@@ -20,7 +20,6 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from bilevel_jax import harness, sampling
 from tests.conftest import _logits, load, run_command, write_jsonl
-from tests.test_score import make_adapter
 
 LOCAL = pathlib.Path("bilevel_jax/tasks").absolute()
 OFFICIAL = pathlib.Path(lm_eval.__file__).parent / "tasks"
@@ -63,7 +62,7 @@ def greedy_tokens(loaded, prompt, number):
 
 
 @pytest.fixture(scope="module")
-def adapter(neox, tmp_path_factory):
+def adapter(neox, make_adapter, tmp_path_factory):
     return make_adapter(neox, tmp_path_factory.mktemp("adapters") / "neox")
 
 

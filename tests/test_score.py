@@ -4,13 +4,11 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from bilevel_jax import score, scoring
 from bilevel_jax.data import rows
-from bilevel_jax.models import huggingface, lora
 from tests.conftest import load, make_rows, read_jsonl, token_log_probs, write_jsonl
 
 SCHEMAS = [
@@ -25,19 +23,8 @@ NONE = "none", False
 HUMAN = "human", True
 
 
-def make_adapter(directory, out):
-    """A random adapter that is not zero."""
-    model, *_ = load(directory)
-    start = lora.init_adapter(model, jax.random.key(0), 3, lora.resolve_targets(model, "all-linear"))
-    leaves, tree = jax.tree.flatten(start)
-    rng = np.random.default_rng(0)
-    drawn = tree.unflatten([leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
-    huggingface.save_adapter(out, model, drawn, alpha=6.0, base="tiny")
-    return out
-
-
 @pytest.fixture(scope="module")
-def adapters(neox, llama, tmp_path_factory):
+def adapters(neox, llama, make_adapter, tmp_path_factory):
     """Model directory -> adapter directory."""
     root = tmp_path_factory.mktemp("adapters")
     return {directory: make_adapter(directory, root / directory.name) for directory in (neox, llama)}

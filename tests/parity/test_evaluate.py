@@ -16,7 +16,6 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from bilevel_jax import harness  # noqa: E402
 from bilevel_jax.data import templates  # noqa: E402
 from bilevel_jax.models import huggingface  # noqa: E402
-from tests.test_score import make_adapter  # noqa: E402
 
 pytestmark = pytest.mark.parity
 SMOLLM2 = pathlib.Path("local/smollm2")
@@ -93,7 +92,7 @@ def test_smollm2(smollm2):
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
-def test_peft_adapter(architecture, request, tmp_path):
+def test_peft_adapter(architecture, make_adapter, request, tmp_path):
     """A tiny model, so that contexts are cut and texts take several windows."""
     directory = request.getfixturevalue(architecture)
     plain, adapted = make_pair(directory), make_pair(directory, make_adapter(directory, tmp_path / "adapter"))
