@@ -23,6 +23,13 @@ from bilevel_jax import workspace
 PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the last line of a log is the last thing that happened
 POLL = 0.2  # seconds
 STOPPED = "stopped before it started"
+COLUMNS = {  # of every table: heading -> key of summary.json
+    "upper loss": "eval/upper_loss",
+    "lower loss": "eval/lower_loss",
+    "lower, right answers": "eval/lower_clean_loss",
+    "AUROC": "selector/auroc",
+    "bad kept": "selector/bad_kept",
+}
 
 
 class Cell(NamedTuple):

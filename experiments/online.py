@@ -1,7 +1,7 @@
 """Self-refining generation against selection alone and mixing, with controls: `python -m experiments.online --seeds=4`."""
 
 from bilevel_jax import cli
-from experiments import runs
+from experiments import cells, runs
 
 MIXING = {f"mixing, ρ={rho}": {"method": "mixing", "mixing.rho": rho} for rho in (0.1, 0.2)}
 CELLS = MIXING | {
@@ -12,14 +12,7 @@ CELLS = MIXING | {
     "dynamic": {"method": "dynamic"},
     "dynamic, r ≡ 1 (none)": {"method": "dynamic", "online.response_weight": "none"},
 }
-COLUMNS = {
-    "upper loss": "eval/upper_loss",
-    "lower loss": "eval/lower_loss",
-    "lower, right answers": "eval/lower_clean_loss",
-    "AUROC": "selector/auroc",
-    "bad kept": "selector/bad_kept",
-    "another chance": "online/another_chance",
-}
+COLUMNS = cells.COLUMNS | {"another chance": "online/another_chance"}
 
 
 if __name__ == "__main__":

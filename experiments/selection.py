@@ -1,7 +1,7 @@
 """Rules x optimizers of the selector, and the controls, on one task: `python -m experiments.selection --seeds=4`."""
 
 from bilevel_jax import cli
-from experiments import runs
+from experiments import cells, runs
 
 MIXING = {f"mixing, ρ={rho:g}": {"method": "mixing", "mixing.rho": rho} for rho in (1.0, 0.5)}
 OFFLINE = {
@@ -23,14 +23,7 @@ OFFLINE = {
     "bmo, as (48), lr 0.5": {"selection.rule": "bmo", "selection.learning_rate": 0.5, "selection.baseline": "none"},
 }
 CELLS = MIXING | {name: {"method": "offline"} | cell for name, cell in OFFLINE.items()}
-COLUMNS = {
-    "upper loss": "eval/upper_loss",
-    "lower loss": "eval/lower_loss",
-    "lower, right answers": "eval/lower_clean_loss",
-    "AUROC": "selector/auroc",
-    "bad kept": "selector/bad_kept",
-    "ESS/N": "selector/ess",
-}
+COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess"}
 
 
 if __name__ == "__main__":

@@ -22,12 +22,7 @@ from bilevel_jax import config as configuration
 from experiments import cells
 
 METRICS = ("eval/lower_clean_loss", "eval/upper_loss")  # the first that there is
-COLUMNS = {
-    "upper loss": "eval/upper_loss",
-    "lower loss": "eval/lower_loss",
-    "lower, right answers": "eval/lower_clean_loss",
-    "AUROC": "selector/auroc",
-    "bad kept": "selector/bad_kept",
+COLUMNS = cells.COLUMNS | {
     "another chance": "online/another_chance",
     "train s": "time/train",
     "generate s": "time/generate",
