@@ -24,7 +24,6 @@ from bilevel_jax import score
 from bilevel_jax.data import rows
 from bilevel_jax.models import decoder, huggingface
 from tests.conftest import load, make_rows, read_jsonl, run_command, write_jsonl
-from tests.test_score import make_adapter
 
 KEYS = ["id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"]
 CHAT = [
@@ -76,7 +75,7 @@ def sampled(command, prompts, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter(neox, tmp_path_factory):
+def adapter(neox, make_adapter, tmp_path_factory):
     return make_adapter(neox, tmp_path_factory.mktemp("adapter") / "neox")
 
 
