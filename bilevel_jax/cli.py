@@ -1,9 +1,12 @@
 """What the commands share: flags that fail in one line, and errors that read as one."""
 
 import os
+import pathlib
+import platform
 import re
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -32,6 +35,21 @@ def parse(argv: list[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
     return rest
 
 
+def keep_compilations() -> None:
+    """Lets the next process find what this one compiled: JAX's own cache, in the user's cache directory unless JAX's variables say
+    otherwise. Processors of several kinds may share a home, and code for one may not run on another: each has its own directory.
+    """
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    kind = f"{platform.machine()}-{zlib.crc32(able.encode()):08x}"
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "bilevel_jax" / kind))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_RAISE_PERSISTENT_CACHE_ERRORS", "false")
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main()`. Errors that say what is wrong end the process with that line and status 1."""
 
@@ -56,4 +74,5 @@ def run(main: Callable[[], None]) -> None:
                 raise
             fail(error)
 
+    keep_compilations()  # before anything imports JAX, as the config file does
     app.run(guarded, flags_parser=parse)

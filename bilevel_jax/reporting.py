@@ -58,9 +58,9 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         name=workdir.resolve().name,
         config=config,
         summary=json.loads(summary.read_text()) if summary.exists() else {},
-        events=_lines(workdir / "metrics.jsonl"),
+        events=read_lines(workdir / "metrics.jsonl"),
         tables=tables,
-        answers=_lines(workdir / "responses.jsonl"),
+        answers=read_lines(workdir / "responses.jsonl"),
         rows=found,
         notice=notice,
     )
@@ -71,7 +71,7 @@ def _columns(file: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def _lines(file: pathlib.Path) -> list[dict]:
+def read_lines(file: pathlib.Path) -> list[dict]:
     """The objects of a file of lines, but for one that is still being written."""
     found = []
     for line in file.read_bytes().split(b"\n") if file.exists() else ():

@@ -1,6 +1,7 @@
 """The training command as a person meets it: help, mistakes in one line, the default place of a run."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -81,3 +82,24 @@ def test_run(place):
 def test_default_workdir(place, tier, name):
     run(f"--config=tiny.py{tier}", "--config.data.lower=absent.jsonl", cwd=place)  # stops as soon as it has its place
     assert [file.name for file in (place / "runs").iterdir()] == [name]
+
+
+def test_the_next_process_finds_what_this_one_compiled(tmp_path):
+    code = """if True:
+        import jax
+        from absl import app, flags
+        from bilevel_jax import cli
+        def main():
+            jax.jit(lambda x: x + 3)(1.0)
+        cli.run(main)
+    """
+
+    def kept(**environment):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | environment
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        return {str(file): file.stat().st_mtime for file in tmp_path.rglob("*-cache")}
+
+    first = kept(XDG_CACHE_HOME=str(tmp_path))
+    assert first and kept(XDG_CACHE_HOME=str(tmp_path)) == first
+    kept(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
+    assert any(file.startswith(str(tmp_path / "mine")) for file in kept(XDG_CACHE_HOME=str(tmp_path)))
