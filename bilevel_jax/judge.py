@@ -28,6 +28,7 @@ AGAINST = flags.DEFINE_string("against", None, "What `sample` wrote with another
 ENDPOINT = flags.DEFINE_string("endpoint", None, "What comes before /chat/completions: https://HOST/v1, http://localhost:8000/v1.")
 JUDGE = flags.DEFINE_string("judge", None, "The model to ask there.")
 OUT = flags.DEFINE_string("out", None, "JSONL file of verdicts; those in it are not asked for again.")
+SUMMARY = flags.DEFINE_string("summary", None, "JSON file to write the win rate and what else is measured to.")
 OPTIONS = flags.DEFINE_string("options", '{"temperature": 0, "max_tokens": 256}', "More fields of a request, as JSON.")
 KEY_VARIABLE = flags.DEFINE_string("key_variable", "OPENAI_API_KEY", "Environment variable that holds the key; empty for no key.")
 PRICE_IN = flags.DEFINE_float("price_in", None, "Price of a million tokens of the requests.", lower_bound=0)
@@ -117,7 +118,7 @@ def collect(asks, verdicts: dict, size: int, chat_options: dict) -> None:
 
 def judge(pairs) -> None:
     """Asks for the verdicts that are missing and prints the result."""
-    from bilevel_jax import chat, judging
+    from bilevel_jax import chat, judging, workspace
 
     options = read_options(OPTIONS.value)
     key = os.environ.get(KEY_VARIABLE.value, "").strip() or None
@@ -137,7 +138,11 @@ def judge(pairs) -> None:
     winners = [tuple(verdicts[ask.request]["winner"] for ask in orders) or (judging.TIE,) * 2 for orders in both]
     sent, received = (sum(verdicts[request]["tokens"][place] for request in asks) for place in (0, 1))
     print(f"\n{ANSWERS.value} against {AGAINST.value or 'the responses of ' + PROMPTS.value}, judged by {JUDGE.value}")
-    print(judging.table(judging.summarize(pairs, winners)))
+    found = judging.summarize(pairs, winners)
+    print(judging.table(found))
+    if SUMMARY.value:
+        told = {key: None if value != value else value for key, value in found.items()}  # JSON has no NaN
+        workspace.write_atomically(pathlib.Path(SUMMARY.value), json.dumps(told, indent=2) + "\n")
     print(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
 
 
@@ -148,6 +153,8 @@ def main() -> None:
     wanted = [flag.value for flag in (ENDPOINT, JUDGE, OUT)]
     if any(wanted) and not all(wanted):
         raise ValueError("--endpoint, --judge and --out belong together")
+    if SUMMARY.value and not all(wanted):
+        raise ValueError("--summary goes with --endpoint, --judge and --out")
     if not any(wanted) and not OUTPUTS.value:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True)

@@ -87,7 +87,8 @@ def shown(done) -> dict[str, str]:
 
 def test_a_comparison_and_its_repetition(files, tmp_path):
     with serve(longer) as server:
-        arguments = [*files, *judged(server, tmp_path, "--yes", "--price_in=2", "--price_out=10")]
+        summary = tmp_path / "summary.json"
+        arguments = [*files, *judged(server, tmp_path, "--yes", "--price_in=2", "--price_out=10", f"--summary={summary}")]
         done = run(*arguments)
         asked = list(server.seen)
         again = run(*arguments)
@@ -104,6 +105,8 @@ def test_a_comparison_and_its_repetition(files, tmp_path):
     assert found["mean length, characters"] == "9 against 10"  # 13 + 5 + 9 + 13 + 7 and 6 + 21 + 9 + 13 + 1
     # 8 x 100 and 8 x 3 tokens: 800 x 2 + 24 x 10 millionths
     assert found["tokens in and out, says the endpoint"] == "800, 24; cost 0.00184 at 2 and 10 a million"
+    written = json.loads(summary.read_text())
+    assert written["win_rate"] == pytest.approx(0.6) and [written[key] for key in ("wins", "ties", "losses")] == [2, 2, 1]
     assert shown(again) == found and "8 verdicts, 8 of them in" in again.stdout
 
     # What was asked: all but the pair of the same answers, in both orders, once.
