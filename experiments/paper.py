@@ -1,0 +1,80 @@
+"""The runs behind the paper's tables and figures: two tasks, the paper's methods, and the controls that it lacks.
+
+A cell is one setting on one task, run with several seeds. Tables share cells, so each is run once, wherever it is needed first.
+"""
+
+import pathlib
+
+from experiments import cells
+
+CONFIGS = {"quality": "configs/quality.py", "safety": "configs/safety.py"}
+TIERS = ("tiny", "smollm2", "pythia-1b", "llama3-8b")
+
+
+def _online(ratio: float, num_samples: int = 1, **more) -> dict:
+    return {"method": "online", "online.ratio": ratio, "online.num_samples": num_samples, **more}
+
+
+def _dynamic(**more) -> dict:
+    return {"method": "dynamic", "online.ratio": 0.1, "online.num_samples": 1, **more}
+
+
+UNIFORM = {"selection.rule": "uniform"}  # ω frozen, the same ρ-schedule
+ADAM = {"selection.optimizer": "adam", "selection.learning_rate": 1e-4, "selection.baseline": "none"}  # the paper's selector
+NO_RATIO = {"online.response_weight": "none"}
+STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: what the model answers before the first step is all it ever sees
+
+METHODS = {  # the paper's; selection as the tier has it, which is the paper's own on the paper's models
+    "mixing, ρ=1": {"method": "mixing", "mixing.rho": 1.0},
+    "mixing, ρ=0.5": {"method": "mixing", "mixing.rho": 0.5},
+    "offline": {"method": "offline"},
+    "online, R=5%": _online(0.05),
+    "online, R=10%": _online(0.1),
+    "online, R=20%": _online(0.2),
+    "online, R=10%, G=2": _online(0.1, 2),
+    "online, R=10%, G=5": _online(0.1, 5),
+    "dynamic": _dynamic(),
+}
+CONTROLS = {
+    "mixing, ρ=0.2": {"method": "mixing", "mixing.rho": 0.2},
+    "mixing, ρ=0.1": {"method": "mixing", "mixing.rho": 0.1},
+    "uniform ω, offline": {"method": "offline", **UNIFORM},
+    "uniform ω, online": _online(0.1, **UNIFORM),
+    "online, r ≡ 1": _online(0.1, **NO_RATIO),
+    "online, stale": _online(0.1, **STALE),
+    "dynamic, r ≡ 1": _dynamic(**NO_RATIO),
+    "dynamic, stale": _dynamic(**STALE),
+    "dynamic, Adam 1e-4": _dynamic(**ADAM),
+}
+SELECTORS = {  # rules and optimizers of ω, offline
+    "bds, Adam 1e-4": {"method": "offline", **ADAM},
+    "bds, SGD 30": {
+        "method": "offline",
+        "selection.optimizer": "sgd",
+        "selection.learning_rate": 30.0,
+        "selection.baseline": "none",
+    },
+    "bmo, τ=1": {
+        "method": "offline",
+        "selection.rule": "bmo",
+        "selection.tau": 1.0,
+        "selection.learning_rate": 0.5,
+        "selection.baseline": "none",
+    },
+}
+CELLS = METHODS | CONTROLS | SELECTORS
+OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
+OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
+COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}
+
+
+def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> cells.Cell:
+    """The run of a cell with a seed.
+
+    Args:
+      root: under it every run has a directory of its own.
+      changes: config keys and values on top of the cell's.
+    """
+    config = CONFIGS[task] + ("" if tier == "tiny" else f":{tier}")
+    workdir = root / tier / task / cells.slug(cell) / f"seed_{seed}"
+    return cells.make(config, workdir, {"seed": seed, "log.tensorboard": False} | CELLS[cell] | changes)
