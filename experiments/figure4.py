@@ -6,7 +6,7 @@
 import statistics
 
 from bilevel_jax import cli, reporting
-from experiments import paper, tables
+from experiments import comparing, paper, tables
 
 PANELS = {  # cell -> its name in the panel
     "(a) share R, G=1": {
@@ -35,8 +35,8 @@ MEASURES = {LOWER: "mixture, as it is", RIGHT: "right answers"}
 COLORS = ("#8a93a0", "#2f6fb5", "#c04a2f", "#2e8264", "#7a4fa3")
 
 
-def _claims(text: str, cell: str, than: str) -> tuple[tables.Claim, ...]:
-    return tuple(tables.Claim(f"{text}: {said}", cell, than, key) for key, said in MEASURES.items())
+def _claims(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
+    return tuple(comparing.Claim(f"{text}: {said}", cell, than, key) for key, said in MEASURES.items())
 
 
 CLAIMS = (
@@ -54,7 +54,7 @@ CLAIMS = (
 )
 
 
-def curves(found: tables.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
+def curves(found: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
     """Epochs, and the mean over seeds of a held-out loss at each."""
     logs = [reporting.read_lines(run.workdir / "metrics.jsonl") for run in found.runs[cell].values()]
     lines = [dict(zip(*reporting.series(log, key))) for log in logs]
@@ -62,7 +62,7 @@ def curves(found: tables.Results, cell: str, key: str) -> tuple[list[float], lis
     return epochs, [statistics.mean(line[epoch] for line in lines) for epoch in epochs]
 
 
-def draw(figure, found: tables.Results) -> None:
+def draw(figure, found: comparing.Results) -> None:
     measures = {key: name for key, name in MEASURES.items() if any(found.values(cell, key) for cell in found.runs)}
     axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
     for row, (key, name) in zip(axes, measures.items()):
@@ -82,7 +82,7 @@ def draw(figure, found: tables.Results) -> None:
 
 def main() -> None:
     found = tables.run("quality", list(dict.fromkeys(cell for lines in PANELS.values() for cell in lines)))
-    lines = tables.rows(found, paper.COLUMNS)
+    lines = comparing.rows(found, paper.COLUMNS)
     title = "Figure 4: the mixture's loss by R, by G, and against baselines"
     tables.write("figure4", title, [found], lines, CLAIMS, lambda figure: draw(figure, found), (10.0, 5.0))
 

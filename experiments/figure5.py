@@ -8,7 +8,7 @@ numbers for it.
 import statistics
 
 from bilevel_jax import cli, reporting
-from experiments import tables
+from experiments import comparing, tables
 
 METHODS = {"quality": ("offline", "online, R=10%"), "safety": ("offline", "dynamic")}
 OTHERS = {
@@ -19,7 +19,7 @@ GROUPS = ("heaviest tenth", "all rows", "lightest tenth")
 COLORS = ("#2f6fb5", "#8a93a0", "#c04a2f")
 
 
-def measure(found: tables.Results) -> int:
+def measure(found: comparing.Results) -> int:
     """Adds each group's mean length, by epoch, to the runs' values, and says how many epochs there are."""
     last = 0
     for of_cell in found.runs.values():
@@ -31,7 +31,7 @@ def measure(found: tables.Results) -> int:
     return last
 
 
-def claims(first: str, online: str, last: int) -> tuple[tables.Claim, ...]:
+def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
     """What the paper says, of one task's two methods."""
 
     def key(group: str, epoch: int) -> str:
@@ -40,15 +40,15 @@ def claims(first: str, online: str, last: int) -> tuple[tables.Claim, ...]:
     heavy, every = GROUPS[:2]
     grows, ends = f"heaviest answers longer in epoch {last} than in epoch 1", f"heaviest answers longer than all in epoch {last}"
     return (
-        tables.Claim(f"heaviest answers in epoch 1 shorter under {online} than under {first}", online, first, key(heavy, 1)),
-        tables.Claim(f"{online}: {grows}", online, online, key(heavy, last), True, key(heavy, 1)),
-        tables.Claim(f"{first}: heaviest answers longer than all in epoch 1", first, first, key(heavy, 1), True, key(every, 1)),
-        tables.Claim(f"{first}: {ends}", first, first, key(heavy, last), True, key(every, last)),
-        tables.Claim(f"{online}: {ends}", online, online, key(heavy, last), True, key(every, last)),
+        comparing.Claim(f"heaviest answers in epoch 1 shorter under {online} than under {first}", online, first, key(heavy, 1)),
+        comparing.Claim(f"{online}: {grows}", online, online, key(heavy, last), True, key(heavy, 1)),
+        comparing.Claim(f"{first}: heaviest answers longer than all in epoch 1", first, first, key(heavy, 1), True, key(every, 1)),
+        comparing.Claim(f"{first}: {ends}", first, first, key(heavy, last), True, key(every, last)),
+        comparing.Claim(f"{online}: {ends}", online, online, key(heavy, last), True, key(every, last)),
     )
 
 
-def draw(figure, groups: list[tables.Results], last: int) -> None:
+def draw(figure, groups: list[comparing.Results], last: int) -> None:
     methods = [(found, cell) for found in groups for cell in METHODS[found.task]]
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     epochs = range(1, last + 1)
@@ -73,9 +73,9 @@ def main() -> None:
     lines = []
     for found in groups:
         columns = {f"{group}, {epoch}": f"{group}, epoch {epoch}" for group in GROUPS for epoch in (1, last)}
-        lines += [f"## {found.task}", "", f"Words of an answer, in epochs 1 and {last}.", "", *tables.rows(found, columns), ""]
-        lines += [*tables.verdicts(found, claims(*METHODS[found.task], last)), ""]
-    lines += [tables.RULE]
+        lines += [f"## {found.task}", "", f"Words of an answer, in epochs 1 and {last}.", "", *comparing.rows(found, columns), ""]
+        lines += [*comparing.verdicts(found, claims(*METHODS[found.task], last)), ""]
+    lines += [comparing.RULE]
     title = "Figure 5: length of the answers that weigh most"
     tables.write("figure5", title, groups, lines, draw=lambda figure: draw(figure, groups, last), size=(10.0, 3.0))
 

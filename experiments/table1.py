@@ -1,7 +1,7 @@
 """Table 1: loss on held-out trusted rows of the quality task: `python -m experiments.table1 --tier=tiny --seeds=4`."""
 
 from bilevel_jax import cli
-from experiments import paper, tables
+from experiments import comparing, paper, tables
 
 PAPER = {  # Pythia-1B, Llama-3-8B
     "mixing, ρ=1": ("1.56 ± 0.008", "0.92 ± 0.012"),
@@ -13,23 +13,23 @@ PAPER = {  # Pythia-1B, Llama-3-8B
 }
 UPPER = "eval/upper_loss"
 CLAIMS = (
-    tables.Claim("selection below mixing, ρ=0.5", "offline", "mixing, ρ=0.5", UPPER),
-    tables.Claim("selection below mixing, ρ=1", "offline", "mixing, ρ=1", UPPER),
-    tables.Claim("online, R=5%, below selection", "online, R=5%", "offline", UPPER),
-    tables.Claim("online, R=10%, below selection", "online, R=10%", "offline", UPPER),
-    tables.Claim("G=5 below G=1", "online, R=10%, G=5", "online, R=10%", UPPER),
-    tables.Claim("control: selection below uniform ω", "offline", "uniform ω, offline", UPPER),
-    tables.Claim("control: selection below mixing, ρ=0.2", "offline", "mixing, ρ=0.2", UPPER),
-    tables.Claim("control: the paper's Adam on ω below uniform ω", "bds, Adam 1e-4", "uniform ω, offline", UPPER),
-    tables.Claim("control: online below online with uniform ω", "online, R=10%", "uniform ω, online", UPPER),
-    tables.Claim("control: online below r ≡ 1", "online, R=10%", "online, r ≡ 1", UPPER),
-    tables.Claim("control: online below stale answers", "online, R=10%", "online, stale", UPPER),
+    comparing.Claim("selection below mixing, ρ=0.5", "offline", "mixing, ρ=0.5", UPPER),
+    comparing.Claim("selection below mixing, ρ=1", "offline", "mixing, ρ=1", UPPER),
+    comparing.Claim("online, R=5%, below selection", "online, R=5%", "offline", UPPER),
+    comparing.Claim("online, R=10%, below selection", "online, R=10%", "offline", UPPER),
+    comparing.Claim("G=5 below G=1", "online, R=10%, G=5", "online, R=10%", UPPER),
+    comparing.Claim("control: selection below uniform ω", "offline", "uniform ω, offline", UPPER),
+    comparing.Claim("control: selection below mixing, ρ=0.2", "offline", "mixing, ρ=0.2", UPPER),
+    comparing.Claim("control: the paper's Adam on ω below uniform ω", "bds, Adam 1e-4", "uniform ω, offline", UPPER),
+    comparing.Claim("control: online below online with uniform ω", "online, R=10%", "uniform ω, online", UPPER),
+    comparing.Claim("control: online below r ≡ 1", "online, R=10%", "online, r ≡ 1", UPPER),
+    comparing.Claim("control: online below stale answers", "online, R=10%", "online, stale", UPPER),
 )
 
 
 def main() -> None:
     found = tables.run("quality", [*PAPER, *paper.OF_QUALITY])
-    lines = tables.rows(found, paper.COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
+    lines = comparing.rows(found, paper.COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
     shown = {"trusted rows": UPPER, "mixture, right answers": "eval/lower_clean_loss", "AUROC": "selector/auroc"}
     tables.write(
         "table1",
@@ -37,7 +37,7 @@ def main() -> None:
         [found],
         lines,
         CLAIMS,
-        lambda figure: tables.dots(figure, found, shown, list(PAPER)),
+        lambda figure: comparing.dots(figure, found, shown, list(PAPER)),
     )
 
 

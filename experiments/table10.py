@@ -13,7 +13,7 @@ from absl import flags
 from bilevel_jax import cli, judging, workspace
 from bilevel_jax.data import levels, rows, templates
 from bilevel_jax.models import huggingface
-from experiments import tables
+from experiments import comparing, tables
 
 ENDPOINT = flags.DEFINE_string("endpoint", None, "What comes before /chat/completions; the key is in OPENAI_API_KEY.")
 JUDGE = flags.DEFINE_string("judge", None, "The model to ask there.")
@@ -22,7 +22,7 @@ PAPER = {"mixing, ρ=0.5": ("0.724",), "offline": ("0.787",), "online, R=10%": (
 CONTROLS = ("mixing, ρ=1", "uniform ω, offline", "online, r ≡ 1", "online, stale", "bds, Adam 1e-4")
 COLUMNS = {"win rate": "win_rate", "win rate, ties left out": "decided", "right": "right", "right, base model": "right_base"}
 CLAIMS = tuple(
-    tables.Claim(f"{cell} above {than}, {heading}", cell, than, key, higher=True)
+    comparing.Claim(f"{cell} above {than}, {heading}", cell, than, key, higher=True)
     for cell, than in (
         ("offline", "mixing, ρ=0.5"),
         ("online, R=10%", "offline"),
@@ -40,7 +40,7 @@ def held_out(workdir: pathlib.Path) -> list[rows.Row]:
     return levels.load_level(config, "upper", tokenizer).eval_rows
 
 
-def answer(run: tables.Run, prompts: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
+def answer(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     """The file of a run's answers; `base` becomes that of the model before training."""
     config = workspace.read_config(run.workdir)
     shared = [f"--model={config.model.path}", f"--prompts={prompts}", "--temperature=0", f"--dtype={config.model.dtype}"]
@@ -56,7 +56,7 @@ def by_truth(pair: judging.Pair, truth: str) -> str:
     return judging.TIE if mine == theirs else judging.ANSWERS if mine else judging.AGAINST
 
 
-def compare(run: tables.Run, prompts: pathlib.Path, base: pathlib.Path) -> None:
+def compare(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> None:
     """Adds the win rate to the run's values."""
     own = answer(run, prompts, base)
     if ENDPOINT.value:
@@ -89,9 +89,9 @@ def main() -> None:
             lines = [json.dumps({"question": row.question, "response": row.response}) for row in held_out(run.workdir)]
             workspace.write_atomically(prompts, "\n".join(lines) + "\n")
         compare(run, prompts, folder / "base.jsonl")
-    lines = tables.rows(found, COLUMNS, PAPER, ("win rate",))
+    lines = comparing.rows(found, COLUMNS, PAPER, ("win rate",))
     shown = {heading: key for heading, key in COLUMNS.items() if key != "right_base"}
-    draw = lambda figure: tables.dots(figure, found, shown, list(PAPER))  # noqa: E731
+    draw = lambda figure: comparing.dots(figure, found, shown, list(PAPER))  # noqa: E731
     tables.write("table10", "Table 10: win rate over the base model", [found], lines, CLAIMS, draw, (8.0, 2.8))
 
 

@@ -7,7 +7,7 @@ seed, which ran next to it. Runs of their own (WORKDIR), since those of the othe
 from absl import flags
 
 from bilevel_jax import cli
-from experiments import tables
+from experiments import comparing, tables
 
 PAPER = {  # hours: Pythia-1B, Llama-3-8B
     "mixing, ρ=0.5": ("0.24 h, 1.00", "10.53 h, 1.00"),
@@ -18,10 +18,10 @@ PAPER = {  # hours: Pythia-1B, Llama-3-8B
 }
 COLUMNS = {"train s": "time/train", "generate s": "time/generate", "over mixing": "over mixing"}
 CLAIMS = (
-    tables.Claim("selection takes longer than mixing", "offline", "mixing, ρ=0.5", "over mixing", higher=True),
-    tables.Claim("online, G=1, longer than selection", "online, R=10%", "offline", "over mixing", higher=True),
-    tables.Claim("R=10% longer than R=5%", "online, R=10%", "online, R=5%", "over mixing", higher=True),
-    tables.Claim("G=5 longer than G=1", "online, R=10%, G=5", "online, R=10%", "over mixing", higher=True),
+    comparing.Claim("selection takes longer than mixing", "offline", "mixing, ρ=0.5", "over mixing", higher=True),
+    comparing.Claim("online, G=1, longer than selection", "online, R=10%", "offline", "over mixing", higher=True),
+    comparing.Claim("R=10% longer than R=5%", "online, R=10%", "online, R=5%", "over mixing", higher=True),
+    comparing.Claim("G=5 longer than G=1", "online, R=10%, G=5", "online, R=10%", "over mixing", higher=True),
 )
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     flags.set_default(tables.WORKDIR, "runs/table2")
     found = tables.run("quality", list(PAPER))
 
-    def seconds(run: tables.Run) -> float:
+    def seconds(run: comparing.Run) -> float:
         return run.values["time/train"] + run.values["time/generate"]
 
     reference = found.runs["mixing, ρ=0.5"]
@@ -38,8 +38,8 @@ def main() -> None:
         for seed, run in of_cell.items():
             if seed in reference:
                 run.values["over mixing"] = seconds(run) / seconds(reference[seed])
-    lines = tables.rows(found, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
-    draw = lambda figure: tables.dots(figure, found, COLUMNS, list(PAPER))  # noqa: E731
+    lines = comparing.rows(found, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
+    draw = lambda figure: comparing.dots(figure, found, COLUMNS, list(PAPER))  # noqa: E731
     tables.write("table2", "Table 2: running time", [found], lines, CLAIMS, draw, (8.0, 2.2))
 
 

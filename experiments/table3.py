@@ -1,7 +1,7 @@
 """Table 3: losses of the safety task, trusted and mixed rows: `python -m experiments.table3 --tier=tiny --seeds=4`."""
 
 from bilevel_jax import cli
-from experiments import paper, tables
+from experiments import comparing, paper, tables
 
 PAPER = {  # Llama-3-8B: BlueOrca (trusted), RedOrca (the mixture)
     "mixing, ρ=0.5": ("0.88 ± 0.010", "1.31 ± 0.012"),
@@ -15,10 +15,10 @@ PAPER = {  # Llama-3-8B: BlueOrca (trusted), RedOrca (the mixture)
 UPPER, LOWER, RIGHT, AUROC = "eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "selector/auroc"
 
 
-def _both(text: str, cell: str, than: str) -> tuple[tables.Claim, ...]:
+def _both(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
     """A claim about trusted rows, about the mixture as it is, and about the mixture's right answers, where they are known."""
     said = {"trusted": UPPER, "mixture": LOWER, "right answers": RIGHT}
-    return tuple(tables.Claim(f"{text}: {rows}", cell, than, key) for rows, key in said.items())
+    return tuple(comparing.Claim(f"{text}: {rows}", cell, than, key) for rows, key in said.items())
 
 
 CLAIMS = (
@@ -33,13 +33,13 @@ CLAIMS = (
     *_both("control: dynamic below r ≡ 1", "dynamic", "dynamic, r ≡ 1"),
     *_both("control: dynamic below stale answers", "dynamic", "dynamic, stale"),
     *_both("control: dynamic below dynamic with Adam on ω", "dynamic", "dynamic, Adam 1e-4"),
-    tables.Claim("the planted rows are found better by selection than by dynamic", "offline", "dynamic", AUROC, higher=True),
+    comparing.Claim("the planted rows are found better by selection than by dynamic", "offline", "dynamic", AUROC, higher=True),
 )
 
 
 def main() -> None:
     found = tables.run("safety", [*PAPER, *paper.OF_SAFETY])
-    lines = tables.rows(found, paper.COLUMNS, PAPER, ("BlueOrca", "RedOrca"))
+    lines = comparing.rows(found, paper.COLUMNS, PAPER, ("BlueOrca", "RedOrca"))
     shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "mixture, as it is": LOWER, "AUROC": AUROC}
     tables.write(
         "table3",
@@ -47,7 +47,7 @@ def main() -> None:
         [found],
         lines,
         CLAIMS,
-        lambda figure: tables.dots(figure, found, shown, list(PAPER)),
+        lambda figure: comparing.dots(figure, found, shown, list(PAPER)),
     )
 
 

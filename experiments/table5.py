@@ -19,5 +19,10 @@ CLAIMS = (
     ("online, R=10%", "online, stale"),
 )
 
+
+def main() -> None:
+    zero_shot.table("table5", "Table 5: accuracy after the quality task", "quality", PAPER, CONTROLS, CLAIMS)
+
+
 if __name__ == "__main__":
-    cli.run(lambda: zero_shot.table("table5", "Table 5: accuracy after the quality task", "quality", PAPER, CONTROLS, CLAIMS))
+    cli.run(main)

@@ -19,5 +19,10 @@ CLAIMS = (
     ("dynamic", "dynamic, stale"),
 )
 
+
+def main() -> None:
+    zero_shot.table("table6", "Table 6: accuracy after the safety task", "safety", PAPER, CONTROLS, CLAIMS)
+
+
 if __name__ == "__main__":
-    cli.run(lambda: zero_shot.table("table6", "Table 6: accuracy after the safety task", "safety", PAPER, CONTROLS, CLAIMS))
+    cli.run(main)

@@ -8,7 +8,7 @@ carry none, the examples remain.
 import numpy as np
 
 from bilevel_jax import cli, reporting
-from experiments import tables
+from experiments import comparing, tables
 
 METHODS = ("offline", "online, R=10%")
 CONTROLS = ("bds, Adam 1e-4", "bmo, τ=1", "online, r ≡ 1", "online, stale")
@@ -23,7 +23,7 @@ def tenths(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"top": order[:number], "bottom": order[-number:], "all": order}
 
 
-def measure(run: tables.Run) -> dict[tuple[str, int], list[str]]:
+def measure(run: comparing.Run) -> dict[tuple[str, int], list[str]]:
     """Adds shares of easy and hard questions to the run's values, and returns examples by group and epoch."""
     found = reporting.read(run.workdir)
     examples = {}
@@ -46,15 +46,15 @@ def _shown(row) -> str:
     return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…") + graded
 
 
-def claims(last: int) -> tuple[tables.Claim, ...]:
+def claims(last: int) -> tuple[comparing.Claim, ...]:
     offline, online = METHODS
     grows = f"{online}: more hard questions on top in epoch {last} than in epoch 1"
     more = f"more hard questions on top than among all in epoch {last}"
     return (
-        tables.Claim(grows, online, online, f"top hard, epoch {last}", True, "top hard, epoch 1"),
-        tables.Claim(f"{online}: fewer hard questions on top in epoch 1 than {offline}", online, offline, "top hard, epoch 1"),
+        comparing.Claim(grows, online, online, f"top hard, epoch {last}", True, "top hard, epoch 1"),
+        comparing.Claim(f"{online}: fewer hard questions on top in epoch 1 than {offline}", online, offline, "top hard, epoch 1"),
         *(
-            tables.Claim(f"{cell}: {more}", cell, cell, f"top hard, epoch {last}", True, f"all hard, epoch {last}")
+            comparing.Claim(f"{cell}: {more}", cell, cell, f"top hard, epoch {last}", True, f"all hard, epoch {last}")
             for cell in METHODS
         ),
     )
@@ -69,7 +69,7 @@ def main() -> None:
         for level in ("easy", "hard") for group in ("top", "bottom", "all") for epoch in epochs
     }  # fmt: skip
     lines = ["Shares of easy and of hard questions in the heaviest (top) and lightest (bottom) tenth, by epoch.", ""]
-    lines += [*tables.rows(found, columns), "", "Questions of seed 0, drawn at random from each tenth:", ""]
+    lines += [*comparing.rows(found, columns), "", "Questions of seed 0, drawn at random from each tenth:", ""]
     for cell in METHODS:
         for group in ("top", "bottom"):
             for epoch in epochs if 0 in examples[cell] else ():

@@ -9,19 +9,17 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import matplotlib
-import scipy.stats
 from absl import flags
 from matplotlib.figure import Figure
 
 from bilevel_jax import workspace
-from experiments import cells, paper
+from experiments import cells, comparing, paper
+from experiments.comparing import Claim, Results, Run
 
 TIER = flags.DEFINE_enum("tier", "tiny", paper.TIERS, "Size of model and data; tiny is the embedded model on generated rows.")
 SEEDS = flags.DEFINE_integer("seeds", 4, "Seeds 0, 1, ... of every cell.", lower_bound=1)
@@ -31,47 +29,6 @@ SET = flags.DEFINE_multi_string("set", [], "key=value for every run, on top of t
 OUT = flags.DEFINE_string("out", None, "Markdown to write, JSON and SVG beside it; experiments/results/NAME[-TIER].md by default.")
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
-SIGNIFICANT = 0.05
-RULE = (
-    "Claims: differences are paired over seeds, p is that of Student's two-sided paired t-test, uncorrected. *Holds*: the sign is "
-    f"the claim's and p < {SIGNIFICANT}; *weakly*: the sign alone; *reversed*: the other sign and p < {SIGNIFICANT}; else *not*."
-)
-
-
-class Run(NamedTuple):
-    """A finished run of a cell."""
-
-    workdir: pathlib.Path
-    values: dict[str, float]  # its summary, and what a table adds
-
-
-class Results(NamedTuple):
-    task: str
-    runs: dict[str, dict[int, Run]]  # cell -> seed
-    commands: dict[str, str]  # cell -> what runs it, for any SEED
-    failures: list[str]
-    commits: list[str]  # of the code that made the runs
-
-    def values(self, cell: str, key: str) -> dict[int, float]:
-        """The measure by seed, where there is one."""
-        return {seed: run.values[key] for seed, run in self.runs.get(cell, {}).items() if key in run.values}
-
-    def only(self, names: Sequence[str]) -> "Results":
-        """Some of the cells."""
-        return self._replace(runs={name: self.runs[name] for name in names if name in self.runs})
-
-
-class Claim(NamedTuple):
-    """That a measure is lower in one cell than in another, or higher."""
-
-    text: str
-    cell: str
-    than: str
-    key: str
-    higher: bool = False
-    than_key: str = ""  # the other cell's measure, where it is another one
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------------------------
@@ -149,54 +106,6 @@ def once(file: pathlib.Path, module: str, *arguments: str) -> pathlib.Path:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Tests
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Verdict(NamedTuple):
-    difference: float  # mean over seeds of the claimed cell less the other
-    spread: float  # its standard deviation
-    agreeing: int  # seeds whose difference has the claimed sign
-    seeds: int
-    p: float
-    word: str  # holds, weakly, not, reversed, or untested
-
-
-def paired_test(results: Results, claim: Claim) -> Verdict | None:
-    """The paired test of a claim; None where a side has no runs."""
-    mine, theirs = results.values(claim.cell, claim.key), results.values(claim.than, claim.than_key or claim.key)
-    seeds = sorted(mine.keys() & theirs.keys())
-    if not seeds:
-        return None
-    differences = [mine[seed] - theirs[seed] for seed in seeds]
-    differences = [value for value in differences if value == value]  # NaN: nothing to measure
-    if not differences:
-        return None
-    mean = statistics.mean(differences)
-    right = mean > 0 if claim.higher else mean < 0
-    agreeing = sum((value > 0) if claim.higher else (value < 0) for value in differences)
-    if len(differences) < 2 or len(set(differences)) == 1:  # no spread to test against
-        return Verdict(mean, 0.0, agreeing, len(differences), float("nan"), "untested" if len(differences) < 2 or mean else "not")
-    p = float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
-    word = ("holds" if p < SIGNIFICANT else "weakly") if right else ("reversed" if p < SIGNIFICANT else "not")
-    return Verdict(mean, statistics.stdev(differences), agreeing, len(differences), p, word)
-
-
-def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
-    """Lines of a table of claims."""
-    rows = []
-    for claim in claims:
-        found = paired_test(results, claim)
-        if found is None:
-            rows.append([claim.text, "no runs", "", "", ""])
-            continue
-        p = "" if found.p != found.p else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
-        size = f"{found.difference:+.4f} ± {found.spread:.4f}"
-        rows.append([claim.text, size, f"{found.agreeing} of {found.seeds}", p, found.word])
-    return cells.markdown(["claim", "difference", "seeds that agree", "p", "verdict"], rows)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The page
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -212,24 +121,6 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, None) or platform.machine()
-
-
-def rows(
-    results: Results, columns: Mapping[str, str], published: Mapping[str, Sequence[str]] | None = None, beside: Sequence[str] = ()
-) -> list[str]:
-    """Lines of a table: of each cell the paper's entries, then mean and standard deviation of each measure that any cell has.
-
-    Args:
-      columns: heading -> key of the runs' values.
-      published: cell -> the paper's entries, one for each heading of `beside`.
-    """
-    published = published or {}
-    there = {heading: key for heading, key in columns.items() if any(results.values(cell, key) for cell in results.runs)}
-    body = []
-    for cell, found in results.runs.items():
-        theirs = published.get(cell, [""] * len(beside))
-        body.append([cell, *theirs, *(cells.entry([run.values for run in found.values()], key) for key in there.values())])
-    return cells.markdown(["", *(f"paper: {name}" for name in beside), *there], body)
 
 
 def write(
@@ -262,7 +153,7 @@ def write(
         page += [f"**Reduced**: {', '.join(SET.value)}.", ""]
     page += [*lines, ""]
     if claims:
-        page += [RULE, "", *verdicts(results[0], claims), ""]
+        page += [comparing.RULE, "", *comparing.verdicts(results[0], claims), ""]
     if draw:
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
             figure = Figure(figsize=size, layout="constrained")
@@ -281,7 +172,7 @@ def write(
         "versions": provenance(),
         "cells": {group.task: _record(group) for group in results},
         "claims": [
-            claim._asdict() | (found._asdict() if (found := paired_test(results[0], claim)) else {}) for claim in claims
+            claim._asdict() | (found._asdict() if (found := comparing.paired_test(results[0], claim)) else {}) for claim in claims
         ],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -294,32 +185,3 @@ def write(
 
 def _record(group: Results) -> dict:
     return {cell: {seed: run.values for seed, run in found.items()} for cell, found in group.runs.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The usual figure
-# --------------------------------------------------------------------------------------------------------------------
-
-OURS, CONTROL = "#2f6fb5", "#8a93a0"
-
-
-def dots(figure: Figure, results: Results, columns: Mapping[str, str], published: Sequence[str]) -> None:
-    """A panel for each measure, a line for each cell: a dot for each seed, a bar for the mean; the paper's cells in colour."""
-    names = list(results.runs)
-    shown = {heading: key for heading, key in columns.items() if any(results.values(cell, key) for cell in names)}
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for panel, (heading, key) in zip(panels, shown.items()):
-        for y, cell in enumerate(names):
-            values = list(results.values(cell, key).values())
-            color = OURS if cell in published else CONTROL
-            panel.plot(values, [y] * len(values), "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
-            if values:
-                panel.plot([statistics.mean(values)], [y], "|", color=color, markersize=13, markeredgewidth=2)
-        panel.set_title(heading, fontsize=9)
-        panel.grid(axis="x", color="#e3e6ea", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(length=0)
-        panel.locator_params(axis="x", nbins=4)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)

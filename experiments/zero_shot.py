@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import tqdm
 
-from experiments import tables
+from experiments import comparing, tables
 
 BENCHMARKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy")
 TASKS = {
@@ -22,7 +22,7 @@ TASKS = {
 FOLDER = pathlib.Path(__file__).parent / "tasks"
 
 
-def evaluate(run: tables.Run, names: Sequence[str]) -> None:
+def evaluate(run: comparing.Run, names: Sequence[str]) -> None:
     """Adds `acc/TASK` and their mean, `acc`, to the run's values. A run is evaluated once.
 
     Raises:
@@ -58,13 +58,13 @@ def table(
         for _ in pool.map(lambda run: evaluate(run, names), runs):
             bar.update()
     columns = {one.removeprefix("generated_").removeprefix("local_"): f"acc/{one}" for one in names} | {"mean": "acc"}
-    said = [tables.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
+    said = [comparing.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
     tables.write(
         name,
         title,
         [found],
-        tables.rows(found, columns, published, BENCHMARKS),
+        comparing.rows(found, columns, published, BENCHMARKS),
         said,
-        lambda figure: tables.dots(figure, found, columns, list(published)),
+        lambda figure: comparing.dots(figure, found, columns, list(published)),
         (10.0, 2.8),
     )
