@@ -73,7 +73,7 @@ def compare(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> No
         for key, said in (("right", answers), ("right_base", others)):
             run.values[key] = sum(map(str.__eq__, said, truths)) / len(truths)
     decided = found["wins"] + found["losses"]
-    run.values |= {"win_rate": found["win_rate"], "decided": found["wins"] / decided if decided else 0.5}
+    run.values.update(win_rate=found["win_rate"], decided=found["wins"] / decided if decided else 0.5)
 
 
 def main() -> None:

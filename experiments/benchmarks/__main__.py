@@ -5,7 +5,6 @@ padding   packed sequences over padded rows (give real rows, by --config=configs
 selector  the selector's own cost for up to 10^7 rows
 decode    sampling over `generate` of transformers (in .venv-parity, see the Makefile; --config=configs/safety.py:smollm2)
 refill    sampling with slot refill over without (--config=configs/safety.py:smollm2 --rounds=1)
-methods   whole runs: selection and self-refining over mixing (--set=num_epochs=1 for shorter ones)
 """
 
 import pathlib
@@ -17,9 +16,8 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
-SUITE = flags.DEFINE_enum("suite", "cost", ["cost", "padding", "selector", "decode", "refill", "methods"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "cost", ["cost", "padding", "selector", "decode", "refill"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1)
-SET = flags.DEFINE_multi_string("set", [], "key=value for every run of the suite methods, on top of the config.")
 OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.")
 
 
@@ -28,13 +26,11 @@ def main() -> None:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import cost, decode, methods, padding, refill, selector_cost, timing
+    from experiments.benchmarks import cost, decode, padding, refill, selector_cost, timing
 
     config = CONFIG.value
     if SUITE.value == "selector":
         lines = selector_cost.measure(ROUNDS.value)
-    elif SUITE.value == "methods":
-        lines = methods.measure(config_flags.get_config_filename(flags.FLAGS["config"]), ROUNDS.value, SET.value)
     else:
         directory = str(huggingface.locate(config.model.path))
         tokenizer = templates.load_tokenizer(directory)
