@@ -68,13 +68,16 @@ def main() -> None:
         f"{group} {level}, {epoch}": f"{group} {level}, epoch {epoch}"
         for level in ("easy", "hard") for group in ("top", "bottom", "all") for epoch in epochs
     }  # fmt: skip
-    lines = ["Shares of easy and of hard questions in the heaviest (top) and lightest (bottom) tenth, by epoch.", ""]
-    lines += [*comparing.rows(found, columns), "", "Questions of seed 0, drawn at random from each tenth:", ""]
+    lines, graded = [], any(found.values(cell, key) for cell in found.runs for key in columns.values())
+    if graded:
+        lines += ["Shares of easy and of hard questions in the heaviest (top) and lightest (bottom) tenth, by epoch.", ""]
+        lines += [*comparing.rows(found, columns), ""]
+    lines += ["Questions of seed 0, drawn at random from each tenth:", ""]
     for cell in METHODS:
         for group in ("top", "bottom"):
             for epoch in epochs if 0 in examples[cell] else ():
                 lines += [f"- {cell}, {group}, epoch {epoch}", *(f"  - {text}" for text in examples[cell][0][group, epoch])]
-    tables.write("table8", "Table 8: questions by weight", [found], lines, claims(epochs[-1]))
+    tables.write("table8", "Table 8: questions by weight", [found], lines, claims(epochs[-1]) if graded else ())
 
 
 if __name__ == "__main__":

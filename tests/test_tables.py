@@ -43,7 +43,7 @@ def once(file, module, *arguments):
     else:
         asked, _ = rows.read_rows(given["prompts"])
         right = "adapter" in given
-        told = [{"id": row.id, "text": row.response if right or i < 5 else "?"} for i, row in enumerate(asked)]
+        told = [{"id": row.id, "text": row.response if right or i < 2 else "?"} for i, row in enumerate(asked)]
         file.write_text("".join(json.dumps(one) + "\\n" for one in told))
     return file
 
@@ -139,7 +139,7 @@ def test_every_table_has_its_cells_claims_and_commands(written, name):
         assert (root / f"{name}.svg").read_text().count("<path") > 10 and f"]({name}.svg)" in page
     for task, of_task in record["cells"].items():
         for cell in of_task:
-            assert f"| {cell} | " in page and f"# {cell}\n" in page
+            assert f"# {cell}\n" in page and (name == "table8" or f"| {cell} | " in page)
         controls = set(of_task) & (set(paper.CONTROLS) | set(paper.SELECTORS))
         assert name == "table2" or any("uniform" in cell or "Adam" in cell for cell in controls), task
 
@@ -156,7 +156,7 @@ def test_what_the_claims_of_a_table_come_to(written):
     accuracy = json.loads((root / "table5.json").read_text())["cells"]["quality"]
     assert accuracy["offline"]["0"]["acc"] == 0.75 and accuracy["online, R=10%"]["0"]["acc"] == 0.5
     rate = json.loads((root / "table10.json").read_text())["cells"]["quality"]["offline"]["0"]
-    # All answers of the model are right, the first five of the base are: five ties, the rest is won.
+    # All answers of the model are right, the first two of the base are: two ties, the rest is won.
     assert rate["right"] == 1 and rate["right_base"] < 1
     assert rate["decided"] == 1 and rate["win_rate"] == pytest.approx(1 - rate["right_base"] / 2)
 

@@ -1,5 +1,6 @@
 """Measures speed: `python -m experiments.benchmarks --suite=SUITE [--config=FILE:TIER] [--out=FILE.md]`.
 
+train     the joint step over PyTorch's (in .venv-parity, see the Makefile; --config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection over one of direct mixing
 padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
 selector  the selector's own cost for up to 10^7 rows
@@ -16,7 +17,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
-SUITE = flags.DEFINE_enum("suite", "cost", ["cost", "padding", "selector", "decode", "refill"], "What to measure.")
+SUITE = flags.DEFINE_enum("suite", "cost", ["train", "cost", "padding", "selector", "decode", "refill"], "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.")
 
@@ -26,7 +27,7 @@ def main() -> None:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import cost, decode, padding, refill, selector_cost, timing
+    from experiments.benchmarks import cost, decode, padding, refill, selector_cost, timing, train_step
 
     config = CONFIG.value
     if SUITE.value == "selector":
@@ -40,6 +41,8 @@ def main() -> None:
         prompts, eos = [example.prompt for example in lower.examples], huggingface.eos_ids(directory, tokenizer)
         if SUITE.value == "decode":
             lines = decode.measure(config, model, base, directory, prompts, eos, ROUNDS.value)
+        elif SUITE.value == "train":
+            lines = train_step.measure(config, model, base, directory, upper, lower, ROUNDS.value)
         elif SUITE.value == "refill":
             lines = refill.measure(model, base, prompts, eos, ROUNDS.value)
         else:

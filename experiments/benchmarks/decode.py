@@ -7,7 +7,6 @@ adapter, `generate` applies it beside the weights, as PEFT does between training
 """
 
 import functools
-import os
 import statistics
 import tempfile
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from bilevel_jax import sampling, sharding
 from bilevel_jax.models import decoder, huggingface, lora
-from experiments.benchmarks import timing
+from experiments.benchmarks import timing, train_step
 
 BATCHES = 8, 32
 NEW = 64  # tokens of the long generation beyond the first
@@ -26,13 +25,7 @@ ADAPTER_STEPS = 32
 
 
 def _load_torch(directory: str):
-    try:
-        import peft
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError("suite 'decode' compares with PyTorch: run it with .venv-parity/bin/python, from make parity") from error
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch, peft, transformers = train_step.load_torch()
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
     return torch, peft, model.eval()
 
