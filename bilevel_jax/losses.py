@@ -102,16 +102,3 @@ def token_scores(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> tuple
 def row_losses(nll_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:
     """ℓ of each row from its summed NLL: per response token (`mean`), or the sum itself, eq. (1) (`sum`). Nats."""
     return nll_E / jnp.maximum(length_E, 1) if reduction == "mean" else nll_E
-
-
-def dpo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
-    """Direct preference optimisation: Σ_p share_p · -log σ(β · margin_p).
-
-    Args:
-      margin_P: [log π(chosen) - log π_ref(chosen)] - [log π(rejected) - log π_ref(rejected)] of each pair, sums over tokens.
-      share_P: weight of each pair in the mean; 0 for padding.
-      beta: inverse temperature of the implied reward.
-
-    Reference: Rafailov et al., Direct Preference Optimization, eq. (7).
-    """
-    return jnp.sum(share_P * jax.nn.softplus(-beta * margin_P))

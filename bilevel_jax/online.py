@@ -31,6 +31,17 @@ MASK = 2  # tag that keeps the mask's random order apart from the data's, see `o
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def group_softmax(value_E, own_E, group_E) -> jax.Array:
+    """G · softmax of a value over the G entries of its group, [E]: mean 1 over them; 1 where `own_E` is False."""
+    E = own_E.shape[0]
+    group_E = jnp.where(own_E, group_E, E)  # E is no segment: what is there is dropped
+    highest_E = jax.ops.segment_max(value_E, group_E, num_segments=E)[group_E]
+    likelihood_E = jnp.where(own_E, jnp.exp(value_E - highest_E), 1.0)
+    total_E = jax.ops.segment_sum(likelihood_E, group_E, num_segments=E)[group_E]
+    number_E = jax.ops.segment_sum(jnp.ones(E), group_E, num_segments=E)[group_E]
+    return jnp.where(own_E, number_E * likelihood_E / total_E, 1.0)
+
+
 def response_weights(kind: str, log_prob_E, old_log_prob_E, length_E, group_E, clip: float) -> jax.Array:
     """What each response is multiplied by in the loss, [E]: 1 for responses of the data, and for the model's own
 
@@ -52,13 +63,7 @@ def response_weights(kind: str, log_prob_E, old_log_prob_E, length_E, group_E, c
     if kind == "none":
         return jnp.ones_like(log_prob_E)
     if kind == "softmax":
-        E = own_E.shape[0]
-        group_E = jnp.where(own_E, group_E, E)  # E is no segment: what is there is dropped
-        highest_E = jax.ops.segment_max(log_prob_E, group_E, num_segments=E)[group_E]
-        likelihood_E = jnp.where(own_E, jnp.exp(log_prob_E - highest_E), 1.0)
-        total_E = jax.ops.segment_sum(likelihood_E, group_E, num_segments=E)[group_E]
-        number_E = jax.ops.segment_sum(jnp.ones(E), group_E, num_segments=E)[group_E]
-        return jnp.where(own_E, number_E * likelihood_E / total_E, 1.0)
+        return group_softmax(log_prob_E, own_E, group_E)
     log_ratio_E = log_prob_E - jnp.where(own_E, old_log_prob_E, log_prob_E)
     if kind == "geometric":
         log_ratio_E = log_ratio_E / jnp.maximum(length_E, 1)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import losses, online
+from bilevel_jax import losses, online, preferences
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
@@ -143,7 +143,7 @@ def _upper_loss(objective: Objective, batch: packing.Batch, share_E, nll_E, m) -
 
     margin_P = per_pair(batch.sign * (-nll_E - batch.reference))
     share_P = per_pair(jnp.where((batch.sign > 0) & here_E, share_E, 0.0))
-    return losses.dpo(margin_P, share_P, objective.dpo_beta)
+    return preferences.dpo(margin_P, share_P, objective.dpo_beta)
 
 
 def _gradient(objective_of_micro: Callable, adapter, num_micro, num_entries: int):

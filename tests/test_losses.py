@@ -129,20 +129,3 @@ def test_compiled_memory_is_that_of_one_chunk():
 def test_row_losses(reduction, expected):
     nll, length = jnp.array([6.0, 0.5, 0.0]), jnp.array([3, 1, 0])
     np.testing.assert_allclose(losses.row_losses(nll, length, reduction), expected)
-
-
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_dpo(beta):
-    margin = np.array([-3.0, -0.2, 0.0, 0.7, 5.0, 1e4])
-    share = np.array([0.1, 0.2, 0.3, 0.25, 0.15, 0.0])
-    expected = np.sum(share * np.log1p(np.exp(-beta * margin)))  # -log σ(z) = log(1 + e^-z)
-    slope = -beta * share / (1 + np.exp(beta * np.minimum(margin, 300)))  # d/dm -log σ(βm) = -β σ(-βm)
-    value, gradient = jax.value_and_grad(losses.dpo)(jnp.asarray(margin), jnp.asarray(share), beta)
-    np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-9)
-
-
-def test_dpo_is_finite_for_hopeless_pairs():
-    value, gradient = jax.value_and_grad(losses.dpo)(jnp.array([-1e4, 1e4]), jnp.array([0.5, 0.5]), 1.0)
-    np.testing.assert_allclose(value, 5e3)  # 1e4 · 0.5, and 0 for the other
-    np.testing.assert_allclose(gradient, [-0.5, 0.0])
