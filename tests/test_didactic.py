@@ -11,8 +11,16 @@ import pytest
 from experiments.didactic import __main__ as command
 from experiments.didactic import bandits, kl, negative, on_policy, reuse, speed, together
 
-RATES = (1.0, 10.0)
+RATES, BETAS = (0.1, 1.0, 10.0), dict.fromkeys(bandits.BETAS, (0.2,))
 DISTANCES = (bandits.NEAR, bandits.FAR)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_beta():
+    """All learners of a kind then have the same number of runs, and share a compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bandits, "BETAS", BETAS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +30,7 @@ def samplers():
 
 @pytest.fixture(scope="module")
 def reused():
-    return reuse.measure(("DPO", "REINFORCE", "REINFORCE, ratios"), (1, 8), RATES)
+    return reuse.measure(("DPO", "REINFORCE", "REINFORCE, ratios"), (1, 10), RATES)  # 20 · 10 steps, as the others
 
 
 def test_best_of_g_by_enumeration():
@@ -80,11 +88,10 @@ def test_exact_reverse_kl_cannot_raise_what_has_no_mass():
     assert far["forward"]["at_1"].max() < 50 and far["reverse"]["at_1"].min() > speed.STEPS
 
 
-def test_at_equal_rates_dpo_is_ahead_of_the_likelihood_of_its_chosen_responses():
-    case = bandits.Case(bandits.NEAR, horizon=100)
-    ends = [bandits.learned(name, [case], rates=(0.1,), betas=(0.2,))[case].end for name in ("DPO", "best-of-G")]
-    gap = bandits.paired(*ends)
-    assert gap.above == gap.seeds and gap.mean > 0.03
+def test_at_equal_rates_dpo_is_ahead_of_the_likelihood_of_its_chosen_responses(samplers):
+    case = bandits.Case(bandits.NEAR, False)
+    gap = bandits.paired(*(bandits.grid(name, DISTANCES, RATES)[case].ends[0] for name in ("DPO", "best-of-G")))  # rate 0.1
+    assert gap.above == gap.seeds and gap.mean > 0.05
 
 
 def test_on_policy_samples_win_and_most_where_the_peak_is_outside(samplers):
@@ -102,22 +109,21 @@ def test_a_negative_gradient_wins_off_policy_and_not_on_policy(samplers):
         assert abs(ends["DPO"]["on"][place].mean() - ends["best-of-G"]["on"][place].mean()) < 0.05
 
 
-def test_off_policy_maximum_likelihood_ends_at_the_best_of_g():
-    case = bandits.Case(bandits.NEAR, False)
-    end = bandits.learned("best-of-G", [case], bandits.TABLE, (3.0,))[case].end
-    expected = [negative.limit(bandits.problem(seed, bandits.NEAR)) for seed in bandits.SEEDS]
-    np.testing.assert_allclose(end, expected, atol=0.05)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_off_policy_maximum_likelihood_ends_at_the_best_of_g(samplers, distance):
+    end = bandits.grid("best-of-G", DISTANCES, RATES)[bandits.Case(distance, False)].end
+    expected = [negative.limit(bandits.problem(seed, distance)) for seed in bandits.SEEDS]
+    assert end.mean() == pytest.approx(np.mean(expected), abs=0.05)
 
 
-def test_dpo_lowers_chosen_responses_too_and_ipo_keeps_them_up():
-    case = bandits.Case(bandits.FAR, False)
-    dpo, ipo = (bandits.learned(name, [case], **negative.STEADY)[case] for name in ("DPO", "IPO"))
-    assert dpo.chosen[:, 0].min() > 0 > dpo.chosen[:, -1].max()
-    assert ipo.chosen[:, -1].min() > 0.3
-    assert dpo.rejected[:, -1].max() < -10 < ipo.rejected[:, -1].min()
+def test_dpo_lowers_chosen_responses_too_and_ipo_keeps_them_up(samplers):
+    dpo, ipo = (bandits.grid(name, DISTANCES, RATES)[bandits.Case(bandits.FAR, False)] for name in ("DPO", "IPO"))
+    assert dpo.chosen[:, -1].max() < -0.5 and ipo.chosen[:, -1].min() > 0.3
+    assert dpo.rejected[:, -1].max() < -10 < ipo.rejected[:, -1].max() < 0
 
 
-def test_both_together_are_ahead_of_each_alone_on_a_table():
+def test_both_together_are_ahead_of_each_alone_on_a_table(monkeypatch):
+    monkeypatch.setattr(bandits, "BETAS", dict.fromkeys(bandits.BETAS, (1.0,)))
     found = together.measure(DISTANCES, RATES)
     for gap in found["less"]["table, outside"].values():
         assert gap.mean > 0.05 and gap.above >= 5
@@ -132,15 +138,14 @@ def test_reuse_helps_unless_stale_samples_are_pushed_down_without_ratios(reused)
     assert ratios.mean > 0.15 and ratios.above == ratios.seeds
 
 
-def test_seeds_that_tune_are_not_reported_and_the_policy_is_a_distribution():
+def test_gains_are_those_of_the_policies_on_seeds_that_tuned_nothing(samplers):
     assert not set(bandits.TUNED_ON) & set(bandits.SEEDS) and len(bandits.SEEDS) >= 4
-    case = bandits.Case(bandits.NEAR, horizon=100)
-    found = bandits.learned("DPO", [case], rates=(0.1,), betas=(0.2,))[case]
+    found = bandits.grid("DPO", DISTANCES, RATES)[bandits.Case(bandits.FAR, False)]
     np.testing.assert_allclose(found.policy.sum(-1), 1, rtol=1e-5)
-    p = [bandits.problem(seed, bandits.NEAR) for seed in bandits.SEEDS]
-    expected = [(q @ one.reward - one.reference @ one.reward) / (one.reward.max() - one.reference @ one.reward)
-                for q, one in zip(found.policy, p)]
-    np.testing.assert_allclose(found.end, expected, atol=1e-4)
+    for gain, policy, seed in zip(found.end, found.policy, bandits.SEEDS):
+        p = bandits.problem(seed, bandits.FAR)
+        start = p.reference @ p.reward
+        assert gain == pytest.approx((policy @ p.reward - start) / (p.reward.max() - start), abs=1e-4)
 
 
 def test_the_committed_page_has_its_figures_and_numbers():

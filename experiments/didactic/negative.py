@@ -6,21 +6,22 @@ from experiments.didactic import bandits
 
 TITLE = "A negative gradient"
 VERDICT = (
-    "holds off-policy, most clearly for DPO; does not hold on-policy with shared features, where maximum likelihood arrives as well. "
-    "DPO lowers its chosen responses too, IPO does not"
+    "holds off-policy, most clearly for DPO; does not hold on-policy with shared features, where maximum likelihood arrives as "
+    "well. DPO lowers its chosen responses too, IPO does not"
 )
 STEADY = {"rates": (1.0,), "betas": (0.2,)}  # of the curves of likelihoods: one moderate setting for all
 
 
 def limit(p: bandits.Problem) -> float:
-    """Gain of the policy that is distributed as the best of G samples of the reference, which maximum likelihood of them aims at."""
+    """Gain of the distribution of the best of G samples of the reference, at which their maximum likelihood aims."""
     start = p.reference @ p.reward
     return (p.chosen @ p.reward - start) / (p.reward.max() - start)
 
 
-def measure(names=bandits.NEGATIVE, distances=bandits.DISTANCES, rates=bandits.RATES, curves=("best-of-G", "DPO", "IPO", "REINFORCE")):
-    plain = {name: bandits.grid(name, distances, rates) for name in bandits.POSITIVE}
-    found = {name: bandits.grid(name, distances, rates) for name in names}
+def measure() -> dict:
+    distances = bandits.DISTANCES
+    plain = {name: bandits.grid(name) for name in bandits.POSITIVE}
+    found = {name: bandits.grid(name) for name in bandits.NEGATIVE}
 
     def against(other, on):
         return {
@@ -28,8 +29,8 @@ def measure(names=bandits.NEGATIVE, distances=bandits.DISTANCES, rates=bandits.R
             for name, of in found.items()
         }
 
-    offline = bandits.Case(bandits.FAR, False)
-    steady = {name: bandits.learned(name, [offline], **STEADY)[offline] for name in curves}
+    near, far = (bandits.Case(distance, False) for distance in (bandits.NEAR, bandits.FAR))
+    steady = {name: bandits.learned(name, [near, far], **STEADY)[far] for name in ("best-of-G", *bandits.NEGATIVE)}
     return {
         "distances": distances,
         "off": {other: against(other, False) for other in bandits.POSITIVE},
@@ -38,7 +39,8 @@ def measure(names=bandits.NEGATIVE, distances=bandits.DISTANCES, rates=bandits.R
         "best-of-G": [float(plain["best-of-G"][bandits.Case(d, False)].end.mean()) for d in distances],
         "likelihood": {
             name: {
-                f"step {step}": (one.chosen[:, step - 1].mean(), one.rejected[:, step - 1].mean()) for step in (1, 10, bandits.STEPS)
+                f"step {step}": (one.chosen[:, step - 1].mean(), one.rejected[:, step - 1].mean())
+                for step in (1, 10, bandits.STEPS)
             }
             for name, one in steady.items()
         },
@@ -48,9 +50,8 @@ def measure(names=bandits.NEGATIVE, distances=bandits.DISTANCES, rates=bandits.R
 
 def paragraph(found: dict) -> str:
     def rows(where, other):
-        of = found[where][other]
         return "\n".join(
-            f"| {name} | {'off' if where == 'off' else 'on'} | {other} | {' | '.join(str(gap) for gap in gaps)} |" for name, gaps in of.items()
+            f"| {name} | {where} | {other} | {' | '.join(str(gap) for gap in gaps)} |" for name, gaps in found[where][other].items()
         )
 
     heads = " | ".join(f"peak at {distance:g}" for distance in found["distances"])
@@ -72,7 +73,7 @@ responses that DPO and IPO have as chosen (Pref-FT).
 
 Off-policy, maximum likelihood aims at the distribution of the best of {bandits.G} samples of the reference, whose gains are
 {limits} (exact); it ended at {ends}. Only what is pushed away from the rejected goes beyond. On-policy that target moves along
-with the policy, and there is nothing that a push could add.
+with the policy, and with features that neighbours share it arrives at the peak by itself.
 
 *What it does to the likelihood of both.* Change of the expected log-probability of the reference's chosen / rejected responses in
 nats, off-policy, peak outside, rate 1, β = 0.2:

@@ -14,7 +14,10 @@ VERDICT = (
 def measure(names=(*bandits.POSITIVE, *bandits.NEGATIVE), distances=bandits.DISTANCES, rates=bandits.RATES) -> dict:
     grids = {name: bandits.grid(name, distances, rates) for name in names}
     ends = {
-        name: {sampler: np.stack([found[bandits.Case(d, on)].end for d in distances]) for sampler, on in (("off", False), ("on", True))}
+        name: {
+            sampler: np.stack([found[bandits.Case(distance, on)].end for distance in distances])
+            for sampler, on in (("off", False), ("on", True))
+        }
         for name, found in grids.items()
     }
     return {
@@ -35,7 +38,7 @@ def paragraph(found: dict) -> str:
         f"| {of['off'][far].mean():.2f} | {of['on'][far].mean():.2f} | {found['gap'][name][far]} |"
         for name, of in found["ends"].items()
     )
-    beyond = {name: of["on"][-1].mean() for name, of in found["ends"].items()}
+    beyond = ", ".join(f"{name} {of['on'][-1].mean():.2f}" for name, of in found["ends"].items())
     return f"""\
 Gain after {bandits.STEPS} steps of {bandits.GROUPS} groups of {bandits.G}, from the policy or from the reference, with the peak
 {bandits.NEAR:g} and {bandits.FAR:g} deviations from the reference's centre. Differences are paired: mean ± deviation over seeds
@@ -45,8 +48,8 @@ Gain after {bandits.STEPS} steps of {bandits.GROUPS} groups of {bandits.G}, from
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Off-policy learners end at the farthest bins that the reference still says; more of its samples do not help. On-policy ones walk
-to the peak from there, even where it is {found["distances"][-1]:g} deviations away ({", ".join(f"{n} {g:.2f}" for n, g in beyond.items())}).
+Off-policy learners hardly get beyond what the reference still says. On-policy ones walk on from there, even where the peak is
+{found["distances"][-1]:g} deviations away ({beyond}).
 Inside, off-policy DPO leaves almost nothing to be gained. Walking needs neighbours that share features: *Both together* has a
 table."""
 
@@ -58,9 +61,8 @@ def draw(figure, found: dict) -> None:
         left.plot(found["distances"], of["on"].mean(1), "o-", markersize=3, color=colour, label=name)
         left.plot(found["distances"], of["off"].mean(1), "s--", markersize=3, color=colour)
         gap = found["gap"][name]
-        right.errorbar(
-            found["distances"], [g.mean for g in gap], [g.sd for g in gap], fmt="o-", markersize=3, capsize=2, color=colour, label=name
-        )
+        style = {"fmt": "o-", "markersize": 3, "capsize": 2, "color": colour}
+        right.errorbar(found["distances"], [g.mean for g in gap], [g.sd for g in gap], **style)
     left.plot([], [], "k-", label="on-policy")
     left.plot([], [], "k--", label="off-policy")
     left.set_ylabel("gain")

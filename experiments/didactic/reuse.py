@@ -54,7 +54,7 @@ def paragraph(found: dict) -> str:
 Gain with the rate tuned for each number of steps; changes are paired, from the first to the last column, with tuned rates and with
 the rate that was best for one step. *ratios*: times `online.response_weights("sequence")`, clipped at {bandits.CLIP:g}.
 
-| objective, peak | {" | ".join(f"{times} steps" for times in found["reuse"])} | change | change at that rate |
+| objective, peak | {" | ".join(f"used {times}x" for times in found["reuse"])} | change | change at that rate |
 | --- | {" | ".join("---" for _ in found["reuse"])} | --- | --- |
 {rows}
 

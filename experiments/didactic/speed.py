@@ -74,7 +74,7 @@ def flows(distance: float) -> dict:
     return found
 
 
-def measure(names=(*bandits.POSITIVE, *bandits.NEGATIVE), rates=bandits.RATES) -> dict:
+def measure() -> dict:
     cases = [bandits.Case(bandits.FAR, horizon=horizon) for horizon in HORIZONS] + [bandits.Case(bandits.NEAR, horizon=HORIZONS[1])]
     equal = {
         name: bandits.learned(name, [bandits.Case(d) for d in (bandits.NEAR, bandits.FAR)], rates=(0.1,), betas=(0.2,))
@@ -87,8 +87,8 @@ def measure(names=(*bandits.POSITIVE, *bandits.NEGATIVE), rates=bandits.RATES) -
         },
         "flows": {name: flows(distance) for name, distance in (("near", bandits.NEAR), ("far", bandits.FAR))},
         "horizons": {
-            name: {f"{case.distance:g}, {case.horizon}": one.end for case, one in bandits.learned(name, cases, rates=rates).items()}
-            for name in names
+            name: {f"{case.distance:g}, {case.horizon}": one.end for case, one in bandits.learned(name, cases).items()}
+            for name in (*bandits.POSITIVE, *bandits.NEGATIVE)
         },
         "equal": {
             f"{distance:g}": bandits.paired(*(equal[name][bandits.Case(distance)].gain[:, 49] for name in ("DPO", "best-of-G")))
@@ -131,9 +131,9 @@ gradients reverse KL is on-policy learning: what the policy never says does not 
 
 *Learners* with equal rates 0.1, on-policy, after 50 steps: DPO less best-of-G in gain {found["equal"]["1"]} with the peak inside,
 {found["equal"]["4"]} outside; the reference's rejected responses have lost {-found["equal_rejected"]["DPO"]:.1f} nats under DPO
-and {-found["equal_rejected"]["best-of-G"]:.1f} under best-of-G (inside). Their losses pull equally at the chosen response at first, so this is the push. With rates and β tuned for
-{HORIZONS[1]} steps, gains are {ends("1, 10")} inside and {ends("4, 10")} outside: with its own best rate maximum likelihood of
-fresh samples is as fast, and outside REINFORCE is slower."""
+and {-found["equal_rejected"]["best-of-G"]:.1f} under best-of-G (inside). Their losses pull equally at the chosen response at
+first, so this is the push. With rates and β tuned for {HORIZONS[1]} steps, gains are {ends("1, 10")} inside and {ends("4, 10")}
+outside: with its own best rate maximum likelihood of fresh samples is as fast, and outside REINFORCE is slower."""
 
 
 def draw(figure, found: dict) -> None:
