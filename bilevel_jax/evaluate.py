@@ -67,9 +67,9 @@ def load_tasks(names: list[str], include_path: str | None = None):
     from bilevel_jax.data import rows
 
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)  # it warns of how its own task files are written
-    manager = TaskManager(include_path=str(LOCAL_TASKS), include_defaults=False)
-    if include_path or not all(manager.match_tasks([name]) for name in names):
-        paths = [str(LOCAL_TASKS)] + ([include_path] if include_path else [])
+    paths = [str(LOCAL_TASKS)] + ([include_path] if include_path else [])
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=paths)  # seconds: lm-eval has thousands of tasks
     chosen = {}
     for name in names:

@@ -28,7 +28,7 @@ def evaluate(run: comparing.Run, names: Sequence[str]) -> None:
     Raises:
       ValueError: a task cannot be had.
     """
-    arguments = [f"--workdir={run.workdir}", f"--tasks={','.join(names)}", f"--include_path={FOLDER}"]
+    arguments = [f"--workdir={run.workdir}", f"--tasks={','.join(names)}", f"--include_path={FOLDER}", "--batch_size=32"]
     found = json.loads(tables.once(run.workdir / "lm_eval.json", "bilevel_jax.evaluate", *arguments).read_text())["results"]
     missing = [name for name in names if name not in found]
     if missing:

@@ -87,21 +87,31 @@ def test_paired_test_by_hand():
     [
         ([1, 1, 1, 1], [2, 3, 4, 3], False, "holds"),
         ([1, 1, 1, 1], [2, 3, 4, 3], True, "reversed"),
-        ([1, 1, 1, 1], [0, 4, 4, 0], False, "weakly"),
-        ([1, 1, 1, 1], [0, 4, 4, 0], True, "not"),
-        ([1, 2, 3, 4], [1, 2, 3, 4], False, "not"),
+        ([1, 1, 1, 1], [0.5, 4, 4, 2], False, "weakly"),  # -1.625 ± 1.702, t = -1.91
+        ([1, 1, 1, 1], [0.5, 4, 4, 2], True, "not shown"),
+        ([1, 1, 1, 1], [0, 4, 4, 0], False, "not shown"),  # -1 ± 2.31, t = -0.87
+        ([1, 2, 3, 4], [1, 2, 3, 4], False, "not shown"),
         ([1], [2], False, "untested"),
-        ([1, 2, float("nan")], [2, 4, 1], False, "weakly"),
+        ([1, 2, float("nan")], [2, 4, 1], False, "not shown"),
     ],
 )
 def test_verdicts(mine, theirs, higher, word):
-    assert comparing.paired_test(results(a=mine, b=theirs), comparing.Claim("", "a", "b", "loss", higher)).word == word
+    found = comparing.paired_test(results(a=mine, b=theirs), comparing.Claim("", "a", "b", "loss", higher))
+    assert found.word == word
+    if word == "weakly":
+        assert 0.05 < found.p == pytest.approx(p_of_three(1.625 * 2 / 1.7017148), rel=1e-5)
 
 
 def test_only_seeds_that_both_have_are_compared():
     found = results(a=[1.0, 5.0, 2.0], b=[2.0, 7.0])
     assert comparing.paired_test(found, comparing.Claim("", "a", "b", "loss")).difference == -1.5
     assert comparing.paired_test(found, comparing.Claim("", "a", "c", "loss")) is None
+
+
+def test_what_a_seed_adds_to_all_cells_is_taken_off():
+    found = comparing.without_seeds(results(a=[1.0, 11.0, 5.0], b=[3.0, 15.0]), "loss")
+    # Seeds 0 and 1 add 2 and 13, 7.5 in the mean.
+    assert found == {"a": [6.5, 5.5], "b": [8.5, 9.5]}
 
 
 def test_rows_stand_beside_the_papers():
