@@ -4,6 +4,7 @@ import importlib.util
 import math
 
 import ml_collections
+import optax
 
 from bilevel_jax import online, sampling, selector, step
 from bilevel_jax.data import templates
@@ -98,7 +99,11 @@ def default() -> ml_collections.ConfigDict:
             every=100,  # steps; 0: only at the end of an epoch
             keep=2,
         ),
-        mesh=section(data=0),  # devices the batch is split over; 0: all there are
+        mesh=section(  # devices, data · fsdp · tensor in all; a batch is split over data · fsdp
+            data=0,  # 0: all that fsdp and tensor leave
+            fsdp=1,  # split the base's weights, too, and gather them layer by layer
+            tensor=1,  # split heads, feed-forward and vocabulary
+        ),
         log=section(
             every=10,  # steps
             tensorboard=True,
@@ -112,6 +117,11 @@ def build_selector(config) -> selector.Selector:
     s = config.selection
     chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale)
     return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
+
+
+def build_optimizer(config) -> optax.GradientTransformation:
+    """The optimizer of θ."""
+    return getattr(optax, config.optimizer.name)(config.optimizer.learning_rate)
 
 
 def build_objective(config) -> step.Objective:
@@ -163,6 +173,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     at_least(1, checkpoint__keep=config.checkpoint.keep)
     at_least(2, data__max_length=config.data.max_length)
     at_least(0, seed=config.seed, checkpoint__every=config.checkpoint.every, mesh__data=config.mesh.data)
+    at_least(1, mesh__fsdp=config.mesh.fsdp, mesh__tensor=config.mesh.tensor)
     at_least(0, data__num_upper=config.data.num_upper, data__num_lower=config.data.num_lower)
     at_least(0, eval__num_upper=config.eval.num_upper, eval__num_lower=config.eval.num_lower)
     at_least(1, online__num_samples=config.online.num_samples, online__refresh_every=config.online.refresh_every)
@@ -208,6 +219,19 @@ def check(config: ml_collections.ConfigDict) -> None:
         built.rule != "uniform" or config.selection.value_function == "zero",
         "selection.value_function=tracked has no effect with selection.rule=uniform, which never moves ω",
     )
+
+
+def check_fit(config, max_positions: int, parts: int) -> None:
+    """Refuses lengths beyond the model's `max_positions`, and rows that the `parts` of mesh.data · mesh.fsdp do not divide.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    if config.data.max_length > max_positions:
+        raise ConfigError(f"data.max_length={config.data.max_length} is over the model's {max_positions} positions")
+    for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
+        if number % parts:
+            raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {parts} devices")
 
 
 def _check_keys(config, reference, prefix: str) -> None:

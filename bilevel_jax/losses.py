@@ -7,12 +7,14 @@ that at most `CHUNK` rows of logits exist at once, in the forward and in the bac
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax import sharding
+
 CHUNK = 256  # positions per trip through the head
 
 
 def _chunk(hidden_TxD, head_VxD, source_C, target_C):
     """One chunk's negative log-likelihoods [C] and its logits less their log-normaliser [C, V]."""
-    hidden = hidden_TxD.at[source_C].get(mode="fill", fill_value=0)
+    hidden = sharding.constrain(hidden_TxD.at[source_C].get(mode="fill", fill_value=0), "rows")
     logits = jnp.einsum("cd,vd->cv", hidden, head_VxD, preferred_element_type=jnp.float32)
     log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return -jnp.take_along_axis(log_probs, target_C[:, None], axis=-1)[:, 0], log_probs
@@ -77,7 +79,8 @@ def _token_nll_backward(residuals, cotangent_P):
     inside = jnp.arange(source_P.shape[0]) < num_targets
     scale = jnp.where(inside, cotangent_P, 0.0).astype(slope_PxD.dtype)
     gradient = jnp.zeros((like.shape[0], slope_PxD.shape[1]), slope_PxD.dtype)
-    return gradient.at[source_P].add(scale[:, None] * slope_PxD, mode="drop"), None, None, None, None
+    gradient = gradient.at[source_P].add(scale[:, None] * slope_PxD, mode="drop")
+    return sharding.constrain(gradient, "rows"), None, None, None, None
 
 
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)

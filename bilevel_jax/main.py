@@ -1,4 +1,4 @@
-"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.a.b=v ...]`."""
+"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.a.b=v ...] [--plan]`."""
 
 import pathlib
 
@@ -9,6 +9,7 @@ from bilevel_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a tier after a colon if it has any.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; runs/<config name>[-TIER] by default.")
+PLAN = flags.DEFINE_bool("plan", False, "Only print what each device of the mesh would hold; reads config.json, no weights.")
 flags.mark_flag_as_required("config")
 
 
@@ -19,8 +20,11 @@ def default_workdir(config: str) -> pathlib.Path:
 
 
 def main() -> None:
-    from bilevel_jax import show, train  # after the flags, so that --help is quick
+    from bilevel_jax import plan, show, train  # after the flags, so that --help is quick
 
+    if PLAN.value:
+        print(plan.table(CONFIG.value, plan.make(CONFIG.value)))
+        return
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
     summary = train.run(CONFIG.value, workdir)
     print(show.closing_table(summary, workdir))

@@ -186,7 +186,8 @@ class Starts(NamedTuple):
     limit: np.ndarray  # [S] int32
 
 
-def _init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
+def init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
+    """Slots that are all free."""
     int_S = functools.partial(jnp.zeros, num_slots, jnp.int32)
     float_SxM = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
     return Slots(
@@ -201,6 +202,11 @@ def _init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_ne
         log_probs=float_SxM(),
         sampled_log_probs=float_SxM(),
     )
+
+
+def places(mesh, slots: Slots) -> Slots:
+    """The sharding of each array: slots over `data` and `fsdp`, the cache's heads over `tensor`."""
+    return sharding.named(mesh, slots, "rows")._replace(cache=sharding.named(mesh, slots.cache, "rows", "heads"))
 
 
 def _fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
@@ -235,6 +241,7 @@ def _advance(config: decoder.ModelConfig, settings: Settings, eos: tuple[int, ..
     """One token for every active slot."""
     hidden, cache = decoder.decode(config, params, adapter, slots.cache, slots.token, slots.position)
     logits = jnp.einsum("sd,vd->sv", hidden, decoder.head(params), preferred_element_type=jnp.float32)
+    logits = sharding.constrain(logits, "rows")
     chosen = choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen[0].astype(jnp.int32)
     here = jnp.arange(token.shape[0]), jnp.where(slots.active, slots.count, slots.tokens.shape[1])
@@ -290,11 +297,13 @@ def merges(config: decoder.ModelConfig) -> bool:
     return config.dtype == "float32"
 
 
-def _by_layer(config: decoder.ModelConfig, base, adapter):
-    """Weights as `decode` takes them."""
+def _by_layer(config: decoder.ModelConfig, mesh: jax.sharding.Mesh, base, adapter):
+    """Weights as `decode` takes them, where they were."""
     if adapter is not None and merges(config):
         base, adapter = lora.merge(config, base, adapter), None
-    return decoder.split_layers(base, config), adapter if adapter is None else decoder.split_layers(adapter, config)
+    base = decoder.split_layers(base, config)
+    base = jax.lax.with_sharding_constraint(base, sharding.weights(mesh, base))
+    return base, adapter if adapter is None else decoder.split_layers(adapter, config)
 
 
 class Job(NamedTuple):
@@ -368,9 +377,9 @@ def make_sampler(
       config: of base and adapter.
       settings: what to sample.
       eos: ids that end a response.
-      slots: responses decoded side by side; a multiple of the number of devices.
+      slots: responses decoded side by side; a multiple of the parts that rows are split into, or every device has all.
       length: room for prompt and response together, in tokens; a response is cut there.
-      mesh: the slots are split over its `data` axis.
+      mesh: the slots are split over its `data` and `fsdp` axes.
       detokenize: token ids -> text; needed for stop strings.
       refill: give a free slot to the next prompt at once, instead of waiting until all are free. For comparison only.
 
@@ -381,10 +390,13 @@ def make_sampler(
         raise ValueError("stop strings need a tokenizer")
     eos = tuple(int(token) for token in eos)
     most, room = min(settings.max_new_tokens, length - 1), decoder.cache_window(length)
-    by_layer = jax.jit(functools.partial(_by_layer, config))
+    start = functools.partial(init_slots, config, slots, length, most)
+    homes = places(mesh, jax.eval_shape(start))
+    init = jax.jit(start, out_shardings=homes)
+    by_layer = jax.jit(functools.partial(_by_layer, config, mesh))
     prefill = jax.jit(functools.partial(decoder.prefill, config))
-    fill = jax.jit(_fill, donate_argnums=0)
-    run = jax.jit(functools.partial(_run, config, settings, eos), static_argnums=0, donate_argnums=3)
+    fill = jax.jit(_fill, donate_argnums=0, out_shardings=homes)
+    run = jax.jit(functools.partial(_run, config, settings, eos), static_argnums=0, donate_argnums=3, out_shardings=homes)
 
     def harvest(state: Slots, owner: dict[int, Job], seen: dict[int, int], found) -> Slots:
         """Moves what has ended from its slot to `found`."""
@@ -409,14 +421,12 @@ def make_sampler(
                 sampled_log_probs=sampled_SxM[slot, :count].astype(np.float64),
                 finish_reason="length" if stopped is None and ended_by is None else "stop",
             )
-        return state._replace(active=sharding.split_rows(active_S, mesh)) if settings.stop else state
+        return state._replace(active=jax.device_put(active_S, homes.active)) if settings.stop else state
 
     def sample(base, adapter, prompts, keys, description: str = "sampling", stopped: Callable[[], bool] = lambda: False):
         for place, prompt in enumerate(prompts):
             if not 0 < len(prompt) < length:
                 raise ValueError(f"prompt {place} has {len(prompt)} tokens; there is room for 1 to {length - 1}")
-        weights = by_layer(base, adapter)
-        state = sharding.split_rows(_init_slots(config, slots, length, most), mesh)
         num_samples = keys.shape[1]
         found: list[list[Response | None]] = [[None] * num_samples for _ in prompts]
         batches = _prefill_batches(prompts, num_samples, room)
@@ -424,7 +434,9 @@ def make_sampler(
         owner: dict[int, Job] = {}  # of each slot in use
         seen: dict[int, int] = {}  # tokens of each when last looked at
         total = len(prompts) * num_samples
-        with tqdm.tqdm(total=total, desc=description, unit="response", delay=2, leave=False, disable=None) as bar:
+        bar = tqdm.tqdm(total=total, desc=description, unit="response", delay=2, leave=False, disable=None)
+        with bar, jax.set_mesh(mesh):
+            weights, state = by_layer(base, adapter), init()
             while owner or waiting or batches:
                 free = [slot for slot in range(slots) if slot not in owner] if refill or not owner else []
                 while free and (waiting or batches):
@@ -432,10 +444,10 @@ def make_sampler(
                         waiting, tokens = batches.pop()  # the longest first, so that none is left for the end
                         prefilled = prefill(base, adapter, tokens)
                     number = min(len(free), len(waiting))
-                    now, waiting, places, free = waiting[:number], waiting[number:], free[:number], free[number:]
-                    state = fill(state, prefilled, _starts(now, places, prompts, keys, slots, length, most))
-                    owner |= zip(places, now)
-                    seen |= dict.fromkeys(places, 0)
+                    now, waiting, taken, free = waiting[:number], waiting[number:], free[:number], free[number:]
+                    state = fill(state, prefilled, _starts(now, taken, prompts, keys, slots, length, most))
+                    owner |= zip(taken, now)
+                    seen |= dict.fromkeys(taken, 0)
                 enough = max(1, slots // FREE_SHARE) if refill and (waiting or batches) else slots
                 longest = max(len(prompts[job.prompt]) - 1 + seen[slot] for slot, job in owner.items())
                 window = _window(longest, room)

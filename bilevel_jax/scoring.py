@@ -56,7 +56,8 @@ def make_scorer(
                     part = members[first : first + ENTRIES]
                     packed = packing.pack([segments[i] for i in part], layout)
                     batch = config, base, adapter, sharding.split_batch(packed, mesh)
-                    found = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
+                    with jax.set_mesh(mesh):
+                        found = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
                     for whole, values in zip((nll, missed), found):
                         whole[part] = np.asarray(values)[: len(part)]
                     count[part] = packed.length[: len(part)]

@@ -1,44 +1,113 @@
-"""Where arrays live: the batch is split over the `data` axis, base, adapter and ω are replicated."""
+"""Where arrays live: a mesh of three axes, and one table from the names of dimensions to these axes.
+
+`data` and `fsdp` together split what there are many of: the sequences of a batch, the slots of the sampler. `fsdp` splits the
+base's weights along their hidden dimension, too, and `tensor` along the other: heads, feed-forward, vocabulary. The adapter, its
+optimizer and ω are whole on every device. One rule holds for all: a dimension stays whole where its axes do not divide it.
+
+XLA does the rest (GSPMD): inputs come with a `NamedSharding`, `constrain` repeats in the middle what must not be lost, and the
+same program runs on one device, where all axes have length 1.
+"""
+
+import math
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bilevel_jax.data import packing
+AXES = ("data", "fsdp", "tensor")
+RULES = {
+    "rows": ("data", "fsdp"),  # sequences, slots, positions that go through the head
+    "hidden": ("fsdp",),  # of weights alone: activations keep it whole
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; a bias has the last one, a norm stays whole
+    **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query_key_value"), ("hidden", "heads")),
+    **dict.fromkeys(("o_proj", "dense"), ("heads", "hidden")),
+    **dict.fromkeys(("gate_proj", "up_proj", "dense_h_to_4h"), ("hidden", "mlp")),
+    **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
+}
+SEQUENCES = ("tokens", "segments", "positions")  # of a `Packed`: [M, S, L]
 
 
-def make_mesh(num_devices: int) -> jax.sharding.Mesh:
-    """A mesh of one axis, `data`, over the first `num_devices` devices; 0 takes all.
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first data·fsdp·tensor devices; `data=0` takes all that `fsdp` and `tensor` leave.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, or `data=0` and fsdp·tensor does not divide them.
     """
-    devices = jax.devices()
-    if num_devices > len(devices):
-        raise ValueError(f"mesh.data={num_devices}, but there are {len(devices)} devices")
-    chosen = devices[: num_devices or len(devices)]
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+    devices, inner = jax.devices(), fsdp * tensor
+    asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    if not data and len(devices) >= inner and len(devices) % inner:
+        raise ValueError(f"{asked}: {inner} does not divide the {len(devices)} devices; give mesh.data")
+    data = data or len(devices) // inner
+    if not 0 < data * inner <= len(devices):
+        raise ValueError(f"{asked}, but there are {len(devices)} devices")
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: data * inner]
+    )
 
 
-def replicate(tree, mesh: jax.sharding.Mesh):
+def parts(mesh, name: str) -> int:
+    """Into how many parts a dimension of this name is split."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
+def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
+    """The axes of an array whose first dimensions have these names. Works on an `AbstractMesh` too."""
+    split = [name and size % parts(mesh, name) == 0 for size, name in zip(shape, names)]
+    return PartitionSpec(*(RULES[name] if is_split else None for name, is_split in zip(names, split)))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`; as it is where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What goes where
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def whole(mesh) -> NamedSharding:
+    """All of an array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def named(mesh, tree, *names: str | None):
+    """The sharding of every leaf of a tree whose leaves' first dimensions have these names."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(mesh, leaf.shape, names)), tree)
+
+
+def weight(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a weight of the base, by its path and its shape, with or without a leading stack of layers."""
+    owner, kind = ("", *path)[-2:]
+    names = WEIGHTS.get(kind) or WEIGHTS.get(owner, ())
+    names = names[-1:] if kind == "bias" else names
+    return NamedSharding(mesh, spec(mesh, shape, (None,) * (len(shape) - len(names)) + names))
+
+
+def weights(mesh, base):
+    """The sharding of every weight of the base, stacked over layers or layer by layer."""
+
+    def of(path, leaf):
+        return weight(mesh, tuple(str(getattr(entry, "key", "")) for entry in path), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(of, base)
+
+
+def replicate(tree, mesh: Mesh):
     """Every leaf whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, whole(mesh))
 
 
-def split_rows(tree, mesh: jax.sharding.Mesh):
-    """The first axis of every leaf split over `data`."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+def split_batch(tree, mesh: Mesh):
+    """A `Packed`, or what holds one, with its sequences split over the devices and everything else whole on each."""
 
+    def place(path, leaf):
+        is_sequences = getattr(path[-1], "name", None) in SEQUENCES
+        return jax.device_put(leaf, named(mesh, leaf, None, "rows") if is_sequences else whole(mesh))
 
-def split_batch(tree, mesh: jax.sharding.Mesh):
-    """Packed sequences split over `data`, everything else replicated. Takes a `Packed` or anything that holds one."""
-
-    def place(packed):
-        if not isinstance(packed, packing.Packed):
-            return replicate(packed, mesh)
-        rows = NamedSharding(mesh, PartitionSpec(None, "data"))
-        tokens = {name: jax.device_put(getattr(packed, name), rows) for name in ("tokens", "segments", "positions")}
-        rest = {name: replicate(value, mesh) for name, value in packed._asdict().items() if name not in tokens}
-        return packing.Packed(**tokens, **rest)
-
-    return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, (packing.Packed, np.ndarray)))
+    return jax.tree_util.tree_map_with_path(place, tree)

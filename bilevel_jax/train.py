@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 import tqdm
 
 from bilevel_jax import checkpoint, metrics, online, page, progress, sampling, scoring, selector, sharding, step, weights, workspace
@@ -93,22 +92,18 @@ class Setup:
 
 def load(config) -> Setup:
     """Reads model and data, and checks that they go together."""
-    mesh = sharding.make_mesh(config.mesh.data)
-    for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
-        if number % mesh.size:
-            raise RunError(f"{key}={number} must be a multiple of the {mesh.size} devices")
+    mesh = sharding.make_mesh(**config.mesh)
     directory = huggingface.locate(config.model.path)
+    model = huggingface.read_config(directory, config.model.dtype)
+    configuration.check_fit(config, model.max_positions, sharding.parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
-    model, base = huggingface.load_model(str(directory), config.model.dtype)
-    if config.data.max_length > model.max_positions:
-        raise RunError(f"data.max_length={config.data.max_length} is over the model's {model.max_positions} positions")
-    targets = config.lora.targets
-    targets = lora.resolve_targets(model, targets if targets == "all-linear" else targets.split(","))
+    base = huggingface.load_params(directory, model, mesh)
+    targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
     eos = huggingface.eos_ids(directory, tokenizer)
-    return Setup(mesh, tokenizer, eos, model, sharding.replicate(base, mesh), adapter, upper, lower)
+    return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 
 def make_refresh(config, setup: Setup, score) -> Callable:
@@ -160,7 +155,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     # The update.
     objective, select = configuration.build_objective(config), configuration.build_selector(config)
-    optimizer = getattr(optax, config.optimizer.name)(config.optimizer.learning_rate)
+    optimizer = configuration.build_optimizer(config)
     tracked = objective.value_function == "tracked"
     state = sharding.replicate(step.init(setup.adapter, optimizer, select, len(lower.rows), tracked), mesh)
     own = online.nothing_yet(len(lower.rows))
@@ -169,8 +164,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
     references = reference_log_probs(score, base, upper) if objective.upper == "dpo" else None
     batch_of = functools.partial(make_batch, config, upper, lower, references, layout)
-    with clock("compile"):
-        jitted = jax.jit(step.make_step(model, objective, select, optimizer), donate_argnums=1)
+    with clock("compile"), jax.set_mesh(mesh):
+        update = step.make_step(model, objective, select, optimizer)
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=sharding.whole(mesh))
         first = sharding.split_batch(batch_of(0, own).batch, mesh)
         train_step = jitted.lower(base, state, first, sharding.replicate(scales(config, 0), mesh)).compile()
 

@@ -660,7 +660,7 @@ def test_nothing_is_compiled_in_a_second_call(caplog):
 def test_no_distribution_is_kept_for_every_token(intermediate_shapes):
     config, params, _ = model(53)
     slots, most = 3, 37
-    state = sampling._init_slots(config, slots, 64, most)
+    state = sampling.init_slots(config, slots, 64, most)
     run = functools.partial(sampling._run, config, WARM, EOS, 1)
     shapes = intermediate_shapes(run, *sampling._by_layer(config, params, None), state, slots, 5)
     assert (slots, 53) in shapes and (slots, most) in shapes

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import scoring, step
+from bilevel_jax import scoring, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.models import decoder, huggingface, lora
@@ -525,7 +525,7 @@ def test_ratios_are_one_straight_after_scoring(name, length):
     questions = [draw() for _ in range(4)]
     own = [Segment(questions[i], draw(), i, 1 / 15, group=5 + i) for i in [0, 1, 2, 3] * 3]
     others = [Segment(draw(), draw(), 4, 1 / 5), Segment(draw(), draw(), -1, 1.0)]
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = sharding.make_mesh(1)
     nll, count = scoring.make_scorer(config, 3, 2 * length, mesh)(base, adapter, own + others, "")
     assert count.tolist() == [len(row.response) for row in own + others]
     own = [row._replace(old_log_prob=-x) for row, x in zip(own, nll)]

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bilevel_jax import sharding
+
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -201,13 +203,14 @@ class Attention(nn.Module):
 
         def project(name, heads):
             flat = Projection(heads * c.head_dim, c.attention_bias, c, name=name)(x_TxD)
-            return flat.reshape(S, L, heads, c.head_dim)
+            return sharding.constrain(flat.reshape(S, L, heads, c.head_dim), "rows", None, "heads")
 
         if c.architecture == "llama":
             q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
             out = "o_proj"
         else:  # one matrix, whose columns go head by head: (q, k, v) of head 0, of head 1, ...
             fused = project("query_key_value", 3 * c.num_heads).reshape(S, L, c.num_heads, 3, c.head_dim)
+            fused = sharding.constrain(fused, "rows", None, "heads")
             q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
             out = "dense"
         q, k = rotate(q, table), rotate(k, table)
@@ -231,14 +234,14 @@ class FeedForward(nn.Module):
         c = self.config
         activation = ACTIVATIONS[c.activation]
 
-        def project(name, features, x):
-            return Projection(features, c.mlp_bias, c, name=name)(x)
+        def widen(name):
+            return sharding.constrain(Projection(c.intermediate_size, c.mlp_bias, c, name=name)(x_TxD), "rows", "mlp")
 
         if c.architecture == "llama":
-            gated = activation(project("gate_proj", c.intermediate_size, x_TxD))
-            return project("down_proj", c.hidden_size, gated * project("up_proj", c.intermediate_size, x_TxD))
-        hidden = activation(project("dense_h_to_4h", c.intermediate_size, x_TxD))
-        return project("dense_4h_to_h", c.hidden_size, hidden)
+            hidden, out = activation(widen("gate_proj")) * widen("up_proj"), "down_proj"
+        else:
+            hidden, out = activation(widen("dense_h_to_4h")), "dense_4h_to_h"
+        return Projection(c.hidden_size, c.mlp_bias, c, name=out)(hidden)
 
 
 class Layer(nn.Module):
@@ -252,7 +255,7 @@ class Layer(nn.Module):
         attended = attention(_norm(c, "input_layernorm")(x_TxD), table, place)
         middle = x_TxD if c.parallel_residual else x_TxD + attended
         y = middle + feed_forward(_norm(c, "post_attention_layernorm")(middle))
-        return (y + attended if c.parallel_residual else y), None
+        return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
 
 
 class Decoder(nn.Module):
@@ -279,7 +282,8 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )
-        x, _ = layers(c, name="layers")(embedding[tokens_SxL.reshape(-1)], table, mask)
+        x = sharding.constrain(embedding[tokens_SxL.reshape(-1)], "rows")
+        x, _ = layers(c, name="layers")(x, table, mask)
         return _norm(c, "norm")(x).reshape(S, L, -1)
 
 
@@ -336,7 +340,8 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
       cache: from `init_cache`, filled for every position before `position_S`.
       position_S: where the token stands in its row.
     """
-    x_SxD, table, grown = params["embed_tokens"][token_S], rotary_table(position_S[:, None], config), []
+    x_SxD = sharding.constrain(params["embed_tokens"][token_S], "rows")
+    table, grown = rotary_table(position_S[:, None], config), []
     for i in range(config.num_layers):
         variables = {"params": params["layers"][i], "cache": cache[i]}
         variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}

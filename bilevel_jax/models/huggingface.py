@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
+from bilevel_jax import sharding
 from bilevel_jax.models import decoder, lora
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -44,8 +45,8 @@ class ModelError(ValueError):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def locate(path: str) -> pathlib.Path:
-    """A local directory for `path`: itself, a directory shipped with this package (`bilevel_jax/tiny`), or a hub download."""
+def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
+    """A local directory for `path`: itself, a directory shipped with this package (`bilevel_jax/tiny`), or a hub download of `files`."""
     local = pathlib.Path(path)
     if local.is_dir():
         return local
@@ -58,7 +59,7 @@ def locate(path: str) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=MODEL_FILES))
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except Exception as error:  # the hub raises a dozen types, from DNS to permissions; all mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path}: no such directory, and the hub could not be reached for it ({reason})") from error
@@ -213,30 +214,31 @@ def _unflatten(leaves: dict[tuple[str, ...], object]) -> dict:
     return tree
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack, tensor, layer):
-    return stack.at[layer].set(tensor)
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _insert(stack, tensor, layer, place):
+    return jax.lax.with_sharding_constraint(stack.at[layer].set(tensor), place)
 
 
-def load_params(directory: pathlib.Path, config: decoder.ModelConfig):
-    """Base weights in `config.dtype`, stacked over layers.
+def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.sharding.Mesh | None = None):
+    """Base weights in `config.dtype`, stacked over layers, split over the mesh; without one, on the first device.
 
-    Tensors are read, cast and put in their place on the device one at a time, so that beside the weights themselves no more
-    than a stack of them exists.
+    Tensors are read, cast and put in their place on the devices one at a time, so that beside the weights themselves no more
+    than a stack of them exists, and no device ever holds more than its part of that.
     """
+    mesh = mesh or sharding.make_mesh(1)
     directory = pathlib.Path(directory)
     shards = Shards(directory)
     shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     loaded = {}
     for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
-        name, transposed = their_name(path, config)
+        (name, transposed), place = their_name(path, config), sharding.weight(mesh, path, leaf.shape)
         if path[0] == "layers":
-            stack = jnp.zeros(leaf.shape, leaf.dtype)
+            stack, of_layer = jnp.zeros(leaf.shape, leaf.dtype, device=place), sharding.weight(mesh, path, leaf.shape[1:])
             for i in range(config.num_layers):
-                tensor = shards.read(name.format(i), leaf.shape[1:], transposed, directory)
-                stack = _insert(stack, tensor.astype(leaf.dtype), i)
+                tensor = shards.read(name.format(i), leaf.shape[1:], transposed, directory).astype(leaf.dtype)
+                stack = _insert(stack, jax.device_put(tensor, of_layer), i, place)
         else:
-            stack = jnp.asarray(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype))
+            stack = jax.device_put(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype), place)
         loaded[path] = stack.block_until_ready()
     return _unflatten(loaded)
 
@@ -259,7 +261,7 @@ def eos_ids(directory: pathlib.Path, tokenizer) -> tuple[int, ...]:
 
 
 def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, dict]:
-    """Config and base weights of a model directory or hub id."""
+    """Config and base weights of a model directory or hub id, on the first device."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"model.dtype '{dtype}' is not among float32, bfloat16, float16")
     directory = locate(path)

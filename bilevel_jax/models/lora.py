@@ -34,7 +34,7 @@ def projections(config: decoder.ModelConfig) -> dict[str, tuple[str, int, int]]:
 
 
 def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
-    """Projection names for `"all-linear"` or a list of names.
+    """Projection names for `"all-linear"`, names separated by commas, or a list of names.
 
     Raises:
       ValueError: a name that this architecture does not have.
@@ -42,7 +42,7 @@ def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
     known = projections(config)
     if targets == "all-linear":
         return tuple(known)
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    names = tuple(targets.split(",") if isinstance(targets, str) else targets)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"lora.targets: {unknown or 'nothing'} is not among {', '.join(known)} of {config.architecture}")
