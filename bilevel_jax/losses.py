@@ -20,6 +20,11 @@ def _chunk(hidden_TxD, head_VxD, source_C, target_C):
     return -jnp.take_along_axis(log_probs, target_C[:, None], axis=-1)[:, 0], log_probs
 
 
+def _gathered(head_VxD):
+    """Once, not for every chunk."""
+    return sharding.constrain(head_VxD, "vocab")
+
+
 def _over_chunks(body, source_P, num_targets, carry):
     """Runs `body(first, size, carry)` for every chunk that holds a target; the number of trips is known only on the device."""
     size = min(CHUNK, source_P.shape[0])
@@ -45,6 +50,8 @@ def token_nll(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> jax.Arra
       float32 [P], 0 at padding.
     """
 
+    head_VxD = _gathered(head_VxD)
+
     def body(first, size, nll_P):
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
@@ -56,6 +63,8 @@ def token_nll(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> jax.Arra
 
 
 def _token_nll_forward(hidden_TxD, head_VxD, source_P, target_P, num_targets):
+    head_VxD = _gathered(head_VxD)
+
     def body(first, size, carry):
         nll_P, slope_PxD = carry
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
@@ -88,6 +97,7 @@ token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 def token_scores(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> tuple[jax.Array, jax.Array]:
     """`token_nll` [P], and whether some other token is more likely than the target, bool [P], False at padding. Forward only."""
+    head_VxD = _gathered(head_VxD)
 
     def body(first, size, carry):
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)

@@ -20,14 +20,18 @@ def default_workdir(config: str) -> pathlib.Path:
 
 
 def main() -> None:
-    from bilevel_jax import plan, show, train  # after the flags, so that --help is quick
+    import jax
+
+    from bilevel_jax import plan, sharding, show, train  # after the flags, so that --help is quick
 
     if PLAN.value:
         print(plan.table(CONFIG.value, plan.make(CONFIG.value)))
         return
+    sharding.join_processes()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
     summary = train.run(CONFIG.value, workdir)
-    print(show.closing_table(summary, workdir))
+    if not jax.process_index():
+        print(show.closing_table(summary, workdir))
 
 
 if __name__ == "__main__":

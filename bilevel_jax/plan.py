@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
@@ -152,9 +151,9 @@ def make(config) -> Plan:
     add("copy of all these but the base, for a checkpoint", size_of(state), ALWAYS)
     if mesh.shape["fsdp"] > 1:
         gathered = AbstractMesh((1, 1, mesh.shape["tensor"]), sharding.AXES)
-        layers, outer = base["layers"], {name: leaf for name, leaf in base.items() if name != "layers"}
-        layers, outer = (size_of(tree, sharding.weights(gathered, tree)) for tree in ({"layers": layers}, outer))
-        add("base gathered over fsdp: one layer, vocabulary", layers // model.num_layers + outer, ALWAYS, "formula")
+        layers, head = {"layers": base["layers"]}, {"lm_head": decoder.head(base)}
+        layers, head = (size_of(tree, sharding.weights(gathered, tree)) for tree in (layers, head))
+        add("base gathered over fsdp: one layer, head", layers // model.num_layers + head, ALWAYS, "formula")
 
     # A step.
     sequences = config.batch.micro_size // sharding.parts(mesh, "rows")

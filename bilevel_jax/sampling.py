@@ -395,13 +395,14 @@ def make_sampler(
     init = jax.jit(start, out_shardings=homes)
     by_layer = jax.jit(functools.partial(_by_layer, config, mesh))
     prefill = jax.jit(functools.partial(decoder.prefill, config))
+    look = jax.jit(lambda *arrays: arrays, out_shardings=sharding.whole(mesh))
     fill = jax.jit(_fill, donate_argnums=0, out_shardings=homes)
     run = jax.jit(functools.partial(_run, config, settings, eos), static_argnums=0, donate_argnums=3, out_shardings=homes)
 
     def harvest(state: Slots, owner: dict[int, Job], seen: dict[int, int], found) -> Slots:
         """Moves what has ended from its slot to `found`."""
         arrays = state.tokens, state.log_probs, state.sampled_log_probs, state.count, state.active
-        tokens_SxM, plain_SxM, sampled_SxM, count_S, active_S = jax.device_get(arrays)
+        tokens_SxM, plain_SxM, sampled_SxM, count_S, active_S = jax.device_get(look(*arrays))
         active_S = active_S.copy()
         for slot, job in list(owner.items()):
             count = int(count_S[slot])
@@ -421,7 +422,7 @@ def make_sampler(
                 sampled_log_probs=sampled_SxM[slot, :count].astype(np.float64),
                 finish_reason="length" if stopped is None and ended_by is None else "stop",
             )
-        return state._replace(active=jax.device_put(active_S, homes.active)) if settings.stop else state
+        return state._replace(active=sharding.place(active_S, homes.active)) if settings.stop else state
 
     def sample(base, adapter, prompts, keys, description: str = "sampling", stopped: Callable[[], bool] = lambda: False):
         for place, prompt in enumerate(prompts):

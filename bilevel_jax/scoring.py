@@ -29,8 +29,13 @@ def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Pac
     return jax.lax.fori_loop(0, packed.num_micro, add, (jnp.zeros(E, jnp.float32), jnp.zeros(E, jnp.int32)))
 
 
-_entry_nll = jax.jit(step.entry_nll, static_argnums=0)  # one cache for all scorers of a process
-_entry_scores = jax.jit(entry_scores, static_argnums=0)
+def _whole(found):
+    """For the host to read."""
+    return jax.tree.map(sharding.constrain, found)
+
+
+_entry_nll = jax.jit(lambda *batch: _whole(step.entry_nll(*batch)), static_argnums=0)  # one cache for all scorers of a process
+_entry_scores = jax.jit(lambda *batch: _whole(entry_scores(*batch)), static_argnums=0)
 
 
 def make_scorer(

@@ -9,13 +9,17 @@ same program runs on one device, where all axes have length 1.
 """
 
 import math
+import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {
     "rows": ("data", "fsdp"),  # sequences, slots, positions that go through the head
+    "stripes": ("data",),  # rows where `fsdp` has another dimension to split
     "hidden": ("fsdp",),  # of weights alone: activations keep it whole
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -29,6 +33,33 @@ WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; 
     **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
 }
 SEQUENCES = ("tokens", "segments", "positions")  # of a `Packed`: [M, S, L]
+
+
+PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join_processes() -> None:
+    """Joins the processes of this run on other machines, before JAX looks for devices: those that a cluster announces (Slurm, TPU
+    pods, Kubernetes, Open MPI), or that the environment names by all of `PROCESS`. Where there is neither, a process is alone.
+
+    Raises:
+      ValueError: only some of the variables are set, or not to numbers where these are due.
+    """
+    address, *numbers = (os.environ.get(name) for name in PROCESS)
+    if address or any(numbers):
+        if not address or not all(number and number.isdigit() for number in numbers):
+            raise ValueError(f"{', '.join(PROCESS)} must all be set: host:port, how many processes, and which of them, from 0")
+        return jax.distributed.initialize(address, *map(int, numbers))
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):  # how it says that there is no cluster
+            raise
+
+
+def anywhere(value: bool) -> bool:
+    """Whether `value` is true in any process of this run. Every process must ask."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -61,7 +92,8 @@ def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> Partiti
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`; as it is where none is set."""
+    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`, and whole without names. As it is where no
+    mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
 
@@ -98,16 +130,22 @@ def weights(mesh, base):
     return jax.tree_util.tree_map_with_path(of, base)
 
 
+def place(x, where: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices: each process gives its own devices their parts."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
 def replicate(tree, mesh: Mesh):
     """Every leaf whole on every device."""
-    return jax.device_put(tree, whole(mesh))
+    return jax.tree.map(lambda leaf: place(leaf, whole(mesh)), tree)
 
 
 def split_batch(tree, mesh: Mesh):
     """A `Packed`, or what holds one, with its sequences split over the devices and everything else whole on each."""
 
-    def place(path, leaf):
+    def split(path, leaf):
         is_sequences = getattr(path[-1], "name", None) in SEQUENCES
-        return jax.device_put(leaf, named(mesh, leaf, None, "rows") if is_sequences else whole(mesh))
+        return place(leaf, named(mesh, leaf, None, "rows") if is_sequences else whole(mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(split, tree)

@@ -10,6 +10,7 @@ import math
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -127,7 +128,8 @@ def make_refresh(config, setup: Setup, score) -> Callable:
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     """Trains θ and ω, leaves adapter, weights, metrics and summary in `workdir`, and returns the summary.
 
-    The same call continues an unfinished run and ends bit-identical to one that was never interrupted.
+    The same call continues an unfinished run and ends bit-identical to one that was never interrupted. Where a run has several
+    processes, all of them call this with the same arguments; `workdir` is on a file system that they share.
 
     Raises:
       ConfigError, DataError, ModelError, RunError: one line each.
@@ -135,7 +137,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir)
-    workspace.open_workdir(config, workdir)
+    if not jax.process_index():
+        return _run(config, workdir, workdir)
+    with tempfile.TemporaryDirectory() as scratch:  # all compute the same, and what the first one writes is enough
+        return _run(config, pathlib.Path(scratch), workdir)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathlib.Path) -> dict[str, float]:
+    """`run`, with its checkpoints, which all processes write together, in `shared`."""
+    workspace.open_workdir(config, shared)
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches
     clock = progress.Clock()
     with clock("load"):
@@ -146,7 +156,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     # Where we stand.
     epoch_steps = order.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     data = checkpoint.fingerprint(row.id for level in (upper, lower) for row in level.rows + level.eval_rows)
     start = checkpoints.latest() or 0
     counters = checkpoints.counters(start) if start else {"data": data}
@@ -178,8 +188,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
         at_start, refreshed = counters["at_start"], counters["refreshed"]
         print(f"resuming {workdir} at step {start} of {num_steps}")
+    wandb = "" if jax.process_index() else config.log.wandb
     writer = metrics.Writer(
-        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=config.to_dict()
+        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config.to_dict()
     )
 
     # What is measured.
@@ -270,12 +281,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         tqdm.tqdm(total=num_steps, initial=start, desc=config.method, unit="step", smoothing=0.05) as bar,
     ):
         log = progress.StepLog(config, writer, bar, epoch_steps)
+
+        def signalled() -> bool:
+            return sharding.anywhere(bool(signals))
+
         ahead, final = None, {}
         for k in range(start, num_steps):
             if refresh_due(k):
                 log.settle()  # the last ratios of the responses that go
                 with clock("generate"), log.elsewhere():
-                    fresh = refresh(state, k, lambda: bool(signals))
+                    fresh = refresh(state, k, signalled)
                 if fresh is None:
                     save(state, k)
                     break
@@ -291,7 +306,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
             ends_epoch = done % epoch_steps == 0
             spread = selector.summary(state.selector.logits) if selects and done % config.log.every == 0 else {}
             log.dispatched(done, found, spread, drawn, own)
-            stops = done < num_steps and bool(signals)  # looked at once: a signal may come at any moment
+            stops = done < num_steps and signalled()  # looked at once: a signal may come at any moment
             due = config.checkpoint.every and done % config.checkpoint.every == 0
             if ends_epoch or due or stops:
                 log.settle()  # nothing is evaluated or saved before its step is known to be finite
@@ -305,7 +320,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
         if generates and int(state.step) == num_steps:
             retire(own)
     if int(state.step) < num_steps:
-        name = signal.Signals(signals[0]).name
+        name = signal.Signals(signals[0]).name if signals else "a signal to another process"
         raise workspace.Interrupted(f"{name}: saved at step {int(state.step)} of {num_steps}; the same command continues")
 
     huggingface.save_adapter(

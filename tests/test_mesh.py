@@ -1,8 +1,9 @@
-"""Whole runs on eight devices, for every mesh of a table, against the same run on one."""
+"""Whole runs on eight devices, for every mesh of a table, and on two processes, against the same run on one device."""
 
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -11,20 +12,23 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors.numpy
-from conftest import NUM_LOWER, read_jsonl
 
-from bilevel_jax import checkpoint, config as configuration, sharding, train
+from bilevel_jax import checkpoint, page, sharding, train
+from bilevel_jax import config as configuration
 from bilevel_jax.models import huggingface
+from tests.conftest import read_jsonl
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
-NAMES = ["x".join(map(str, shape)) for shape in MESHES]
-STEPS = 3
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
+NAMES = {shape: "x".join(map(str, shape)) for shape in [(1, 1, 1), *MESHES]}
+ROOT = pathlib.Path(__file__).parent.parent
+ONE = NAMES[1, 1, 1]
 SETTINGS = {
     "num_epochs": 1,
     "method": "dynamic",
     "batch.size": 8,
     "batch.micro_size": 8,
     "online.ratio": 0.5,
+    "online.generate": "all",  # refreshes of one shape
     "online.refresh_every": 2,
     "online.max_new_tokens": 6,
     "online.temperature": 0.0,
@@ -34,8 +38,16 @@ SETTINGS = {
     "selection.learning_rate": 1.0,
     "selection.coefficient_at": "current",
     "eval.num_upper": 0,
+    "eval.num_lower": 0,
     "checkpoint.every": 0,
 }
+CONFIG = """
+import json, pathlib, ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict(json.loads((pathlib.Path(__file__).parent / "config.json").read_text()))
+"""
+QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles much and computes little
 
 
 def run_on_meshes(directory: str):
@@ -51,51 +63,113 @@ def run_on_meshes(directory: str):
         noted["whole"] = [len(leaf.sharding.device_set) * leaf.is_fully_replicated for leaf in jax.tree.leaves(state)]
         save(self, step, state, *rest)
 
-    huggingface.load_params, checkpoint.Checkpoints.save = load_and_note, save_and_note
-    for shape in [(1, 1, 1), *MESHES]:
+    huggingface.load_params, checkpoint.Checkpoints.save, page.write = load_and_note, save_and_note, lambda *_: None
+    for shape, name in NAMES.items():
         config = configuration.default()
         config.update(json.loads((pathlib.Path(directory) / "config.json").read_text()))
         config.mesh = dict(zip(sharding.AXES, shape))
-        noted, name = {}, "x".join(map(str, shape))
+        noted = {}
         train.run(config, pathlib.Path(directory) / name)
         (pathlib.Path(directory) / f"{name}.json").write_text(json.dumps(noted))
 
 
 @pytest.fixture(scope="module")
-def runs(make_config, tmp_path_factory):
-    """`f(name)` -> θ, ω, responses and the note of where arrays were, of the run on this mesh."""
+def directory(make_config, tmp_path_factory):
+    """Where the runs are."""
     directory = tmp_path_factory.mktemp("meshes")
     (directory / "config.json").write_text(make_config(SETTINGS).to_json())
-    command = [sys.executable, "-c", f"import test_mesh; test_mesh.run_on_meshes({str(directory)!r})"]
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment = os.environ | devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, env=environment, capture_output=True, text=True)
+    (directory / "config.py").write_text(CONFIG)
+    command = [sys.executable, "-c", f"from tests import test_mesh; test_mesh.run_on_meshes({str(directory)!r})"]
+    environment = os.environ | QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-    def read(name):
-        workdir = directory / name
-        theta = safetensors.numpy.load_file(workdir / "adapter" / "adapter_model.safetensors")
-        omega = pyarrow.parquet.read_table(workdir / "weights" / "epoch_1.parquet")["logit"].to_numpy()
-        return theta, omega, read_jsonl(workdir / "responses.jsonl"), json.loads((directory / f"{name}.json").read_text())
-
-    return read
+    return directory
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_mesh_gives_the_trajectory_of_one_device(runs, name):
-    (theta, omega, responses, _), (expected_theta, expected_omega, expected, _) = runs(name), runs("1x1x1")
-    assert theta.keys() == expected_theta.keys()
+def assert_same_run(workdir, expected):
+    """θ, ω, responses and the last response's ratios."""
+    theta, like = (safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors") for run in (workdir, expected))
+    assert theta.keys() == like.keys()
     for key, matrix in theta.items():
-        np.testing.assert_allclose(matrix, expected_theta[key], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(omega, expected_omega, rtol=0, atol=1e-5)
-    told = [[(x["step"], x["id"], x["text"], x["finish_reason"]) for x in lines] for lines in (responses, expected)]
-    assert told[0] == told[1] and len(told[0]) > 4
+        np.testing.assert_allclose(matrix, like[key], rtol=0, atol=1e-5)
+    omega, like = (pyarrow.parquet.read_table(run / "weights" / "epoch_1.parquet") for run in (workdir, expected))
+    assert omega["id"] == like["id"]
+    np.testing.assert_allclose(omega["logit"].to_numpy(), like["logit"].to_numpy(), rtol=0, atol=1e-5)
+    said, like = (read_jsonl(run / "responses.jsonl") for run in (workdir, expected))
+    keys = "step", "id", "sample", "text", "finish_reason"
+    assert [[x[key] for key in keys] for x in said] == [[x[key] for key in keys] for x in like] and len(said) > 4
     for key in ("logprob", "ratio"):
-        np.testing.assert_allclose([x[key] for x in responses], [x[key] for x in expected], rtol=0, atol=1e-4)
+        np.testing.assert_allclose([x[key] for x in said], [x[key] for x in like], rtol=0, atol=1e-4)
 
 
-def test_the_trajectory_goes_somewhere(runs):
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_mesh_gives_the_trajectory_of_one_device(directory, shape):
+    assert_same_run(directory / NAMES[shape], directory / ONE)
+
+
+def test_the_trajectory_goes_somewhere(directory):
     """Or the tolerance would mean nothing."""
-    theta, omega, _, _ = runs("1x1x1")
+    theta = safetensors.numpy.load_file(directory / ONE / "adapter" / "adapter_model.safetensors")
+    omega = pyarrow.parquet.read_table(directory / ONE / "weights" / "epoch_1.parquet")["logit"].to_numpy()
     assert max(np.abs(matrix).max() for key, matrix in theta.items() if "lora_B" in key) > 1e-2  # zero at the start
     assert np.abs(omega).max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_the_base_is_split_and_what_learns_is_whole(directory, shape):
+    """Two layers of hidden width 16, 2 heads of 8, feed-forward 24, vocabulary 300."""
+    (data, fsdp, tensor), found = shape, json.loads((directory / f"{NAMES[shape]}.json").read_text())
+    expected = {
+        "embed_tokens": [300 // tensor, 16 // fsdp],
+        "lm_head": [300 // tensor, 16 // fsdp],
+        "norm/scale": [16],
+        "layers/input_layernorm/bias": [2, 16],
+        "layers/attention/query_key_value/kernel": [2, 16 // fsdp, 48 // tensor],
+        "layers/attention/query_key_value/bias": [2, 48 // tensor],
+        "layers/attention/dense/kernel": [2, 16 // tensor, 16 // fsdp],
+        "layers/attention/dense/bias": [2, 16 // fsdp],
+        "layers/mlp/dense_h_to_4h/kernel": [2, 16 // fsdp, 24 // tensor],
+        "layers/mlp/dense_4h_to_h/kernel": [2, 24 // tensor, 16 // fsdp],
+    }
+    assert {key: found["base"][key] for key in expected} == expected
+    assert set(found["whole"]) == {data * fsdp * tensor}
+
+
+def test_two_processes_give_the_trajectory_of_one(directory):
+    """The weights are split between them; one of them writes the run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = [f"--config={directory / 'config.py'}", f"--workdir={directory / 'pair'}", "--config.mesh.fsdp=2"]
+    command = [sys.executable, "-m", "bilevel_jax.main", *arguments]
+    settings = os.environ | QUICK | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    pair = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=settings | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=150) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], told
+    assert "in " + str(directory / "pair") in told[0][0] and "pair" not in told[1][0]
+    assert_same_run(directory / "pair", directory / ONE)
+
+
+@pytest.mark.parametrize(
+    "variables, reason",
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "JAX_NUM_PROCESSES"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID"),
+    ],
+)
+def test_half_an_address_is_refused(monkeypatch, variables, reason):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=reason):
+        sharding.join_processes()

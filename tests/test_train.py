@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from bilevel_jax import online, progress, sampling, train, workspace
+from bilevel_jax import online, plan, progress, sampling, train, workspace
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import order, packing, templates
 from tests.conftest import (
@@ -351,6 +350,7 @@ def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
 @pytest.mark.parametrize(
     "changes, reason",
     [
+        ({"mesh.tensor": 9}, "mesh.tensor=9"),
         ({"data.max_length": 129}, "data.max_length=129 is over the model's 128 positions"),
         ({"data.max_length": 5}, "no row fits data.max_length=5"),
         ({"lora.targets": "q_proj"}, "lora.targets"),
@@ -543,25 +543,6 @@ def test_every_row_in_one_batch_and_none_held_out(make_config, tmp_path):
     summary, events = finish(make_config, {"batch.size": 32, "eval.num_upper": 0, "eval.num_lower": 0}, tmp_path)
     assert summary["steps"] == 1 and summary["rows"] == NUM_LOWER
     assert not any(key.startswith(("eval/", "start/")) for key in summary)
-
-
-def run_on_two_devices(directory, config):
-    """To `run` in the directory."""
-    write_config(directory, config)
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles much and computes little
-    environment = os.environ | quick | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    arguments = [f"--config={directory / 'config.py'}", f"--workdir={directory / 'run'}"]
-    command = [sys.executable, "-m", "bilevel_jax.main", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-
-
-def test_devices_share_a_batch(finished, make_config, tmp_path):
-    """Two devices come to what one comes to, but for rounding."""
-    run_on_two_devices(tmp_path, make_config(EVERYTHING | {"mesh.data": 2}))
-    found, expected = summary_of(tmp_path / "run"), summary_of(finished)
-    for key in EVAL | {"selector/ess"}:
-        assert found[key] == pytest.approx(expected[key], rel=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -832,20 +813,8 @@ def test_preferences_above_and_own_responses_below(make_config, tmp_path):
     assert used and all(ratio is not None for ratio in used)
 
 
-def test_devices_share_the_sampling(refined, make_config, tmp_path):
-    """Two devices say what one does, and come to the same but for rounding."""
-    expected, _ = refined()
-    run_on_two_devices(tmp_path, make_config(REFINED | {"mesh.data": 2}))
-    for key in EVAL | {"selector/ess"}:
-        assert summary_of(tmp_path / "run")[key] == pytest.approx(summary_of(expected)[key], rel=1e-3)
-    found, lines = responses_of(tmp_path / "run"), responses_of(expected)
-    assert [(x["step"], x["id"], x["text"]) for x in found] == [(x["step"], x["id"], x["text"]) for x in lines]
-    for key in ("logprob", "ratio"):
-        np.testing.assert_allclose([x[key] for x in found], [x[key] for x in lines], rtol=1e-3)
-
-
 @pytest.mark.parametrize("key", ["online.slots", "batch.micro_size"])
 def test_devices_take_equal_parts(make_config, tmp_path, monkeypatch, key):
-    monkeypatch.setattr(train.sharding, "make_mesh", lambda number: types.SimpleNamespace(size=number))
-    with pytest.raises(workspace.RunError, match=f"{key}=3 must be a multiple of the 2 devices"):
+    monkeypatch.setattr(train.sharding, "make_mesh", plan.make_mesh)
+    with pytest.raises(ValueError, match=f"{key}=3 must be a multiple of mesh.data · mesh.fsdp, 2 devices"):
         train.run(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")

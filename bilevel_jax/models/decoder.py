@@ -258,6 +258,12 @@ class Layer(nn.Module):
         return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
 
 
+def embed(embedding_VxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """[T, D]. Over a mesh, each device looks up its part of D for the tokens of others too, and then they swap: far less to send
+    than the embedding itself."""
+    return sharding.constrain(sharding.constrain(embedding_VxD[tokens_T], "stripes", "hidden"), "rows")
+
+
 class Decoder(nn.Module):
     """Tokens to hidden states. The head is left to the caller, who knows which positions need logits (see `losses`)."""
 
@@ -282,8 +288,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )
-        x = sharding.constrain(embedding[tokens_SxL.reshape(-1)], "rows")
-        x, _ = layers(c, name="layers")(x, table, mask)
+        x, _ = layers(c, name="layers")(embed(embedding, tokens_SxL.reshape(-1)), table, mask)
         return _norm(c, "norm")(x).reshape(S, L, -1)
 
 
@@ -340,8 +345,7 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
       cache: from `init_cache`, filled for every position before `position_S`.
       position_S: where the token stands in its row.
     """
-    x_SxD = sharding.constrain(params["embed_tokens"][token_S], "rows")
-    table, grown = rotary_table(position_S[:, None], config), []
+    x_SxD, table, grown = embed(params["embed_tokens"], token_S), rotary_table(position_S[:, None], config), []
     for i in range(config.num_layers):
         variables = {"params": params["layers"][i], "cache": cache[i]}
         variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}

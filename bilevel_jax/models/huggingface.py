@@ -236,9 +236,9 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
             stack, of_layer = jnp.zeros(leaf.shape, leaf.dtype, device=place), sharding.weight(mesh, path, leaf.shape[1:])
             for i in range(config.num_layers):
                 tensor = shards.read(name.format(i), leaf.shape[1:], transposed, directory).astype(leaf.dtype)
-                stack = _insert(stack, jax.device_put(tensor, of_layer), i, place)
+                stack = _insert(stack, sharding.place(tensor, of_layer), i, place)
         else:
-            stack = jax.device_put(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype), place)
+            stack = sharding.place(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype), place)
         loaded[path] = stack.block_until_ready()
     return _unflatten(loaded)
 

@@ -1,0 +1,76 @@
+"""The rule by which dimensions go to axes, and meshes that cannot be."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from bilevel_jax import sharding
+from bilevel_jax.models import decoder, lora
+
+
+def mesh_of(data, fsdp, tensor):
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    "mesh, shape, names, part",
+    [
+        ((2, 3, 4), (12, 5), ("rows",), (2, 5)),
+        ((2, 3, 4), (8, 5), ("rows",), (8, 5)),  # 6 does not divide 8; 2 alone would
+        ((2, 3, 4), (300, 18), ("vocab", "hidden"), (75, 6)),
+        ((2, 3, 4), (300, 16), ("vocab", "hidden"), (75, 16)),
+        ((2, 3, 4), (302, 18), ("vocab", "hidden"), (302, 6)),
+        ((2, 3, 4), (6, 7, 8, 9), ("rows", None, "heads"), (1, 7, 2, 9)),
+        ((2, 3, 4), (6, 18), ("stripes", "hidden"), (3, 6)),
+        ((1, 1, 1), (7, 5), ("rows", "mlp"), (7, 5)),
+    ],
+)
+def test_a_dimension_is_split_where_its_axes_divide_it(mesh, shape, names, part):
+    mesh = mesh_of(*mesh)
+    found = jax.sharding.NamedSharding(mesh, sharding.spec(mesh, shape, names))
+    assert found.shard_shape(shape) == part
+
+
+@pytest.mark.parametrize(
+    "path, shape, expected",
+    [
+        (("embed_tokens",), (8, 8), P(("tensor",), ("fsdp",))),
+        (("layers", "self_attn", "q_proj", "kernel"), (2, 8, 8), P(None, ("fsdp",), ("tensor",))),
+        (("layers", "", "self_attn", "q_proj", "kernel"), (8, 8), P(("fsdp",), ("tensor",))),  # one layer's
+        (("layers", "self_attn", "o_proj", "kernel"), (2, 8, 8), P(None, ("tensor",), ("fsdp",))),
+        (("layers", "mlp", "down_proj", "kernel"), (2, 8, 8), P(None, ("tensor",), ("fsdp",))),
+        (("layers", "mlp", "dense_h_to_4h", "bias"), (2, 8), P(None, ("tensor",))),
+        (("layers", "mlp", "dense_4h_to_h", "bias"), (2, 8), P(None, ("fsdp",))),
+        (("layers", "input_layernorm", "bias"), (2, 8), P(None, None)),
+        (("norm", "scale"), (8,), P(None)),
+    ],
+)
+def test_weights_by_name(path, shape, expected):
+    assert sharding.weight(mesh_of(2, 2, 2), path, shape).spec == expected
+
+
+@pytest.mark.parametrize(
+    "asked, devices, shape",
+    [((0, 1, 1), 8, (8, 1, 1)), ((0, 2, 2), 8, (2, 2, 2)), ((3, 1, 2), 8, (3, 1, 2)), ((0, 8, 1), 8, (1, 8, 1))],
+)
+def test_data_takes_what_is_left(monkeypatch, asked, devices, shape):
+    monkeypatch.setattr(jax, "devices", lambda: list(range(devices)))
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: (shape, len(devices)))
+    found, used = sharding.make_mesh(*asked)
+    assert found == shape and used == shape[0] * shape[1] * shape[2]
+
+
+@pytest.mark.parametrize("asked, reason", [((0, 3, 1), "3 does not divide"), ((9, 1, 1), "8 devices"), ((0, 8, 2), "8 devices")])
+def test_meshes_that_cannot_be(monkeypatch, asked, reason):
+    monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
+    with pytest.raises(ValueError, match=f"mesh.data={asked[0]}, mesh.fsdp={asked[1]}, mesh.tensor={asked[2]}.*{reason}"):
+        sharding.make_mesh(*asked)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_hidden_is_where_the_hidden_width_is(architecture):
+    """Hidden 64, heads 8·16 = 128, feed-forward 96."""
+    config = decoder.ModelConfig(architecture, 32, 64, 96, 1, 8, 8, 16, 16, 64, "silu", 1e-5, 1e4)
+    for name, (_, *widths) in lora.projections(config).items():
+        assert [dimension == "hidden" for dimension in sharding.WEIGHTS[name]] == [width == 64 for width in widths]
