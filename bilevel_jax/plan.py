@@ -1,8 +1,8 @@
 """What a device would hold: `python -m bilevel_jax.main --config=... --plan`.
 
 Sizes alone: no weights, rows or tokenizer are read, and of the model nothing but its `config.json`. Shapes come from
-`jax.eval_shape` of the very functions that a run calls, their parts from the rules of `sharding`, so that any mesh can be planned on
-any machine. What XLA adds in temporaries is not known before it has compiled for that machine: leave a fifth of a device free.
+`jax.eval_shape` of the very functions that a run calls, their parts from the rules of `sharding`, so that any mesh can be planned
+on any machine. What XLA adds in temporaries is not known before it has compiled for that machine: leave a fifth of a device free.
 """
 
 import dataclasses

@@ -33,8 +33,6 @@ WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; 
     **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
 }
 SEQUENCES = ("tokens", "segments", "positions")  # of a `Packed`: [M, S, L]
-
-
 PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -92,8 +90,8 @@ def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> Partiti
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`, and whole without names. As it is where no
-    mesh is set."""
+    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`, and whole without names. As it is where
+    no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
 

@@ -72,6 +72,8 @@ MIXING = {"method": "mixing"}
         ({"checkpoint.keep": 0}, "checkpoint.keep"),
         ({"checkpoint.every": -1}, "checkpoint.every"),
         ({"mesh.data": -1}, "mesh.data"),
+        ({"mesh.fsdp": 0}, "mesh.fsdp"),
+        ({"mesh.tensor": 0}, "mesh.tensor"),
         ({"log.every": 0}, "log.every"),
         ({"online.ratio": -0.01}, "online.ratio"),
         ({"online.ratio": 1.01}, "online.ratio"),

@@ -662,7 +662,7 @@ def test_no_distribution_is_kept_for_every_token(intermediate_shapes):
     slots, most = 3, 37
     state = sampling.init_slots(config, slots, 64, most)
     run = functools.partial(sampling._run, config, WARM, EOS, 1)
-    shapes = intermediate_shapes(run, *sampling._by_layer(config, params, None), state, slots, 5)
+    shapes = intermediate_shapes(run, *sampling._by_layer(config, sharding.make_mesh(1), params, None), state, slots, 5)
     assert (slots, 53) in shapes and (slots, most) in shapes
     assert not any({53, most} <= set(shape) for shape in shapes)
 

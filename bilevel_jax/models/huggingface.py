@@ -46,7 +46,7 @@ class ModelError(ValueError):
 
 
 def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
-    """A local directory for `path`: itself, a directory shipped with this package (`bilevel_jax/tiny`), or a hub download of `files`."""
+    """A local directory for `path`: itself, one shipped with this package (`bilevel_jax/tiny`), or a hub download of `files`."""
     local = pathlib.Path(path)
     if local.is_dir():
         return local
