@@ -1,5 +1,6 @@
 """The memory plan: against numbers worked out by hand for published models, and against what XLA says after compiling."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -37,17 +38,18 @@ def planned(tmp_path_factory):
     """`f(sizes, mesh, changes) -> Plan, {item: bytes}` of the 8B tier with a model of these sizes."""
     root = tmp_path_factory.mktemp("models")
 
-    def make(sizes, mesh, changes=()):
-        directory = root / str(sizes["hidden_size"])
+    @functools.cache
+    def make(sizes, mesh, changes):
+        directory = root / str(dict(sizes)["hidden_size"])
         directory.mkdir(exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(LLAMA | sizes))
+        (directory / "config.json").write_text(json.dumps(LLAMA | dict(sizes)))
         config = tiers.get("llama3-8b")
         settings = {"model.path": str(directory), "method": "dynamic", "batch.micro_size": 8, "online.slots": 16}
         config.update_from_flattened_dict(settings | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)) | dict(changes))
         found = plan.make(config)
         return found, {item.name: item.size for item in found.items}
 
-    return make
+    return lambda sizes, mesh, changes=(): make(tuple(sizes.items()), mesh, tuple(dict(changes).items()))
 
 
 @pytest.mark.parametrize("sizes, number, billions", [(EIGHT, NUM_8B, 8.03), (SEVENTY, NUM_70B, 70.6)], ids=["8B", "70B"])

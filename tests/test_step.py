@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -670,38 +667,6 @@ def test_one_compilation_for_any_number_of_rows():
         state, _ = advance(model(LLAMA)[0], state, batch, Scales(1.0, 0.1 * num_lower))
         sizes.append(advance._cache_size())
     assert sizes == [1] * 5
-
-
-def many_rows():
-    return rows(tuple(UPPER_SIZES * 2), tuple(LOWER_SIZES + LOWER_SIZES[:1]), (4, 1, 0, 3, 2))
-
-
-def step_on_eight_devices(path):
-    """Runs in a process of its own: one step with sequences split over the devices. Writes θ and ω."""
-    assert jax.device_count() == 8
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def put(tree, *axes):
-        return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-
-    batch = pack(*many_rows(), Layout(8, 12, 16, padded=True))
-    assert batch.packed.num_micro == 2
-    split = {name: put(getattr(batch.packed, name), None, "data") for name in ("tokens", "segments", "positions")}
-    batch = put(batch)._replace(packed=put(batch.packed)._replace(**split))
-    assert {shard.data.shape for shard in batch.packed.tokens.addressable_shards} == {(2, 1, 12)}
-    after, _ = compiled(LLAMA)(put(model(LLAMA)[0]), put(begin(LLAMA)), batch, put(Scales(1.0, GAMMA)))
-    np.savez(path, *jax.tree.leaves((after.policy.adapter, after.selector.logits)))
-
-
-def test_eight_devices_give_the_same_update(tmp_path):
-    path, here = tmp_path / "after.npz", pathlib.Path(__file__).parent
-    command = [sys.executable, "-c", f"import test_step; test_step.step_on_eight_devices({str(path)!r})"]
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment = os.environ | devices | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    theta, omega = update_by_hand(LLAMA, *many_rows())
-    assert_close(list(np.load(path).values()), [*jax.tree.leaves(theta), omega], atol=1e-5)
 
 
 @pytest.mark.parametrize(
