@@ -2,17 +2,36 @@
 
 That is the `State` (θ, ω, both optimizers, the step), the model's own responses, and a few counters. The order of the data and
 all randomness are functions of (seed, step), so nothing else is needed to continue exactly.
+
+Orbax commits a checkpoint by renaming its directory, so that one cut short never counts. Damage that comes later it finds in part
+or not at all; `manifest.json` holds a checksum of every file, and goes into the directory before it gets its name. A checkpoint is
+whole if all its files are as they were.
 """
 
+import contextlib
 import copy
+import errno
+import functools
 import hashlib
+import json
+import os
 import pathlib
+import shutil
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from bilevel_jax import online
+from bilevel_jax.data import templates
+from bilevel_jax.workspace import RunError
+
+MANIFEST = "manifest.json"
+METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the counters are in it
+LATER = (MANIFEST, "commit_success.txt")  # written after the checksums; nothing is read from the latter
+SETTINGS = 1 << 17  # bytes of a checkpoint beside its arrays
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -23,30 +42,159 @@ def fingerprint(ids: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """A number for each array that any change of a single value changes; integers, so it is the same on every mesh."""
+    found = []
+    for array in arrays:
+        bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(array.shape, jnp.uint32)
+        for axis, size in enumerate(array.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        found.append((bits * (2 * place + 1)).sum(dtype=jnp.uint32))
+    return found
+
+
+def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
+    """Identifies a base by its weights, and a tokenizer by what it makes of the rows."""
+    digest = hashlib.sha256()
+    arrays = jax.tree.leaves(base)
+    for array, number in zip(arrays, jax.device_get(_sums(arrays)), strict=True):
+        digest.update(f"{array.shape} {array.dtype} {number}\n".encode())
+    for example in examples:
+        for tokens in (example.prompt, example.response, example.rejected):
+            if tokens is not None:
+                digest.update(np.append(tokens, -1).astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damage
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _checksum(file: pathlib.Path) -> str:
+    if file.name == METADATA:  # Orbax adds the time of the commit at the very end
+        content = json.loads(file.read_text())
+        content.pop("commit_timestamp_nsecs", None)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sign(directory: pathlib.Path) -> None:
+    """Writes the manifest of a checkpoint: a checksum of every file."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name not in LATER)
+    manifest = {file.relative_to(directory).as_posix(): _checksum(file) for file in files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def damage(directory: pathlib.Path) -> str:
+    """What is wrong with a checkpoint, in a few words; "" if it is whole."""
+    name = MANIFEST
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if not isinstance(manifest, dict) or not manifest:
+            return f"{MANIFEST} lists no files"
+        for name, expected in manifest.items():
+            if _checksum(directory / name) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, AttributeError) as error:  # the last two: no JSON, or another kind than was written
+        return f"{name} cannot be read ({type(error).__name__})"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The checkpoints of a run
+# --------------------------------------------------------------------------------------------------------------------
+
+
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them. Saving goes on in the background."""
+    """The checkpoints of one run, the newest `keep` of them. Saving goes on in the background.
+
+    Damaged ones that are newer than the newest whole one are set aside as `damaged-STEP` when the run goes on from that one.
+
+    Raises:
+      RunError: there are checkpoints, and none is whole.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int):
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        self._directory, self._keep = directory.resolve(), keep
+        self._saving = self._response = self._newest = None
+        self._damaged: dict[int, str] = {}
+        found = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
+        for step in sorted(found, reverse=True):
+            reason = damage(self._directory / str(step))
+            if not reason:
+                self._newest = step
+                break
+            self._damaged[step] = reason
+        if self._damaged and self._newest is None:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in self._damaged.items())
+            raise RunError(f"{directory}: no checkpoint is whole ({reasons}); put one back, or give another --workdir to start anew")
+
+    @functools.cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        for step, reason in self._damaged.items():
+            aside = next(
+                place
+                for number in range(1_000_000)
+                if not (place := self._directory / f"damaged-{step}{f'.{number}' * (number > 0)}").exists()
+            )
+            (self._directory / str(step)).rename(aside)
+            print(f"{self._directory / str(step)} is damaged ({reason}): set aside as {aside.name}; step {self._newest} is used")
+        context = ocp.Context()
+        context.asynchronous.post_finalization_callback = lambda: self._sign()  # Orbax copies it: of a method, all of `self`
+        return ocp.training.Checkpointer(
+            self._directory,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
 
+    def _sign(self) -> None:
+        """Called in the background when all files are written; the directory has its name only after that."""
+        (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        sign(unnamed)
+
+    @contextlib.contextmanager
+    def _telling(self):
+        try:
+            yield
+        except Exception as error:  # Orbax and its storage raise errors of every family; all mean that nothing was saved
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = f"{self._directory / str(self._saving)}: the checkpoint could not be written ({reason:.200})"
+            raise RunError(f"{what}; the one before it is whole, and the same command continues from there") from error
+
     def latest(self) -> int | None:
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        """The step of the newest whole checkpoint."""
+        return self._newest
 
     def save(self, step: int, state, own: online.Own, counters: dict) -> None:
-        """Starts writing; returns as soon as the arrays are copied. A step that is there already is not written again."""
-        if self.latest() == step:
+        """Starts writing; returns as soon as the arrays are copied. A step that is there already is not written again.
+
+        Raises:
+          RunError: this one or the one before it could not be written.
+        """
+        if self._newest == step:
             return
         whole = {"state": state, "responses": own.arrays()}
-        self._checkpointer.save_checkpointables_async(step, whole, custom_metadata=copy.deepcopy(counters))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) + SETTINGS
+        with self._telling():
+            if self._response:
+                self._response.result()
+            self._saving = step
+            checkpointer, free = self._checkpointer, shutil.disk_usage(self._directory).free
+            if needed > free:  # met while writing, Orbax's threads would fill the screen
+                raise OSError(f"{os.strerror(errno.ENOSPC)}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
+            self._response = checkpointer.save_checkpointables_async(step, whole, custom_metadata=copy.deepcopy(counters))
+        self._newest = step
 
     def counters(self, step: int) -> dict:
-        return dict(self._checkpointer.metadata(step).custom_metadata)
+        return json.loads((self._directory / str(step) / METADATA).read_text())["custom_metadata"]
 
     def restore(self, step: int, like) -> tuple:
         """The state of `step`, with the shapes, types and shardings of `like`, and the model's own responses."""
@@ -55,5 +203,11 @@ class Checkpoints:
         return found["state"], online.from_arrays(found["responses"])
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._checkpointer.close()
+        """Waits until everything is on disk.
+
+        Raises:
+          RunError: the last one could not be written.
+        """
+        if "_checkpointer" in vars(self):
+            with self._telling():
+                self._checkpointer.close()

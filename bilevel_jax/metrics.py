@@ -1,10 +1,13 @@
 """Numbers of a run: ranking quality of weights, and writers for metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
-import os
 import pathlib
+import time
 
 import numpy as np
+
+from bilevel_jax import workspace
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -31,6 +34,29 @@ def bad_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:
     return float(bad[kept].sum() / bad.sum()) if bad.any() else float("nan")
 
 
+class Board:
+    """TensorBoard's file. tensorboardX's own `SummaryWriter` leaves writing to a thread, and waits for it forever once it has
+    died of a full disk."""
+
+    def __init__(self, directory: pathlib.Path, purge_step: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file, self._scalar, self._event = event_file_writer.EventsWriter(str(directory / "events")), summary.scalar, event_pb2.Event
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what was written before from this step on
+        self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            scalar = self._scalar(key, float(value))
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Writer:
     """Appends events to metrics.jsonl and sends the same scalars to TensorBoard and, by name of a project, to W&B.
 
@@ -40,16 +66,12 @@ class Writer:
     def __init__(self, workdir: pathlib.Path, *, start: int, tensorboard: bool, wandb: str, config: dict):
         file = workdir / "metrics.jsonl"
         if file.exists():
-            lines = [line for line in file.read_text().splitlines() if _step_of(line) <= start]
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, file)
+            lines = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= start]
+            workspace.write_atomically(file, b"".join(line + b"\n" for line in lines))
         self._file = open(file, "a", buffering=1)
         self._board = self._run = None
         if tensorboard:
-            import tensorboardX
-
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = Board(workdir / "tensorboard", purge_step=start + 1)
         if wandb:
             import wandb as service
 
@@ -60,22 +82,22 @@ class Writer:
         event = {"step": step, "epoch": round(epoch, 4)} | {key: float(value) for key, value in values.items()}
         self._file.write(json.dumps(event) + "\n")
         if self._board:
-            for key, value in values.items():
-                self._board.add_scalar(key, float(value), step)
+            self._board.write(step, values)
         if self._run:
             self._run.log({key: float(value) for key, value in values.items()}, step=step)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
-        if self._run:
-            self._run.finish()
+        with contextlib.ExitStack() as ends:  # each of them, though another fails
+            if self._run:
+                ends.callback(self._run.finish)
+            if self._board:
+                ends.callback(self._board.close)
+            ends.callback(self._file.close)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of an event; a line cut short by a crash sorts last, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

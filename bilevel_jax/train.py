@@ -137,16 +137,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir)
-    if not jax.process_index():
-        return _run(config, workdir, workdir)
-    with tempfile.TemporaryDirectory() as scratch:  # all compute the same, and what the first one writes is enough
-        return _run(config, pathlib.Path(scratch), workdir)
+    with workspace.opened(config, workdir, lock=not jax.process_index()):
+        if not jax.process_index():
+            return _run(config, workdir, workdir)
+        with tempfile.TemporaryDirectory() as scratch:  # all compute the same, and what the first one writes is enough
+            return _run(config, pathlib.Path(scratch), workdir)
 
 
 def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathlib.Path) -> dict[str, float]:
     """`run`, with its checkpoints, which all processes write together, in `shared`."""
-    workspace.open_workdir(config, shared)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
     clock = progress.Clock()
     with clock("load"):
         setup = load(config)
@@ -159,9 +159,14 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     data = checkpoint.fingerprint(row.id for level in (upper, lower) for row in level.rows + level.eval_rows)
     start = checkpoints.latest() or 0
-    counters = checkpoints.counters(start) if start else {"data": data}
+    examples = (example for level in (upper, lower) for example in level.examples + level.eval_examples)
+    model_id = checkpoint.fingerprint_model(base, examples)
+    counters = checkpoints.counters(start) if start else {"data": data, "model": model_id}
     if counters["data"] != data:
-        raise RunError(f"{workdir}: the data changed since this run began; give another --workdir")
+        raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
+    if counters["model"] != model_id:
+        what = f"weights or tokenizer at {config.model.path} changed since this run began"
+        raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
 
     # The update.
     objective, select = configuration.build_objective(config), configuration.build_selector(config)
@@ -233,7 +238,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
 
     def save(state: step.State, k: int) -> None:
         with clock("checkpoint"):
-            counters = {"data": data, "seconds": dict(clock.seconds), "at_start": at_start, "refreshed": refreshed}
+            counters = {"data": data, "model": model_id, "seconds": dict(clock.seconds), "at_start": at_start, "refreshed": refreshed}
             # A copy: the next step donates its buffers while the checkpoint is still being written.
             checkpoints.save(k, jax.tree.map(jnp.copy, state), own, counters)
 

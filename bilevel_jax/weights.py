@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from bilevel_jax import metrics
+from bilevel_jax import metrics, workspace
 from bilevel_jax.data import rows as data_rows
 
 
@@ -33,7 +33,9 @@ def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray,
 
 def write(path: pathlib.Path, weights: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(weights, path)
+    buffer = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(weights, buffer)
+    workspace.write_atomically(path, buffer.getvalue().to_pybytes())
 
 
 def latest(workdir: pathlib.Path) -> pa.Table | None:

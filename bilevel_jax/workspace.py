@@ -1,13 +1,19 @@
 """The directory of a run: whose it is, whole files, and what ends a run before its time."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
+import platform
 import signal
+import sys
 
 import ml_collections
 
+LOCK = ".lock"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 REMEDY = "the last checkpoint is from before. Lower the learning rates, or look at the rows"
 
 
@@ -19,16 +25,65 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; everything is saved and the same command continues."""
 
 
-def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes the workdir, or recognises an unfinished run of the same config in it.
+@contextlib.contextmanager
+def opened(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock: bool = True):
+    """Makes the workdir, or recognises an unfinished run of the same config in it, and keeps other processes out meanwhile.
+
+    Args:
+      lock: false where another process of the same run has the lock.
 
     Raises:
-      RunError: the run there is finished, or is another one.
+      RunError: the run there is finished, is another one, or goes on in another process; or, at any time, what is to be written
+        cannot be.
     """
+    refuse_finished(workdir)
+    with _writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        with locked(workdir) if lock else contextlib.nullcontext():
+            refuse_finished(workdir)  # it may have ended a moment ago
+            refuse_another(config, workdir)
+            yield
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path):
+    """Keeps other processes out of a workdir. The kernel lets go of it when this one ends, however it does.
+
+    Raises:
+      RunError: one is in there.
+    """
+    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = f"process {file.read().strip() or 'of another user'}"
+            raise RunError(f"{workdir} is in use by {who}; wait until it ends, or give another --workdir") from None
+        except OSError as error:  # some network file systems lock nothing
+            print(f"{workdir} cannot be locked ({error.strerror}): see to it that no other process works on it", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path):
+    """Names the workdir, and what to do, where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        place = pathlib.Path(error.filename or workdir).absolute()
+        mine = place.is_relative_to(workdir.absolute()) or workdir.absolute().is_relative_to(place)
+        if error.errno not in NO_ROOM or not mine:
+            raise
+        what = f"{workdir}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
+        raise RunError(f"{what}; what is saved stays: once files can be written, the same command continues") from error
+
+
+def refuse_finished(workdir: pathlib.Path) -> None:
     if (workdir / "summary.json").exists():
         raise RunError(f"{workdir} holds a finished run; give another --workdir, or remove it to run again")
-    workdir.mkdir(parents=True, exist_ok=True)
-    refuse_another(config, workdir)
 
 
 def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -82,11 +137,15 @@ def _flatten(config, prefix: str = "") -> dict:
     return flat
 
 
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """All of `text` or, if the process dies, what was there before."""
+def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
+    """All of `content` or, if that fails or the process dies, what was there before."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 @contextlib.contextmanager

@@ -1,12 +1,19 @@
 """What comes back from disk is what was saved, to the bit."""
 
+import errno
+import json
+import os
+import re
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import checkpoint, online, selector, step
+from bilevel_jax import checkpoint, online, selector, step, workspace
+from bilevel_jax.data import templates
 
 COUNTERS = {"data": "abc", "seconds": {"train": 1.5}, "at_start": {"eval/upper_loss": 1 / 3}}
 
@@ -138,9 +145,142 @@ def test_a_step_is_written_once(tmp_path):
     again.close()
 
 
+def test_a_model_is_known_by_its_weights_and_tokens():
+    """Two values exchanged, the smallest change of one, another dtype, another token; not where the weights live."""
+    weights = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, jnp.bfloat16)}
+    examples = [templates.Example(np.array([1, 2], np.int32), np.array([3], np.int32), None)]
+
+    def known(changes=(), examples=examples):
+        return checkpoint.fingerprint_model(jax.tree.map(jnp.asarray, weights | dict(changes)), examples)
+
+    swapped, moved = weights["a"][:, [1, 0, 2]], weights["a"].copy()
+    moved[1, 1] = np.nextafter(moved[1, 1], 9, dtype=np.float32)
+    others = [{"a": swapped}, {"a": moved}, {"a": weights["a"].astype(jnp.bfloat16)}, {"b": -weights["b"]}, {"a": weights["a"].T}]
+    tokens = [templates.Example(np.array([1, 2], np.int32), np.array([4], np.int32), None)]
+    shifted = [templates.Example(np.array([1], np.int32), np.array([2, 3], np.int32), None)]
+    found = [known(), *map(known, others), known(examples=tokens), known(examples=shifted), known(examples=[])]
+    assert len(set(found)) == len(found) and known() == found[0]
+
+
 @pytest.mark.parametrize(
     "ids, same",
     [(["ab", "c"], True), (["c", "ab"], False), (["a", "bc"], False), (["ab"], False), (["ab", "c", "c"], False)],
 )
 def test_fingerprint(ids, same):
     assert (checkpoint.fingerprint(ids) == checkpoint.fingerprint(iter(["ab", "c"]))) == same
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Damage
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Directory with checkpoints of the steps 4 and 6."""
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(directory, keep=2)
+    for k in (4, 6):
+        checkpoints.save(k, make_state(seed=k), make_responses(2), COUNTERS | {"step": k})
+    checkpoints.close()
+    return directory
+
+
+def files_of(directory):
+    return sorted(file for file in directory.rglob("*") if file.is_file())
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << place % 8
+    file.write_bytes(bytes(content))
+
+
+def test_damage_is_told(two, tmp_path):
+    """Every file, cut short, with a bit flipped, and gone; Orbax's mark of success, which says nothing more, alone may go."""
+    whole = two / "6"
+    assert checkpoint.damage(whole) == ""
+    copy = shutil.copytree(whole, tmp_path / "6")
+    for file in files_of(copy):
+        content, name = file.read_bytes(), file.relative_to(copy).as_posix()
+        if file.name == "commit_success.txt":
+            continue
+        file.write_bytes(content[: len(content) // 2])
+        assert name in checkpoint.damage(copy), name
+        file.write_bytes(content)
+        time = re.search(rb'"commit_timestamp_nsecs": (\d+)', content)  # of Orbax's own, added last
+        ours = [place for place in range(len(content)) if not time or not time.start(1) <= place < time.end(1)]
+        for place in np.random.default_rng(0).choice(ours, 5):
+            flip(file, place)
+            assert checkpoint.damage(copy), (name, place)
+            file.write_bytes(content)
+        file.unlink()
+        assert checkpoint.damage(copy) == f"{name} is missing"
+        file.write_bytes(content)
+    assert checkpoint.damage(copy) == ""
+    assert checkpoint.damage(tmp_path / "absent") == f"{checkpoint.MANIFEST} is missing"
+
+
+def spoil_largest(directory):
+    flip(max(files_of(directory), key=lambda file: file.stat().st_size), 100)
+
+
+def empty(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("spoil", [spoil_largest, empty])
+def test_the_one_before_a_damaged_one_is_used(two, tmp_path, capsys, spoil, keep):
+    """The damaged one stays to be looked at, and another of its step can be saved."""
+    directory = shutil.copytree(two, tmp_path / "checkpoints")
+    spoil(directory / "6")
+    left = {file.relative_to(directory / "6"): file.read_bytes() for file in files_of(directory / "6")}
+    checkpoints = checkpoint.Checkpoints(directory, keep)
+    assert checkpoints.latest() == 4 and checkpoints.counters(4)["step"] == 4
+    assert (directory / "6").exists()  # nothing is touched before the run is known to go on
+    assert_same(checkpoints.restore(4, make_state())[0], make_state(seed=4))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(directory / "6") in line and "damaged" in line and "step 4 is used" in line
+    aside = directory / "damaged-6"
+    assert {file.relative_to(aside): file.read_bytes() for file in files_of(aside)} == left
+    checkpoints.save(6, make_state(seed=6), make_responses(2), COUNTERS)
+    checkpoints.close()
+    assert {entry.name for entry in directory.iterdir()} == {"damaged-6", "6"} | ({"4"} if keep == 2 else set())
+    again = checkpoint.Checkpoints(directory, keep)
+    assert again.latest() == 6
+    assert_same(again.restore(6, make_state())[0], make_state(seed=6))
+    again.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_whole_one_nothing_is_touched(two, tmp_path):
+    directory = shutil.copytree(two, tmp_path / "checkpoints")
+    spoil_largest(directory / "6")
+    (directory / "4" / checkpoint.MANIFEST).unlink()
+    before = {file: file.read_bytes() for file in files_of(directory)}
+    with pytest.raises(workspace.RunError, match=r"no checkpoint is whole \(6: .*; 4: manifest.json is missing\)") as caught:
+        checkpoint.Checkpoints(directory, keep=2)
+    assert "\n" not in str(caught.value)
+    assert {file: file.read_bytes() for file in files_of(directory)} == before
+
+
+def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
+    """Whether the next save or the end finds out."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(), online.nothing_yet(7), COUNTERS)
+
+    def full(directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints.save(2, make_state(), online.nothing_yet(7), COUNTERS)
+    checkpoints._response.result()
+    monkeypatch.setattr(checkpoint, "sign", full)
+    checkpoints.save(3, make_state(), online.nothing_yet(7), COUNTERS)
+    for going_on in (lambda: checkpoints.save(4, make_state(), online.nothing_yet(7), COUNTERS), checkpoints.close):
+        with pytest.raises(workspace.RunError, match="No space left on device.*the one before it is whole") as caught:
+            going_on()
+        assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == 2

@@ -1,6 +1,7 @@
 """Ranking measures against pairs counted one by one, and the file of events across a resume."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -98,13 +99,25 @@ def test_writer_drops_a_line_cut_short(tmp_path, torn):
     assert [event["step"] for event in write(tmp_path, 4, [(6, 1.0)])] == [0, 2, 6]
 
 
-def test_writer_sends_the_same_scalars_to_tensorboard(tmp_path, monkeypatch):
-    import tensorboardX
+def records(file):
+    """The records of a TFRecord file: length, checksum, bytes, checksum."""
+    content, place = file.read_bytes(), 0
+    while place < len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        yield content[place + 12 : place + 12 + length]
+        place += 12 + length + 4
 
-    sent = []
-    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", lambda self, *args: sent.append(args))
-    writer = metrics.Writer(tmp_path, start=-1, tensorboard=True, wandb="", config={})
-    writer.write(3, 1.0, {"train/loss": 0.5, "train/rho": 0.1})
+
+def test_writer_sends_the_same_scalars_to_tensorboard(tmp_path):
+    """They are in the file as soon as they are written, for a process may end at any time."""
+    from tensorboardX.proto import event_pb2
+
+    writer = metrics.Writer(tmp_path, start=1, tensorboard=True, wandb="", config={})
+    writer.write(3, 1.0, {"train/loss": 0.5, "train/rho": 0.25})
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    first, start, *events = (event_pb2.Event.FromString(record) for record in records(file))
     writer.close()
-    assert sent == [("train/loss", 0.5, 3), ("train/rho", 0.1, 3)]
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert first.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (2, event_pb2.SessionLog.START)  # hides what came later before
+    found = [(value.tag, value.simple_value, event.step) for event in events for value in event.summary.value]
+    assert found == [("train/loss", 0.5, 3), ("train/rho", 0.25, 3)]

@@ -73,7 +73,7 @@ def table_of(workdir, epoch):
 
 def test_files(finished):
     expected = {"config.json", "metrics.jsonl", "summary.json", "weights", "adapter", "tensorboard", "checkpoints"}
-    expected |= {"report.html"}
+    expected |= {"report.html", ".lock"}
     assert {file.name for file in finished.iterdir()} == expected
     assert {file.name for file in (finished / "weights").iterdir()} == {"epoch_1.parquet", "epoch_2.parquet"}
     assert {file.name for file in (finished / "adapter").iterdir()} == {

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from bilevel_jax import sharding
+from bilevel_jax import sharding, workspace
 from bilevel_jax.models import decoder, lora
 
 PACKAGE = pathlib.Path(__file__).parent.parent
@@ -315,8 +315,9 @@ def save_adapter(directory: pathlib.Path, config: decoder.ModelConfig, adapter, 
     }
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n")
+    weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    workspace.write_atomically(directory / "adapter_model.safetensors", weights)
+    workspace.write_atomically(directory / "adapter_config.json", json.dumps(description, indent=2) + "\n")
 
 
 # Options of PEFT that are read here or do not change the function a saved adapter computes. Any other must be off.
