@@ -82,12 +82,14 @@ def latest_responses(file: pathlib.Path) -> dict[str, str]:
       DataError: a line that is not a response.
     """
     latest: dict[str, tuple[tuple[int, int], str]] = {}
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                said = json.loads(line)
+                said = json.loads(line.decode())
                 row_id, text, age = said["id"], said["text"], (said["step"], -said["sample"])
-            except (ValueError, KeyError, TypeError) as error:
+                if not (isinstance(row_id, str) and isinstance(text, str) and all(isinstance(count, int) for count in age)):
+                    raise TypeError("a field of another type")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise rows.DataError(f"{file}:{number}: not a response ({type(error).__name__}: {error})") from error
             usable = text.strip() and said.get("finish_reason", "stop") == "stop"
             if usable and (row_id not in latest or age > latest[row_id][0]):
@@ -226,5 +228,6 @@ def write(out: pathlib.Path, records: Sequence[dict]) -> list[str]:
                 if new and file.tell() > LOOKED_AT:
                     late += sorted(new)
                 seen |= new
-                file.write((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode())
+                line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+                file.write(line.encode(errors="backslashreplace"))  # half a surrogate pair as JSON spells it
     return late

@@ -319,7 +319,7 @@ class Record:
     def _stays(line: bytes, before: int) -> bool:
         try:
             return json.loads(line)["step"] < before
-        except ValueError:  # cut short by a crash
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut short by a crash, or damaged
             return False
 
     def retire(self, own: Own, ids: Sequence[str], detokenize: Callable, eos: Collection[int]) -> None:

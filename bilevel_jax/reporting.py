@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import ml_collections
 import numpy as np
-import pyarrow.parquet
+import pyarrow as pa
 
-from bilevel_jax import metrics, workspace
+from bilevel_jax import metrics, weights, workspace
 from bilevel_jax.data import levels, order
 from bilevel_jax.data import rows as data_rows
 
@@ -43,8 +43,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     """
     config = workspace.read_config(workdir)
     summary = workdir / "summary.json"
-    files = {int(file.stem.removeprefix("epoch_")): file for file in (workdir / "weights").glob("epoch_*.parquet")}
-    tables = {epoch: _columns(files[epoch]) for epoch in sorted(files)}
+    tables = {epoch: _columns(weights.read(file)) for epoch, file in weights.files(workdir).items()}
     found, notice = {}, ""
     if tables:
         try:
@@ -57,28 +56,34 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     return Run(
         name=workdir.resolve().name,
         config=config,
-        summary=json.loads(summary.read_text()) if summary.exists() else {},
-        events=read_lines(workdir / "metrics.jsonl"),
+        summary=workspace.read_json(summary) if summary.exists() else {},
+        events=events(workdir),
         tables=tables,
-        answers=read_lines(workdir / "responses.jsonl"),
+        answers=_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
         rows=found,
         notice=notice,
     )
 
 
-def _columns(file: pathlib.Path) -> dict[str, np.ndarray]:
-    table = pyarrow.parquet.read_table(file)
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
     return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def read_lines(file: pathlib.Path) -> list[dict]:
-    """The objects of a file of lines, but for one that is still being written."""
+def events(workdir: pathlib.Path) -> list[dict]:
+    """What a run logged."""
+    return _lines(workdir / "metrics.jsonl", step=int, epoch=(int, float))
+
+
+def _lines(file: pathlib.Path, **kinds) -> list[dict]:
+    """The objects of a file of lines with fields of these kinds, but for what is damaged or still being written."""
     found = []
     for line in file.read_bytes().split(b"\n") if file.exists() else ():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
+            found.append(value)
     return found
 
 

@@ -14,19 +14,19 @@ from bilevel_jax.data import rows as data_rows
 def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray, masked: np.ndarray) -> pa.Table:
     """Columns `id`, `weight` (N·σ(ω), mean 1), `logit`, `rank` (1 is the heaviest), `visits`, `masked`, `source`."""
     logits = np.asarray(logits, np.float64)
-    weights = np.exp(logits - logits.max())
+    weights = np.exp(logits - logits.max(initial=-np.inf))
     weights *= len(weights) / weights.sum()
     ranks = np.empty(len(logits), np.int64)
     ranks[metrics.keep_order(logits)] = np.arange(1, len(logits) + 1)
     return pa.table(
         {
-            "id": [row.id for row in rows],
+            "id": pa.array([row.id for row in rows], pa.string()),
             "weight": weights,
             "logit": logits.astype(np.float32),
             "rank": ranks,
             "visits": np.rint(visits).astype(np.int64),
             "masked": np.asarray(masked, bool),
-            "source": [row.source for row in rows],
+            "source": pa.array([row.source for row in rows], pa.string()),
         }
     )
 
@@ -38,8 +38,31 @@ def write(path: pathlib.Path, weights: pa.Table) -> None:
     workspace.write_atomically(path, buffer.getvalue().to_pybytes())
 
 
+def read(path: pathlib.Path) -> pa.Table:
+    """A table that `write` wrote.
+
+    Raises:
+      DataError: it is damaged, or another file.
+    """
+    try:
+        found = pyarrow.parquet.read_table(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Arrow has errors of every family for bytes that are not what they should be
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise data_rows.DataError(f"{path}: not a readable Parquet file: {reason}") from error
+    if not found.schema.equals(table([], np.zeros(0), np.zeros(0), np.zeros(0)).schema):
+        raise data_rows.DataError(f"{path}: not a table of weights; its columns are {', '.join(found.column_names)}")
+    return found
+
+
+def files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The tables of a run by epoch, in order."""
+    found = ((file.stem.removeprefix("epoch_"), file) for file in (workdir / "weights").glob("epoch_*.parquet"))
+    return dict(sorted((int(epoch), file) for epoch, file in found if epoch.isdecimal()))
+
+
 def latest(workdir: pathlib.Path) -> pa.Table | None:
     """The table of a run's last epoch; None where it wrote none."""
-    files = (workdir / "weights").glob("epoch_*.parquet")
-    newest = max(files, key=lambda file: int(file.stem.removeprefix("epoch_")), default=None)
-    return None if newest is None else pyarrow.parquet.read_table(newest)
+    found = files(workdir)
+    return read(found[max(found)]) if found else None

@@ -95,15 +95,35 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
     file = workdir / "config.json"
     if not file.exists():
         return
-    try:
-        earlier = ml_collections.ConfigDict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{file} is not a config ({error}); give another --workdir") from error
+    earlier = _config_of(file)
     mine, theirs = _flatten(config), _flatten(earlier)
     differs = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
     changes = ", ".join(f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in differs)
     if differs:
         raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir")
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """The object in a file of the workdir.
+
+    Raises:
+      RunError: there is none in it.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged ({error}); put it back, or give another --workdir") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged (a {type(content).__name__}, not an object); put it back, or give another --workdir")
+    return content
+
+
+def _config_of(file: pathlib.Path) -> ml_collections.ConfigDict:
+    content = read_json(file)
+    try:
+        return ml_collections.ConfigDict(content)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file} is not a config ({error}); put it back, or give another --workdir") from error
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -115,7 +135,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     file = workdir / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
-    return ml_collections.ConfigDict(json.loads(file.read_text()))
+    return _config_of(file)
 
 
 def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -56,7 +56,7 @@ CLAIMS = (
 
 def curves(found: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
     """Epochs, and the mean over seeds of a held-out loss at each."""
-    logs = [reporting.read_lines(run.workdir / "metrics.jsonl") for run in found.runs[cell].values()]
+    logs = [reporting.events(run.workdir) for run in found.runs[cell].values()]
     lines = [dict(zip(*reporting.series(log, key))) for log in logs]
     epochs = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
     return epochs, [statistics.mean(line[epoch] for line in lines) for epoch in epochs]

@@ -63,7 +63,8 @@ def test_the_lock_ends_with_the_run(make_config, tmp_path):
 def test_refuses_another_model_under_the_same_name(make_config, tmp_path, monkeypatch):
     """Other weights, and another tokenizer."""
     model = make_model(tmp_path / "model", "gpt_neox")
-    config, workdir = make_config({"model.path": str(model), "checkpoint.every": 1}), tmp_path / "run"
+    config = make_config({"model.path": str(model), "checkpoint.every": 1, "method": "mixing", "eval.num_upper": 0})
+    workdir = tmp_path / "run"
 
     def dies(*_):
         raise KeyboardInterrupt  # not one of the ends that save
@@ -167,8 +168,14 @@ def mounts() -> bool:
         return False
 
 
+EVERYWHERE = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
+
+
 @pytest.mark.skipif(not mounts(), reason="this machine lets a test mount nothing")
-def test_a_full_disk_loses_nothing(make_config, tmp_path):
+@pytest.mark.parametrize(
+    "places", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(EVERYWHERE, marks=pytest.mark.long)]
+)
+def test_a_full_disk_loses_nothing(make_config, tmp_path, places):
     """It is told in one line wherever it is met, and with room again the run ends as if it had always been there."""
     config = make_config(REFINED | {"log.tensorboard": True, "num_epochs": 1})
     expected = tmp_path / "expected"
@@ -176,7 +183,6 @@ def test_a_full_disk_loses_nothing(make_config, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     for name in ("disk", "locked"):
         (tmp_path / name).mkdir()
-    places = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
     arguments = [tmp_path / "disk", tmp_path / "config.json", json.dumps(places), tmp_path / "found"]
     done = subprocess.run([*PRIVATE, sys.executable, "-c", DISK, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -818,3 +818,37 @@ def test_devices_take_equal_parts(make_config, tmp_path, monkeypatch, key):
     monkeypatch.setattr(train.sharding, "make_mesh", plan.make_mesh)
     with pytest.raises(ValueError, match=f"{key}=3 must be a multiple of mesh.data · mesh.fsdp, 2 devices"):
         train.run(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The smallest of everything
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_row_one_answer_one_token(make_config, tmp_path, neox):
+    """N = 1, R = 1, G = 1, an answer of one token, and a question that leaves room for no more."""
+    (row,) = make_rows(1, seed=3)
+    lower = write_jsonl(tmp_path / "lower.jsonl", [row])
+    prompt = len(load(neox)[3](f"Human: {row['question']}\n\nAssistant: ")["input_ids"])
+    upper = write_jsonl(tmp_path / "upper.jsonl", [{"question": "?", "response": "yes"}] * 5)
+    changes = {"method": "dynamic", "online.ratio": 1.0, "online.max_new_tokens": 1, "online.refresh_every": 1, "online.slots": 2}
+    changes |= {"data.lower": str(lower), "data.upper": str(upper), "data.max_length": prompt + 1, "eval.num_lower": 0}
+    summary, events = finish(make_config, changes | {"num_epochs": 2}, tmp_path / "run")
+    assert summary["rows"] == 1 and summary["steps"] == 2 and summary["online/responses"] == 2
+    assert summary["selector/ess"] == 1 and "selector/auroc" not in summary
+    assert table_of(tmp_path / "run", 2)["weight"].to_pylist() == [1.0] and len(masked_in(tmp_path / "run", 2)) == 1
+    assert all(line["ratio"] == pytest.approx(1, abs=1e-4) for line in responses_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("optimizer, outcome", [("sgd", "stops"), ("mirror", "one row has all weight")])
+def test_weights_that_overflow(make_config, tmp_path, optimizer, outcome):
+    """ω beyond float32 stops the run in one line; ω that is merely huge is a weight of N on one row."""
+    rate = {"sgd": 3e38, "mirror": 1e30}[optimizer]
+    changes = {"selection.optimizer": optimizer, "selection.learning_rate": rate, "selection.baseline": "none"}
+    if outcome == "stops":
+        with pytest.raises(workspace.RunError, match=r"^step \d+: .*not finite.*lower|Lower") as caught:
+            train.run(make_config(SHORT | changes), tmp_path)
+        assert "\n" not in str(caught.value) and not (tmp_path / "summary.json").exists()
+        return
+    summary, _ = finish(make_config, changes, tmp_path)
+    assert summary["selector/weight_max"] == pytest.approx(NUM_LOWER - HELD_OUT) and summary["selector/weight_min"] == 0

@@ -163,13 +163,11 @@ def _labelled(turns: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> st
 
 
 def _chat(row: Row, tokenizer) -> str:
-    import jinja2
-
     turns = ((("system", row.system),) if row.system else ()) + row.messages
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:  # templates refuse what their model was not trained on, such as system texts
+    except Exception as error:  # refusals, such as of system texts, and whatever goes wrong in a template
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the chat template refuses the row of line {row.line} (id {row.id}): {reason}") from error
 

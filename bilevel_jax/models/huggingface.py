@@ -81,6 +81,8 @@ def _rope(raw: dict, file: pathlib.Path):
     """`(theta, scaling, rotated fraction of a head)` from a config of transformers 5 (`rope_parameters`) or earlier."""
     new = raw.get("rope_parameters") or {}
     scaling = new if new else (raw.get("rope_scaling") or {})
+    if not isinstance(scaling, dict):
+        raise ModelError(f"{file}: rope_parameters and rope_scaling must be objects, got {scaling!r:.80}")
     theta = new.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0)))
     default = raw.get("rotary_pct", 0.25 if raw.get("model_type") == "gpt_neox" else 1.0)
     fraction = new.get("partial_rotary_factor", raw.get("partial_rotary_factor", default))
@@ -88,54 +90,84 @@ def _rope(raw: dict, file: pathlib.Path):
     if kind == "default":
         return theta, None, fraction
     if kind == "linear":
-        return theta, float(scaling["factor"]), fraction
+        return theta, scaling["factor"], fraction
     if kind == "llama3":
         fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         return theta, decoder.Llama3Rope(*(scaling[field] for field in fields)), fraction
     raise ModelError(f"{file}: rope type '{kind}' is not supported; known are default, linear and llama3")
 
 
+def _number(file: pathlib.Path, name: str, value, whole: bool = False):
+    """A positive number that is no larger than any of a model can be."""
+    fits = type(value) is int if whole else isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not 0 < value < 2**31:
+        raise ModelError(f"{file}: {name} must be a positive {'integer' if whole else 'number'}, got {value!r:.80}")
+    return value if whole else float(value)
+
+
 def read_config(directory: pathlib.Path, dtype: str = "float32") -> decoder.ModelConfig:
     """The decoder's shape from `config.json`.
 
     Raises:
-      ModelError: an architecture, activation or rope type that the decoder does not have, or a missing key.
+      ModelError: an architecture, activation or rope type that the decoder does not have, or a key that is missing or not what it
+        should be.
     """
     file = pathlib.Path(directory) / "config.json"
     raw = _read_json(file)
     architecture = raw.get("model_type")
-    if architecture not in OUTER:
+    if not isinstance(architecture, str) or architecture not in OUTER:
         raise ModelError(f"{file}: model_type '{architecture}' is not supported; known are {', '.join(OUTER)}")
     try:
         llama = architecture == "llama"
         activation = raw.get("hidden_act", "silu" if llama else "gelu")
-        if activation not in decoder.ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in decoder.ACTIVATIONS:
             raise ModelError(f"{file}: hidden_act '{activation}' is not among {', '.join(decoder.ACTIVATIONS)}")
         theta, scaling, fraction = _rope(raw, file)
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(raw[key], int) or raw[key] < 1:
-                raise ModelError(f"{file}: {key} must be a positive integer, got {raw[key]!r}")
-        num_heads = raw["num_attention_heads"]
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        vocab_size, hidden_size, intermediate_size, num_layers, num_heads = (_number(file, x, raw[x], True) for x in names)
+        num_kv_heads = (raw.get("num_key_value_heads") or num_heads) if llama else num_heads
+        head_dim = raw.get("head_dim") or hidden_size // num_heads
+        for name, value in (("num_key_value_heads", num_kv_heads), ("head_dim", head_dim)):
+            _number(file, name, value, True)
+        if num_heads % num_kv_heads:
+            raise ModelError(f"{file}: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}")
+        rotary_dim = int(head_dim * _number(file, "the rotated fraction of a head", fraction))
+        if rotary_dim > head_dim or rotary_dim % 2:
+            raise ModelError(f"{file}: {rotary_dim} of {head_dim} places of a head are rotated; they must be pairs within it")
+        if isinstance(scaling, decoder.Llama3Rope):
+            scaling = decoder.Llama3Rope(*(_number(file, f"rope's {x.name}", getattr(scaling, x.name)) for x in dataclasses.fields(scaling)))
+        elif scaling is not None:
+            scaling = _number(file, "rope's factor", scaling)
+        switches = {
+            "use_parallel_residual": not llama and raw.get("use_parallel_residual", True),
+            "attention_bias": raw.get("attention_bias", not llama),
+            "mlp_bias": raw.get("mlp_bias", False) if llama else True,
+            "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        }
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ModelError(f"{file}: {name} must be true or false, got {value!r:.80}")
+        parallel_residual, attention_bias, mlp_bias, tie_embeddings = switches.values()
+        norm_eps = raw.get("rms_norm_eps", 1e-6) if llama else raw.get("layer_norm_eps", 1e-5)
         return decoder.ModelConfig(
             architecture=architecture,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=(raw.get("num_key_value_heads") or num_heads) if llama else num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rotary_dim=int(head_dim * fraction),
-            max_positions=raw.get("max_position_embeddings", 2048),
+            rotary_dim=rotary_dim,
+            max_positions=_number(file, "max_position_embeddings", raw.get("max_position_embeddings", 2048), True),
             activation=activation,
-            norm_eps=raw.get("rms_norm_eps", 1e-6) if llama else raw.get("layer_norm_eps", 1e-5),
-            rope_theta=float(theta),
+            norm_eps=_number(file, "the norms' epsilon", norm_eps),
+            rope_theta=_number(file, "rope_theta", theta),
             rope_scaling=scaling,
-            parallel_residual=not llama and raw.get("use_parallel_residual", True),
-            attention_bias=raw.get("attention_bias", not llama),
-            mlp_bias=raw.get("mlp_bias", False) if llama else True,
-            tie_embeddings=raw.get("tie_word_embeddings", False),
+            parallel_residual=parallel_residual,
+            attention_bias=attention_bias,
+            mlp_bias=mlp_bias,
+            tie_embeddings=tie_embeddings,
             dtype=dtype,
         )
     except KeyError as error:
@@ -170,7 +202,7 @@ class Shards:
                 handle = safetensors.safe_open(file, framework="numpy")
                 for name in handle.keys():
                     self.files[name] = (file, handle)
-            except safetensors.SafetensorError as error:
+            except (safetensors.SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: not a safetensors file ({error})") from error
 
     def read(self, name: str, shape: tuple[int, ...], transposed: bool, source: pathlib.Path) -> np.ndarray:
@@ -178,7 +210,10 @@ class Shards:
         if name not in self.files:
             raise ModelError(f"{source}: tensor '{name}' is missing")
         file, handle = self.files[name]
-        tensor = handle.get_tensor(name)
+        try:
+            tensor = handle.get_tensor(name)
+        except Exception as error:  # of every family, for dtypes that NumPy does not have
+            raise ModelError(f"{file}: tensor '{name}' cannot be read ({error}); quantised weights are not supported") from error
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ModelError(f"{file}: tensor '{name}' is {tensor.dtype}; quantised weights are not supported")
         expected = shape[::-1] if transposed else shape
@@ -233,6 +268,8 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
     for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
         (name, transposed), place = their_name(path, config), sharding.weight(mesh, path, leaf.shape)
         if path[0] == "layers":
+            for i in (0, config.num_layers - 1):  # before memory is taken for as many layers as the config claims
+                shards.read(name.format(i), leaf.shape[1:], transposed, directory)
             stack, of_layer = jnp.zeros(leaf.shape, leaf.dtype, device=place), sharding.weight(mesh, path, leaf.shape[1:])
             for i in range(config.num_layers):
                 tensor = shards.read(name.format(i), leaf.shape[1:], transposed, directory).astype(leaf.dtype)
@@ -346,17 +383,20 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
         off = value in (_PLAIN_STARTS if option == "init_lora_weights" else _OFF)
         if not off and (option not in _HARMLESS or option == "init_lora_weights"):
             raise ModelError(f"{file}: {option}={value!r} is not supported")
-    if not isinstance(raw.get("r"), int) or raw["r"] < 1 or not isinstance(raw.get("lora_alpha"), (int, float)):
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
         raise ModelError(f"{file}: r must be a positive integer and lora_alpha a number")
-    rank, alpha = raw["r"], raw["lora_alpha"]
     scale = alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
     weights = directory / "adapter_model.safetensors"
     try:
         tensors = safetensors.numpy.load_file(weights)
     except FileNotFoundError:
         raise ModelError(f"{weights}: missing") from None
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # of every family, for dtypes that NumPy does not have
         raise ModelError(f"{weights}: not a safetensors file ({error})") from error
+    quantised = next((name for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES), None)
+    if quantised:
+        raise ModelError(f"{weights}: tensor '{quantised}' is {tensors[quantised].dtype}; quantised weights are not supported")
 
     prefix = "base_model.model." + OUTER[config.architecture]["layers"]
     modules = {}

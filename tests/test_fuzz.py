@@ -1,0 +1,423 @@
+"""Untrusted input: whatever is in a file, a reader gives what it found or one line of our own, and no row is lost unsaid.
+
+`PROPERTIES` has, for each kind of file, how one is made up and what must hold; what once went wrong stands there as an example and
+is tried first. `pytest -m long tests/test_fuzz.py` makes up more than 10 000.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import types
+
+import hypothesis
+import ml_collections
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from absl import flags
+from hypothesis import strategies as st
+from ml_collections import config_flags
+
+from bilevel_jax import cli, exporting, metrics, online, reporting, sample, sampling, weights, workspace
+from bilevel_jax import config as configuration
+from bilevel_jax.data import rows, templates
+from bilevel_jax.models import huggingface
+from tests.conftest import make_rows
+
+SPOKEN = (ValueError, OSError, workspace.RunError)  # what `cli.run` prints as one line; anything else is a traceback
+SECONDS = 10  # for one case; the slowest ones compile
+
+# --------------------------------------------------------------------------------------------------------------------
+# What files are made of
+# --------------------------------------------------------------------------------------------------------------------
+
+NASTY = ["", " ", "\n", "\x00", "\ud83d", "\u202e", "<|end|>", "{{", "{% x %}", "../../etc", "a\u2028b", "☃" * 9, "\ufeff", "1e400", "NaN"]
+TEXT = st.sampled_from(NASTY) | st.text(max_size=12)
+NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 10**30, -(2**63) - 1, 0.5, 1e308, float("nan"), float("inf")])
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXT
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
+SAID = st.sampled_from(["What?", "Add.\n1 + 1", "yes", *NASTY])
+TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": SAID})
+NAMES = ["question", "response", "instruction", "input", "output", "prompt", "completion", "messages", "chosen", "rejected", "system"]
+ROW = st.dictionaries(st.sampled_from([*NAMES, "source", "label"]), SAID | st.lists(TURN, max_size=4) | VALUES, max_size=5)
+GOOD = st.fixed_dictionaries({"question": st.just("2 + 2?"), "response": SAID, "note": VALUES})
+PLACES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=3)
+DAMAGE = st.tuples(st.sampled_from(["flip", "cut", "insert"]), PLACES)
+
+
+def spelled(value) -> str:
+    return json.dumps(value, ensure_ascii=True)
+
+
+def damaged(content: bytes, damage) -> bytes:
+    """A few bytes changed or put in, or the end cut off."""
+    kind, places = damage
+    changed = bytearray(content)
+    for share, byte in places:
+        place = min(int(share * len(changed)), len(changed) - 1)
+        if kind == "flip":
+            changed[place] ^= byte
+        elif kind == "cut":
+            return bytes(changed[:place])
+        else:
+            changed[place:place] = bytes([byte])
+    return bytes(changed)
+
+
+def edited(value, changes):
+    """JSON with some of its values, at any depth, replaced or left out."""
+    value = copy.deepcopy(value)
+    for steps, new in changes:
+        node, key = None, None
+        for step in steps:
+            inner = value if node is None else node[key]
+            if not isinstance(inner, (dict, list)) or not inner:
+                break
+            node = inner
+            key = list(inner)[step % len(inner)] if isinstance(inner, dict) else step % len(inner)
+        if node is not None:
+            if new == "leave out":
+                del node[key]
+            else:
+                node[key] = new
+    return value
+
+
+EDITS = st.lists(st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=3), VALUES | st.just("leave out")), min_size=1, max_size=3)
+
+
+def attempt(function, *arguments, **options):
+    """What it returns, or None where it refuses in our own words."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return function(*arguments, **options)
+        except SPOKEN as error:
+            assert str(error).strip(), f"{type(error).__name__} without a word"
+            return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------------------------
+
+MODES = ({}, {"preference": True}, {"questions_only": True})
+
+
+def accounted_for(path, number: int, at) -> None:
+    """As many rows and reasons as there are objects, and from there as many examples and reasons as there are rows."""
+    for mode in MODES:
+        items = attempt(lambda mode=mode: list(rows.iter_rows(path, **mode)))
+        if items is None:
+            continue
+        assert len(items) == number
+        kept = [item for item in items if isinstance(item, rows.Row)]
+        assert all(item.reason.strip() and item.line > 0 for item in items if isinstance(item, rows.Rejection))
+        assert len({row.id for row in kept}) == len(kept)
+        found = attempt(rows.collect, items, str(path))
+        assert (found is None) == (not kept)
+        if not kept or "questions_only" in mode:
+            continue
+        assert found[1].num_rows + len(found[1].rejections) == number
+        assert sum(count for count, _ in found[1].rejected.values()) == len(found[1].rejections)
+        usable, fitting, told = templates.fit(templates.encode(kept, at.tokenizer, template="human"), kept, 40)
+        lost = sum(count for reason, (count, _) in told.items() if "cut to" not in reason)
+        assert len(usable) == len(fitting) == len(kept) - lost
+        written = at.directory / "kept.jsonl"
+        exporting.write(written, [dict(row.fields) for row in kept])
+        assert len([json.loads(line) for line in written.read_bytes().splitlines()]) == len(kept)
+
+
+def check_jsonl(at, lines):
+    file = at.directory / "rows.jsonl"
+    content = b"\n".join(line if isinstance(line, bytes) else spelled(line).encode() for line in lines)
+    file.write_bytes(content)
+    accounted_for(file, sum(bool(line.strip()) for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n")), at)
+
+
+def check_json(at, value):
+    file = at.directory / "rows.json"
+    file.write_text(spelled(value))
+    if isinstance(value, list):
+        accounted_for(file, len(value), at)
+    else:
+        attempt(rows.read_rows, file)
+
+
+def check_parquet(at, case):
+    values, damage = case
+    file, columns = at.directory / "rows.parquet", {}
+    names = dict.fromkeys(name for value in values for name in value)
+    for name in names:
+        column = [value.get(name) for value in values]
+        with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeEncodeError):
+            columns[name.encode(errors="replace").decode()] = pa.array(column)
+    pyarrow.parquet.write_table(pa.table(columns or {"question": ["q"]}), file)
+    if damage:
+        file.write_bytes(damaged(file.read_bytes(), damage))
+        attempt(rows.read_rows, file)
+    elif columns:
+        accounted_for(file, len(values), at)
+
+
+def check_parquet_types(at, array):
+    """A column of a type that JSON does not have, beside good ones."""
+    size = len(array)
+    file = at.directory / "typed.parquet"
+    pyarrow.parquet.write_table(pa.table({"question": ["q"] * size, "response": ["r"] * size, "extra": array}), file)
+    accounted_for(file, size, at)
+
+
+TYPED = [
+    pa.array([b"\xff", None]),
+    pa.array([2**62, 1], pa.timestamp("us")),
+    pa.array([2**62, 1], pa.timestamp("ns", tz="UTC")),
+    pa.array([0, 1], pa.timestamp("s", tz="Nowhere/Land")),
+    pa.array([-(2**31), 1], pa.date32()),
+    pa.array([2**40, 1], pa.duration("s")),
+    pa.array([[("a", 1), ("a", 2)], None], pa.map_(pa.string(), pa.int64())),
+    pa.array(["x", "y"]).dictionary_encode(),
+    pa.array([{"a": [1]}, None]),
+]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configs
+# --------------------------------------------------------------------------------------------------------------------
+
+KEYS = [f"{section}.{key}" for section, value in configuration.default().items() if hasattr(value, "keys") for key in value]
+KEYS += ["seed", "method", "num_epochs", "lora", "unknown", "lora.unknown"]
+
+
+def check_config(at, changes):
+    config = configuration.default()
+    with config.ignore_type(), config.unlocked():
+        for key, value in changes:
+            section, _, last = key.rpartition(".")
+            owner = config[section] if section else config
+            if isinstance(owner, ml_collections.ConfigDict):
+                owner[last] = value
+    attempt(configuration.check, config)
+
+
+def check_override(at, arguments):
+    """As given on the command line: a config, or one line and a status."""
+    known = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", configuration.default(), flag_values=known)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            cli.parse(["main", *(f"--config.{key}={value}" for key, value in arguments)], known)
+        except SystemExit as ended:
+            assert ended.code == 2 and printed.getvalue().startswith("error: ") and printed.getvalue().count("\n") == 1
+        else:
+            attempt(configuration.check, known["config"].value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models, adapters, tokenizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_model_config(at, changes):
+    directory = at.directory / "described"
+    directory.mkdir(exist_ok=True)
+    for source in (at.neox, at.llama):
+        content = edited(json.loads((source / "config.json").read_text()), changes)
+        (directory / "config.json").write_text(spelled(content))
+        config = attempt(huggingface.read_config, directory)
+        if config is not None:
+            attempt(huggingface.eos_ids, directory, at.tokenizer)
+            attempt(huggingface.load_adapter, at.adapter, config)
+
+
+def check_model_weights(at, case):
+    """Bytes of the file, or of its header alone."""
+    damage, header = case
+    directory = at.directory / "weighed"
+    shutil.copytree(at.llama, directory, dirs_exist_ok=True)
+    content = (at.llama / "model.safetensors").read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    changed = damaged(content[:length], damage) + content[length:] if header else damaged(content, damage)
+    (directory / "model.safetensors").write_bytes(changed)
+    attempt(huggingface.load_params, directory, huggingface.read_config(directory))
+
+
+def check_adapter(at, case):
+    changes, damage = case
+    directory = at.directory / "adapter"
+    shutil.copytree(at.adapter, directory, dirs_exist_ok=True)
+    content = json.loads((at.adapter / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(spelled(edited(content, changes) if changes else content))
+    if damage:
+        file = directory / "adapter_model.safetensors"
+        file.write_bytes(damaged(file.read_bytes(), damage))
+    found = attempt(huggingface.load_adapter, directory, huggingface.read_config(at.neox))
+    if found is not None:
+        assert np.isfinite(found[0].adapter_scale)
+
+
+def check_safetensors(at, header):
+    """A header made up from scratch."""
+    directory = at.directory / "headed"
+    shutil.copytree(at.adapter, directory, dirs_exist_ok=True)
+    text = spelled(header).encode()
+    (directory / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    attempt(huggingface.load_adapter, directory, huggingface.read_config(at.neox))
+
+
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "F8_E5M2", "I64", "BOOL", "F4", "U16", "F99"]),
+        "shape": st.lists(st.sampled_from([0, 1, 2, 4, 8, 2**40, -1]), max_size=3),
+        "data_offsets": st.lists(st.sampled_from([0, 1, 8, 16, 32, 64, 2**63]), min_size=1, max_size=3),
+    }
+)
+
+
+def check_tokenizer(at, case):
+    name, changes = case
+    directory = at.directory / "tokenizer"
+    shutil.copytree(at.neox, directory, dirs_exist_ok=True)
+    file = directory / name
+    content = json.loads(file.read_text())
+    file.write_text(spelled(edited(content, changes)))
+    tokenizer = attempt(templates.load_tokenizer, str(directory))
+    if tokenizer is not None:
+        for template in ("auto", "none"):
+            attempt(templates.encode, at.rows, tokenizer, template=template)
+            attempt(templates.encode, at.rows, tokenizer, template=template, eos=False)
+
+
+def check_template(at, template):
+    tokenizer = copy.copy(at.tokenizer)
+    tokenizer.chat_template = template
+    attempt(templates.encode, at.rows, tokenizer, template="auto")
+
+
+PIECES = ["{% for m in messages %}", "{{ m['content'] }}", "{% endfor %}", "{{ m.role + 1 }}", "{{ 1 / 0 }}", "{{ messages[9].x.y }}"]
+PIECES += ["{{ raise_exception('no') }}", "{% if", "}}", "{{ range(10 ** 12) }}", "{{ ''.__class__.__mro__ }}", "{{ eos_token }}", "a", "\n"]
+PIECES += ["{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ [1] | sum('a') }}", "{{ 'x' * 10 }}", "{{ m() }}"]
+
+
+def check_prompts(at, case):
+    """What the command does with them, up to the model."""
+    lines, template, numbers = case
+    file = at.directory / "prompts.jsonl"
+    file.write_text("\n".join(map(spelled, lines)))
+    attempt(lambda: sampling.Settings(*numbers))
+    items = attempt(lambda: list(rows.iter_rows(file, questions_only=True)))
+    if items:
+        prompts = attempt(sample.encode_rows, items, huggingface.read_config(at.neox), at.tokenizer, template=template)
+        assert prompts is None or len(prompts) == len(items)
+        assert all((prompt.reason is None) or prompt.reason.strip() for prompt in prompts or ())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run left
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_weights(at, case):
+    name, damage = case
+    place = at.directory / "run" / "weights"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    read, _ = rows.read_rows(at.data)
+    weights.write(place / name, weights.table(read, np.arange(len(read)), np.ones(len(read)), np.zeros(len(read))))
+    (place / name).write_bytes(damaged((place / name).read_bytes(), damage))
+    found = attempt(weights.latest, at.directory / "run")
+    if found is not None:
+        attempt(exporting.select, read, found, 0.5)
+
+
+ANSWER = {"step": 2, "id": "ab", "sample": 0, "text": "yes", "logprob": -1.5, "ratio": None, "finish_reason": "stop"}
+EVENT = {"step": 2, "epoch": 0.5, "train/loss": 1.5}
+
+
+def check_record(at, lines):
+    """Responses and metrics of a run, after damage: exported, reported, and resumed from."""
+    workdir = at.directory / "left"
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir()
+    content = b"".join(line if isinstance(line, bytes) else spelled(line).encode() + b"\n" for line in lines)
+    for name in ("responses.jsonl", "metrics.jsonl"):
+        (workdir / name).write_bytes(content)
+    (workdir / "config.json").write_text(configuration.default().to_json())
+    attempt(exporting.latest_responses, workdir / "responses.jsonl")
+    run = attempt(reporting.read, workdir)
+    reporting.series(run.events, "train/loss")
+    online.Record(workdir / "responses.jsonl", 9, 3).close()
+    metrics.Writer(workdir, start=9, tensorboard=False, wandb="", config={}).close()
+    again = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert all(event["step"] <= 9 for event in again)
+    whole = [line for line in lines if isinstance(line, dict) and line == EVENT]
+    assert content.endswith(b"\n") is False or len([event for event in again if event == EVENT]) >= len(whole) - sum(isinstance(x, bytes) for x in lines)
+
+
+def check_left_config(at, content):
+    workdir = at.directory / "configured"
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_bytes(content)
+    attempt(workspace.read_config, workdir)
+    attempt(workspace.refuse_another, configuration.default(), workdir)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The cases
+# --------------------------------------------------------------------------------------------------------------------
+
+LINE = GOOD | ROW | VALUES | st.binary(max_size=12)
+LEFT = st.lists(st.just(ANSWER) | st.just(EVENT) | st.builds(edited, st.sampled_from([ANSWER, EVENT]), EDITS) | VALUES | st.binary(max_size=9))
+PROPERTIES = {  # kind -> how it is made up, what must hold, cases in CI and in the long run, what once went wrong
+    "jsonl": (st.lists(LINE, min_size=1, max_size=6), check_jsonl, 60, 2500, [[{"question": "q", "response": "r", "x": "\ud83d"}]]),
+    "json": (st.lists(GOOD | ROW | VALUES, max_size=5) | VALUES | ROW, check_json, 40, 1500, []),
+    "parquet": (st.tuples(st.lists(GOOD | ROW, min_size=1, max_size=4), st.none() | DAMAGE), check_parquet, 40, 1500, []),
+    "parquet types": (st.sampled_from(TYPED), check_parquet_types, 10, 10, TYPED),
+    "config": (st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3), check_config, 60, 2000, []),
+    "override": (st.lists(st.tuples(st.sampled_from(KEYS) | TEXT, TEXT | NUMBERS), min_size=1, max_size=3), check_override, 30, 800, []),
+    "model config": (EDITS, check_model_config, 60, 1500, []),
+    "model weights": (st.tuples(DAMAGE, st.booleans()), check_model_weights, 10, 300, []),
+    "adapter": (st.tuples(st.none() | EDITS, st.none() | DAMAGE), check_adapter, 25, 600, []),
+    "safetensors": (st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), TENSOR | VALUES, max_size=2), check_safetensors, 40, 800, []),
+    "tokenizer": (st.tuples(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), EDITS), check_tokenizer, 15, 400, []),
+    "template": (st.lists(st.sampled_from(PIECES), max_size=5).map("".join) | VALUES, check_template, 40, 800, []),
+    "prompts": (
+        st.tuples(st.lists(GOOD | ROW, max_size=4), st.sampled_from(templates.TEMPLATES), st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS)),
+        *(check_prompts, 40, 800, []),
+    ),
+    "weights": (st.tuples(st.sampled_from(["epoch_1.parquet", "epoch_x.parquet"]), DAMAGE), check_weights, 30, 600, []),
+    "record": (LEFT, check_record, 40, 1000, [[7], [[]], [{"step": "2"}], [EVENT | {"epoch": None}], [ANSWER, ANSWER | {"step": "3"}]]),
+    "left config": (VALUES.map(lambda x: spelled(x).encode()) | st.binary(max_size=9), check_left_config, 30, 500, []),
+}
+
+
+@pytest.fixture(scope="module")
+def at(neox, llama, make_adapter, data, tmp_path_factory):
+    """Where cases are tried, and what they are made from."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    read, _ = rows.collect(rows.parse(enumerate(make_rows(3, 0), 1)), "rows")
+    return types.SimpleNamespace(
+        directory=directory,
+        neox=neox,
+        llama=llama,
+        adapter=make_adapter(neox, directory / "base_adapter"),
+        tokenizer=templates.load_tokenizer(str(neox)),
+        rows=read,
+        data=data / "lower.jsonl",
+    )
+
+
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", PROPERTIES)
+def test_untrusted(at, kind, long):
+    strategy, check, few, many, examples = PROPERTIES[kind]
+    for example in examples:
+        check(at, example)
+    options = {"max_examples": many if long else few, "deadline": 1000 * SECONDS, "database": None, "derandomize": not long}
+    settings = hypothesis.settings(**options, suppress_health_check=list(hypothesis.HealthCheck))
+    settings(hypothesis.given(strategy)(lambda value: check(at, value)))()
+
+
+def test_the_long_run_is_long():
+    assert sum(many for _, _, _, many, _ in PROPERTIES.values()) >= 10_000
