@@ -22,6 +22,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from bilevel_jax import online
@@ -137,14 +138,11 @@ class Checkpoints:
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
-        for step, reason in self._damaged.items():
-            aside = next(
-                place
-                for number in range(1_000_000)
-                if not (place := self._directory / f"damaged-{step}{f'.{number}' * (number > 0)}").exists()
-            )
-            (self._directory / str(step)).rename(aside)
-            print(f"{self._directory / str(step)} is damaged ({reason}): set aside as {aside.name}; step {self._newest} is used")
+        if jax.process_index() == 0:
+            for step, reason in self._damaged.items():
+                self._set_aside(step, reason)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         context = ocp.Context()
         context.asynchronous.post_finalization_callback = lambda: self._sign()  # Orbax copies it: of a method, all of `self`
         return ocp.training.Checkpointer(
@@ -155,8 +153,15 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
+    def _set_aside(self, step: int, reason: str) -> None:
+        place, number = self._directory / str(step), 0
+        while (aside := self._directory / f"damaged-{step}{f'.{number}' if number else ''}").exists():
+            number += 1
+        place.rename(aside)
+        print(f"{place} is damaged ({reason}): set aside as {aside.name}; step {self._newest} is used")
+
     def _sign(self) -> None:
-        """Called in the background when all files are written; the directory has its name only after that."""
+        """Called in the background, by the first process, when all files are written; the directory gets its name after that."""
         (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         sign(unnamed)
 

@@ -98,6 +98,7 @@ class Writer:
 def _step_of(line: bytes) -> float:
     """The step of an event; a line cut short by a crash sorts last, so that it is dropped."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
+    return step if isinstance(step, (int, float)) else float("inf")

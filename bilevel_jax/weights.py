@@ -10,24 +10,37 @@ import pyarrow.parquet
 from bilevel_jax import metrics, workspace
 from bilevel_jax.data import rows as data_rows
 
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "weight": pa.float64(),
+        "logit": pa.float32(),
+        "rank": pa.int64(),
+        "visits": pa.int64(),
+        "masked": pa.bool_(),
+        "source": pa.string(),
+    }
+)
+
 
 def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray, masked: np.ndarray) -> pa.Table:
     """Columns `id`, `weight` (N·σ(ω), mean 1), `logit`, `rank` (1 is the heaviest), `visits`, `masked`, `source`."""
     logits = np.asarray(logits, np.float64)
-    weights = np.exp(logits - logits.max(initial=-np.inf))
+    weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
     ranks = np.empty(len(logits), np.int64)
     ranks[metrics.keep_order(logits)] = np.arange(1, len(logits) + 1)
     return pa.table(
         {
-            "id": pa.array([row.id for row in rows], pa.string()),
+            "id": [row.id for row in rows],
             "weight": weights,
             "logit": logits.astype(np.float32),
             "rank": ranks,
             "visits": np.rint(visits).astype(np.int64),
             "masked": np.asarray(masked, bool),
-            "source": pa.array([row.source for row in rows], pa.string()),
-        }
+            "source": [row.source for row in rows],
+        },
+        schema=SCHEMA,
     )
 
 
@@ -45,15 +58,12 @@ def read(path: pathlib.Path) -> pa.Table:
       DataError: it is damaged, or another file.
     """
     try:
-        found = pyarrow.parquet.read_table(path)
+        return pyarrow.parquet.read_table(path).select(SCHEMA.names).cast(SCHEMA)
     except FileNotFoundError:
         raise
-    except Exception as error:  # Arrow has errors of every family for bytes that are not what they should be
+    except Exception as error:  # Arrow has errors of every family for bytes and columns that are not what they should be
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise data_rows.DataError(f"{path}: not a readable Parquet file: {reason}") from error
-    if not found.schema.equals(table([], np.zeros(0), np.zeros(0), np.zeros(0)).schema):
-        raise data_rows.DataError(f"{path}: not a table of weights; its columns are {', '.join(found.column_names)}")
-    return found
+        raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
 
 
 def files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:

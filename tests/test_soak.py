@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import soak
+from experiments import soaking
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def fake(directory, loss=1.5, seconds=3.0, weight=b"w"):
     (directory / "weights" / "epoch_1.parquet").write_bytes(weight)
     (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": loss, "speed/tokens_per_s": seconds}) + "\n")
     (directory / "summary.json").write_text(json.dumps({"eval/upper_loss": loss, "time/train": seconds}))
-    return soak.results(directory)
+    return soaking.results(directory)
 
 
 @pytest.mark.parametrize(
@@ -57,4 +57,4 @@ def fake(directory, loss=1.5, seconds=3.0, weight=b"w"):
     ],
 )
 def test_everything_but_times_is_compared_to_the_bit(tmp_path, changes, differing):
-    assert soak.differing(fake(tmp_path / "one"), fake(tmp_path / "other", **changes)) == differing
+    assert soaking.differing(fake(tmp_path / "one"), fake(tmp_path / "other", **changes)) == differing

@@ -59,7 +59,9 @@ def load_tokenizer(path: str):
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer(["a"], verbose=False)  # some damage shows only here
+        return tokenizer
     except Exception as error:  # missing and broken files surface as errors of every family
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no usable tokenizer at '{path}': {reason.rstrip(': ')}") from error
