@@ -134,7 +134,7 @@ class Checkpoints:
             self._damaged[step] = reason
         if self._damaged and self._newest is None:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in self._damaged.items())
-            raise RunError(f"{directory}: no checkpoint is whole ({reasons}); put one back, or give another --workdir to start anew")
+            raise RunError(f"{directory}: no checkpoint is whole ({reasons}); put one back, or start anew in another --workdir")
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:

@@ -43,7 +43,8 @@ class Board:
         from tensorboardX.proto import event_pb2
 
         directory.mkdir(parents=True, exist_ok=True)
-        self._file, self._scalar, self._event = event_file_writer.EventsWriter(str(directory / "events")), summary.scalar, event_pb2.Event
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what was written before from this step on
         self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
 

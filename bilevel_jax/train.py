@@ -238,7 +238,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
 
     def save(state: step.State, k: int) -> None:
         with clock("checkpoint"):
-            counters = {"data": data, "model": model_id, "seconds": dict(clock.seconds), "at_start": at_start, "refreshed": refreshed}
+            counters = {"data": data, "model": model_id, "seconds": dict(clock.seconds)}
+            counters |= {"at_start": at_start, "refreshed": refreshed}
             # A copy: the next step donates its buffers while the checkpoint is still being written.
             checkpoints.save(k, jax.tree.map(jnp.copy, state), own, counters)
 

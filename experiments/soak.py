@@ -1,8 +1,8 @@
 """Does the damage that is promised to do none: `python -m experiments.soak --kills=100 --faults=30 --long_steps=20000`.
 
-1. A run that refines itself ends uninterrupted once. The same run is then begun again and again, killed by SIGKILL at random moments
-   of every activity, its checkpoints damaged between tries, and continued until it ends. Every file that it leaves is compared
-   with that of the first one, to the bit; times and speeds aside.
+1. A run that refines itself ends uninterrupted once. The same run is then begun again and again, killed by SIGKILL at random
+   moments of every activity, its checkpoints damaged between tries, and continued until it ends. Every file that it leaves is
+   compared with that of the first one, to the bit; times and speeds aside.
 2. So is an export that is killed and given again.
 3. A long run, with refreshes and checkpoints, notes its memory and its files.
 

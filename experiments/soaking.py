@@ -323,6 +323,9 @@ def long_run(directory: pathlib.Path, steps: int) -> dict:
     def slope(column: int, scale: float) -> float:
         return float(np.polyfit(settled[:, 0] / 1000, settled[:, column] / scale, 1)[0])
 
+    def three(column: int) -> dict[str, int]:
+        return {"at_20%": int(settled[0, column]), "at_end": int(settled[-1, column]), "most": int(held[:, column].max())}
+
     files = {file.relative_to(workdir).as_posix(): file.stat().st_size for file in workdir.rglob("*") if file.is_file()}
     grouped = collections.Counter()
     for name, size in files.items():
@@ -333,11 +336,11 @@ def long_run(directory: pathlib.Path, steps: int) -> dict:
         "refreshes": -(-int(last) // LONG["online.refresh_every"]),
         "checkpoints_written": int(last) // LONG["checkpoint.every"],
         "checkpoints_left": len(list((workdir / "checkpoints").glob("*"))),
-        "rss_mb": {"at_20%": round(settled[0, 1] / 1e6, 1), "at_end": round(settled[-1, 1] / 1e6, 1), "most": round(held[:, 1].max() / 1e6, 1)},
+        "rss_mb": {name: round(value / 1e6) for name, value in three(1).items()},
         "rss_slope_mb_per_1000_steps": round(slope(1, 1e6), 3),
-        "live_arrays": {"at_20%": int(settled[0, 2]), "at_end": int(settled[-1, 2]), "most": int(settled[:, 2].max())},
+        "live_arrays": three(2),
         "device_slope_mb_per_1000_steps": round(slope(3, 1e6), 4),
-        "files": {"at_20%": int(settled[0, 4]), "at_end": int(settled[-1, 4]), "most": int(held[:, 4].max())},
+        "files": three(4),
         "bytes": dict(grouped.most_common()),
     }
 
@@ -357,14 +360,16 @@ def page(command: str, found: dict) -> list[str]:
     two = found.get("exports", {"exports": 0, "kills": 0, "mismatches": []})
     wrong = one["mismatches"] + two["mismatches"]
     counts = [("runs ended", one["runs"]), ("tries", one["tries"]), ("runs killed", sum(one["kills"].values()))]
-    counts += [("exports ended", two["exports"]), ("exports killed", two["kills"]), ("checkpoints damaged", sum(one["faults"].values()))]
-    counts += [("damaged checkpoints set aside", one["set_aside"]), ("mismatches with the uninterrupted run", len(wrong))]
-    lines += table("counts", counts) + table("killed during", sorted(one["kills"].items())) + table("faults", sorted(one["faults"].items()))
+    counts += [("exports ended", two["exports"]), ("exports killed", two["kills"])]
+    counts += [("checkpoints damaged", sum(one["faults"].values())), ("damaged checkpoints set aside", one["set_aside"])]
+    lines += table("counts", [*counts, ("mismatches with the uninterrupted run", len(wrong))])
+    lines += table("killed during", sorted(one["kills"].items())) + table("faults", sorted(one["faults"].items()))
     lines += [f"- {line}" for line in wrong]
     if "long" in found:
         long = found["long"]
         shown = {key: value for key, value in long.items() if not isinstance(value, dict)}
-        shown |= {f"{key}, {at.replace('_', ' ')}": value for key in ("rss_mb", "live_arrays", "files") for at, value in long[key].items()}
+        for key in ("rss_mb", "live_arrays", "files"):
+            shown |= {f"{key}, {at.replace('_', ' ')}": value for at, value in long[key].items()}
         shown |= {f"bytes of {name}": value for name, value in long["bytes"].items()}
         lines += table("the long run", ((key.replace("_", " "), value) for key, value in shown.items()))
     return lines

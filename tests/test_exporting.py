@@ -228,9 +228,15 @@ def test_parquet_refuses_a_field_of_two_types(tmp_path):
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     (tmp_path / "kept.jsonl").write_text("before")
-    with pytest.raises(UnicodeEncodeError):
-        exporting.write(tmp_path / "kept.jsonl", [{"a": "b"}, {"a": "\ud800"}])
+    with pytest.raises(TypeError):
+        exporting.write(tmp_path / "kept.jsonl", [{"a": "b"}, {"a": {("no", "key"): "of JSON"}}])
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path):
+    """JSON can spell it, UTF-8 cannot."""
+    exporting.write(tmp_path / "kept.jsonl", [{"a": "☃\ud800"}])
+    assert (tmp_path / "kept.jsonl").read_bytes() == b'{"a": "' + "☃".encode() + b'\\ud800"}\n'
 
 
 @pytest.mark.parametrize("place, late", [(0, []), (11, ["note"])])

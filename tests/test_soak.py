@@ -1,7 +1,6 @@
 """The soak in small: a run that is killed twice and has a checkpoint damaged ends as the one that was left alone."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,29 +8,42 @@ import sys
 import numpy as np
 import pytest
 
+from bilevel_jax import checkpoint
 from experiments import soaking
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(tmp_path, *arguments):
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles much and computes little
-    command = [sys.executable, "-m", "experiments.soak", f"--workdir={tmp_path / 'soak'}", f"--out={tmp_path / 'out'}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | quick)
+def test_killed_twice(neox, tmp_path, monkeypatch):
+    """With a smaller model than that of the command, and shorter."""
+    smaller = {"model.path": str(neox), "data.max_length": 128, "num_epochs": 1, "online.refresh_every": 3, "checkpoint.every": 2}
+    monkeypatch.setattr(soaking, "SMALL", soaking.SMALL | smaller | {"log.tensorboard": False})
+    monkeypatch.setattr(soaking, "PHASES", {"train": (6, 0.2), "checkpoint": (3, 0.05)})
+    found = soaking.interrupt(tmp_path, num_kills=2, num_faults=1, rng=np.random.default_rng(0))
+    assert found["mismatches"] == []
+    assert sum(found["kills"].values()) == 2 and found["tries"] == found["runs"] + 2
+    page = soaking.page("command", {"runs": found})
+    assert "| runs killed | 2 |" in page and "| mismatches with the uninterrupted run | 0 |" in page
 
 
-def test_killed_twice(tmp_path):
-    done = run(tmp_path, "--kills=2", "--faults=1", "--long_steps=0")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())["runs"]
-    assert found["mismatches"] == [] and found["runs"] == 1 and sum(found["kills"].values()) == 2 and found["tries"] == 3
-    assert "| mismatches with the uninterrupted run | 0 |" in done.stdout and done.stdout.strip() == (tmp_path / "out.md").read_text().strip()
+@pytest.mark.parametrize("kind", soaking.KINDS)
+def test_only_the_newest_of_two_whole_checkpoints_is_damaged(kind, tmp_path):
+    for step in ("4", "12"):
+        (tmp_path / step / "state").mkdir(parents=True)
+        (tmp_path / step / "state" / "d").write_bytes(b"12345678")
+        checkpoint.sign(tmp_path / step)
+    rng = np.random.default_rng(0)
+    assert soaking.spoil(tmp_path, kind, rng) == "told"
+    assert checkpoint.damage(tmp_path / "12") and not checkpoint.damage(tmp_path / "4")
+    assert soaking.spoil(tmp_path, kind, rng) is None  # the older one is what is left
+    assert not checkpoint.damage(tmp_path / "4")
 
 
 def test_it_removes_only_its_own(tmp_path):
     (tmp_path / "soak").mkdir()
     (tmp_path / "soak" / "precious").touch()
-    done = run(tmp_path, "--kills=0")
+    command = [sys.executable, "-m", "experiments.soak", f"--workdir={tmp_path / 'soak'}", "--kills=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "holds something else" in done.stderr
     assert (tmp_path / "soak" / "precious").exists()
 

@@ -135,7 +135,8 @@ def read_config(directory: pathlib.Path, dtype: str = "float32") -> decoder.Mode
         if rotary_dim > head_dim or rotary_dim % 2:
             raise ModelError(f"{file}: {rotary_dim} of {head_dim} places of a head are rotated; they must be pairs within it")
         if isinstance(scaling, decoder.Llama3Rope):
-            scaling = decoder.Llama3Rope(*(_number(file, f"rope's {x.name}", getattr(scaling, x.name)) for x in dataclasses.fields(scaling)))
+            for field, value in dataclasses.asdict(scaling).items():
+                _number(file, f"rope's {field}", value)
         elif scaling is not None:
             scaling = _number(file, "rope's factor", scaling)
         switches = {
