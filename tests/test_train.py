@@ -846,7 +846,7 @@ def test_weights_that_overflow(make_config, tmp_path, optimizer, outcome):
     rate = {"sgd": 3e38, "mirror": 1e30}[optimizer]
     changes = {"selection.optimizer": optimizer, "selection.learning_rate": rate, "selection.baseline": "none"}
     if outcome == "stops":
-        with pytest.raises(workspace.RunError, match=r"^step \d+: .*not finite.*lower|Lower") as caught:
+        with pytest.raises(workspace.RunError, match=r"^step \d+: .*not finite") as caught:
             train.run(make_config(SHORT | changes), tmp_path)
         assert "\n" not in str(caught.value) and not (tmp_path / "summary.json").exists()
         return
