@@ -1,7 +1,6 @@
 """What comes back from disk is what was saved, to the bit."""
 
 import errno
-import json
 import os
 import re
 import shutil

@@ -303,9 +303,10 @@ def check_template(at, template):
     attempt(templates.encode, at.rows, tokenizer, template="auto")
 
 
-PIECES = ["{% for m in messages %}", "{{ m['content'] }}", "{% endfor %}", "{{ m.role + 1 }}", "{{ 1 / 0 }}", "{{ messages[9].x.y }}"]
-PIECES += ["{{ raise_exception('no') }}", "{% if", "}}", "{{ range(10 ** 12) }}", "{{ ''.__class__.__mro__ }}", "{{ eos_token }}", "a"]
-PIECES += ["{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ [1] | sum('a') }}", "{{ m() }}", "\n"]
+PIECES = ["{% for m in messages %}", "{{ m['content'] }}", "{% endfor %}", "{{ m.role + 1 }}", "{{ 1 / 0 }}"]
+PIECES += ["{{ raise_exception('no') }}", "{% if", "}}", "{{ range(10 ** 12) }}", "{{ ''.__class__.__mro__ }}", "{{ eos_token }}"]
+PIECES += ["{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "{% include 'x' %}", "{{ [1] | sum('a') }}", "{{ m() }}"]
+PIECES += ["{{ messages[9].x.y }}", "a", "\n"]
 
 
 def check_prompts(at, case):
@@ -376,7 +377,8 @@ def check_left_config(at, content):
 # --------------------------------------------------------------------------------------------------------------------
 
 LINE = GOOD | ROW | VALUES | st.binary(max_size=12)
-LEFT = st.just(ANSWER) | st.just(EVENT) | st.builds(edited, st.sampled_from([ANSWER, EVENT]), EDITS) | VALUES | st.binary(max_size=9)
+LEFT = st.sampled_from([ANSWER, EVENT])
+LEFT = LEFT | st.builds(edited, LEFT, EDITS) | VALUES | st.binary(max_size=9)
 OVERRIDE = st.tuples(st.sampled_from(KEYS) | TEXT, TEXT | NUMBERS)
 HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), TENSOR | VALUES, max_size=2)
 DAMAGED = [[7], [[]], [{"step": "2"}], [EVENT | {"epoch": None}], [ANSWER, ANSWER | {"step": "3"}]]
