@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
+
 
 def prose(text: str) -> str:
     """Paragraphs filled again, since numbers have taken the places of their names; tables as they are."""
@@ -47,3 +49,16 @@ def write(out: pathlib.Path, package: str, title: str, problems: str, modules: S
     workspace.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *lines]).rstrip() + "\n")
     print("\n".join(verdicts))
     return measured
+
+
+def plain(value):
+    """For JSON, floats to four digits; without `curves`, which are for the figures."""
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items() if key != "curves"}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    return float(f"{value:.4g}") if isinstance(value, (float, np.floating)) else value

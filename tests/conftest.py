@@ -35,6 +35,26 @@ def intermediate_shapes():
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Compilations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_compilations(tmp_path_factory):
+    """What is the same compiles once, in the processes that tests start too."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Rows
 # --------------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.didactic import __main__ as command
+from experiments import statements
 from experiments.didactic import bandits, kl, negative, on_policy, reuse, speed, together
 
 RATES, BETAS = (0.1, 1.0, 10.0), dict.fromkeys(bandits.BETAS, (0.2,))
@@ -157,7 +157,7 @@ def test_the_committed_page_has_its_figures_and_numbers():
 
 def test_numbers_are_plain():
     value = {"a": np.array([1.23456, 2]), 1.0: bandits.Paired(0.1, np.float64(0.2), 3, 4), "curves": np.zeros(9), "n": (1, "x")}
-    assert json.loads(json.dumps(command.plain(value))) == {
+    assert json.loads(json.dumps(statements.plain(value))) == {
         "a": [1.235, 2.0],
         "1.0": {"mean": 0.1, "sd": 0.2, "above": 3, "seeds": 4},
         "n": [1, "x"],

@@ -12,7 +12,7 @@ import pytest
 from bilevel_jax import train, workspace
 from bilevel_jax.models import huggingface
 from tests.conftest import make_model
-from tests.test_train import REFINED, kept_compilations, without  # noqa: F401 (the fixture is for all tests here)
+from tests.test_train import REFINED, without
 
 # --------------------------------------------------------------------------------------------------------------------
 # Who may write

@@ -86,10 +86,9 @@ def test_default_workdir(place, tier, name):
 
 def test_the_next_process_finds_what_this_one_compiled(tmp_path):
     code = """if True:
-        import jax
-        from absl import app, flags
         from bilevel_jax import cli
         def main():
+            import jax  # as late as commands do
             jax.jit(lambda x: x + 3)(1.0)
         cli.run(main)
     """

@@ -46,14 +46,11 @@ GREEDY = ["--temperature=0", "--max_new_tokens=24"]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """`f(arguments)` -> what the command prints; it raises what the command raises. Compilations are kept from call to call."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compilations")))
-        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-            yield lambda *arguments: process.submit(run_command, "sample", list(map(str, arguments))).result()
+def command():
+    """`f(arguments)` -> what the command prints; it raises what the command raises."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        yield lambda *arguments: process.submit(run_command, "sample", list(map(str, arguments))).result()
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,9 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from bilevel_jax import online, plan, progress, sampling, train, workspace
@@ -36,26 +34,6 @@ from tests.conftest import (
 )
 
 STEPS = EPOCHS * EPOCH_STEPS
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kept_compilations(tmp_path_factory):
-    """Runs of the same shapes compile once, in processes that are started here too."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def summary_of(workdir):

@@ -19,21 +19,6 @@ random numbers, so differences are paired. There is no pull to the reference bey
 alone."""
 
 
-def plain(value):
-    """For JSON, floats to four digits; without `curves`, which are for the figures."""
-    import numpy as np
-
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items() if key != "curves"}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    return float(f"{value:.4g}") if isinstance(value, (float, np.floating)) else value
-
-
 def main() -> None:
     from bilevel_jax import workspace
     from experiments import statements
@@ -43,7 +28,7 @@ def main() -> None:
     modules = kl, speed, on_policy, negative, together, reuse
     title = "On-policy samples and a negative gradient on small problems"
     found = statements.write(out, "experiments.didactic", title, PROBLEMS, modules)
-    workspace.write_atomically(out.with_suffix(".json"), json.dumps(plain(found), ensure_ascii=False) + "\n")
+    workspace.write_atomically(out.with_suffix(".json"), json.dumps(statements.plain(found), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
