@@ -13,7 +13,7 @@ run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
 
 test: install
-	$(BIN)/python -m pytest -m "not parity and not long"
+	$(BIN)/python -m pytest -m "not parity and not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: install
 	$(BIN)/python -m pytest -m long

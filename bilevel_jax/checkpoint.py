@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterable
 
 import jax
@@ -81,6 +82,21 @@ def _checksum(file: pathlib.Path) -> str:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _settle(directory: pathlib.Path, seconds: float = 60.0) -> None:
+    """Waits until Orbax's thread for metadata has written the counters, the last thing before the time of the commit.
+
+    Raises:
+      TimeoutError: it has not.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError, FileNotFoundError):  # it may be writing this very moment
+            if json.loads((directory / METADATA).read_text()).get("item_handlers"):  # in one with the counters
+                return
+        time.sleep(0.01)
+    raise TimeoutError(f"{METADATA} is not written after {seconds:g} seconds")
 
 
 def sign(directory: pathlib.Path) -> None:
@@ -163,6 +179,7 @@ class Checkpoints:
     def _sign(self) -> None:
         """Called in the background, by the first process, when all files are written; the directory gets its name after that."""
         (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        _settle(unnamed)
         sign(unnamed)
 
     @contextlib.contextmanager

@@ -59,11 +59,12 @@ def table(
             bar.update()
     columns = {one.removeprefix("generated_").removeprefix("local_"): f"acc/{one}" for one in names} | {"mean": "acc"}
     said = [comparing.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
+    how = f"`python -m bilevel_jax.evaluate --workdir=RUN --tasks={','.join(names)} --include_path=experiments/tasks`"
     tables.write(
         name,
         title,
         [found],
-        comparing.rows(found, columns, published, BENCHMARKS),
+        [f"Accuracies by {how}:", "", *comparing.rows(found, columns, published, BENCHMARKS)],
         said,
         lambda figure: comparing.dots(figure, found, columns, list(published)),
         (10.0, 2.8),

@@ -4,12 +4,14 @@ import errno
 import os
 import re
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from bilevel_jax import checkpoint, online, selector, step, workspace
 from bilevel_jax.data import templates
@@ -252,6 +254,23 @@ def test_the_one_before_a_damaged_one_is_used(two, tmp_path, capsys, spoil, keep
     assert_same(again.restore(6, make_state())[0], make_state(seed=6))
     again.close()
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_is_whole_however_late_its_metadata_are_written(tmp_path, monkeypatch):
+    """Orbax writes them in a thread of their own, and does not wait for it."""
+    write = orbax_metadata._MetadataStoreImpl.update
+
+    def late(self, *args, **kwargs):
+        time.sleep(0.3)
+        write(self, *args, **kwargs)
+
+    monkeypatch.setattr(orbax_metadata._MetadataStoreImpl, "update", late)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for k in (4, 6):
+        checkpoints.save(k, make_state(seed=k), make_responses(2), COUNTERS | {"step": k})
+    checkpoints.close()
+    assert [checkpoint.damage(tmp_path / step) for step in ("4", "6")] == ["", ""]
+    assert checkpoint.Checkpoints(tmp_path, keep=2).counters(4)["step"] == 4
 
 
 def test_without_a_whole_one_nothing_is_touched(two, tmp_path):
