@@ -1,5 +1,6 @@
 """Whole runs on eight devices, for every mesh of a table, and on two processes, against the same run on one device."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -72,6 +73,16 @@ def run_on_meshes(directory: str):
         train.run(config, pathlib.Path(directory) / name)
         (pathlib.Path(directory) / f"{name}.json").write_text(json.dumps(noted))
 
+    def save_and_stop(*args):
+        save(*args)
+        raise InterruptedError
+
+    config.checkpoint.every = 2
+    for shape, save_or_stop in (((1, 1, 1), save_and_stop), ((2, 2, 2), save)):  # begun on one device, ended on eight
+        config.mesh, checkpoint.Checkpoints.save = dict(zip(sharding.AXES, shape)), save_or_stop
+        with contextlib.suppress(InterruptedError):
+            train.run(config, pathlib.Path(directory) / "moved")
+
 
 def start(*arguments, **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -127,6 +138,10 @@ def assert_same_run(workdir, other):
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_mesh_gives_the_trajectory_of_one_device(directory, shape):
     assert_same_run(directory / NAMES[shape], directory / ONE)
+
+
+def test_a_run_goes_on_with_another_mesh(directory):
+    assert_same_run(directory / "moved", directory / ONE)
 
 
 def test_the_trajectory_goes_somewhere(directory):
