@@ -137,13 +137,9 @@ def _upper_loss(objective: Objective, batch: packing.Batch, share_E, nll_E, m) -
         return jnp.sum(share_E * losses.row_losses(nll_E, batch.packed.length, objective.reduction))
     E = nll_E.shape[0]
     here_E = jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
-
-    def per_pair(values_E):  # the two of a pair are never in different micro-batches
-        return jax.ops.segment_sum(values_E, batch.group, num_segments=E)
-
-    margin_P = per_pair(batch.sign * (-nll_E - batch.reference))
-    share_P = per_pair(jnp.where((batch.sign > 0) & here_E, share_E, 0.0))
-    return preferences.dpo(margin_P, share_P, objective.dpo_beta)
+    # The two of a pair are never in different micro-batches.
+    pairs = preferences.pairs(-nll_E - batch.reference, batch.sign, jnp.where(here_E, share_E, 0.0), batch.group)
+    return preferences.dpo(*pairs, objective.dpo_beta)
 
 
 def _gradient(objective_of_micro: Callable, adapter, num_micro, num_entries: int):
