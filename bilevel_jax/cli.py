@@ -47,7 +47,6 @@ def keep_compilations() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "bilevel_jax" / kind))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_RAISE_PERSISTENT_CACHE_ERRORS", "false")
 
 
 def run(main: Callable[[], None]) -> None:
