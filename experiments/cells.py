@@ -114,7 +114,7 @@ def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = 
             process.terminate()
             process.wait()
     if process.returncode:
-        return _reason(process.returncode, cell.log.read_bytes()[start:].decode(errors="replace"))
+        return reason(process.returncode, cell.log.read_bytes()[start:].decode(errors="replace"))
     return finished(cell) or "it ended without a summary.json"
 
 
@@ -127,7 +127,8 @@ def _locked(log: IO) -> bool:
     return True
 
 
-def _reason(code: int, printed: str) -> str:
+def reason(code: int, printed: str) -> str:
+    """Why a process ended, from its status and what it printed."""
     last = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "no message")
     if code == -signal.SIGKILL:
         return "killed by SIGKILL, as happens when memory runs out"

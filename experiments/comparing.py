@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import scipy.stats
@@ -65,10 +65,7 @@ class Verdict(NamedTuple):
 def paired_test(results: Results, claim: Claim) -> Verdict | None:
     """The paired test of a claim; None where a side has no runs."""
     mine, theirs = results.values(claim.cell, claim.key), results.values(claim.than, claim.than_key or claim.key)
-    seeds = sorted(mine.keys() & theirs.keys())
-    if not seeds:
-        return None
-    differences = [mine[seed] - theirs[seed] for seed in seeds]
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     differences = [value for value in differences if value == value]  # NaN: nothing to measure
     if not differences:
         return None
@@ -139,7 +136,7 @@ def without_seeds(results: Results, key: str) -> dict[str, list[float]]:
     return {cell: [found[seed] - added[seed] + usual for seed in seeds] for cell, found in by_cell.items()}
 
 
-def dots(figure: Figure, results: Results, columns: Mapping[str, str], published: Sequence[str]) -> None:
+def dots(figure: Figure, results: Results, columns: Mapping[str, str], published: Collection[str]) -> None:
     """A panel for each measure: a dot for each seed (`without_seeds`), a bar for the mean; the paper's cells in colour."""
     names = list(results.runs)
     shown = {heading: found for heading, key in columns.items() if (found := without_seeds(results, key))}

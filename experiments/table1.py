@@ -1,5 +1,7 @@
 """Table 1: loss on held-out trusted rows of the quality task: `python -m experiments.table1 --tier=tiny --seeds=4`."""
 
+import functools
+
 from bilevel_jax import cli
 from experiments import comparing, paper, tables
 
@@ -37,7 +39,7 @@ def main() -> None:
         [found],
         lines,
         CLAIMS,
-        lambda figure: comparing.dots(figure, found, shown, list(PAPER)),
+        functools.partial(comparing.dots, results=found, columns=shown, published=PAPER),
     )
 
 

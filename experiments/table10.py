@@ -4,6 +4,7 @@ Questions are the held-out trusted ones of the quality task, answers greedy. On 
 who gives it wins, and both or neither is a tie. Other rows need a judge (`bilevel_jax/judge.py`): --endpoint and --judge.
 """
 
+import functools
 import json
 import pathlib
 
@@ -91,7 +92,7 @@ def main() -> None:
         compare(run, prompts, folder / "base.jsonl")
     lines = comparing.rows(found, COLUMNS, PAPER, ("win rate",))
     shown = {heading: key for heading, key in COLUMNS.items() if key != "right_base"}
-    draw = lambda figure: comparing.dots(figure, found, shown, list(PAPER))  # noqa: E731
+    draw = functools.partial(comparing.dots, results=found, columns=shown, published=PAPER)
     tables.write("table10", "Table 10: win rate over the base model", [found], lines, CLAIMS, draw, (8.0, 2.8))
 
 

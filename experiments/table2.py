@@ -4,6 +4,8 @@ Seconds are those of training and generating, without loading, compiling the ste
 seed, which ran next to it. Runs of their own (WORKDIR), since those of the other tables share the machine.
 """
 
+import functools
+
 from absl import flags
 
 from bilevel_jax import cli
@@ -39,7 +41,7 @@ def main() -> None:
             if seed in reference:
                 run.values["over mixing"] = seconds(run) / seconds(reference[seed])
     lines = comparing.rows(found, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
-    draw = lambda figure: comparing.dots(figure, found, COLUMNS, list(PAPER))  # noqa: E731
+    draw = functools.partial(comparing.dots, results=found, columns=COLUMNS, published=PAPER)
     tables.write("table2", "Table 2: running time", [found], lines, CLAIMS, draw, (8.0, 2.2))
 
 

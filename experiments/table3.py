@@ -1,5 +1,7 @@
 """Table 3: losses of the safety task, trusted and mixed rows: `python -m experiments.table3 --tier=tiny --seeds=4`."""
 
+import functools
+
 from bilevel_jax import cli
 from experiments import comparing, paper, tables
 
@@ -47,7 +49,7 @@ def main() -> None:
         [found],
         lines,
         CLAIMS,
-        lambda figure: comparing.dots(figure, found, shown, list(PAPER)),
+        functools.partial(comparing.dots, results=found, columns=shown, published=PAPER),
     )
 
 

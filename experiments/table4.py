@@ -1,5 +1,7 @@
 """Table 4: rules and optimizers of the selector, on the quality task: `python -m experiments.table4 --tier=tiny --seeds=4`."""
 
+import functools
+
 from bilevel_jax import cli
 from experiments import comparing, paper, tables
 
@@ -27,7 +29,7 @@ def main() -> None:
     found = tables.run("quality", [*PAPER, *OTHERS])
     lines = comparing.rows(found, paper.COLUMNS, PAPER, ("OpenOrca", "Alpaca"))
     shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "AUROC": AUROC, "ESS/N": "selector/ess"}
-    draw = lambda figure: comparing.dots(figure, found, shown, list(PAPER))  # noqa: E731
+    draw = functools.partial(comparing.dots, results=found, columns=shown, published=PAPER)
     tables.write("table4", "Table 4: rules of selection", [found], lines, CLAIMS, draw, (8.0, 2.4))
 
 

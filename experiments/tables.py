@@ -29,6 +29,7 @@ SET = flags.DEFINE_multi_string("set", [], "key=value for every run, on top of t
 OUT = flags.DEFINE_string("out", None, "Markdown to write, JSON and SVG beside it; experiments/results/NAME[-TIER].md by default.")
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
 # --------------------------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------------------------
@@ -100,8 +101,7 @@ def once(file: pathlib.Path, module: str, *arguments: str) -> pathlib.Path:
     if not file.exists():
         done = subprocess.run((sys.executable, "-m", module, *arguments), capture_output=True, text=True)
         if done.returncode or not file.exists():
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            raise ValueError(f"{module} for {file}: {lines[-1] if lines else 'it wrote nothing'}")
+            raise ValueError(f"{module} for {file}: {cells.reason(done.returncode, done.stderr or done.stdout)}")
     return file
 
 

@@ -5,6 +5,7 @@ nothing of the world; it chooses between the right and the wrong answers of the 
 """
 
 import concurrent.futures
+import functools
 import json
 import pathlib
 import statistics
@@ -66,6 +67,6 @@ def table(
         [found],
         [f"Accuracies by {how}:", "", *comparing.rows(found, columns, published, BENCHMARKS)],
         said,
-        lambda figure: comparing.dots(figure, found, columns, list(published)),
+        functools.partial(comparing.dots, results=found, columns=columns, published=published),
         (10.0, 2.8),
     )
