@@ -6,10 +6,13 @@ import platform
 import re
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable
 
 from absl import app, flags, logging
+
+BEGAN = time.perf_counter()  # of the process, nearly: before JAX is imported
 
 
 def fail(message: str, code: int = 1):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 
 import ml_collections
 import optax
@@ -108,6 +109,7 @@ def default() -> ml_collections.ConfigDict:
             every=10,  # steps
             tensorboard=True,
             wandb="",  # project name; empty: off
+            profile="",  # START:STOP, steps from 0, STOP left out: a jax.profiler trace of them in profile/; empty: off
         ),
     )
 
@@ -135,6 +137,20 @@ def build_objective(config) -> step.Objective:
 def rho(config, epoch: int) -> float:
     """ρ in `epoch`, counted from 0."""
     return config.mixing.rho if config.method == "mixing" else config.penalty.rho_init + epoch * config.penalty.rho_step
+
+
+def profiled(config) -> tuple[int, int] | None:
+    """The first step that is traced, and the one after the last; None if none is.
+
+    Raises:
+      ConfigError: log.profile is no such range.
+    """
+    if not config.log.profile:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", config.log.profile)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"log.profile={config.log.profile!r} must be START:STOP, steps counted from 0, START before STOP")
+    return int(found[1]), int(found[2])
 
 
 def levels(config) -> tuple[str, ...]:
@@ -185,6 +201,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(config.data[level].strip(), f"data.{level} is empty; name a file, a hub data set or a recipe")
     wandb = not config.log.wandb or importlib.util.find_spec("wandb")
     require(wandb, f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")
+    profiled(config)
     require(config.optimizer.learning_rate > 0, f"optimizer.learning_rate={config.optimizer.learning_rate} must be positive")
     require(config.lora.alpha > 0, f"lora.alpha={config.lora.alpha} must be positive")
     require(0 <= config.data.bad_fraction < 1, f"data.bad_fraction={config.data.bad_fraction} must be in [0, 1)")

@@ -29,7 +29,7 @@ def main() -> None:
         return
     sharding.join_processes()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
-    summary = train.run(CONFIG.value, workdir)
+    summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
         print(show.closing_table(summary, workdir))
 

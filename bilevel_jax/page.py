@@ -122,9 +122,9 @@ def overview(run: Run) -> dict:
         right, asked = (sum(reporting.series(events, f"online/{name}")[1]) for name in ("bad_right", "bad_answered"))
         note = f"{right / asked:.0%} right where the data are bad" if asked else "by the model itself"
         tiles.append(("Answers renewed", f"{responses:,.0f}", note))
-    seconds = sum(value for key, value in run.summary.items() if key.startswith("time/"))
+    seconds = sum(reporting.time_split(run).values())
     if seconds:
-        tiles.append(("Time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "from loading to the end"))
+        tiles.append(("Time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "from the start to the end"))
     result = "No loss is known yet after the start."
     if trusted:
         change = trusted[1] / trusted[0] - 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import pathlib
 import time
 from typing import NamedTuple
 
@@ -15,12 +16,21 @@ from bilevel_jax.data import packing
 
 
 class Clock:
-    """Seconds by activity, up to date at every change of activity. One inside another counts for itself alone."""
+    """Seconds by activity, up to date at every change of activity. One inside another counts for itself alone.
 
-    def __init__(self):
-        self.seconds = dict.fromkeys(("load", "compile", "train", "generate", "eval", "checkpoint"), 0.0)
+    All of them together are the time since the clock was made, and what went before it: `start`, importing packages for the most
+    part. `other` is what has no name.
+
+    Args:
+      began: `time.perf_counter()` when the process started; now, if not given.
+    """
+
+    def __init__(self, began: float | None = None):
+        activities = ("start", "load", "compile", "train", "generate", "eval", "checkpoint", "report", "other")
+        self.seconds = dict.fromkeys(activities, 0.0)
         self._under_way: list[str] = []  # the innermost last
-        self._since = 0.0
+        self._since = time.perf_counter()
+        self.seconds["start"] = self._since - began if began is not None else 0.0
 
     @contextlib.contextmanager
     def __call__(self, activity: str):
@@ -37,11 +47,40 @@ class Clock:
         self._settle()
         return self.seconds[activity] / sum(self.seconds[name] for name in of)
 
+    def so_far(self) -> dict[str, float]:
+        """Seconds by activity until now."""
+        self._settle()
+        return dict(self.seconds)
+
     def _settle(self) -> None:
         now = time.perf_counter()
-        if self._under_way:
-            self.seconds[self._under_way[-1]] += now - self._since
+        self.seconds[self._under_way[-1] if self._under_way else "other"] += now - self._since
         self._since = now
+
+
+class Profile:
+    """Traces steps with `jax.profiler` into `directory`: device and host, for XProf, TensorBoard or Perfetto.
+
+    Args:
+      steps: the first one, counted from 0, and the one that is left out again; None traces nothing.
+    """
+
+    def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None):
+        self._directory, self._steps, self._on = directory, range(*steps or (0, 0)), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._on:
+            jax.profiler.stop_trace()
+
+    def before(self, k: int, state) -> None:
+        """Starts or stops before step k, when `state` is there: the device is at work on traced steps alone."""
+        if (k in self._steps) != self._on:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace() if self._on else jax.profiler.start_trace(self._directory)
+            self._on = not self._on
 
 
 class Drawn(NamedTuple):

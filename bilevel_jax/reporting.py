@@ -169,6 +169,7 @@ def words_in_common(a: str, b: str) -> float:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds by activity, the longest first."""
+    """Seconds by activity, the longest first; without those of the report, which is to be the same when it is made again."""
     seconds = {key.removeprefix("time/"): value for key, value in run.summary.items() if key.startswith("time/")}
+    seconds.pop("report", None)
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))

@@ -125,11 +125,14 @@ def make_refresh(config, setup: Setup, score) -> Callable:
     )
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
     """Trains θ and ω, leaves adapter, weights, metrics and summary in `workdir`, and returns the summary.
 
     The same call continues an unfinished run and ends bit-identical to one that was never interrupted. Where a run has several
     processes, all of them call this with the same arguments; `workdir` is on a file system that they share.
+
+    Args:
+      began: `time.perf_counter()` when the process started, where its start is to count among the seconds of the summary.
 
     Raises:
       ConfigError, DataError, ModelError, RunError: one line each.
@@ -139,15 +142,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     workdir = pathlib.Path(workdir)
     with workspace.opened(config, workdir, lock=not jax.process_index()):
         if not jax.process_index():
-            return _run(config, workdir, workdir)
+            return _run(config, workdir, workdir, began)
         with tempfile.TemporaryDirectory() as scratch:  # all compute the same, and what the first one writes is enough
-            return _run(config, pathlib.Path(scratch), workdir)
+            return _run(config, pathlib.Path(scratch), workdir, began)
 
 
-def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathlib.Path) -> dict[str, float]:
+def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathlib.Path, began: float | None) -> dict[str, float]:
     """`run`, with its checkpoints, which all processes write together, in `shared`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
-    clock = progress.Clock()
+    clock = progress.Clock(began)
     with clock("load"):
         setup = load(config)
     mesh, model, base, upper, lower = setup.mesh, setup.model, setup.base, setup.upper, setup.lower
@@ -156,6 +159,9 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     # Where we stand.
     epoch_steps = order.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
+    traced = configuration.profiled(config)
+    if traced and traced[1] > num_steps:
+        raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     data = checkpoint.fingerprint(row.id for level in (upper, lower) for row in level.rows + level.eval_rows)
     start = checkpoints.latest() or 0
@@ -194,9 +200,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         at_start, refreshed = counters["at_start"], counters["refreshed"]
         print(f"resuming {workdir} at step {start} of {num_steps}")
     wandb = "" if jax.process_index() else config.log.wandb
-    writer = metrics.Writer(
-        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config.to_dict()
-    )
+    writer = metrics.Writer(workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config.to_dict())
 
     # What is measured.
     bad, truths = levels.labels(lower, config.data.label), levels.truths(lower, config.data.truth)
@@ -238,7 +242,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
 
     def save(state: step.State, k: int) -> None:
         with clock("checkpoint"):
-            counters = {"data": data, "model": model_id, "seconds": dict(clock.seconds)}
+            counters = {"data": data, "model": model_id, "seconds": clock.so_far()}
             counters |= {"at_start": at_start, "refreshed": refreshed}
             # A copy: the next step donates its buffers while the checkpoint is still being written.
             checkpoints.save(k, jax.tree.map(jnp.copy, state), own, counters)
@@ -282,6 +286,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         contextlib.closing(writer),
         contextlib.closing(record) if generates else contextlib.nullcontext(),
         clock("train"),
+        progress.Profile(workdir / "profile", traced) as profile,
         workspace.noticing_signals() as signals,
         concurrent.futures.ThreadPoolExecutor(1) as worker,
         tqdm.tqdm(total=num_steps, initial=start, desc=config.method, unit="step", smoothing=0.05) as bar,
@@ -307,7 +312,10 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
             if k + 1 < num_steps and not refresh_due(k + 1):
                 ahead = worker.submit(batch_of, k + 1, own)  # packs while the device computes
             scale = sharding.replicate(scales(config, k // epoch_steps), mesh)
-            state, found = train_step(base, state, sharding.split_batch(drawn.batch, mesh), scale)
+            with log.elsewhere():
+                profile.before(k, state)
+            with jax.profiler.StepTraceAnnotation("step", step_num=k):
+                state, found = train_step(base, state, sharding.split_batch(drawn.batch, mesh), scale)
             done = k + 1
             ends_epoch = done % epoch_steps == 0
             spread = selector.summary(state.selector.logits) if selects and done % config.log.every == 0 else {}
@@ -329,17 +337,21 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         name = signal.Signals(signals[0]).name if signals else "a signal to another process"
         raise workspace.Interrupted(f"{name}: saved at step {int(state.step)} of {num_steps}; the same command continues")
 
-    huggingface.save_adapter(
-        workdir / "adapter", model, state.policy.adapter, alpha=config.lora.alpha, base=config.model.path
-    )
+    huggingface.save_adapter(workdir / "adapter", model, state.policy.adapter, alpha=config.lora.alpha, base=config.model.path)
     final = final or measure(state)  # the latter if resumed after the last step
-    times = {f"time/{key}": round(value, 2) for key, value in clock.seconds.items()}
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
-    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed | times
-    workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed
+
+    def finish() -> None:
+        summary.update({f"time/{key}": round(value, 2) for key, value in clock.so_far().items()})
+        workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    finish()  # the report reads it
     try:
-        page.write(workdir, lower.rows)
+        with clock("report"):
+            page.write(workdir, lower.rows)
     except Exception as error:  # whatever it is: the run is finished, and only its picture is missing
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
+    finish()
     return summary

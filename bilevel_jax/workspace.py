@@ -87,7 +87,7 @@ def refuse_finished(workdir: pathlib.Path) -> None:
 
 
 def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Nothing, if the workdir holds no run or one of the same config. The mesh may be another: a run goes on with what there is.
+    """Nothing, if the workdir holds no run or one of the same config. Mesh and profile may differ: they change no result.
 
     Raises:
       RunError: the run there is another one.
@@ -97,7 +97,8 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> 
         return
     earlier = _config_of(file)
     mine, theirs = _flatten(config), _flatten(earlier)
-    differs = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key) and not key.startswith("mesh."))
+    said = {key for key in mine | theirs if not key.startswith(("mesh.", "log.profile"))}
+    differs = sorted(key for key in said if mine.get(key) != theirs.get(key))
     changes = ", ".join(f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in differs)
     if differs:
         raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir")

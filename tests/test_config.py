@@ -71,6 +71,9 @@ MIXING = {"method": "mixing"}
         ({"eval.keep": 1.01}, "eval.keep"),
         ({"checkpoint.keep": 0}, "checkpoint.keep"),
         ({"checkpoint.every": -1}, "checkpoint.every"),
+        ({"log.profile": "3"}, "log.profile='3' must be START:STOP"),
+        ({"log.profile": "5:5"}, "log.profile"),
+        ({"log.profile": "-1:5"}, "log.profile"),
         ({"mesh.data": -1}, "mesh.data"),
         ({"mesh.fsdp": 0}, "mesh.fsdp"),
         ({"mesh.tensor": 0}, "mesh.tensor"),
@@ -231,9 +234,7 @@ SLOTS = {"safety": 16, "quality": 64}  # batch of generation
 DATA = {"safety": ("recipe:blueorca", "recipe:redorca"), "quality": ("Open-Orca/OpenOrca", "yahma/alpaca-cleaned")}
 
 
-@pytest.mark.parametrize(
-    "tier, model, num_lower", [("pythia-1b", "pythia-1b", 9600), ("llama3-8b", "Llama-3-8B", 56000)]
-)
+@pytest.mark.parametrize("tier, model, num_lower", [("pythia-1b", "pythia-1b", 9600), ("llama3-8b", "Llama-3-8B", 56000)])
 @pytest.mark.parametrize("task", [safety, quality])
 def test_paper_settings(task, tier, model, num_lower):
     config = task.get_config(tier)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow.parquet
@@ -90,6 +91,22 @@ def test_summary(finished):
     assert {key: summary[key] for key in EVAL | SELECTOR} == {key: last[key] for key in EVAL | SELECTOR}
     first = read_jsonl(finished / "metrics.jsonl")[0]
     assert {key: first[key] for key in EVAL} == {key: summary[key.replace("eval", "start")] for key in EVAL}
+
+
+def test_seconds_add_up(make_config, tmp_path):
+    """To the wall time of the run, the time before it included; the rest is loading the test's own modules."""
+    began = time.perf_counter()
+    time.sleep(0.1)
+    summary = train.run(make_config({"log.profile": "1:2", "num_epochs": 1}), tmp_path / "run", began)
+    wall = time.perf_counter() - began
+    assert sum(value for key, value in summary.items() if key.startswith("time/")) == pytest.approx(wall, rel=0.02)
+    assert summary["time/start"] >= 0.1
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_refuses_to_trace_steps_beyond_the_run(make_config, tmp_path):
+    with pytest.raises(ValueError, match=f"log.profile='0:{STEPS + 1}' goes beyond the {STEPS} steps"):
+        train.run(make_config({"log.profile": f"0:{STEPS + 1}"}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("epoch", [1, 2])

@@ -15,13 +15,16 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
-from bilevel_jax import online, selector, sharding, step, train
+from bilevel_jax import online, progress, selector, sharding, step, train
 from bilevel_jax.data import levels, order, packing
 from bilevel_jax.models import huggingface, lora
 from experiments.benchmarks import timing
@@ -136,41 +139,71 @@ def useful_flops(base, tokens: int, responses: int) -> float:
     return 4.0 * (layers * tokens + head * responses)
 
 
+class Work(NamedTuple):
+    """The steps that every variant makes."""
+
+    config: ml_collections.ConfigDict
+    directory: str  # of the model
+    upper: levels.Level
+    lower: levels.Level
+    steps: int
+
+    def drawn(self) -> list[progress.Drawn]:
+        """The packed rows of every step."""
+        size = self.config.batch.size
+        layout = packing.Layout(self.config.batch.micro_size, self.config.data.max_length, 2 * size)
+        own = online.nothing_yet(len(self.lower.rows))
+        return [train.make_batch(self.config, self.upper, self.lower, None, layout, k, own) for k in range(self.steps)]
+
+
+def start_adapter(config, model):
+    """The adapter that all variants start from."""
+    return lora.init_adapter(model, jax.random.key(0), config.lora.rank, lora.resolve_targets(model, config.lora.targets))
+
+
+def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]:
+    """Step k of ours; its loss."""
+    mesh, optimizer = sharding.make_mesh(1), optax.adam(work.config.optimizer.learning_rate)
+    batches = [sharding.split_batch(drawn.batch, mesh) for drawn in work.drawn()]
+    scales = step.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
+    select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
+    jitted = jax.jit(step.make_step(model, step.Objective(coefficient_at=coefficient_at), select, optimizer), donate_argnums=1)
+    state = [step.init(start_adapter(work.config, model), optimizer, select, len(work.lower.rows), tracked=False)]
+
+    def run(k: int) -> float:
+        state[0], found = jitted(base, state[0], batches[k], scales)
+        return float(found["loss"])
+
+    return run
+
+
+def theirs(work: Work, model, recompute: bool, grouped: bool) -> Callable[[int], float]:
+    """Step k of PyTorch's; its loss."""
+    config, N, size = work.config, len(work.lower.rows), work.config.batch.size
+    with tempfile.TemporaryDirectory() as folder:
+        huggingface.save_adapter(
+            folder, model, start_adapter(config, model), alpha=config.lora.alpha, base=work.directory
+        )
+        one = Theirs(work.directory, folder, config, N, recompute, grouped)
+
+    def run(k: int) -> float:
+        rows = order.lower_rows(config.seed, N, size, k)
+        trusted = order.upper_rows(config.seed, len(work.upper.rows), size, k)
+        return one.step([work.upper.examples[j] for j in trusted], [work.lower.examples[i] for i in rows], rows)
+
+    return run
+
+
 def measure(config, model, base, directory: str, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
     """Markdown lines: seconds of a step of each variant, ratios to ours, losses, and the share of the peak."""
-    load_torch()
-    mesh, optimizer = sharding.make_mesh(1), optax.adam(config.optimizer.learning_rate)
-    adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, lora.resolve_targets(model, config.lora.targets))
-    N, size = len(lower.rows), config.batch.size
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * size)
-    own = online.nothing_yet(N)
-    hosts = [train.make_batch(config, upper, lower, None, layout, k, own) for k in range(rounds)]
-    batches = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
-    scales = step.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
-    runs, losses, states = {}, {}, {}
-    for name, coefficient_at in OURS.items():
-        select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
-        jitted = jax.jit(step.make_step(model, step.Objective(coefficient_at=coefficient_at), select, optimizer), donate_argnums=1)
-        states[name] = step.init(jax.tree.map(jnp.copy, adapter), optimizer, select, N, tracked=False)
-
-        def run_ours(k, name=name, jitted=jitted):
-            states[name], found = jitted(base, states[name], batches[k], scales)
-            losses.setdefault(name, []).append(float(found["loss"]))
-
-        runs[name] = run_ours
-    with tempfile.TemporaryDirectory() as folder:
-        huggingface.save_adapter(folder, model, adapter, alpha=config.lora.alpha, base=directory)
-        theirs = {name: Theirs(directory, folder, config, N, *how) for name, how in THEIRS.items()}
-    for name, one in theirs.items():
-
-        def run_theirs(k, name=name, one=one):
-            rows = order.lower_rows(config.seed, N, size, k)
-            trusted = order.upper_rows(config.seed, len(upper.rows), size, k)
-            loss = one.step([upper.examples[j] for j in trusted], [lower.examples[i] for i in rows], rows)
-            losses.setdefault(name, []).append(loss)
-
-        runs[name] = run_theirs
-    seconds = timing.in_turn(runs, rounds)
+    work = Work(config, directory, upper, lower, rounds)
+    variants = {name: ours(work, model, base, coefficient_at) for name, coefficient_at in OURS.items()}
+    variants |= {name: theirs(work, model, *how) for name, how in THEIRS.items()}
+    losses: dict[str, list[float]] = {name: [] for name in variants}
+    seconds = timing.in_turn(
+        {name: lambda k, name=name, one=one: losses[name].append(one(k)) for name, one in variants.items()}, rounds
+    )
+    hosts, size = work.drawn(), config.batch.size
     tokens, responses = sum(drawn.tokens for drawn in hosts), sum(int(drawn.batch.packed.num_targets.sum()) for drawn in hosts)
     peak, work = peak_flops(config.model.dtype), useful_flops(base, tokens, responses)
     lines = [

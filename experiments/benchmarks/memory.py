@@ -1,0 +1,73 @@
+"""Peak memory of the joint step and of PyTorch's, each in a process of its own: the same rows, adapter and selector.
+
+On a GPU it is what the framework's allocator held at most. On a CPU it is the process's largest resident set, less what it had
+before the first step, as interpreters and libraries differ: base weights count in `all`, and a copy made while loading may, too.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import resource
+
+import jax
+import ml_collections
+
+from bilevel_jax.data import levels, templates
+from bilevel_jax.models import huggingface
+from experiments.benchmarks import train_step
+
+OURS = {"ours": False, "ours, recomputing": True}  # name -> model.remat
+STEPS = 2  # the second has what the first left, such as the moments of Adam
+
+
+def measure(config) -> list[str]:
+    """Markdown lines: for every variant the peak, and what of it the steps added, in GiB."""
+    train_step.load_torch()
+    context = multiprocessing.get_context("spawn")
+    lines = [
+        f"{STEPS} steps of {config.batch.size} + {config.batch.size} rows of up to {config.data.max_length} tokens.",
+        "",
+        "| step | GiB, all | added by the steps | loss |",
+        "| --- " * 4 + "|",
+    ]
+    for name in (*OURS, *train_step.THEIRS):
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            before, peak, loss = pool.submit(_peak, name, config.to_json()).result()
+        lines.append(f"| {name} | {peak / 2**30:.2f} | {(peak - before) / 2**30:.2f} | {loss:.4f} |")
+    return lines
+
+
+def _peak(name: str, config: str) -> tuple[int, int, float]:
+    """Bytes before the first step, the most until after the last one, and the last loss."""
+    config = ml_collections.ConfigDict(json.loads(config))
+    directory = str(huggingface.locate(config.model.path))
+    tokenizer = templates.load_tokenizer(directory)
+    upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+    work = train_step.Work(config, directory, upper, lower, STEPS)
+    model = huggingface.read_config(directory, config.model.dtype)
+    model = dataclasses.replace(
+        model, adapter_scale=config.lora.alpha / config.lora.rank, remat=OURS.get(name, False)
+    )
+    if name in OURS:
+        _, base = huggingface.load_model(directory, config.model.dtype)
+        run = train_step.ours(work, model, base, "current")
+    else:
+        run = train_step.theirs(work, model, *train_step.THEIRS[name])
+    before = _most(name)
+    for k in range(STEPS):
+        loss = run(k)
+    return before, _most(name), loss
+
+
+def _most(name: str) -> int:
+    """Bytes held at most so far."""
+    if name in OURS:
+        found = jax.local_devices()[0].memory_stats()
+        if found:
+            return found["peak_bytes_in_use"]
+    else:
+        torch, _, _ = train_step.load_torch()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
