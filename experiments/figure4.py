@@ -69,7 +69,8 @@ def draw(figure, found: comparing.Results) -> None:
         row[0].set_ylabel(f"{name}, nats per token")
         for panel, (title, lines) in zip(row, PANELS.items()):
             for (cell, label), color in zip(lines.items(), COLORS):
-                panel.plot(*curves(found, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
+                if cell in found.runs:
+                    panel.plot(*curves(found, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
             panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
             panel.spines[["top", "right"]].set_visible(False)
             if row is axes[0]:

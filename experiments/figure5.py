@@ -49,7 +49,7 @@ def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
 
 
 def draw(figure, groups: list[comparing.Results], last: int) -> None:
-    methods = [(found, cell) for found in groups for cell in METHODS[found.task]]
+    methods = [(found, cell) for found in groups for cell in METHODS[found.task] if found.runs.get(cell)]
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     epochs = range(1, last + 1)
     for panel, (found, cell) in zip(panels, methods):

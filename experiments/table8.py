@@ -75,7 +75,7 @@ def main() -> None:
     lines += ["Questions of seed 0, drawn at random from each tenth:", ""]
     for cell in METHODS:
         for group in ("top", "bottom"):
-            for epoch in epochs if 0 in examples[cell] else ():
+            for epoch in epochs if 0 in examples.get(cell, {}) else ():
                 lines += [f"- {cell}, {group}, epoch {epoch}", *(f"  - {text}" for text in examples[cell][0][group, epoch])]
     tables.write("table8", "Table 8: questions by weight", [found], lines, claims(epochs[-1]) if graded else ())
 

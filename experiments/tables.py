@@ -26,6 +26,7 @@ SEEDS = flags.DEFINE_integer("seeds", 4, "Seeds 0, 1, ... of every cell.", lower
 JOBS = flags.DEFINE_integer("jobs", 2, "Runs at a time.", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/paper", "Where the runs go: WORKDIR/TIER/TASK/CELL/seed_K, shared by all tables.")
 SET = flags.DEFINE_multi_string("set", [], "key=value for every run, on top of the config: a reduced version. Give it a --workdir.")
+LEAVE_OUT = flags.DEFINE_multi_string("leave_out", [], "A cell that is not run, as the table names it: a reduced version, too.")
 OUT = flags.DEFINE_string("out", None, "Markdown to write, JSON and SVG beside it; experiments/results/NAME[-TIER].md by default.")
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -39,12 +40,16 @@ def run(task: str, names: Sequence[str]) -> Results:
     """The runs of these cells with all seeds; those that are missing are made first.
 
     Raises:
-      ValueError: a malformed --set.
+      ValueError: a malformed --set, or a --leave_out that is no cell.
       Interrupted: after SIGTERM or SIGINT.
     """
     changes = dict(pair.split("=", 1) for pair in SET.value if "=" in pair)
     if len(changes) < len(SET.value):
         raise ValueError("--set takes key=value, each key once")
+    for name in LEAVE_OUT.value:
+        if name not in paper.CELLS:
+            raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(paper.CELLS)}")
+    names = [name for name in names if name not in LEAVE_OUT.value]
     root, tier = pathlib.Path(WORKDIR.value), TIER.value
     pairs = [(name, seed) for seed in range(SEEDS.value) for name in names]
     todo = [paper.make(root, task, tier, name, seed, changes) for name, seed in pairs]
@@ -145,12 +150,14 @@ def write(
     """
     suffix = "" if TIER.value == "tiny" else f"-{TIER.value}"
     out = pathlib.Path(OUT.value or f"experiments/results/{name}{suffix}.md")
-    command = " ".join([f"python -m experiments.{name}", *(part for part in sys.argv[1:] if not part.startswith("--out"))])
+    given = [f'"{part}"' if " " in part else part for part in sys.argv[1:] if not part.startswith("--out")]
+    command = " ".join([f"python -m experiments.{name}", *given])
     commits = dict.fromkeys(one for group in results for one in group.commits)
     page = [f"# {title}", "", f"`{command}`", "", f"Tier {TIER.value}, {SEEDS.value} seeds, mean ± standard deviation."]
     page += [f"{provenance()}. Runs of commit {', '.join(commits)}.", ""]
-    if SET.value:
-        page += [f"**Reduced**: {', '.join(SET.value)}.", ""]
+    if SET.value or LEAVE_OUT.value:
+        without = f"without {'; '.join(LEAVE_OUT.value)}" if LEAVE_OUT.value else ""
+        page += [f"**Reduced**: {'; '.join(filter(None, [', '.join(SET.value), without]))}.", ""]
     page += [*lines, ""]
     if claims:
         page += [comparing.RULE, "", *comparing.verdicts(results[0], claims), ""]

@@ -32,7 +32,7 @@ import importlib, json, pathlib, sys
 from absl import flags
 from bilevel_jax.data import rows
 from experiments import cells, tables, zero_shot
-root, fake = pathlib.Path(sys.argv[1]), sys.argv[2]
+root, fake, out, *more = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[4]), *sys.argv[5:]
 cells.PROGRAM = (sys.executable, "-S", fake)
 
 def once(file, module, *arguments):
@@ -49,8 +49,9 @@ def once(file, module, *arguments):
 
 tables.once = once
 modules = {name: importlib.import_module(f"experiments.{name}") for name in sys.argv[3].split(",")}
+flags.FLAGS(["all", *more])
 for name, module in modules.items():
-    flags.FLAGS([name, "--seeds=2", f"--workdir={root / 'runs'}", f"--out={root / name}.md"])
+    flags.FLAGS([name, "--seeds=2", f"--workdir={root / 'runs'}", f"--out={out / name}.md"])
     try:
         module.main()
     except ValueError as error:
@@ -131,7 +132,7 @@ def written(finished, tmp_path_factory):
     fake = root / "fake.py"
     fake.write_text(FAKE.replace("FINISHED", repr(str(finished))))
     done = subprocess.run(
-        [sys.executable, "-c", ALL, root, fake, ",".join(NAMES)], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-c", ALL, root, fake, ",".join(NAMES), root], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return root, done.stderr
@@ -169,6 +170,21 @@ def test_what_the_claims_of_a_table_come_to(written):
     # All answers of the model are right, the first two of the base are: two ties, the rest is won.
     assert rate["right"] == 1 and rate["right_base"] < 1
     assert rate["decided"] == 1 and rate["win_rate"] == pytest.approx(1 - rate["right_base"] / 2)
+
+
+def test_cells_are_left_out(written, tmp_path):
+    root, _ = written
+    left_out = "--leave_out=offline", "--leave_out=mixing, ρ=1", "--leave_out=ofline"
+    script = [sys.executable, "-c", ALL, root, root / "fake.py", "figure4,figure5,table8,table3", tmp_path]
+    refused = subprocess.run([*script, *left_out], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert refused.stderr.count("--leave_out='ofline' is no cell; those are mixing, ρ=1; ") == 4 and not list(tmp_path.iterdir())
+    done = subprocess.run([*script, *left_out[:2]], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert "failed" not in done.stderr and done.returncode == 0, done.stderr
+    for name in ("figure4", "figure5", "table8", "table3"):
+        page, record = (tmp_path / f"{name}.md").read_text(), json.loads((tmp_path / f"{name}.json").read_text())
+        assert "**Reduced**: without offline; mixing, ρ=1." in page
+        for of_task in record["cells"].values():
+            assert of_task and not {"offline", "mixing, ρ=1"} & of_task.keys()
 
 
 def test_generated_choices():
