@@ -11,7 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 
 from bilevel_jax import sampling, scoring, sharding
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import attention
 
 MAX_GEN_TOKS = 256  # where a task does not say; also lm-eval's
 OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -139,7 +139,7 @@ class JaxLM(TemplateLM):
             settings,
             (*self.eos, *special),
             slots=min(self.batch_size, len(prompts)),
-            length=min(decoder.cache_window(max(map(len, prompts)) + settings.max_new_tokens), self.max_length),
+            length=min(attention.cache_window(max(map(len, prompts)) + settings.max_new_tokens), self.max_length),
             mesh=self.mesh,
             detokenize=self.tok_decode,
         )

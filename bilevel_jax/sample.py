@@ -91,7 +91,7 @@ def sample_prompts(
       ValueError: the model's probabilities are not numbers.
     """
     from bilevel_jax import sampling, sharding
-    from bilevel_jax.models import decoder
+    from bilevel_jax.models import attention
 
     # Cleaning up would drop spaces that the model did write.
     detokenize = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -102,7 +102,7 @@ def sample_prompts(
         settings,
         eos,
         slots=min(batch_size, len(usable) * num_samples),
-        length=min(decoder.cache_window(longest + settings.max_new_tokens), model.max_positions),
+        length=min(attention.cache_window(longest + settings.max_new_tokens), model.max_positions),
         mesh=sharding.make_mesh(1),
         detokenize=detokenize,
     )

@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 
 from bilevel_jax import sharding
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import attention, decoder, lora
 
 PREFILL_TOKENS = 1024  # padded tokens of one prefill batch, roughly
 SHORTEST_PREFILL = 32  # padded lengths are this, doubled until they fit
@@ -389,7 +389,7 @@ def make_sampler(
     if settings.stop and not detokenize:
         raise ValueError("stop strings need a tokenizer")
     eos = tuple(int(token) for token in eos)
-    most, room = min(settings.max_new_tokens, length - 1), decoder.cache_window(length)
+    most, room = min(settings.max_new_tokens, length - 1), attention.cache_window(length)
     start = functools.partial(init_slots, config, slots, length, most)
     homes = places(mesh, jax.eval_shape(start))
     init = jax.jit(start, out_shardings=homes)
@@ -453,7 +453,7 @@ def make_sampler(
                 longest = max(len(prompts[job.prompt]) - 1 + seen[slot] for slot, job in owner.items())
                 window = _window(longest, room)
                 steps = min(STEPS_TO_STOP if settings.stop else STEPS, window - longest)
-                state = run(window // decoder.CACHE_BLOCK, *weights, state, enough, steps)
+                state = run(window // attention.CACHE_BLOCK, *weights, state, enough, steps)
                 before = len(owner)
                 state = harvest(state, owner, seen, found)
                 bar.update(before - len(owner))

@@ -7,8 +7,7 @@ input is then one token of each row, appended to what the cache holds (see `deco
 leaves the keys and values there that a cache starts from. Layers are stacked and scanned, so compilation does not grow with
 depth. Submodules carry Hugging Face's names, which makes conversion a rule instead of a table.
 
-Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width,
-B blocks of P positions that a cache has room for.
+Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width.
 Activations are kept token-flat, [T, D], and take the [S, L, ...] shape only inside attention: on a CPU that makes the backward
 pass of the matmuls 1.4x faster, elsewhere it costs nothing.
 """
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
+from bilevel_jax.models import attention
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -104,61 +104,6 @@ def rotate(x_SxLxHxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arra
     return jnp.concatenate(rotated, axis=-1).astype(x_SxLxHxC.dtype)
 
 
-def packing_mask(segments_SxL: jax.Array) -> jax.Array:
-    """[S, 1, L, L] mask: causal, and only within one segment, so that rows packed side by side never see each other."""
-    length = segments_SxL.shape[1]
-    same = segments_SxL[:, :, None] == segments_SxL[:, None, :]
-    return (same & jnp.tril(jnp.ones((length, length), bool)))[:, None]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Attention to a cache
-# --------------------------------------------------------------------------------------------------------------------
-
-
-CACHE_BLOCK = 64  # P
-
-
-def cache_window(length: int) -> int:
-    """The room, B·P, of a cache for `length` positions."""
-    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
-
-
-def in_blocks(key_SxKxLxC: jax.Array, value_SxKxLxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys [S, K, B, C, P] and values [S, K, B, P, C], zero beyond L: the order in which the matmuls of one query read them."""
-    S, K, L, C = key_SxKxLxC.shape
-    beyond = (0, 0), (0, 0), (0, -L % CACHE_BLOCK), (0, 0)
-    key, value = (jnp.pad(x, beyond).reshape(S, K, -1, CACHE_BLOCK, C) for x in (key_SxKxLxC, value_SxKxLxC))
-    return key.swapaxes(3, 4), value
-
-
-def append(cache: dict[str, jax.Array], key_SxKxC: jax.Array, value_SxKxC: jax.Array, position_S: jax.Array) -> dict:
-    """One layer's cache with each row's new key and value at its position."""
-    row, block, place = jnp.arange(position_S.shape[0]), position_S // CACHE_BLOCK, position_S % CACHE_BLOCK
-    return {
-        "key": cache["key"].at[row, :, block, :, place].set(key_SxKxC.astype(cache["key"].dtype)),
-        "value": cache["value"].at[row, :, block, place].set(value_SxKxC.astype(cache["value"].dtype)),
-    }
-
-
-def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxP: jax.Array, value_SxKxBxPxC: jax.Array, position_S: jax.Array) -> jax.Array:
-    """Attention of one query per row to cache positions 0 ... position_S, [S, H, C].
-
-    Sums go block by block, in order, and a block beyond a row's position adds exact zeros to it, so that its result is the same
-    whatever B is.
-    """
-    S, K, B, C, P = key_SxKxBxCxP.shape
-    q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries share a key
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC, key_SxKxBxCxP) / C**0.5
-    seen = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=(2, 4), keepdims=True))
-    parts = product("skbrp,skbpc->skbrc", weights.astype(value_SxKxBxPxC.dtype), value_SxKxBxPxC), weights.sum(axis=-1)
-    mixed, total = (functools.reduce(jnp.add, (part[:, :, b] for b in range(B))) for part in parts)
-    return (mixed / total[..., None]).reshape(q_SxHxC.shape).astype(q_SxHxC.dtype)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Layers
 # --------------------------------------------------------------------------------------------------------------------
@@ -191,8 +136,8 @@ def _norm(config: ModelConfig, name: str | None) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Attention within a packed batch, where `place` is its mask [S, 1, L, L]; with a `cache`, of one token of each row to what
-    the cache holds and itself, where `place` is its position [S]."""
+    """Attention within a packed batch, where `place` is its segments [S, L]; with a `cache`, of one token of each row to what the
+    cache holds and itself, where `place` is its position [S]."""
 
     config: ModelConfig
 
@@ -215,14 +160,15 @@ class Attention(nn.Module):
             out = "dense"
         q, k = rotate(q, table), rotate(k, table)
         if self.has_variable("cache", "key"):
-            cached = append({name: self.get_variable("cache", name) for name in ("key", "value")}, k[:, 0], v[:, 0], place)
+            cached = {name: self.get_variable("cache", name) for name in ("key", "value")}
+            cached = attention.append(cached, k[:, 0], v[:, 0], place)
             for name, grown in cached.items():
                 self.put_variable("cache", name, grown)
-            attended = attend_cached(q[:, 0], cached["key"], cached["value"], place)
+            attended = attention.attend_cached(q[:, 0], cached["key"], cached["value"], place)
         else:
             for name, new in (("key", k), ("value", v)):
                 self.sow("prefilled", name, new, reduce_fn=lambda _, last: last, init_fn=lambda: None)
-            attended = jax.nn.dot_product_attention(q, k, v, mask=place)
+            attended = attention.attend(q, k, v, place)
         return Projection(c.hidden_size, c.attention_bias, c, name=out)(attended.reshape(S * L, -1))
 
 
@@ -250,9 +196,9 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_TxD, table, place):
         c = self.config
-        attention = Attention(c, name="self_attn" if c.architecture == "llama" else "attention")
+        attend = Attention(c, name="self_attn" if c.architecture == "llama" else "attention")
         feed_forward = FeedForward(c, name="mlp")
-        attended = attention(_norm(c, "input_layernorm")(x_TxD), table, place)
+        attended = attend(_norm(c, "input_layernorm")(x_TxD), table, place)
         middle = x_TxD if c.parallel_residual else x_TxD + attended
         y = middle + feed_forward(_norm(c, "post_attention_layernorm")(middle))
         return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
@@ -279,7 +225,6 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:  # declared here so that `init` makes it; read by `head`
             matrix("lm_head", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
         table = rotary_table(positions_SxL, c)
-        mask = packing_mask(segments_SxL)
         layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
         layers = nn.scan(
             layer,
@@ -288,7 +233,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )
-        x, _ = layers(c, name="layers")(embed(embedding, tokens_SxL.reshape(-1)), table, mask)
+        x, _ = layers(c, name="layers")(embed(embedding, tokens_SxL.reshape(-1)), table, segments_SxL)
         return _norm(c, "norm")(x).reshape(S, L, -1)
 
 
@@ -322,8 +267,8 @@ def split_layers(tree, config: ModelConfig):
 def init_cache(config: ModelConfig, sequences: int, length: int) -> list:
     """Keys [S, K, B, C, P] and values [S, K, B, P, C] of every layer, all zero, with room for `length` positions."""
     name = "self_attn" if config.architecture == "llama" else "attention"
-    nothing = jnp.zeros((sequences, config.num_kv_heads, cache_window(length), config.head_dim), config.dtype)
-    return [{name: dict(zip(("key", "value"), in_blocks(nothing, nothing)))} for _ in range(config.num_layers)]
+    nothing = jnp.zeros((sequences, config.num_kv_heads, attention.cache_window(length), config.head_dim), config.dtype)
+    return [{name: dict(zip(("key", "value"), attention.in_blocks(nothing, nothing)))} for _ in range(config.num_layers)]
 
 
 def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list:
@@ -334,7 +279,7 @@ def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list
     _, kept = Decoder(config).apply(variables, tokens_SxL, positions, jnp.ones_like(tokens_SxL), mutable=["prefilled"])
     ((name, stacked),) = kept["prefilled"]["layers"].items()
     key, value = (stacked[kind].swapaxes(2, 3) for kind in ("key", "value"))  # [layers, S, K, L, C]
-    return [{name: dict(zip(("key", "value"), in_blocks(key[i], value[i])))} for i in range(config.num_layers)]
+    return [{name: dict(zip(("key", "value"), attention.in_blocks(key[i], value[i])))} for i in range(config.num_layers)]
 
 
 def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array, position_S: jax.Array):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import linen as nn
 
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import attention, decoder, huggingface, lora
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 logits_of = jax.jit(decoder.logits, static_argnums=0)
@@ -142,8 +142,6 @@ def test_initial_parameters():
 # Decoding
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW = 192  # three blocks
-HEADS = [(1, 1, 3), (2, 2, 8), (2, 6, 5)]  # key heads, query heads, width
 
 
 def random_adapter(config):
@@ -163,7 +161,7 @@ def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float =
         np.where(within, tokens_SxL[:, : max(prompt_S)], 0)
     )
 
-    held = np.pad(within, ((0, 0), (0, -within.shape[1] % decoder.CACHE_BLOCK))).reshape(S, -1, decoder.CACHE_BLOCK)
+    held = np.pad(within, ((0, 0), (0, -within.shape[1] % attention.CACHE_BLOCK))).reshape(S, -1, attention.CACHE_BLOCK)
     held = {"key": held[:, None, :, None, :], "value": held[:, None, :, :, None]}
 
     def fill(path, room, filled):
@@ -233,65 +231,3 @@ def test_bfloat16_decodes_in_bfloat16_and_stays_near():
     expected = logits_of(exact, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), None, tokens)
     error = np.linalg.norm(found[0, 1:] - expected[0, 1:]) / np.linalg.norm(expected[0, 1:])
     assert 0 < error < 0.05  # as above
-
-
-def random_cache(key_heads: int, width: int, number: int):
-    """Keys and values [number, K, WINDOW, C], and those of the cache that holds them, grown one position at a time."""
-    rng = np.random.default_rng(0)
-    pair = rng.normal(size=(2, number, key_heads, WINDOW, width)).astype(np.float32)
-    config, _, _ = load("llama_mha")
-    config = dataclasses.replace(config, num_layers=1, num_kv_heads=key_heads, head_dim=width)
-    (layer,) = decoder.init_cache(config, number, WINDOW)
-    cache, append = layer["self_attn"], jax.jit(decoder.append)
-    for position in range(WINDOW):
-        cache = append(cache, *pair[:, :, :, position], np.full(number, position))
-    return pair.astype(np.float64), [cache["key"], cache["value"]]
-
-
-def test_a_cache_grown_by_position_is_one_filled_at_once():
-    pair, caches = random_cache(2, 8, 3)
-    for grown, filled in zip(caches, decoder.in_blocks(*pair.astype(np.float32)), strict=True):
-        np.testing.assert_array_equal(grown, filled)
-    key, value = caches
-    np.testing.assert_array_equal(key[1, 0, 2, :, 5], pair[0, 1, 0, 2 * decoder.CACHE_BLOCK + 5])
-    np.testing.assert_array_equal(value[1, 0, 2, 5], pair[1, 1, 0, 2 * decoder.CACHE_BLOCK + 5])
-
-
-@pytest.mark.parametrize("key_heads, heads, width", HEADS)
-def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width):
-    """softmax(q · k / √C) v in float64; head h looks at key head h // (H / K)."""
-    position_S = np.array([0, 1, 62, 63, 64, 100, 127, 128, WINDOW - 1])
-    (keys, values), caches = random_cache(key_heads, width, len(position_S))
-    q = 3 * np.random.default_rng(1).normal(size=(len(position_S), heads, width)).astype(np.float32)
-    found = jax.jit(lambda *args: decoder.attend_cached(*args))(q, *caches, position_S)
-    assert found.shape == q.shape
-    for row, position in enumerate(position_S):
-        for head in range(heads):
-            key = keys[row, head * key_heads // heads, : position + 1]
-            scores = key @ q[row, head].astype(np.float64) / np.sqrt(width)
-            weights = np.exp(scores - scores.max())
-            expected = weights @ values[row, head * key_heads // heads, : position + 1] / weights.sum()
-            np.testing.assert_allclose(found[row, head], expected, rtol=0, atol=1e-5)
-
-
-def test_a_row_attends_alike_beside_any_other():
-    """To the last bit: however far another row has come and however many blocks are looked at, those that a row does not need
-    add nothing to it."""
-    position_S = np.array([3, 70, 127, WINDOW - 1])
-    _, caches = random_cache(2, 8, len(position_S))
-    q = np.random.default_rng(1).normal(size=(len(position_S), 4, 8)).astype(np.float32)
-    attend = jax.jit(lambda *args: decoder.attend_cached(*args))
-    far = attend(q, *caches, position_S)
-    near = attend(q, *caches, np.minimum(position_S, 70))
-    fewer = attend(q, *(cache[:, :, :2] for cache in caches), np.minimum(position_S, 127))
-    np.testing.assert_array_equal(far[:2], near[:2])
-    np.testing.assert_array_equal(far[:3], fewer[:3])
-    assert (far[2:] != near[2:]).any(axis=(1, 2)).all() and (far[3] != fewer[3]).any()
-
-
-@pytest.mark.parametrize("length, window", [(1, 64), (64, 64), (65, 128), (512, 512), (513, 576)])
-def test_a_cache_is_a_whole_number_of_blocks(length, window):
-    config, _, _ = load("neox_parallel")
-    assert decoder.cache_window(length) == window
-    shapes = {leaf.size for leaf in jax.tree.leaves(decoder.init_cache(config, 3, length))}
-    assert shapes == {3 * config.num_kv_heads * window * config.head_dim}
