@@ -65,7 +65,8 @@ def curves(found: comparing.Results, cell: str, key: str) -> tuple[list[float], 
 def draw(figure, found: comparing.Results) -> None:
     measures = {key: name for key, name in MEASURES.items() if any(found.values(cell, key) for cell in found.runs)}
     axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
-    for row, (key, name) in zip(axes, measures.items()):
+    last = len(measures) - 1
+    for place, (row, (key, name)) in enumerate(zip(axes, measures.items())):
         row[0].set_ylabel(f"{name}, nats per token")
         for panel, (title, lines) in zip(row, PANELS.items()):
             for (cell, label), color in zip(lines.items(), COLORS):
@@ -73,10 +74,10 @@ def draw(figure, found: comparing.Results) -> None:
                     panel.plot(*curves(found, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
             panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
             panel.spines[["top", "right"]].set_visible(False)
-            if row is axes[0]:
+            if place == 0:
                 panel.set_title(title, fontsize=9)
                 panel.legend(frameon=False, fontsize=7.5)
-            if row is axes[-1]:
+            if place == last:
                 panel.set_xlabel("epoch")
                 panel.xaxis.get_major_locator().set_params(integer=True)
 

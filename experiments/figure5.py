@@ -64,7 +64,7 @@ def draw(figure, groups: list[comparing.Results], last: int) -> None:
         panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("words of an answer")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(GROUPS), frameon=False, fontsize=8)
 
 
 def main() -> None:

@@ -148,6 +148,8 @@ def test_every_table_has_its_cells_claims_and_commands(written, name):
     else:
         assert "no runs" not in page
         assert (root / f"{name}.svg").read_text().count("<path") > 10 and f"]({name}.svg)" in page
+    for said in {"figure4": ("R=5%", "(b) answers G", ">epoch<"), "figure5": ("heaviest tenth", ">epoch<")}.get(name, ()):
+        assert said in (root / f"{name}.svg").read_text()
     for task, of_task in record["cells"].items():
         for cell in of_task:
             assert f"# {cell}\n" in page and (name == "table8" or f"| {cell} | " in page)
