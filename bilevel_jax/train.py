@@ -227,6 +227,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         with clock("eval"):
             values = evaluation(state) | (verdict(state) if selects else {})
         broken = [key for key, value in values.items() if not math.isfinite(value)]
+        if not jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.policy.adapter)):
+            broken.append("θ")  # no loss tells, where no row is held out
         if broken:
             raise RunError(f"step {int(state.step)}: {', '.join(broken)} not finite; {workspace.REMEDY}")
         return values

@@ -176,6 +176,21 @@ def assert_close(actual, expected, atol=3e-6, rtol=1e-5):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_without_a_token_to_predict_moves_nothing():
+    """Responses of one token without a question before it, as without a template; none of it is 0/0."""
+    rng = np.random.default_rng(0)
+    upper = [segment(rng, 0, 1, share=1.0)]
+    own = {"group": 2, "old_log_prob": 0.0}
+    lower = [segment(rng, 0, 1, sample=4, share=0.5), *(segment(rng, 0, 1, sample=1, share=0.25, **own) for _ in range(2))]
+    batch = packing.pack_step([*upper, *lower], N, 2, LAYOUT)
+    advance = compiled(LLAMA, Objective(response_weight="geometric"))
+    state, found = advance(model(LLAMA)[0], begin(LLAMA), batch, Scales(1.0, GAMMA))
+    assert found["loss"] == found["gradient_norm"] == found["response_tokens"] == 0
+    assert_close(state.policy.adapter, model(LLAMA)[1], atol=0, rtol=0)
+    np.testing.assert_array_equal(state.selector.logits, OMEGA)
+    np.testing.assert_array_equal(state.selector.visits, [0, 1, 0, 0, 1, 0])
+
+
 @pytest.mark.parametrize("scales", [Scales(0.7, 0.3), Scales(1.0, GAMMA)], ids=["mixing", "offline"])
 @pytest.mark.parametrize("config, reduction", [(LLAMA, "mean"), (NEOX, "mean"), (NEOX, "sum")])
 def test_theta_follows_the_gradient_of_the_objective(config, reduction, scales):

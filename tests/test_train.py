@@ -342,6 +342,14 @@ def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_config, tmp_path):
+    leap = {"method": "mixing", "optimizer.name": "sgd", "optimizer.learning_rate": 1e38, "lora.alpha": 1e3}
+    single = {"batch.size": 32, "num_epochs": 1, "eval.num_upper": 0, "eval.num_lower": 0}
+    with pytest.raises(workspace.RunError, match="step 1: θ not finite"):
+        train.run(make_config(leap | single), tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
