@@ -22,14 +22,15 @@ def default_workdir(config: str) -> pathlib.Path:
 def main() -> None:
     import jax
 
-    from bilevel_jax import plan, sharding, show, train  # after the flags, so that --help is quick
+    from bilevel_jax import plan, processes, show, train  # after the flags, so that --help is quick
 
     if PLAN.value:
         print(plan.table(CONFIG.value, plan.make(CONFIG.value)))
         return
-    sharding.join_processes()
+    processes.join()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
-    summary = train.run(CONFIG.value, workdir, cli.BEGAN)
+    with processes.ending_together():
+        summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
         print(show.closing_table(summary, workdir))
 

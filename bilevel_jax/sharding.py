@@ -9,7 +9,6 @@ same program runs on one device, where all axes have length 1.
 """
 
 import math
-import os
 
 import jax
 import numpy as np
@@ -33,26 +32,6 @@ WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; 
     **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
 }
 SEQUENCES = ("tokens", "segments", "positions")  # of a `Packed`: [M, S, L]
-PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-def join_processes() -> None:
-    """Joins the processes of this run on other machines, before JAX looks for devices: those that a cluster announces (Slurm, TPU
-    pods, Kubernetes, Open MPI), or that the environment names by all of `PROCESS`. Where there is neither, a process is alone.
-
-    Raises:
-      ValueError: only some of the variables are set, or not to numbers where these are due.
-    """
-    address, *numbers = (os.environ.get(name) for name in PROCESS)
-    if address or any(numbers):
-        if not address or not all(number and number.isdigit() for number in numbers):
-            raise ValueError(f"{', '.join(PROCESS)} must all be set: host:port, how many processes, and which of them, from 0")
-        return jax.distributed.initialize(address, *map(int, numbers))
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):  # how it says that there is no cluster
-            raise
 
 
 def anywhere(value: bool) -> bool:

@@ -4,7 +4,8 @@
    moments of every activity, its checkpoints damaged between tries, and continued until it ends. Every file that it leaves is
    compared with that of the first one, to the bit; times and speeds aside.
 2. So is an export that is killed and given again.
-3. A long run, with refreshes and checkpoints, notes its memory and its files.
+3. Of the two processes of a run one is killed: the other must end by itself, in one line, and the pair goes on to the same bits.
+4. A long run, with refreshes and checkpoints, notes its memory and its files.
 
 All moments and faults follow from --seed, the machine's speed aside. The counts are written to OUT.md and OUT.json, and the command
 fails if anything differs.
@@ -24,6 +25,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/soak", "Where the runs go; what i
 OUT = flags.DEFINE_string("out", "experiments/results/soak", "Without suffix: OUT.md and OUT.json.")
 KILLS = flags.DEFINE_integer("kills", 100, "Runs and exports are killed that often in all.", lower_bound=0)
 FAULTS = flags.DEFINE_integer("faults", 30, "Checkpoints are damaged that often, as far as there is an earlier one.", lower_bound=0)
+PAIR_KILLS = flags.DEFINE_integer("pair_kills", 10, "One of two processes is killed that often.", lower_bound=0)
 LONG_STEPS = flags.DEFINE_integer("long_steps", 20_000, "Steps of the long run; 0 leaves it out.", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "Of moments and faults.")
 
@@ -46,6 +48,8 @@ def main() -> None:
     found = {"runs": soaking.interrupt(directory, KILLS.value - of_exports, FAULTS.value, rng)}
     if of_exports:
         found["exports"] = soaking.interrupt_exports(directory, of_exports, rng)
+    if PAIR_KILLS.value:
+        found["pairs"] = soaking.interrupt_pairs(directory, PAIR_KILLS.value, rng)
     if LONG_STEPS.value:
         found["long"] = soaking.long_run(directory, LONG_STEPS.value)
     lines = soaking.page(f"python -m experiments.soak {shlex.join(sys.argv[1:])}".strip(), found)

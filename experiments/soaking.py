@@ -1,12 +1,14 @@
-"""What the soak does: runs that are killed and damaged, exports that are killed, a long run, and what is told of them."""
+"""What the soak does: runs, exports and pairs that are killed, checkpoints damaged, a long run, and what is told of them."""
 
 import collections
+import concurrent.futures
 import contextlib
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import tqdm
 
 ROOT = pathlib.Path(__file__).parent.parent
+PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PHASES = {  # what a run is doing -> how often it may have begun before a kill, and the longest delay after that, in seconds
     "load": (1, 1.0),
     "compile": (1, 1.0),
@@ -120,22 +123,26 @@ def environment(directory: pathlib.Path) -> dict[str, str]:
     return os.environ | kept | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": path}
 
 
-def train(workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | None = None, measured: bool = False) -> Ended:
+def train(
+    workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | None = None, measured: bool = False, place: tuple = ()
+) -> Ended:
     """One try of a run.
 
     Args:
       kill: an activity, how often it has begun before, and seconds: the moment of the SIGKILL.
       measured: whether it tells what it holds.
+      place: where the coordinator is, how many processes the run has, and which of them this is; nothing if it is alone.
     """
     ours, theirs = os.pipe()
     changes = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ["--config", str(ROOT / "configs" / "safety.py"), *changes, *(["--measured"] if measured else [])]
     command = [sys.executable, "-u", "-c", WATCHED, str(theirs), str(workdir), *config]
-    log = workdir.with_name(workdir.name + ".log")
+    log = workdir.with_name("_".join([workdir.name, *place[2:]]) + ".log")
+    environ = environment(workdir.parent) | dict(zip(PROCESS, place))
     with log.open("ab") as output, open(ours, encoding="utf-8") as pipe:
         start = output.tell()
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment(workdir.parent), pass_fds=[theirs]
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environ, pass_fds=[theirs]
         )
         os.close(theirs)
         said = []
@@ -154,6 +161,17 @@ def train(workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | 
     return Ended(process.returncode, said, log.read_bytes()[start:].decode(errors="replace"))
 
 
+def train_pair(workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | None = None, victim: int = 0) -> list[Ended]:
+    """One try of a run of two processes, of which one is killed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        moments = [kill if i == victim else None for i in range(2)]
+        tries = [pool.submit(train, workdir, settings, kill, False, (address, "2", str(i))) for i, kill in enumerate(moments)]
+        return [one.result() for one in tries]
+
+
 def export(workdir: pathlib.Path, out: pathlib.Path, seconds: float | None = None) -> Ended:
     """One try of both exports; those that are there already stay."""
     arguments = [f"--workdir={workdir}", f"--selected={out / 'kept.jsonl'}"]
@@ -169,10 +187,13 @@ def export(workdir: pathlib.Path, out: pathlib.Path, seconds: float | None = Non
     return Ended(process.returncode, [], output)
 
 
+def last_line(ended: Ended) -> str:
+    return next((line for line in reversed(ended.output.splitlines()) if line.strip()), "no message")
+
+
 def check(ended: Ended, what: str) -> None:
     if ended.code not in (0, -signal.SIGKILL):
-        last = next((line for line in reversed(ended.output.splitlines()) if line.strip()), "no message")
-        raise RuntimeError(f"{what} ended with status {ended.code}: {last}")
+        raise RuntimeError(f"{what} ended with status {ended.code}: {last_line(ended)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -233,7 +254,7 @@ def spoil(checkpoints: pathlib.Path, kind: str, rng: np.random.Generator) -> str
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The three parts
+# The four parts
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -308,8 +329,39 @@ def interrupt_exports(directory: pathlib.Path, num_kills: int, rng: np.random.Ge
     return {"exports": exports, "kills": kills, "mismatches": mismatches}
 
 
+def interrupt_pairs(directory: pathlib.Path, num_kills: int, rng: np.random.Generator) -> dict:
+    """Part 3."""
+    reference, settings = directory / "pair", SMALL | {"mesh.fsdp": 2}
+    for ended in train_pair(reference, settings):
+        check(ended, "the uninterrupted pair")
+    expected, kills, runs, mismatches = results(reference), collections.Counter(), 0, []
+    with tqdm.tqdm(total=num_kills, desc="kills of one of two", unit="kill") as bar:
+        while not runs or kills.total() < num_kills:
+            workdir, here = directory / f"pair_{runs}", 0
+            while not (workdir / "summary.json").exists():
+                phase = list(PHASES)[rng.integers(len(PHASES))]
+                often, longest = PHASES[phase]
+                alone = here >= PER_RUN or kills.total() >= num_kills
+                moment = None if alone else (phase, int(rng.integers(often)), rng.uniform(0, longest))
+                victim = int(rng.integers(2))
+                pair = train_pair(workdir, settings, moment, victim)
+                if pair[victim].code != -signal.SIGKILL:
+                    for ended in pair:
+                        check(ended, workdir.name)
+                    continue
+                kills[f"{'the first' if victim == 0 else 'the other'}, {pair[victim].said[-1]}"] += 1
+                here += 1
+                bar.update()
+                other = pair[1 - victim]
+                if other.code != 1 or not last_line(other).startswith(f"error: process {victim} died, "):
+                    mismatches.append(f"{workdir.name}: the other ended with status {other.code}: {last_line(other)}")
+            runs += 1
+            mismatches += [f"{workdir.name}: {name}" for name in differing(results(workdir), expected)]
+    return {"runs": runs, "kills": dict(kills), "mismatches": mismatches}
+
+
 def long_run(directory: pathlib.Path, steps: int) -> dict:
-    """Part 3: memory and files of one run of about `steps` steps."""
+    """Part 4: memory and files of one run of about `steps` steps."""
     rows = steps * LONG["batch.size"] // LONG["num_epochs"]
     workdir = directory / "long"
     began = time.perf_counter()
@@ -358,12 +410,15 @@ def page(command: str, found: dict) -> list[str]:
 
     one, lines = found["runs"], ["# Interruptions, faults and a long run", "", f"`{command}`", ""]
     two = found.get("exports", {"exports": 0, "kills": 0, "mismatches": []})
-    wrong = one["mismatches"] + two["mismatches"]
+    pairs = found.get("pairs", {"runs": 0, "kills": {}, "mismatches": []})
+    wrong = one["mismatches"] + two["mismatches"] + pairs["mismatches"]
     counts = [("runs ended", one["runs"]), ("tries", one["tries"]), ("runs killed", sum(one["kills"].values()))]
     counts += [("exports ended", two["exports"]), ("exports killed", two["kills"])]
+    counts += [("pairs of processes ended", pairs["runs"]), ("pairs of which one was killed", sum(pairs["kills"].values()))]
     counts += [("checkpoints damaged", sum(one["faults"].values())), ("damaged checkpoints set aside", one["set_aside"])]
     lines += table("counts", [*counts, ("mismatches with the uninterrupted run", len(wrong))])
     lines += table("killed during", sorted(one["kills"].items())) + table("faults", sorted(one["faults"].items()))
+    lines += table("of two processes, killed during", sorted(pairs["kills"].items())) if pairs["kills"] else []
     lines += [f"- {line}" for line in wrong]
     if "long" in found:
         long = found["long"]

@@ -179,18 +179,3 @@ def test_two_processes_give_the_trajectory_of_one(under_way, directory):
     assert [process.returncode for process in pair] == [0, 0], told
     assert f"in {directory / 'pair'}" in told[0][0] and "pair" not in told[1][0]
     assert_same_run(directory / "pair", directory / ONE)
-
-
-@pytest.mark.parametrize(
-    "variables, reason",
-    [
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "JAX_NUM_PROCESSES"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID"),
-    ],
-)
-def test_half_an_address_is_refused(monkeypatch, variables, reason):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=reason):
-        sharding.join_processes()
