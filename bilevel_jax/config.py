@@ -104,6 +104,7 @@ def default() -> ml_collections.ConfigDict:
             data=0,  # 0: all that fsdp and tensor leave
             fsdp=1,  # split the base's weights, too, and gather them layer by layer
             tensor=1,  # split heads, feed-forward and vocabulary
+            shard_selector=False,  # split ω, its optimizer and visits over all devices; they must divide the lower-level rows
         ),
         log=section(
             every=10,  # steps
@@ -249,6 +250,18 @@ def check_fit(config, max_positions: int, parts: int) -> None:
     for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
         if number % parts:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {parts} devices")
+
+
+def check_rows(config, num_rows: int, devices: int) -> None:
+    """Refuses lower-level rows that cannot be split over the `devices` where they are to be.
+
+    Raises:
+      ConfigError: one line that names the key and the number to take.
+    """
+    left = num_rows % devices
+    if config.mesh.shard_selector and left:
+        what = f"mesh.shard_selector=True: {devices} devices do not divide {num_rows} lower-level rows"
+        raise ConfigError(f"{what}; hold out some more (eval.num_lower={config.eval.num_lower + left}), or leave ω whole")
 
 
 def _check_keys(config, reference, prefix: str) -> None:

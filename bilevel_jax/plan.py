@@ -124,12 +124,14 @@ def make(config) -> Plan:
       ConfigError, ModelError: as of the run itself, as far as it shows without weights and rows.
     """
     configuration.check(config)
-    mesh, dtype = make_mesh(**config.mesh), jnp.dtype(config.model.dtype)
+    mesh, dtype = make_mesh(*(config.mesh[axis] for axis in sharding.AXES)), jnp.dtype(config.model.dtype)
     model = huggingface.read_config(huggingface.locate(config.model.path, ("config.json",)), config.model.dtype)
     configuration.check_fit(config, model.max_positions, sharding.parts(mesh, "rows"))
     model = dataclasses.replace(model, remat=config.model.remat)
     targets, rank = lora.resolve_targets(model, config.lora.targets), config.lora.rank
     num_rows = config.data.num_lower - config.eval.num_lower if config.data.num_lower else ASSUMED_ROWS
+    if config.data.num_lower:
+        configuration.check_rows(config, num_rows, mesh.size)
     items = []
 
     def add(name: str, size: int, when: str, source: str = "shapes") -> None:
@@ -142,13 +144,14 @@ def make(config) -> Plan:
     optimizer, select = configuration.build_optimizer(config), configuration.build_selector(config)
     adapter = adapter_shapes(model, rank, targets)
     state = jax.eval_shape(lambda start: step.init(start, optimizer, select, num_rows, tracked), adapter)
+    places = sharding.learned(mesh, state, config.mesh.shard_selector)
     add("base parameters", base_size, ALWAYS)
     add("adapter θ", size_of(state.policy.adapter), ALWAYS)
     add("its optimizer", size_of(state.policy.optimizer), ALWAYS)
     if tracked:
         add("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS)
-    add("ω, its optimizer, visits", size_of(state.selector), ALWAYS)
-    add("copy of all these but the base, for a checkpoint", size_of(state), ALWAYS)
+    add("ω, its optimizer, visits", size_of(state.selector, places.selector), ALWAYS)
+    add("copy of all these but the base, for a checkpoint", size_of(state, places), ALWAYS)
     if mesh.shape["fsdp"] > 1:
         gathered = AbstractMesh((1, 1, mesh.shape["tensor"]), sharding.AXES)
         layers, head = {"layers": base["layers"]}, {"lm_head": decoder.head(base)}

@@ -1,8 +1,9 @@
 """Where arrays live: a mesh of three axes, and one table from the names of dimensions to these axes.
 
 `data` and `fsdp` together split what there are many of: the sequences of a batch, the slots of the sampler. `fsdp` splits the
-base's weights along their hidden dimension, too, and `tensor` along the other: heads, feed-forward, vocabulary. The adapter, its
-optimizer and ω are whole on every device. One rule holds for all: a dimension stays whole where its axes do not divide it.
+base's weights along their hidden dimension, too, and `tensor` along the other: heads, feed-forward, vocabulary. The adapter and its
+optimizer are whole on every device; so is ω, unless it is to be split over all of them. One rule holds for all: a dimension stays
+whole where its axes do not divide it.
 
 XLA does the rest (GSPMD): inputs come with a `NamedSharding`, `constrain` repeats in the middle what must not be lost, and the
 same program runs on one device, where all axes have length 1.
@@ -23,6 +24,7 @@ RULES = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "examples": AXES,  # of the lower level, in ω
 }
 WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; a bias has the last one, a norm stays whole
     **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
@@ -107,10 +109,23 @@ def weights(mesh, base):
     return jax.tree_util.tree_map_with_path(of, base)
 
 
+def learned(mesh, state, shard_selector: bool):
+    """The sharding of every leaf of a `State`: whole, but for ω and what belongs to it if these are to be split."""
+    places = jax.tree.map(lambda leaf: whole(mesh), state)
+    return places._replace(selector=named(mesh, state.selector, "examples")) if shard_selector else places
+
+
 def place(x, where: NamedSharding) -> jax.Array:
     """An array that every process has, on the devices: each process gives its own devices their parts."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """All of an array, on the host. Of one that is split, every process must ask."""
+    if not array.is_fully_replicated:
+        array = jax.jit(lambda x: x, out_shardings=whole(array.sharding.mesh))(array)
+    return np.asarray(array)
 
 
 def replicate(tree, mesh: Mesh):

@@ -93,12 +93,13 @@ class Setup:
 
 def load(config) -> Setup:
     """Reads model and data, and checks that they go together."""
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(*(config.mesh[axis] for axis in sharding.AXES))
     directory = huggingface.locate(config.model.path)
     model = huggingface.read_config(directory, config.model.dtype)
     configuration.check_fit(config, model.max_positions, sharding.parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+    configuration.check_rows(config, len(lower.rows), mesh.size)
     base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
@@ -178,7 +179,9 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     objective, select = configuration.build_objective(config), configuration.build_selector(config)
     optimizer = configuration.build_optimizer(config)
     tracked = objective.value_function == "tracked"
-    state = sharding.replicate(step.init(setup.adapter, optimizer, select, len(lower.rows), tracked), mesh)
+    state = step.init(setup.adapter, optimizer, select, len(lower.rows), tracked)
+    places = sharding.learned(mesh, state, config.mesh.shard_selector)
+    state = jax.tree.map(sharding.place, state, places)
     own = online.nothing_yet(len(lower.rows))
     per_row = (2 if objective.upper == "dpo" else 1) + (config.online.num_samples if generates else 1)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
@@ -187,7 +190,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     batch_of = functools.partial(make_batch, config, upper, lower, references, layout)
     with clock("compile"), jax.set_mesh(mesh):
         update = step.make_step(model, objective, select, optimizer)
-        jitted = jax.jit(update, donate_argnums=1, out_shardings=sharding.whole(mesh))
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=(places, sharding.whole(mesh)))
         first = sharding.split_batch(batch_of(0, own).batch, mesh)
         train_step = jitted.lower(base, state, first, sharding.replicate(scales(config, 0), mesh)).compile()
 
@@ -216,7 +219,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         return values
 
     def verdict(state: step.State) -> dict[str, float]:
-        logits = np.asarray(state.selector.logits)
+        logits = sharding.fetch(state.selector.logits)
         values = {f"selector/{key}": float(value) for key, value in selector.summary(state.selector.logits).items()}
         if bad is not None and bad.any() and not bad.all() and select.rule != "uniform":
             values["selector/auroc"] = metrics.auroc(-logits, bad)
@@ -238,7 +241,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         writer.write(epoch * epoch_steps, epoch, values)
         if selects:
             s = state.selector
-            found = weights.table(lower.rows, np.asarray(s.logits), np.asarray(s.visits), own.masked)
+            found = weights.table(lower.rows, sharding.fetch(s.logits), sharding.fetch(s.visits), own.masked)
             weights.write(workdir / "weights" / f"epoch_{epoch}.parquet", found)
         return values
 
@@ -262,7 +265,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
 
     def refresh(state: step.State, k: int, stopped) -> online.Own | None:
         began = time.perf_counter()
-        logits = np.asarray(state.selector.logits) if config.method == "dynamic" else None
+        logits = sharding.fetch(state.selector.logits) if config.method == "dynamic" else None
         masked = online.masked_rows(logits, len(lower.rows), config.online.ratio, config.seed)
         until = min(k + config.online.refresh_every, num_steps)
         visited = online.visited_rows(config.seed, len(lower.rows), config.batch.size, k, until)

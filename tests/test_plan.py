@@ -83,6 +83,14 @@ def test_what_learns_is_whole_on_every_device(planned):
         assert items["ω, its optimizer, visits"] == (2 + 2) * 4 * 55000 + 4 + 4  # its own Adam's too; the running baseline
 
 
+def test_omega_over_all_devices(planned):
+    """Logits, visits and both moments; θ and the few scalars stay whole."""
+    name, copy = "ω, its optimizer, visits", "copy of all these but the base, for a checkpoint"
+    (_, whole), (_, split) = (planned(EIGHT, (2, 2, 2), {"mesh.shard_selector": flag}) for flag in (False, True))
+    assert split[name] == (2 + 2) * 4 * 55000 // 8 + 4 + 4
+    assert whole[copy] - split[copy] == whole[name] - split[name] and whole["adapter θ"] == split["adapter θ"]
+
+
 @pytest.mark.parametrize("mesh, parts", [((1, 1, 1), 1), ((2, 2, 1), 4), ((1, 4, 2), 8), ((1, 1, 16), 1)], ids=str)
 def test_cache(planned, mesh, parts):
     """16 devices cannot share 8 heads of keys: each has all of them."""
@@ -143,6 +151,14 @@ def test_xla_says_the_same():
 def test_rows_that_the_mesh_does_not_divide(planned):
     with pytest.raises(ValueError, match="online.slots=12 must be a multiple of mesh.data · mesh.fsdp, 8 devices"):
         planned(EIGHT, (1, 8, 1), {"online.slots": 12})
+
+
+def test_rows_that_all_devices_together_do_not_divide(planned):
+    rows = {"data.num_lower": 1007, "eval.num_lower": 4, "mesh.shard_selector": True}  # 1003 = 8 · 125 + 3
+    reason = "8 devices do not divide 1003 lower-level rows; hold out some more .eval.num_lower=7."
+    with pytest.raises(ValueError, match=f"^mesh.shard_selector=True: {reason}"):
+        planned(EIGHT, (2, 2, 2), rows)
+    planned(EIGHT, (2, 2, 2), rows | {"eval.num_lower": 7})
 
 
 def test_command(tmp_path):
