@@ -37,6 +37,7 @@ def default() -> ml_collections.ConfigDict:
             rho_step=0.1,  # added after each epoch
         ),
         selection=section(
+            parameterization="table",  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
             rule="bds",  # bds (10b), bmo (48), uniform (ω frozen: the control)
             optimizer="mirror",  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
             learning_rate=1.0,  # of ω: mirror takes about 1, the paper's Adam 1e-4
@@ -118,7 +119,7 @@ def default() -> ml_collections.ConfigDict:
 def build_selector(config) -> selector.Selector:
     """The selector of a run; frozen for direct mixing."""
     s = config.selection
-    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale)
+    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, s.parameterization)
     return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
 
 
@@ -236,6 +237,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(
         built.rule != "uniform" or config.selection.value_function == "zero",
         "selection.value_function=tracked has no effect with selection.rule=uniform, which never moves ω",
+    )
+    require(
+        built.rule != "uniform" or built.parameterization == "table",
+        "selection.parameterization=features has no effect with selection.rule=uniform, which never moves ω",
     )
 
 

@@ -10,6 +10,11 @@ when they were masked, so `--keep=1` is what goes with it. FILE.card.md beside i
 
 Rows are matched to weights by content, so data that changed since the run is refused.
 
+    python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
+
+ranks other rows, which the run never saw, by what it learned of those that it did (`selection.parameterization=features`), and
+writes them in the same way; their mean weight is 1.
+
 `--merged` writes a model directory (safetensors, config, tokenizer, README.md) that needs no PEFT.
 """
 
@@ -24,6 +29,7 @@ from bilevel_jax import cli, exporting
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True)
 SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file to write the kept rows to.")
 KEEP = flags.DEFINE_float("keep", 0.8, "Share of the rows to keep, heaviest first.")
+SCORE_NEW = flags.DEFINE_string("score-new", None, "Rows to rank and select from instead of those trained on.")
 REFINED = flags.DEFINE_bool("refined", False, "Masked rows have the model's latest own response.")
 FORMAT = flags.DEFINE_enum("format", "auto", list(exporting.FORMATS), "; ".join(f"{k}: {v}" for k, v in exporting.FORMATS.items()))
 MERGED = flags.DEFINE_string("merged", None, "Directory to write base and adapter to, as one model.")
@@ -34,14 +40,49 @@ def check_flags() -> None:
     """Refuses what has no meaning, before any work."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    for owner, names in ((SELECTED, ("keep", "refined", "format")), (MERGED, ("dtype",))):
+    for owner, names in ((SELECTED, ("keep", "score-new", "refined", "format")), (MERGED, ("dtype",))):
         idle = [name for name in names if flags.FLAGS[name].present]
         if idle and not owner.value:
             raise ValueError(f"--{idle[0]} goes with --{owner.name}")
+    if SCORE_NEW.value and REFINED.value:
+        raise ValueError("--refined has no responses to rows that the run never saw; leave it or --score-new out")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
+
+
+def rank_new(workdir: pathlib.Path, config, file: str):
+    """The rows of a file that fit the model, and a table of their weights as `weights.table` makes it."""
+    import numpy as np
+
+    from bilevel_jax import features, sharding, weights
+    from bilevel_jax.data import rows, templates
+    from bilevel_jax.models import huggingface
+
+    if config.selection.get("parameterization", "table") != "features":
+        raise ValueError(
+            f"--score-new: {workdir} has a logit for each row trained on, and none for others; "
+            "run with --config.selection.parameterization=features"
+        )
+    encoder, _ = features.read(workdir / features.FILE)
+    phi = features.read_phi(workdir / features.PHI)
+    directory = huggingface.locate(config.model.path)
+    tokenizer = templates.load_tokenizer(str(directory))
+    found, report = rows.read_rows(file)
+    print("\n".join(report.summary()))
+    examples = templates.encode(found, tokenizer, template=config.data.template)
+    kept, fitting, counts = templates.fit(examples, found, config.data.max_length)
+    for reason, (count, line) in counts.items():
+        print(f"  {count}: {reason} (first: {rows.place(file, line)})")
+    if not kept:
+        raise rows.DataError(f"{file}: no row fits data.max_length={config.data.max_length} tokens")
+    model, base = huggingface.load_model(str(directory), config.model.dtype)
+    mesh = sharding.make_mesh(1)
+    raw = features.pooled(model, base, fitting, config.batch.micro_size, config.data.max_length, mesh)
+    nothing = np.zeros(len(kept))
+    found = [found[i] for i in kept]
+    return found, weights.table(found, features.encode(encoder, raw) @ phi, visits=nothing, masked=nothing)
 
 
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
@@ -49,13 +90,13 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
 
-    table = weights.latest(workdir)
+    found, table = (None, weights.latest(workdir)) if not SCORE_NEW.value else rank_new(workdir, config, SCORE_NEW.value)
     if table is None:
         raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
     recorded = workdir / "responses.jsonl"
     if REFINED.value and not recorded.exists():
         raise FileNotFoundError(f"{recorded} is missing: method={config.method} generates nothing, so --refined has no responses")
-    found = levels.reopen(config)
+    found = found or levels.reopen(config)
     kept = exporting.select(found, table, KEEP.value)
     told = [{} for _ in kept]
     if REFINED.value:

@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from bilevel_jax import config as configuration
-from bilevel_jax import losses, sampling, sharding, step
+from bilevel_jax import features, losses, sampling, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
 
@@ -143,7 +143,7 @@ def make(config) -> Plan:
     tracked = configuration.build_objective(config).value_function == "tracked"
     optimizer, select = configuration.build_optimizer(config), configuration.build_selector(config)
     adapter = adapter_shapes(model, rank, targets)
-    state = jax.eval_shape(lambda start: step.init(start, optimizer, select, num_rows, tracked), adapter)
+    state = jax.eval_shape(lambda start: step.init(start, optimizer, select, num_rows, tracked, features.SIZE), adapter)
     places = sharding.learned(mesh, state, config.mesh.shard_selector)
     add("base parameters", base_size, ALWAYS)
     add("adapter θ", size_of(state.policy.adapter), ALWAYS)
@@ -151,6 +151,9 @@ def make(config) -> Plan:
     if tracked:
         add("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS)
     add("ω, its optimizer, visits", size_of(state.selector, places.selector), ALWAYS)
+    if select.parameterization == "features":
+        parts = mesh.size if config.mesh.shard_selector else 1
+        add("features of all rows", 4 * features.SIZE * num_rows // parts, ALWAYS, "formula")
     add("copy of all these but the base, for a checkpoint", size_of(state, places), ALWAYS)
     if mesh.shape["fsdp"] > 1:
         gathered = AbstractMesh((1, 1, mesh.shape["tensor"]), sharding.AXES)

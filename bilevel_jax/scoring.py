@@ -34,6 +34,22 @@ def _whole(found):
     return jax.tree.map(sharding.constrain, found)
 
 
+def batches(segments: Sequence[packing.Segment], sequences: int, max_length: int, mesh: jax.sharding.Mesh, description: str):
+    """Yields `(members, packed)` until every segment was in one: the places of some segments, and these packed into rows of
+    `sequences` at a time, on the devices. A few long segments do not make the short ones pay, and all lengths up to `max_length`
+    tokens share a handful of shapes."""
+    shapes: dict[int, list[int]] = {}
+    for i, segment in enumerate(segments):
+        shapes.setdefault(min(max(SHORT, 1 << (segment.size - 1).bit_length()), max_length), []).append(i)
+    with tqdm.tqdm(total=len(segments), desc=description, unit="row", delay=2, leave=False, disable=None) as bar:
+        for length, members in sorted(shapes.items()):
+            layout = packing.Layout(sequences, length, ENTRIES)
+            for first in range(0, len(members), ENTRIES):
+                part = members[first : first + ENTRIES]
+                yield part, sharding.split_batch(packing.pack([segments[i] for i in part], layout), mesh)
+                bar.update(len(part))
+
+
 _entry_nll = jax.jit(lambda *batch: _whole(step.entry_nll(*batch)), static_argnums=0)  # one cache for all scorers of a process
 _entry_scores = jax.jit(lambda *batch: _whole(entry_scores(*batch)), static_argnums=0)
 
@@ -45,28 +61,18 @@ def make_scorer(
 
     Both results are [n], in the order of the segments: the response's summed negative log-likelihood in nats, and the number of
     its tokens. With `greedy` there is a third: whether the most likely token at each place is the response's. `adapter=None`
-    scores the base. Segments are packed into `sequences` rows at a time; a few long ones do not make the short ones pay, and all
-    lengths up to `max_length` tokens share a handful of compilations.
+    scores the base. See `batches` for `sequences` and `max_length`.
     """
 
     def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, ...]:
         nll, missed, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
-        shapes: dict[int, list[int]] = {}
-        for i, segment in enumerate(segments):
-            shapes.setdefault(min(max(SHORT, 1 << (segment.size - 1).bit_length()), max_length), []).append(i)
-        with tqdm.tqdm(total=len(segments), desc=description, unit="row", delay=2, leave=False, disable=None) as bar:
-            for length, members in sorted(shapes.items()):
-                layout = packing.Layout(sequences, length, ENTRIES)
-                for first in range(0, len(members), ENTRIES):
-                    part = members[first : first + ENTRIES]
-                    packed = packing.pack([segments[i] for i in part], layout)
-                    batch = config, base, adapter, sharding.split_batch(packed, mesh)
-                    with jax.set_mesh(mesh):
-                        found = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
-                    for whole, values in zip((nll, missed), found):
-                        whole[part] = np.asarray(values)[: len(part)]
-                    count[part] = packed.length[: len(part)]
-                    bar.update(len(part))
+        for part, packed in batches(segments, sequences, max_length, mesh, description):
+            with jax.set_mesh(mesh):
+                batch = config, base, adapter, packed
+                found = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
+            for whole, values in zip((nll, missed), found):
+                whole[part] = np.asarray(values)[: len(part)]
+            count[part] = np.asarray(packed.length)[: len(part)]
         return (nll, count, missed == 0) if greedy else (nll, count)
 
     return score

@@ -2,6 +2,11 @@
 
 Weights are w_i = N·σ_i(ω), mean 1. No rule builds anything larger than [N]: since ∇σ_i = σ_i (e_i - σ), the gradient of a batch
 is one scatter and one rank-one term.
+
+The logits are free, a `table`, or a function of frozen features of the rows, ω = X φ with X [N, D] (`features`). By the chain
+rule the gradient of φ is that of ω, whatever the rule, times X: Σ_i x_i g_i. Every step then moves the logits of all rows, visited
+or not, and φ scores rows that are in no table. That costs O(N·D) a step, for the normaliser of σ is over all N rows: of the order
+of what one token costs a model of N·D parameters.
 """
 
 import dataclasses
@@ -15,14 +20,16 @@ RULES = ("bds", "bmo", "uniform")
 OPTIMIZERS = ("adam", "sgd", "mirror")
 BASELINES = ("none", "batch", "running")
 WEIGHT_SCALES = ("dataset", "literal")
+PARAMETERIZATIONS = ("table", "features")
 RUNNING_DECAY = 0.9
 
 
 class SelectorState(NamedTuple):
-    logits: jax.Array  # [N] float32, ω
+    logits: jax.Array  # [N] float32, ω; with features, X φ
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
-    optimizer: optax.OptState
+    optimizer: optax.OptState  # of ω; with features, of φ
+    phi: jax.Array | None = None  # [D] float32, φ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Selector:
         a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean is itself noise to the ranking
         of rows from different batches; the running mean averages it out.
       weight_scale: `dataset`: weights N·σ_i; `literal`: σ_i as the paper writes, which makes the lower level ~1/N of the loss.
+      parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ.
     """
 
     rule: str = "bds"
@@ -46,6 +54,7 @@ class Selector:
     tau: float = 1.0
     baseline: str = "running"
     weight_scale: str = "dataset"
+    parameterization: str = "table"
 
     def __post_init__(self):
         for name, allowed in (
@@ -53,6 +62,7 @@ class Selector:
             ("optimizer", OPTIMIZERS),
             ("baseline", BASELINES),
             ("weight_scale", WEIGHT_SCALES),
+            ("parameterization", PARAMETERIZATIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"selection.{name}={getattr(self, name)!r} is not among {', '.join(allowed)}")
@@ -60,6 +70,11 @@ class Selector:
             raise ValueError(f"selection.learning_rate must be positive, got {self.learning_rate}")
         if not self.tau > 0:
             raise ValueError(f"selection.tau must be positive, got {self.tau}")
+        if self.parameterization == "features" and self.optimizer == "mirror":
+            raise ValueError(
+                "selection.optimizer=mirror moves the logits of single rows, which selection.parameterization=features ties "
+                "together; take adam or sgd"
+            )
 
     def scale(self, num_rows: int) -> float:
         """What σ is multiplied by in the loss: N, or 1 for the paper's literal form."""
@@ -70,11 +85,12 @@ def _optimizer(selector: Selector) -> optax.GradientTransformation:
     return optax.adam(selector.learning_rate) if selector.optimizer == "adam" else optax.sgd(selector.learning_rate)
 
 
-def init(selector: Selector, num_rows: int) -> SelectorState:
-    """Equal weights for `num_rows` rows, none visited."""
+def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorState:
+    """Equal weights for `num_rows` rows, none visited. `num_features`, D, matters where ω is a function of features."""
     logits = jnp.zeros(num_rows, jnp.float32)
     visits = jnp.zeros(num_rows, jnp.float32)
-    return SelectorState(logits, visits, jnp.float32(jnp.nan), _optimizer(selector).init(logits))
+    phi = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
+    return SelectorState(logits, visits, jnp.float32(jnp.nan), _optimizer(selector).init(logits if phi is None else phi), phi)
 
 
 def probabilities(logits_N: jax.Array, sample_E: jax.Array) -> jax.Array:
@@ -96,8 +112,10 @@ def _center(selector: Selector, state: SelectorState, cost_E, share_E):
     return cost_E - (batch_mean if selector.baseline == "batch" else before), running
 
 
-def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lower, cost_E, gamma) -> SelectorState:
-    """One move of ω.
+def update(
+    selector: Selector, state: SelectorState, sample_E, share_E, num_lower, cost_E, gamma, features_NxD=None
+) -> SelectorState:
+    """One move of ω, or of φ.
 
     With C the cost, centred by the baseline, and B rows in the batch:
 
@@ -142,6 +160,10 @@ def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lowe
         pull_E = gamma * selector.scale(N) * share_E * cost_E * sigma_E
         gradient = -jnp.sum(pull_E) * jax.nn.softmax(state.logits)
         gradient = gradient.at[sample_E].add(pull_E, mode="drop")
+    if features_NxD is not None:
+        updates, optimizer = _optimizer(selector).update(gradient @ features_NxD, state.optimizer)
+        phi = optax.apply_updates(state.phi, updates)
+        return state._replace(logits=features_NxD @ phi, phi=phi, optimizer=optimizer)
     updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
     return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
 

@@ -92,12 +92,17 @@ class Scales(NamedTuple):
 
 
 def init(
-    adapter, optimizer: optax.GradientTransformation, selector: selection.Selector, num_rows: int, tracked: bool
+    adapter,
+    optimizer: optax.GradientTransformation,
+    selector: selection.Selector,
+    num_rows: int,
+    tracked: bool,
+    num_features: int = 0,
 ) -> State:
     """The state before the first step, for `num_rows` lower-level rows. θ' starts where θ does."""
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
-    return State(jnp.int32(0), policy, selection.init(selector, num_rows), tracker)
+    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,14 +176,15 @@ def make_step(
     selector: selection.Selector,
     optimizer: optax.GradientTransformation,
 ) -> Callable:
-    """Builds `step(base, state, batch, scales) -> (state, metrics)`, pure and ready for `jax.jit(step, donate_argnums=1)`.
+    """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
+    `jax.jit(step, donate_argnums=1)`. `features` are the rows' [N, D] where ω is a function of them.
 
     `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean ℓ, unweighted), `gradient_norm`,
     `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN finds its row, `log_ratio`, log r at θ^k before
     clipping, and `response_weight`, what became of it (1 for responses of the data).
     """
 
-    def step(base, state: State, batch: packing.Batch, scales: Scales):
+    def step(base, state: State, batch: packing.Batch, scales: Scales, features_NxD=None):
         N, E = state.selector.logits.shape[0], batch.share.shape[0]
         packed = batch.packed
         lower_share_E = jnp.where(batch.sample < N, batch.share, 0.0)
@@ -229,7 +235,7 @@ def make_step(
         if tracker is not None:
             cost_E = cost_E - row_losses(tracker_nll_E)
         moved = selection.update(
-            selector, state.selector, batch.sample, lower_share_E, batch.num_lower, cost_E, scales.lower
+            selector, state.selector, batch.sample, lower_share_E, batch.num_lower, cost_E, scales.lower, features_NxD
         )
 
         metrics = {

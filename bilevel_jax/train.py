@@ -20,7 +20,21 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import checkpoint, metrics, online, page, progress, sampling, scoring, selector, sharding, step, weights, workspace
+from bilevel_jax import (
+    checkpoint,
+    features,
+    metrics,
+    online,
+    page,
+    progress,
+    sampling,
+    scoring,
+    selector,
+    sharding,
+    step,
+    weights,
+    workspace,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, order, packing, templates
 from bilevel_jax.models import decoder, huggingface, lora
@@ -108,6 +122,16 @@ def load(config) -> Setup:
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 
+def fit_features(config, setup: Setup) -> tuple[features.Encoder, np.ndarray]:
+    """What makes features of rows, and those of the lower level's, [N, D]."""
+    lower, upper = (
+        features.pooled(setup.model, setup.base, level.examples, config.batch.micro_size, config.data.max_length, setup.mesh)
+        for level in (setup.lower, setup.upper)
+    )
+    encoder = features.fit(lower, upper)
+    return encoder, features.encode(encoder, lower)
+
+
 def make_refresh(config, setup: Setup, score) -> Callable:
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
@@ -179,9 +203,14 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     objective, select = configuration.build_objective(config), configuration.build_selector(config)
     optimizer = configuration.build_optimizer(config)
     tracked = objective.value_function == "tracked"
-    state = step.init(setup.adapter, optimizer, select, len(lower.rows), tracked)
+    state = step.init(setup.adapter, optimizer, select, len(lower.rows), tracked, features.SIZE)
     places = sharding.learned(mesh, state, config.mesh.shard_selector)
     state = jax.tree.map(sharding.place, state, places)
+    encoder = frozen = None  # what makes features, and those of all rows, [N, D]
+    if select.parameterization == "features":
+        with clock("load"):
+            encoder, frozen = features.read(shared / features.FILE) if start else fit_features(config, setup)
+            frozen = sharding.place(frozen, places.selector.logits)
     own = online.nothing_yet(len(lower.rows))
     per_row = (2 if objective.upper == "dpo" else 1) + (config.online.num_samples if generates else 1)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
@@ -192,10 +221,12 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         update = step.make_step(model, objective, select, optimizer)
         jitted = jax.jit(update, donate_argnums=1, out_shardings=(places, sharding.whole(mesh)))
         first = sharding.split_batch(batch_of(0, own).batch, mesh)
-        train_step = jitted.lower(base, state, first, sharding.replicate(scales(config, 0), mesh)).compile()
+        train_step = jitted.lower(base, state, first, sharding.replicate(scales(config, 0), mesh), frozen).compile()
 
     # The workdir belongs to this config now that it has proved to run.
     workspace.write_atomically(workdir / "config.json", config.to_json(indent=2, sort_keys=True) + "\n")
+    if encoder and not start:
+        features.write(workdir / features.FILE, encoder, sharding.fetch(frozen))
     at_start, refreshed = {}, {}  # measures before the first step, and counts of all refreshes
     if start:
         state, own = checkpoints.restore(start, state)
@@ -320,7 +351,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
             with log.elsewhere():
                 profile.before(k, state)
             with jax.profiler.StepTraceAnnotation("step", step_num=k):
-                state, found = train_step(base, state, sharding.split_batch(drawn.batch, mesh), scale)
+                state, found = train_step(base, state, sharding.split_batch(drawn.batch, mesh), scale, frozen)
             done = k + 1
             ends_epoch = done % epoch_steps == 0
             spread = selector.summary(state.selector.logits) if selects and done % config.log.every == 0 else {}
@@ -343,6 +374,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         raise workspace.Interrupted(f"{name}: saved at step {int(state.step)} of {num_steps}; the same command continues")
 
     huggingface.save_adapter(workdir / "adapter", model, state.policy.adapter, alpha=config.lora.alpha, base=config.model.path)
+    if encoder:
+        features.write_phi(workdir / features.PHI, sharding.fetch(state.selector.phi))
     final = final or measure(state)  # the latter if resumed after the last step
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
     summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed

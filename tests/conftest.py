@@ -241,6 +241,21 @@ def finished(make_config, tmp_path_factory):
     return workdir
 
 
+AMORTISED = {
+    "selection.parameterization": "features",
+    "selection.optimizer": "sgd",
+    "selection.coefficient_at": "current",
+}
+
+
+@pytest.fixture(scope="session")
+def amortised(make_config, tmp_path_factory):
+    """Workdir of a finished run whose logits are a function of features."""
+    workdir = tmp_path_factory.mktemp("amortised") / "run"
+    train.run(make_config(AMORTISED), workdir)
+    return workdir
+
+
 @pytest.fixture(scope="session")
 def make_adapter():
     """`make_adapter(directory, out) -> out`: a random PEFT adapter of the model in `directory` that is not zero."""

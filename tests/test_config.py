@@ -27,6 +27,7 @@ def with_changes(changes) -> ml_collections.ConfigDict:
 
 
 OFFLINE = {"method": "offline"}
+FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
 MIXING = {"method": "mixing"}
 
 
@@ -97,6 +98,8 @@ MIXING = {"method": "mixing"}
         ({"selection.baseline": "median"}, "selection.baseline"),
         ({"selection.value_function": "exact"}, "selection.value_function"),
         ({"selection.weight_scale": "n"}, "selection.weight_scale"),
+        ({"selection.parameterization": "mlp"}, "selection.parameterization"),
+        ({"selection.parameterization": "features"}, "selection.optimizer=mirror"),
         ({"selection.coefficient_at": "previous"}, "selection.coefficient_at"),
         ({"online.response_weight": "token"}, "online.response_weight"),
         ({"online.generate": "some"}, "online.generate"),
@@ -116,6 +119,7 @@ MIXING = {"method": "mixing"}
         ({"method": "online", "num_epochs": 10}, "penalty.rho_step"),  # online and dynamic have the schedule of offline
         ({"method": "dynamic", "penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"selection.rule": "uniform", "selection.value_function": "tracked"}, "selection.value_function"),
+        (OFFLINE | FEATURES | {"selection.rule": "uniform"}, "selection.parameterization"),
     ],
 )
 def test_refuses(changes, named):
@@ -152,6 +156,7 @@ def test_names_a_missing_key(section):
         OFFLINE | {"mixing.rho": 7.0},  # a number that is not used
         {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
         {"method": "online", "online.ratio": 1, "online.response_weight": "softmax", "online.generate": "all", "online.slots": 1},
+        OFFLINE | FEATURES,
         {"data.num_upper": 0, "eval.num_upper": 0, "eval.num_lower": 0, "eval.keep": 1.0, "checkpoint.every": 0},
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from bilevel_jax import weights
+from bilevel_jax.data import rows as data_rows
 from bilevel_jax.models import decoder, huggingface
 from tests.conftest import HELD_OUT, NUM_LOWER, make_rows, read_jsonl, run_command, write_jsonl
 
@@ -55,6 +56,32 @@ def front_matter(text):
 # --------------------------------------------------------------------------------------------------------------------
 # Kept rows
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_score_new(command, amortised, data, tmp_path):
+    """Rows trained on, given as new ones, weigh what they weighed; a row that does not fit is told and left out."""
+    table = weights.latest(amortised)
+    before = dict(zip(table["id"].to_pylist(), table["logit"].to_pylist()))
+    rows = read_jsonl(data / "lower.jsonl")
+    long = rows[0] | {"question": "very " * 200}
+    new = write_jsonl(tmp_path / "new.jsonl", [long, *rows[::-1]])
+    out = tmp_path / "ranked.jsonl"
+    arguments = f"--workdir={amortised}", f"--score-new={new}", f"--selected={out}"
+    printed = command(*arguments, "--keep=1")
+    assert f"{NUM_LOWER} of {NUM_LOWER} rows kept" in printed and "question over 96 tokens (first: " in printed
+    ranked = read_jsonl(out)
+    assert sorted(row["rank"] for row in ranked) == list(range(1, NUM_LOWER + 1))
+    assert np.mean([row["weight"] for row in ranked]) == pytest.approx(1)
+    ids = {row.fields["question"]: row.id for row in data_rows.read_rows(str(new))[0]}
+    known = [(np.log(row["weight"]), before[ids[row["question"]]]) for row in ranked if ids[row["question"]] in before]
+    assert len(known) == TRAINED
+    shift = [mine - logit for mine, logit in known]  # logits are defined but for a constant
+    np.testing.assert_allclose(shift, np.mean(shift), atol=1e-4)
+    assert np.std([logit for _, logit in known]) > 1e-3
+
+    command(*arguments, "--keep=0.2")
+    assert [row["rank"] for row in sorted(read_jsonl(out), key=lambda row: row["rank"])] == list(range(1, 6))
+
 
 
 def test_jsonl_and_parquet(command, finished, data, tmp_path):
@@ -227,6 +254,9 @@ def test_refuses_runs(command, copied, tmp_path, spoil, more, reason):
         ([], "--selected=FILE.jsonl, --merged=DIR or both"),
         (["--merged=m", "--refined"], "--refined goes with --selected"),
         (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),
+        (["--merged=m", "--score-new=new.jsonl"], "--score-new goes with --selected"),
+        (["--selected=kept.jsonl", "--score-new=new.jsonl", "--refined"], "never saw"),
+        (["--selected=kept.jsonl", "--score-new=new.jsonl"], "selection.parameterization=features"),
     ],
 )
 def test_refuses_flags(command, finished, arguments, reason):

@@ -126,6 +126,47 @@ def test_bds_follows_the_gradient_of_the_objective(weight_scale):
     np.testing.assert_allclose(gradient, by_differences, rtol=1e-5, atol=1e-6)
 
 
+X = np.random.default_rng(4).normal(size=(N, 4))
+PHI = np.array([0.3, -0.2, 0.5, 0.1])
+
+
+def begin_with_features(selector, x, phi):
+    state = selection.init(selector, len(x), x.shape[1])
+    return state._replace(phi=jnp.asarray(phi, jnp.float32), logits=jnp.asarray(x @ phi, jnp.float32))
+
+
+@pytest.mark.parametrize("weight_scale", selection.WEIGHT_SCALES)
+def test_phi_follows_the_gradient_of_the_objective(weight_scale):
+    selector = Selector("bds", "sgd", 1.0, 1.0, "none", weight_scale, "features")
+    entries, gamma = BATCHES[1]
+    sample, share, cost = columns(entries)
+    before = begin_with_features(selector, X, PHI)
+    after = selection.update(selector, before, sample, share, B, cost, gamma, jnp.asarray(X, jnp.float32))
+    scale = {"dataset": N, "literal": 1}[weight_scale]
+    lower = [(i, share, cost) for i, share, cost in entries if i < N]
+
+    def objective(phi):
+        return gamma * sum(share * scale * softmax(X @ phi)[i] * cost for i, share, cost in lower)
+
+    by_differences = [(objective(PHI + e) - objective(PHI - e)) / 2e-5 for e in 1e-5 * np.eye(4)]
+    np.testing.assert_allclose(PHI - np.asarray(after.phi), by_differences, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.logits, X @ np.asarray(after.phi, np.float64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.visits, np.isin(np.arange(N), [0, 2, 4]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule, optimizer", [*itertools.product(("bds", "bmo"), ("sgd", "adam"))])
+def test_a_table_is_features_that_name_the_row(rule, optimizer):
+    table = Selector(rule, optimizer, 0.3, 0.7, "running")
+    linear = Selector(rule, optimizer, 0.3, 0.7, "running", parameterization="features")
+    free, tied = begin(table), begin_with_features(linear, np.eye(N), START)
+    for entries, gamma in BATCHES:
+        sample, share, cost = columns(entries)
+        free = selection.update(table, free, sample, share, B, cost, gamma)
+        tied = selection.update(linear, tied, sample, share, B, cost, gamma, jnp.eye(N))
+        np.testing.assert_array_equal(tied.logits, free.logits)
+        np.testing.assert_array_equal(tied.phi, free.logits)
+
+
 @pytest.mark.parametrize("rule", ["bds", "bmo"])
 def test_mirror_touches_visited_logits_alone(rule):
     selector = Selector(rule, "mirror", baseline="running")
@@ -303,6 +344,8 @@ def test_nothing_larger_than_the_logits(rule, optimizer, intermediate_shapes):
         ({"learning_rate": 0.0}, "selection.learning_rate.*0.0"),
         ({"learning_rate": float("nan")}, "selection.learning_rate.*nan"),
         ({"tau": -2.0}, "selection.tau.*-2.0"),
+        ({"parameterization": "mlp"}, "selection.parameterization='mlp'"),
+        ({"parameterization": "features", "optimizer": "mirror"}, "selection.optimizer=mirror .* take adam or sgd"),
     ],
 )
 def test_options_are_checked(options, message):

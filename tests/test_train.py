@@ -17,10 +17,11 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import online, plan, progress, sampling, train, workspace
+from bilevel_jax import features, online, plan, progress, sampling, train, workspace
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import order, packing, templates
 from tests.conftest import (
+    AMORTISED,
     EPOCH_STEPS,
     EPOCHS,
     EVERYTHING,
@@ -521,6 +522,23 @@ def test_offline(make_config, tmp_path, rule, optimizer, options):
     summary, _ = finish(make_config, {f"selection.{key}": value for key, value in options.items()}, tmp_path)
     assert 0 < summary["selector/ess"] < 1 and 0 <= summary["selector/auroc"] <= 1
     assert summary["selector/weight_min"] < 1 < summary["selector/weight_max"]
+
+
+def test_features(amortised, make_config, tmp_path, monkeypatch):
+    """Logits are those of the stored features and φ; a run that was stopped does not make features again, and ends the same."""
+    encoder, stored = features.read(amortised / features.FILE)
+    phi = features.read_phi(amortised / features.PHI)
+    assert stored.shape == (NUM_LOWER - HELD_OUT, features.SIZE) and phi.any()
+    np.testing.assert_allclose(table_of(amortised, EPOCHS)["logit"], stored @ phi.astype(np.float64), rtol=1e-4, atol=1e-6)
+
+    with monkeypatch.context() as once:
+        stop_at(once, 3)
+        with pytest.raises(workspace.Interrupted):
+            train.run(make_config(AMORTISED), tmp_path)
+    monkeypatch.setattr(features, "pooled", None)
+    train.run(make_config(AMORTISED), tmp_path)
+    for file in ("adapter/adapter_model.safetensors", f"weights/epoch_{EPOCHS}.parquet", features.FILE, features.PHI):
+        assert (tmp_path / file).read_bytes() == (amortised / file).read_bytes(), file
 
 
 def test_uniform(make_config, tmp_path):
