@@ -10,8 +10,8 @@ Gaussian hidden states it is, to first order in ρ, what depends on both in log 
 gives to other questions, and not to such as this one, counts against a row, while the style of all answers to all questions counts
 for nothing: that differs between honest sources too. The bilevel rule is after log p_U(a|q) itself: with v(ω) = 0 the cost in (10b)
 is -log p_θ(a|q), and θ follows U. But that is a sum over tokens, in which all that is hard about a row comes first; a coarse view
-of the same conditional distribution, which sees nothing else, errs otherwise. How much trust counts is left to (10b), as for every
-feature. No label is read.
+of the same conditional distribution, which sees nothing else, errs otherwise. φ finds by (10b) or (47) how much trust tells of the
+cost, as for every feature. No label is read.
 """
 
 import dataclasses
@@ -30,9 +30,10 @@ from bilevel_jax.models import decoder
 
 FILE, PHI = "features.npz", "phi.npy"  # in a run's workdir: the encoder with the features of all rows, and φ at the end
 WIDTH = 64  # d
-CANONICAL = 4  # r, pairs of canonical variates
+CANONICAL = 8  # r, pairs of canonical variates
 SCREENED = 32  # principal directions of the trusted rows in which they are sought
 RIDGE = 0.05  # added to the variances of these, which are at most 1 in all
+TRUST_SPREAD = 3.0  # the other features' variances add up to 1 for questions and for answers: what spreads more is learned sooner
 SIZE = 2 * WIDTH + 1  # D
 
 
@@ -76,8 +77,8 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 def pooled(
     config: decoder.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
 ) -> np.ndarray:
-    """`entry_means` of rows half way up the base, [n, 2, H], in their order. For `sequences` and `max_length` see
-    `scoring.batches`."""
+    """`entry_means` of rows half way up the base, [n, 2, H], in their order: 8·H bytes of host memory a row, as long as
+    features are made. For `sequences` and `max_length` see `scoring.batches`."""
     config, base = lower_half(config, base)
     found = np.zeros((len(examples), 2, config.hidden_size), np.float32)
     for part, packed in scoring.batches(scoring.segments_of(examples), sequences, max_length, mesh, "features"):
@@ -154,11 +155,11 @@ def fit(lower_Nx2xH: np.ndarray, upper_Mx2xH: np.ndarray) -> Encoder:
 
 
 def encode(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
-    """Features of rows, [n, D] float32: questions and answers along the principal directions, then trust, whose spread is 1. The
-    mean of each is 0 over the rows that the encoder was fitted to."""
+    """Features of rows, [n, D] float32: questions and answers along the principal directions, then trust with `TRUST_SPREAD`.
+    The mean of each is 0 over the rows that the encoder was fitted to."""
     along = _along(raw_nx2xH, encoder.mean, encoder.directions)
     mean, spread = encoder.trust
-    trust = (_trust(encoder, raw_nx2xH) - mean) / spread
+    trust = TRUST_SPREAD * (_trust(encoder, raw_nx2xH) - mean) / spread
     return np.concatenate([along.reshape(len(along), -1), trust[:, None]], axis=1).astype(np.float32)
 
 

@@ -87,8 +87,8 @@ def test_trust_tells_answers_by_their_question():
 
 def test_canonical_directions_of_a_known_covariance():
     """With variances 1 and correlations ρ_j, ridge λ: directions are the axes over √(1+λ), correlations ρ_j / (1+λ)."""
-    rng, k = np.random.default_rng(0), 6
-    rho = np.array([0.9, 0.7, 0.5, 0.3, 0.1, 0.0])
+    rng, k = np.random.default_rng(0), 10
+    rho = np.linspace(0.9, 0.0, k)
     noise, _ = np.linalg.qr(rng.normal(size=(500, 2 * k)))  # no sampling error: all 2k columns are uncorrelated
     noise *= 500**0.5
     question = noise[:, :k]
@@ -121,6 +121,8 @@ def test_the_other_features_are_principal_components():
         mine = found[:, part * features.WIDTH : (part + 1) * features.WIDTH]
         np.testing.assert_allclose(mine.T @ mine, np.diag(singular**2 / 90), atol=0.02)
         np.testing.assert_allclose(mine.mean(0), 0, atol=1e-4)
+    assert found[:, -1].mean() == pytest.approx(0, abs=1e-4)
+    assert found[:, -1].std() == pytest.approx(features.TRUST_SPREAD, rel=1e-4)
 
 
 def test_a_trusted_level_of_one_row_and_a_model_narrower_than_its_features():
