@@ -227,6 +227,8 @@ def _row(line: int, value: Any, preference: bool, questions_only: bool) -> Row:
         row_id = content_id(system, messages, response, rejected)
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer or file takes
         raise _Unusable("text with a lone surrogate") from None
+    if preference and response.strip() == rejected.strip():
+        raise _Unusable("chosen and rejected are the same")
     # The id covers both answers whether or not they are wanted here, so that it is the same in every use of the data.
     rejected = rejected if preference else None
     return Row(row_id, system, messages, response, rejected, source, value, line, SCHEMAS[key])

@@ -23,7 +23,7 @@ def open_source(
       num_rows: of the generator (there is no default) and recipes (0: their own size); otherwise, if > 0, the size of a
         random subset in stored order, which is never simply the head, or everything where there are fewer rows.
       bad_fraction: the share of planted bad rows; `synthetic:lower` alone has any.
-      preference: the rows must have a chosen and a rejected response.
+      preference: the rows must have a chosen and a rejected response; generated ones have.
 
     Raises:
       DataError: if there is no such source, or it has no usable row.
@@ -34,7 +34,7 @@ def open_source(
     if kind == "recipe":
         objects = recipes.build(part, num_rows=num_rows, seed=seed)
     elif kind == "synthetic":
-        objects = _generate(name, part, num_rows, seed, bad_fraction)
+        objects = _generate(name, part, num_rows, seed, bad_fraction, preference)
     elif num_rows and rows.is_hub(name):
         return _hub_subset(name, num_rows, seed, preference)
     else:
@@ -57,12 +57,14 @@ def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.nd
     return np.sort(order[num_eval:]), np.sort(order[:num_eval])
 
 
-def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: float) -> list[dict]:
+def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: float, preference: bool) -> list[dict]:
     if part not in ("upper", "lower"):
         raise DataError(f"{name}: no such generator; choose synthetic:upper or synthetic:lower")
     if num_rows == 0:
         raise DataError(f"{name}: generated rows need a number of rows")
-    return synthetic.upper(num_rows, seed) if part == "upper" else synthetic.lower(num_rows, seed, bad_fraction)
+    if part == "upper":
+        return synthetic.upper_pairs(num_rows, seed) if preference else synthetic.upper(num_rows, seed)
+    return (synthetic.lower_pairs if preference else synthetic.lower)(num_rows, seed, bad_fraction)
 
 
 def _places(size: int, num_rows: int, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ on the same one: for held-out rows draw more rows at once and split them.
 
 A row is a dict: `question`, `response`, `source` (the task's name), and for measurement only `difficulty`
 ("easy" | "medium" | "hard"), `bad`, `kind` ("clean" or one of `BAD_KINDS`) and `truth` (the right response).
+`upper_pairs` and `lower_pairs` draw preference rows, which have `prompt`, `chosen` and `rejected` instead.
 """
 
 import zlib
@@ -504,6 +505,32 @@ def lower(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
     num_bad = round(bad_fraction * num_rows)
     kinds = list(rng.choice(list(BAD_KINDS), num_bad, p=list(BAD_KINDS.values()))) + ["clean"] * (num_rows - num_bad)
     return _rows(rng, draw(rng, kinds, num_rows), side=1)
+
+
+def upper_pairs(num_rows: int, seed: int) -> list[dict]:
+    """Trusted pairs: the right response is chosen, one of a bad row rejected."""
+    rng = np.random.default_rng([seed, 2])
+    return _pairs(rng, num_rows, np.zeros(num_rows, bool), side=0)
+
+
+def lower_pairs(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
+    """Pairs of which exactly round(bad_fraction · num_rows) have their labels flipped: the right response is rejected."""
+    if not 0 <= bad_fraction <= 1:
+        raise ValueError(f"bad_fraction must lie in [0, 1], not {bad_fraction}")
+    rng = np.random.default_rng([seed, 3])
+    flipped = rng.permutation(num_rows) < round(bad_fraction * num_rows)
+    return _pairs(rng, num_rows, flipped, side=1)
+
+
+def _pairs(rng: np.random.Generator, num_rows: int, flipped: Sequence[bool], side: int) -> list[dict]:
+    """Bad rows of all kinds, each beside its truth. `bad` marks a flipped label, `kind` says what the wrong response is."""
+    kinds = rng.choice(list(BAD_KINDS), num_rows, p=list(BAD_KINDS.values()))
+    pairs = []
+    for row, flip in zip(_rows(rng, kinds, side), flipped):
+        right, wrong = row["truth"], row.pop("response")
+        chosen, rejected = (wrong, right) if flip else (right, wrong)
+        pairs.append({"prompt": row.pop("question"), "chosen": chosen, "rejected": rejected} | row | {"bad": bool(flip)})
+    return pairs
 
 
 def _rows(rng: np.random.Generator, kinds: Sequence[str], side: int, max_tries: int = 1000) -> list[dict]:

@@ -161,6 +161,13 @@ def test_preferences_are_required_when_asked_for():
     assert parse_one(QA, preference=True) == Rejection(1, "no field 'chosen'")
 
 
+@pytest.mark.parametrize("rejected", ["yes", " yes\n"])
+def test_equal_answers_are_no_preference(rejected):
+    pair = {"prompt": "q", "chosen": "yes", "rejected": rejected}
+    assert parse_one(pair, preference=True) == Rejection(1, "chosen and rejected are the same")
+    assert parse_one(pair).response == "yes"  # it may be imitated
+
+
 def test_no_json_value_crashes():
     """Every JSON value in the place of every field is a row or a rejection."""
     values = [None, True, 0, -1.5, "", " ", "x", [], [[]], ["x"], [{}], {}, {"role": "user"}, float("inf"), 10**400]

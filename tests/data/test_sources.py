@@ -49,6 +49,15 @@ def test_synthetic(name, bad):
     assert [row.id for row in found] == [row.id for row in open_source(name, num_rows=40)[0]]
 
 
+@pytest.mark.parametrize(("name", "bad"), [("synthetic:upper", 0), ("synthetic:lower", 10)])
+def test_synthetic_pairs(name, bad):
+    found, report = open_source(name, num_rows=40, preference=True)
+    assert len(found) == 40 and report.schemas == {"prompt/chosen/rejected": 40} and not report.rejections
+    assert sum(row.fields["bad"] for row in found) == bad  # 0.25 · 40
+    for row in found:
+        assert (row.rejected if row.fields["bad"] else row.response) == row.fields["truth"]
+
+
 def test_recipe(monkeypatch):
     calls = []
 
@@ -67,12 +76,14 @@ def test_recipe(monkeypatch):
         ("synthetic:middle", {"num_rows": 3}, "synthetic:middle: no such generator"),
         ("synthetic:upper", {}, "synthetic:upper: generated rows need a number of rows"),
         ("synthetic:upper", {"num_rows": -1}, "num_rows must not be negative, not -1"),
-        ("synthetic:upper", {"num_rows": 3, "preference": True}, "synthetic:upper row 1: no field 'chosen'"),
+        ("recipe:blueorca", {"num_rows": 3, "preference": True}, "recipe:blueorca row 1: no field 'chosen'"),
         ("recipe:greenorca", {}, "unknown recipe 'greenorca'"),
         ("nowhere/a.jsonl", {}, "no such file"),
     ],
 )
-def test_refusals(name, options, message):
+def test_refusals(name, options, message, monkeypatch):
+    if options.get("preference"):
+        monkeypatch.setattr(recipes, "build", lambda *_, **__: [{"question": "q", "response": "r"}])
     with pytest.raises(DataError, match=message):
         open_source(name, **options)
 

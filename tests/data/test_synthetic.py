@@ -48,6 +48,23 @@ def test_too_many_rows_is_an_error_and_not_a_hang(monkeypatch):
         synthetic.lower(2000, 0, 1.0)
 
 
+def test_pairs():
+    """Right beside wrong, from the two sides of all questions; exactly the flipped ones are marked, and they come in no order."""
+    above, below = synthetic.upper_pairs(300, 5), synthetic.lower_pairs(401, 5, 0.3)
+    for pair in above + below:
+        assert set(pair) == FIELDS - {"question", "response"} | {"prompt", "chosen", "rejected"}
+        right, wrong = (pair["rejected"], pair["chosen"]) if pair["bad"] else (pair["chosen"], pair["rejected"])
+        assert right == pair["truth"] != wrong and pair["kind"] in synthetic.BAD_KINDS
+    assert not any(pair["bad"] for pair in above)
+    places = [place for place, pair in enumerate(below) if pair["bad"]]
+    assert len(places) == 120 and 150 < sum(places) / 120 < 250  # 0.3 · 401, and five standard deviations about the middle
+    prompts = [pair["prompt"] for pair in above + below]
+    assert len(set(prompts)) == len(prompts) == 701
+    assert synthetic.lower_pairs(401, 5, 0.3) == below != synthetic.lower_pairs(401, 6, 0.3)
+    with pytest.raises(ValueError, match="-0.1"):
+        synthetic.lower_pairs(10, 0, -0.1)
+
+
 @pytest.mark.parametrize("rows", [UPPER, LOWER], ids=["upper", "lower"])
 def test_fields(rows):
     for row in rows:
