@@ -7,7 +7,7 @@ import re
 import ml_collections
 import optax
 
-from bilevel_jax import online, sampling, selector, step
+from bilevel_jax import online, preferences, sampling, selector, step
 from bilevel_jax.data import templates
 
 ONLINE = ("online", "dynamic")
@@ -57,11 +57,17 @@ def default() -> ml_collections.ConfigDict:
             clip=2.0,  # the most that a ratio counts
             generate="needed",  # needed: what is visited before the next refresh; all: every masked question, to look at
             slots=64,  # responses decoded side by side
+            # what a masked question's G responses are learned by: sft (all of them alike, eq. 8); by their rewards: best_of, rwr
+            # (reward-weighted regression), reinforce (leave-one-out baseline), dpo, ipo (the best against the worst)
+            objective="sft",
+            reward="",  # truth, likelihood, MODULE:CALLABLE, or the directory of a classification model; see `rewards`
+            reward_temperature=1.0,  # β of rwr, in units of the reward
         ),
         loss=section(
-            upper="sft",  # sft, dpo (needs preference rows)
-            dpo_beta=0.1,
-            reduction="mean",  # of a response's tokens: mean, sum (eq. 1)
+            upper="sft",  # sft; dpo, ipo (need preference rows)
+            lower="sft",  # the same, of the rows to select from
+            beta=0.1,  # of dpo and ipo, in the objective of the model's own responses too
+            reduction="mean",  # of a response's tokens: mean, sum (eq. 1); in ipo too, while dpo takes sums
         ),
         lora=section(
             rank=16,
@@ -130,10 +136,27 @@ def build_optimizer(config) -> optax.GradientTransformation:
 
 def build_objective(config) -> step.Objective:
     s, loss, o = config.selection, config.loss, config.online
-    value_function = s.value_function if config.method != "mixing" else "zero"
     return step.Objective(
-        loss.upper, loss.dpo_beta, loss.reduction, s.coefficient_at, value_function, o.response_weight, o.clip
+        upper=loss.upper,
+        lower=loss.lower,
+        own=o.objective if config.method in ONLINE else "sft",
+        beta=loss.beta,
+        reward_temperature=o.reward_temperature,
+        reduction=loss.reduction,
+        coefficient_at=s.coefficient_at,
+        value_function=s.value_function if config.method != "mixing" else "zero",
+        response_weight=o.response_weight,
+        clip=o.clip,
     )
+
+
+def entries_per_row(config) -> int:
+    """The most responses that a row of the upper and one of the lower level bring into a step, together."""
+    upper, lower = (2 if config.loss[level] in preferences.PAIRS else 1 for level in ("upper", "lower"))
+    if config.method not in ONLINE:
+        return upper + lower
+    compared = {"best_of": 1} | dict.fromkeys(preferences.PAIRS, 2)
+    return upper + max(lower, compared.get(config.online.objective, config.online.num_samples))
 
 
 def rho(config, epoch: int) -> float:
@@ -217,13 +240,18 @@ def check(config: ml_collections.ConfigDict) -> None:
         built = build_selector(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    one_of("online.objective", config.online.objective, step.OWN_LOSSES)
     if config.method == "mixing":
         require(0 <= config.mixing.rho <= 1, f"mixing.rho={config.mixing.rho} must be in [0, 1]")
-        require(
-            config.loss.upper == "sft" or config.mixing.rho < 1,
-            "loss.upper=dpo has no part in mixing.rho=1, which never sees the upper level",
-        )
+        for level, unseen in (("upper", 1), ("lower", 0)):
+            loss = config.loss[level]
+            require(
+                loss == "sft" or config.mixing.rho != unseen,
+                f"loss.{level}={loss} has no part in mixing.rho={unseen}, which never sees the {level} level",
+            )
         return
+    if config.method in ONLINE:
+        _check_own(config, require)
     last = rho(config, config.num_epochs - 1)
     require(
         config.penalty.rho_init >= 0 and 0 <= last < 1,
@@ -241,6 +269,24 @@ def check(config: ml_collections.ConfigDict) -> None:
     require(
         built.rule != "uniform" or built.parameterization == "table",
         "selection.parameterization=features has no effect with selection.rule=uniform, which never moves ω",
+    )
+
+
+def _check_own(config, require) -> None:
+    """Refuses objectives of the model's own responses that nothing could be learned from."""
+    o, lower = config.online, config.loss.lower
+    objective = f"online.objective={o.objective}"
+    require(
+        lower == "sft" or o.objective == lower,
+        f"{objective} beside loss.lower={lower}: a loss of pairs compares with no other; take online.objective={lower}",
+    )
+    if o.objective == "sft":
+        return
+    require(bool(o.reward), f"{objective} compares responses by online.reward, which is empty; name one")
+    require(o.num_samples > 1, f"{objective} compares responses: online.num_samples={o.num_samples} must be at least 2")
+    require(
+        o.response_weight != "softmax",
+        f"online.response_weight=softmax compares responses, as {objective} does already; take sequence, geometric or none",
     )
 
 

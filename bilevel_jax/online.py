@@ -112,6 +112,8 @@ class Own:
     tokens: Sequence[np.ndarray]  # n times int32, the EOS included where the model said it
     log_prob: np.ndarray  # [n] float64, log π_old
     log_ratio: np.ndarray  # [n] float64, log r when last used; NaN before that
+    reward: np.ndarray | None = None  # [n] float64; None where nobody judges them
+    reference: np.ndarray | None = None  # [n] float64, log-probability under the reference model; None where there are no pairs
 
     @functools.cached_property
     def by_row(self) -> dict[int, list[int]]:
@@ -128,6 +130,8 @@ class Own:
             found |= {"row": self.row, "sample": self.sample, "log_prob": self.log_prob, "log_ratio": self.log_ratio}
             found["tokens"] = np.concatenate(self.tokens)
             found["length"] = np.array([len(tokens) for tokens in self.tokens])
+            judged = {"reward": self.reward, "reference": self.reference}
+            found |= {name: array for name, array in judged.items() if array is not None}
         return {name: np.array(array) for name, array in found.items()}  # copies: `log_ratio` goes on changing
 
 
@@ -147,17 +151,49 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Own:
         tokens=np.split(arrays["tokens"], np.cumsum(arrays["length"])[:-1]) if some else [],
         log_prob=arrays["log_prob"] if some else np.zeros(0),
         log_ratio=np.array(arrays["log_ratio"]) if some else np.zeros(0),
+        reward=arrays.get("reward"),
+        reference=arrays.get("reference"),
     )
 
 
-def segments(own: Own, row: int, prompt: np.ndarray, share: float, group: int) -> list[packing.Segment]:
-    """The segments that stand for a question which the model answers itself, in the order of `own.by_row`; none where it has no
-    answer to it. G of them count as one row: they divide its share."""
+def best_and_worst(own: Own, row: int) -> tuple[int, int]:
+    """The places of a question's responses with the highest and the lowest reward, the first of equals; one and the same where
+    there is no pair: all rewards are equal, or both say the same."""
+    places = own.by_row[row]
+    reward = own.reward[places]
+    best, worst = places[int(reward.argmax())], places[int(reward.argmin())]
+    return best, best if np.array_equal(own.tokens[best], own.tokens[worst]) else worst
+
+
+def segments(
+    own: Own, row: int, prompt: np.ndarray, share: float, group: int, objective: str = "sft", room: int = 0
+) -> list[tuple[int, packing.Segment]]:
+    """What stands for a question which the model answers itself: places in `own` and their segments; none where it has no answer.
+
+    Args:
+      share: the row's weight in its level's mean. Several responses divide it; of a pair, both carry it.
+      group: number of the question in its step.
+      objective: `sft`: all responses; `rwr` and `reinforce`: all, with their rewards; `best_of`: the best alone; `dpo` and `ipo`:
+        the best and the worst as a pair, or the best alone, without a sign, where there is no pair.
+      room: tokens that a pair may take, each response with the prompt; one that takes more is none.
+    """
     places = own.by_row.get(row, [])
-    return [
-        packing.Segment(prompt, own.tokens[i], row, share / len(places), group, old_log_prob=float(own.log_prob[i]))
-        for i in places
-    ]
+    if not places:
+        return []
+
+    def segment(i: int, part: float, **more) -> tuple[int, packing.Segment]:
+        return i, packing.Segment(prompt, own.tokens[i], row, part, group, old_log_prob=float(own.log_prob[i]), **more)
+
+    if objective == "sft":
+        return [segment(i, share / len(places)) for i in places]
+    if objective in ("rwr", "reinforce"):
+        return [segment(i, share / len(places), reward=float(own.reward[i])) for i in places]
+    best, worst = best_and_worst(own, row)
+    fits = 2 * len(prompt) + len(own.tokens[best]) + len(own.tokens[worst]) <= room
+    if objective == "best_of" or best == worst or not fits:
+        return [segment(best, share)]
+    signs = ((best, 1), (worst, -1))
+    return [segment(i, share, sign=sign, reference=float(own.reference[i])) for i, sign in signs]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -183,6 +219,8 @@ def make_refresh(
     seed: int,
     num_samples: int,
     generate: str,
+    judge: Callable | None = None,
+    paired: bool = False,
 ) -> Callable:
     """Builds `refresh(base, adapter, step, masked, visited, stopped) -> (Own, [Said]) | None`.
 
@@ -196,6 +234,8 @@ def make_refresh(
       seed: of the responses, together with row, step and g.
       num_samples: G.
       generate: `needed`: answer the masked questions that will be visited; `all`: the others too, to look at.
+      judge: from `rewards.make_judge`; without it there are no rewards.
+      paired: whether the responses need reference log-probabilities, those of the base without its adapter.
     """
 
     def answer(base, adapter, step, asked, stopped):
@@ -213,7 +253,7 @@ def make_refresh(
         needed = np.intersect1d(masked, visited)
         # By themselves, so that `all` repeats the arithmetic of `needed` to the last bit.
         parts = [needed, np.setdiff1d(masked, needed)] if generate == "all" else [needed]
-        said, kept, log_probs = [], [], []
+        said, kept, log_probs, references = [], [], [], []
         for asked in parts:
             if not len(asked):
                 continue
@@ -229,6 +269,8 @@ def make_refresh(
                     cause = f"the answer to row {broken[0]} has no probability"
                     raise workspace.RunError(f"step {step}: {cause}; {workspace.REMEDY}")
                 log_probs.extend(-nll)
+                if paired:
+                    references.extend(-score(base, None, lines, "scoring answers by the reference")[0])
             said, kept = said + part, kept + words
         mask = np.zeros(len(prompts), bool)
         mask[masked] = True
@@ -240,6 +282,8 @@ def make_refresh(
             tokens=[one.response.ids for one in kept],
             log_prob=np.array(log_probs, np.float64),
             log_ratio=np.full(len(kept), np.nan),
+            reward=judge(kept, np.array(log_probs)) if judge and kept else None,
+            reference=np.array(references) if references else None,
         )
         return own, said
 
@@ -266,12 +310,31 @@ def refresh_measures(own: Own, said: Sequence[Said], bad: np.ndarray | None, tru
     values["online/response_length"] = float(np.mean(lengths))
     values["online/eos_rate"] = float(np.mean([one.response.finish_reason == "stop" for one in said]))
     values["online/empty"] = float(np.mean([not one.text.strip() for one in said]))
+    values |= _reward_measures(own, said, truths)
     second = [one for one in said if bad is not None and bad[one.row] and truths[one.row] is not None]
     if second:
         right = sum(one.text.strip() == truths[one.row].strip() for one in second)
         values |= {"online/bad_answered": float(len(second)), "online/bad_right": float(right)}
         values["online/another_chance"] = right / len(second)
     return values
+
+
+def _reward_measures(own: Own, said: Sequence[Said], truths: Sequence[str | None]) -> dict[str, float]:
+    """Mean reward; the mean gap between a question's best and worst response, and the share of questions without one; and how often
+    the best is right, beside all, where truths are known."""
+    if own.reward is None:
+        return {}
+    ends = np.array([best_and_worst(own, row) for row in own.by_row])
+    gap = own.reward[ends[:, 0]] - own.reward[ends[:, 1]]
+    values = {"online/reward": own.reward.mean(), "online/reward_gap": gap.mean(), "online/reward_ties": (gap == 0).mean()}
+    text = {(one.row, one.sample): one.text.strip() for one in said}
+    texts = [text[key] for key in zip(own.row, own.sample)]
+    known = [i for i, row in enumerate(own.row) if truths[row] is not None]
+    right = {i: texts[i] == truths[own.row[i]].strip() for i in known}
+    best = [right[i] for i in ends[:, 0] if i in right]
+    if known:
+        values |= {"online/right": np.mean([*right.values()]), "online/best_right": np.mean(best)}
+    return {name: float(value) for name, value in values.items()}
 
 
 def add_refresh(totals: dict[str, float], values: dict[str, float]) -> dict[str, float]:
@@ -323,10 +386,14 @@ class Record:
             return False
 
     def retire(self, own: Own, ids: Sequence[str], detokenize: Callable, eos: Collection[int]) -> None:
-        for row, sample, tokens, log_prob, log_ratio in zip(own.row, own.sample, own.tokens, own.log_prob, own.log_ratio):
+        for i, (row, sample, tokens, log_prob, log_ratio) in enumerate(
+            zip(own.row, own.sample, own.tokens, own.log_prob, own.log_ratio)
+        ):
             line = {"step": own.step, "id": ids[row], "sample": int(sample), "text": detokenize(tokens), "logprob": float(log_prob)}
             line["ratio"] = None if np.isnan(log_ratio) else float(np.exp(min(log_ratio, LARGE)))
             line["finish_reason"] = "stop" if tokens[-1] in eos else "length"
+            if own.reward is not None:
+                line["reward"] = float(own.reward[i])
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 

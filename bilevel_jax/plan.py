@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from bilevel_jax import config as configuration
-from bilevel_jax import features, losses, sampling, sharding, step
+from bilevel_jax import features, losses, preferences, sampling, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
 
@@ -186,7 +186,8 @@ def make(config) -> Plan:
         masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
         answered = masked if config.online.generate == "all" else min(masked, visited)
         responses = answered * config.online.num_samples
-        add("response store", responses * (4 * most + 4 * 8) + num_rows, HOST, "formula: all as long as can be")
+        numbers = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # of each, float64 or int64
+        add("response store", responses * (4 * most + 8 * numbers) + num_rows, HOST, "formula: all as long as can be")
     number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base))
     return Plan(model, mesh, number, num_rows, tuple(items))
 

@@ -23,6 +23,9 @@ import jax.numpy as jnp
 
 from bilevel_jax import online
 
+PAIRS = ("dpo", "ipo")  # losses of pairs
+RANKED = ("rwr", "reinforce")  # likelihoods of all G responses, weighted by their rewards
+
 # --------------------------------------------------------------------------------------------------------------------
 # Pairs
 # --------------------------------------------------------------------------------------------------------------------
@@ -52,7 +55,7 @@ def dpo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
 
     Reference: Rafailov et al., Direct Preference Optimization, eq. (7).
     """
-    return jnp.sum(share_P * jax.nn.softplus(-beta * margin_P))
+    return jnp.sum(share_P * pair_losses("dpo", margin_P, beta))
 
 
 def ipo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
@@ -64,7 +67,12 @@ def ipo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
 
     Reference: Azar et al., A General Theoretical Paradigm to Understand Learning from Human Preferences, eq. (17).
     """
-    return jnp.sum(share_P * (margin_P - 1 / (2 * beta)) ** 2)
+    return jnp.sum(share_P * pair_losses("ipo", margin_P, beta))
+
+
+def pair_losses(kind: str, margin_P: jax.Array, beta: float) -> jax.Array:
+    """The loss of each pair [P] by itself, `dpo` or `ipo`."""
+    return jax.nn.softplus(-beta * margin_P) if kind == "dpo" else (margin_P - 1 / (2 * beta)) ** 2
 
 
 # --------------------------------------------------------------------------------------------------------------------

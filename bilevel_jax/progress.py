@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from bilevel_jax import config as configuration
-from bilevel_jax import metrics, online, workspace
+from bilevel_jax import metrics, online, preferences, workspace
 from bilevel_jax.data import packing
 
 
@@ -147,7 +147,8 @@ class StepLog:
             return
         own.log_ratio[drawn.places[mine]] = log_ratio[mine]
         self._log_ratio.append(log_ratio[mine])
-        if self._config.online.response_weight in ("sequence", "geometric"):
+        pairs = self._config.online.objective in preferences.PAIRS
+        if self._config.online.response_weight in ("sequence", "geometric") and not pairs:
             self._clipped.append(weight[mine] >= np.float32(self._config.online.clip))
         self._ess += online.group_ess(weight[mine], drawn.batch.group[: len(mine)][mine])
 

@@ -7,9 +7,20 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
     ℓ_b    = (1/G) Σ_g stop(r^g) ℓ(θ; x, y^g)                              (8), (9), where the model answered question b itself
     C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
 
+Either level may learn pairs: L0 or ℓ_b is then DPO's or IPO's loss of a row's chosen and rejected response. Where rewards tell the
+model's own responses to question b apart, `own` says what ℓ_b makes of them:
+
+    rwr, reinforce   (1/G) Σ_g stop(r^g w^g) ℓ(θ; x, y^g), w^g from the G rewards, see `preferences`
+    best_of          r ℓ(θ; x, y) of the best alone
+    dpo, ipo         the loss of the best against the worst, without r; nothing where no two rewards differ
+
+C_b compares rows, and is therefore the same measure for all of them, whatever the reward. Where the data's rows have ℓ, it is the
+plain mean of ℓ over the model's own responses, of `best_of`, `dpo` and `ipo` ℓ of the best; where they have pairs, the loss of its
+own pair, and a question without one is not judged.
+
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights. Everything that an entry is multiplied
-by is known before the forward pass or, as r^g, from its own part of it, so the micro-batches of a step add up exact parts of
-the full-batch gradient, however rows of unequal length fall into them.
+by is known before the forward pass or, as r^g, from its own part of it, and the two of a pair are in one micro-batch, so the
+micro-batches of a step add up exact parts of the full-batch gradient, however rows of unequal length fall into them.
 """
 
 import dataclasses
@@ -27,7 +38,8 @@ from bilevel_jax.models import decoder
 
 COEFFICIENTS = ("next", "current")
 VALUE_FUNCTIONS = ("zero", "tracked")
-UPPER_LOSSES = ("sft", "dpo")
+LOSSES = ("sft", *preferences.PAIRS)
+OWN_LOSSES = (*LOSSES, "best_of", *preferences.RANKED)
 REDUCTIONS = ("mean", "sum")
 
 
@@ -36,9 +48,14 @@ class Objective:
     """Which losses are taken, and where.
 
     Attributes:
-      upper: L0, `sft` (mean of ℓ) or `dpo`.
-      dpo_beta: β of DPO.
-      reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`).
+      upper: L0, `sft` (mean of ℓ), `dpo` or `ipo`.
+      lower: ℓ_b of the rows of the data, the same three.
+      own: what ℓ_b makes of the model's own responses to a question: one of these, `best_of`, `rwr` or `reinforce`. Beside pairs
+        of the data it is their loss.
+      beta: β of DPO and IPO.
+      reward_temperature: β of reward-weighted regression.
+      reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`); the log-ratios of IPO likewise, those of DPO
+        are always sums.
       coefficient_at: the θ at which C_b is taken.
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
@@ -47,7 +64,10 @@ class Objective:
     """
 
     upper: str = "sft"
-    dpo_beta: float = 0.1
+    lower: str = "sft"
+    own: str = "sft"
+    beta: float = 0.1
+    reward_temperature: float = 1.0
     reduction: str = "mean"
     coefficient_at: str = "next"
     value_function: str = "zero"
@@ -56,7 +76,9 @@ class Objective:
 
     def __post_init__(self):
         for field, name, allowed in (
-            ("upper", "loss.upper", UPPER_LOSSES),
+            ("upper", "loss.upper", LOSSES),
+            ("lower", "loss.lower", LOSSES),
+            ("own", "online.objective", OWN_LOSSES),
             ("reduction", "loss.reduction", REDUCTIONS),
             ("coefficient_at", "selection.coefficient_at", COEFFICIENTS),
             ("value_function", "selection.value_function", VALUE_FUNCTIONS),
@@ -64,8 +86,10 @@ class Objective:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{name}={getattr(self, field)!r} is not among {', '.join(allowed)}")
-        if not self.dpo_beta > 0:
-            raise ValueError(f"loss.dpo_beta must be positive, got {self.dpo_beta}")
+        if not self.beta > 0:
+            raise ValueError(f"loss.beta must be positive, got {self.beta}")
+        if not self.reward_temperature > 0:
+            raise ValueError(f"online.reward_temperature must be positive, got {self.reward_temperature}")
         if not self.clip >= 1:
             raise ValueError(f"online.clip must be at least 1, got {self.clip}")
 
@@ -136,15 +160,36 @@ def entry_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _upper_loss(objective: Objective, batch: packing.Batch, share_E, nll_E, m) -> jax.Array:
-    """Micro-batch m's part of L0. `share_E` is 0 but for upper rows."""
-    if objective.upper == "sft":
-        return jnp.sum(share_E * losses.row_losses(nll_E, batch.packed.length, objective.reduction))
+def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m=None) -> jax.Array:
+    """The loss of each entry [E]: `sft`, ℓ; `dpo` and `ipo`, that of its pair, 0 for entries of none.
+
+    With `m` the NLL is of micro-batch m alone, and so are the pairs: the two of one are never in different micro-batches.
+    """
+    if kind == "sft":
+        return losses.row_losses(nll_E, batch.packed.length, objective.reduction)
     E = nll_E.shape[0]
-    here_E = jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
-    # The two of a pair are never in different micro-batches.
-    pairs = preferences.pairs(-nll_E - batch.reference, batch.sign, jnp.where(here_E, share_E, 0.0), batch.group)
-    return preferences.dpo(*pairs, objective.dpo_beta)
+    log_ratio_E = -nll_E - batch.reference
+    if kind == "ipo":
+        log_ratio_E = losses.row_losses(log_ratio_E, batch.packed.length, objective.reduction)
+    margin_P, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
+    there_E = batch.sign != 0
+    if m is not None:
+        there_E &= jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
+    loss_P = preferences.pair_losses(kind, margin_P, objective.beta)
+    return jnp.where(there_E, loss_P.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
+
+
+def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Array:
+    """`entry_losses` of the lower level in micro-batch m, with those of the model's own responses as `objective.own` has them."""
+    loss_E = entry_losses(objective.lower, objective, batch, nll_E, m)
+    if objective.own == "rwr":
+        return preferences.reward_weighted(batch.reward, batch.group, objective.reward_temperature) * loss_E
+    if objective.own == "reinforce":
+        return preferences.leave_one_out(batch.reward, batch.group) * loss_E
+    if objective.own in preferences.PAIRS and objective.lower == "sft":
+        own_E = ~jnp.isnan(batch.old_log_prob)
+        return jnp.where(own_E, entry_losses(objective.own, objective, batch, nll_E, m), loss_E)
+    return loss_E
 
 
 def _gradient(objective_of_micro: Callable, adapter, num_micro, num_entries: int):
@@ -179,16 +224,23 @@ def make_step(
     """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
     `jax.jit(step, donate_argnums=1)`. `features` are the rows' [N, D] where ω is a function of them.
 
-    `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean ℓ, unweighted), `gradient_norm`,
+    `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean C at θ^k, unweighted), `gradient_norm`,
     `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN finds its row, `log_ratio`, log r at θ^k before
-    clipping, and `response_weight`, what became of it (1 for responses of the data).
+    clipping, and `response_weight`, what became of it (1 for responses of the data and in pairs, which take no ratio).
     """
+    weighting = "none" if objective.own in preferences.PAIRS else objective.response_weight
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features_NxD=None):
         N, E = state.selector.logits.shape[0], batch.share.shape[0]
         packed = batch.packed
-        lower_share_E = jnp.where(batch.sample < N, batch.share, 0.0)
-        upper_share_E = batch.share - lower_share_E
+        share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # of a pair, the chosen one stands for both
+        lower_share_E = jnp.where(batch.sample < N, share_E, 0.0)
+        upper_share_E = share_E - lower_share_E
+        judged_E, num_judged = lower_share_E, batch.num_lower
+        if objective.lower in preferences.PAIRS:  # all rows but those without a pair
+            paired_E = jnp.where(batch.sign > 0, lower_share_E, 0.0)
+            part = jnp.sum(paired_E)
+            judged_E, num_judged = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
         weight_E = selector.scale(N) * selection.probabilities(state.selector.logits, batch.sample)
 
         def row_losses(nll_E):
@@ -196,19 +248,22 @@ def make_step(
 
         def response_weights(nll_E):
             return online.response_weights(
-                objective.response_weight, -nll_E, batch.old_log_prob, packed.length, batch.group, objective.clip
+                weighting, -nll_E, batch.old_log_prob, packed.length, batch.group, objective.clip
             )
 
+        def lower_costs(nll_E):
+            return entry_losses(objective.lower, objective, batch, nll_E)
+
         given_E = None
-        if objective.response_weight == "softmax":  # λ compares responses that may lie in different micro-batches
+        if weighting == "softmax":  # λ compares responses that may lie in different micro-batches
             given_E = response_weights(entry_nll(config, base, state.policy.adapter, packed, batch.num_lower_micro))
 
         # θ^{k+1}: both levels in one pass.
         def joint(adapter, m):
             nll_E = micro_nll(config, base, adapter, packed, m)
-            upper = _upper_loss(objective, batch, upper_share_E, nll_E, m)
+            upper = jnp.sum(upper_share_E * entry_losses(objective.upper, objective, batch, nll_E, m))
             response_E = jax.lax.stop_gradient(response_weights(nll_E)) if given_E is None else given_E
-            lower = jnp.sum(lower_share_E * weight_E * response_E * row_losses(nll_E))
+            lower = jnp.sum(lower_share_E * weight_E * response_E * lower_losses(objective, batch, nll_E, m))
             return scales.upper * upper + scales.lower * lower, (upper, nll_E)
 
         (loss, upper, nll_E), gradient = _gradient(joint, state.policy.adapter, packed.num_micro, E)
@@ -218,7 +273,8 @@ def make_step(
         # θ'^{k+1}: the weighted lower level alone.
         def lower_only(adapter, m):
             nll_E = micro_nll(config, base, adapter, packed, m)
-            return jnp.sum(lower_share_E * weight_E * response_E * row_losses(nll_E)), (jnp.float32(0), nll_E)
+            lower = jnp.sum(lower_share_E * weight_E * response_E * lower_losses(objective, batch, nll_E, m))
+            return lower, (jnp.float32(0), nll_E)
 
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:
@@ -231,17 +287,17 @@ def make_step(
             cost_nll_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro)
             if tracker is not None:
                 tracker_nll_E = entry_nll(config, base, tracker.adapter, packed, batch.num_lower_micro)
-        cost_E = row_losses(cost_nll_E)
+        cost_E = lower_costs(cost_nll_E)
         if tracker is not None:
-            cost_E = cost_E - row_losses(tracker_nll_E)
+            cost_E = cost_E - lower_costs(tracker_nll_E)
         moved = selection.update(
-            selector, state.selector, batch.sample, lower_share_E, batch.num_lower, cost_E, scales.lower, features_NxD
+            selector, state.selector, batch.sample, judged_E, num_judged, cost_E, scales.lower, features_NxD
         )
 
         metrics = {
             "loss": loss,
             "upper_loss": upper,
-            "lower_loss": jnp.sum(lower_share_E * row_losses(nll_E)),
+            "lower_loss": jnp.sum(judged_E * lower_costs(nll_E)),
             "gradient_norm": optax.tree.norm(gradient),
             "response_tokens": jnp.sum(packed.num_targets).astype(jnp.float32),
             "row_loss": row_losses(nll_E),

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ from bilevel_jax import (
     metrics,
     online,
     page,
+    preferences,
     progress,
+    rewards,
     sampling,
     scoring,
     selector,
@@ -41,29 +43,34 @@ from bilevel_jax.models import decoder, huggingface, lora
 from bilevel_jax.workspace import RunError
 
 
+def segments_of(level: levels.Level, i: int, share: float, group: int, sample: int = -1) -> list[packing.Segment]:
+    """A row as the data have it: one segment, or the two of a pair."""
+    example = level.examples[i]
+    if level.references is None:
+        return [packing.Segment(example.prompt, example.response, sample, share)]
+    both = zip((1, -1), (example.response, example.rejected), level.references[i])
+    return [packing.Segment(example.prompt, text, sample, share, group, sign, float(log_prob)) for sign, text, log_prob in both]
+
+
 def make_batch(
-    config, upper: levels.Level, lower: levels.Level, references: np.ndarray | None, layout: packing.Layout, k: int, own: online.Own
+    config, upper: levels.Level, lower: levels.Level, layout: packing.Layout, k: int, own: online.Own
 ) -> progress.Drawn:
     """What step k sees: a pure function of its arguments."""
     size, segments, ids, places = config.batch.size, [], [], []
     seen = configuration.levels(config)
     drawn = order.lower_rows(config.seed, len(lower.rows), size, k) if "lower" in seen else ()
-    for group, i in enumerate(drawn):
-        example, share = lower.examples[i], 1 / len(drawn)
-        answers = online.segments(own, int(i), example.prompt, share, size + group)
-        segments += answers or [packing.Segment(example.prompt, example.response, sample=int(i), share=share)]
-        places += own.by_row[int(i)] if answers else [-1]
-        ids += [lower.rows[i].id] * max(1, len(answers))
+    for group, i in enumerate(drawn, size):
+        i, share, prompt = int(i), 1 / len(drawn), lower.examples[i].prompt
+        answers = online.segments(own, i, prompt, share, group, config.online.objective, config.data.max_length)
+        found = answers or [(-1, segment) for segment in segments_of(lower, i, share, group, sample=i)]
+        segments += [segment for _, segment in found]
+        places += [place for place, _ in found]
+        ids += [lower.rows[i].id] * len(found)
     trusted = order.upper_rows(config.seed, len(upper.rows), size, k) if "upper" in seen else ()
-    for pair, j in enumerate(trusted):
-        example, share = upper.examples[j], 1 / len(trusted)
-        if references is None:
-            segments.append(packing.Segment(example.prompt, example.response, share=share))
-            ids.append(upper.rows[j].id)
-            continue
-        for sign, response, reference in zip((1, -1), (example.response, example.rejected), references[j]):
-            segments.append(packing.Segment(example.prompt, response, -1, share, pair, sign, float(reference)))
-            ids.append(upper.rows[j].id)
+    for group, j in enumerate(trusted):
+        found = segments_of(upper, j, 1 / len(trusted), group)
+        segments += found
+        ids += [upper.rows[j].id] * len(found)
     places += [-1] * (len(segments) - len(places))
     batch = packing.pack_step(segments, len(lower.rows), len(drawn), layout)
     return progress.Drawn(batch, ids, np.array(places), sum(segment.size for segment in segments))
@@ -76,15 +83,16 @@ def scales(config, epoch: int) -> step.Scales:
     return step.Scales(*(jnp.float32(value) for value in pair))
 
 
-def reference_log_probs(score, base, upper: levels.Level) -> np.ndarray:
-    """Log-probabilities [N0, 2] of chosen and rejected responses with the adapter off: DPO's reference model."""
-    segments = [
-        packing.Segment(example.prompt, response)
-        for example in upper.examples
-        for response in (example.response, example.rejected)
-    ]
-    nll, _ = score(base, None, segments, "reference")
+def pair_log_probs(score, base, adapter, examples: Sequence[templates.Example], description: str) -> np.ndarray:
+    """Log-probabilities [n, 2] of chosen and rejected responses. With the adapter off (None) it is DPO's reference model."""
+    segments = [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
+    nll, _ = score(base, adapter, segments, description)
     return -nll.reshape(-1, 2)
+
+
+def with_references(level: levels.Level, score, base) -> levels.Level:
+    """The level with the reference model's log-probabilities of its pairs."""
+    return dataclasses.replace(level, references=pair_log_probs(score, base, None, level.examples, "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +140,7 @@ def fit_features(config, setup: Setup) -> tuple[features.Encoder, np.ndarray]:
     return encoder, features.encode(encoder, lower)
 
 
-def make_refresh(config, setup: Setup, score) -> Callable:
+def make_refresh(config, setup: Setup, score, judge: Callable | None = None) -> Callable:
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
     sample = sampling.make_sampler(
@@ -147,6 +155,8 @@ def make_refresh(config, setup: Setup, score) -> Callable:
         config.seed,
         config.online.num_samples,
         config.online.generate,
+        judge,
+        config.online.objective in preferences.PAIRS,
     )
 
 
@@ -180,6 +190,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         setup = load(config)
     mesh, model, base, upper, lower = setup.mesh, setup.model, setup.base, setup.upper, setup.lower
     selects, generates = config.method != "mixing", config.method in configuration.ONLINE
+    bad, truths = levels.labels(lower, config.data.label), levels.truths(lower, config.data.truth)
+    judge = rewards.make_judge(config.online.reward, lower.rows, truths) if generates and config.online.reward else None
 
     # Where we stand.
     epoch_steps = order.steps_per_epoch(len(lower.rows), config.batch.size)
@@ -212,11 +224,14 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
             encoder, frozen = features.read(shared / features.FILE) if start else fit_features(config, setup)
             frozen = sharding.place(frozen, places.selector.logits)
     own = online.nothing_yet(len(lower.rows))
-    per_row = (2 if objective.upper == "dpo" else 1) + (config.online.num_samples if generates else 1)
+    per_row = configuration.entries_per_row(config)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
     score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
-    references = reference_log_probs(score, base, upper) if objective.upper == "dpo" else None
-    batch_of = functools.partial(make_batch, config, upper, lower, references, layout)
+    upper, lower = (
+        with_references(level, score, base) if kind in preferences.PAIRS else level
+        for level, kind in ((upper, objective.upper), (lower, objective.lower))
+    )
+    batch_of = functools.partial(make_batch, config, upper, lower, layout)
     with clock("compile"), jax.set_mesh(mesh):
         update = step.make_step(model, objective, select, optimizer)
         jitted = jax.jit(update, donate_argnums=1, out_shardings=(places, sharding.whole(mesh)))
@@ -237,9 +252,13 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     writer = metrics.Writer(workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config.to_dict())
 
     # What is measured.
-    bad, truths = levels.labels(lower, config.data.label), levels.truths(lower, config.data.truth)
     held_out = {"upper": upper.eval_examples, "lower": lower.eval_examples}
     held_out["lower_clean"] = levels.with_truth(lower, config, setup.tokenizer)
+    held_references = {
+        name: pair_log_probs(score, base, None, held_out[name], "reference")
+        for name in ("upper", "lower")
+        if config.loss[name] in preferences.PAIRS
+    }
 
     def evaluation(state: step.State) -> dict[str, float]:
         values = {}
@@ -247,6 +266,10 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
             if examples:
                 found = score(base, state.policy.adapter, scoring.segments_of(examples), f"evaluating {name}")
                 values[f"eval/{name}_loss"] = scoring.mean_loss(*found)
+            if examples and name in held_references:
+                found = pair_log_probs(score, base, state.policy.adapter, examples, f"evaluating pairs of {name}")
+                margin = (found - held_references[name]) @ [1, -1]
+                values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
         return values
 
     def verdict(state: step.State) -> dict[str, float]:
@@ -285,7 +308,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
 
     # Self-refining generation.
     if generates:
-        answer_anew = make_refresh(config, setup, score)
+        answer_anew = make_refresh(config, setup, score, judge)
         record = online.Record(workdir / "responses.jsonl", start, config.online.refresh_every)
         retire = functools.partial(
             record.retire, ids=[row.id for row in lower.rows], detokenize=setup.detokenize, eos=setup.eos

@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax import config as configuration
 from bilevel_jax import tiers
 from bilevel_jax.config import ConfigError
-from configs import quality, safety
+from configs import preferences, quality, safety
 
 
 def with_changes(changes) -> ml_collections.ConfigDict:
@@ -28,6 +28,7 @@ def with_changes(changes) -> ml_collections.ConfigDict:
 
 OFFLINE = {"method": "offline"}
 FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
+DPO = {"method": "online", "online.objective": "dpo", "online.reward": "likelihood", "online.num_samples": 2}
 MIXING = {"method": "mixing"}
 
 
@@ -62,7 +63,7 @@ MIXING = {"method": "mixing"}
         ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate"),
         ({"selection.learning_rate": -1.0}, "selection.learning_rate"),
         ({"selection.tau": 0.0}, "selection.tau"),
-        ({"loss.dpo_beta": 0.0}, "loss.dpo_beta"),
+        ({"loss.beta": 0.0}, "loss.beta"),
         ({"data.max_length": 1}, "data.max_length"),
         ({"data.num_lower": -1}, "data.num_lower"),
         ({"data.upper": ""}, "data.upper"),
@@ -90,6 +91,7 @@ MIXING = {"method": "mixing"}
         ({"online.clip": 0.99}, "online.clip"),
         ({"online.clip": float("nan")}, "online.clip"),
         ({"online.slots": 0}, "online.slots"),
+        ({"online.reward_temperature": 0.0}, "online.reward_temperature"),
         (MIXING | {"online.ratio": 2.0}, "online.ratio"),  # a number that is not used, but cannot be meant
         # names that nothing goes by
         ({"method": "ofline"}, "method"),
@@ -104,6 +106,9 @@ MIXING = {"method": "mixing"}
         ({"online.response_weight": "token"}, "online.response_weight"),
         ({"online.generate": "some"}, "online.generate"),
         ({"loss.upper": "ppo"}, "loss.upper"),
+        ({"loss.lower": "best_of"}, "loss.lower"),
+        ({"online.objective": "ppo"}, "online.objective"),
+        (DPO | {"online.objective": "ppo"}, "online.objective"),
         ({"loss.reduction": "max"}, "loss.reduction"),
         ({"optimizer.name": "lion"}, "optimizer.name"),
         ({"model.dtype": "float64"}, "model.dtype"),
@@ -112,6 +117,12 @@ MIXING = {"method": "mixing"}
         (MIXING | {"mixing.rho": 1.5}, "mixing.rho"),
         (MIXING | {"mixing.rho": -0.1}, "mixing.rho"),
         (MIXING | {"mixing.rho": 1.0, "loss.upper": "dpo"}, "mixing.rho"),
+        (MIXING | {"mixing.rho": 0.0, "loss.lower": "ipo"}, "loss.lower"),
+        (DPO | {"online.reward": ""}, "online.reward"),
+        (DPO | {"online.num_samples": 1}, "online.num_samples"),
+        (DPO | {"online.response_weight": "softmax"}, "online.response_weight"),
+        (DPO | {"loss.lower": "ipo"}, "online.objective=ipo"),  # what it should be
+        ({"method": "dynamic", "loss.lower": "dpo"}, "online.objective=sft"),  # what it is
         (OFFLINE | {"num_epochs": 10}, "penalty.rho_step"),  # ρ = 1 in epoch 10
         (OFFLINE | {"penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"penalty.rho_init": -0.1}, "penalty"),
@@ -152,6 +163,12 @@ def test_names_a_missing_key(section):
         MIXING | {"num_epochs": 50},  # the schedule of ρ is not that of mixing
         MIXING | {"mixing.rho": 0.9, "loss.upper": "dpo"},
         OFFLINE | {"num_epochs": 9},  # the last epoch has ρ = 0.9
+        OFFLINE | {"loss.upper": "dpo", "loss.lower": "ipo", "online.response_weight": "softmax"},
+        OFFLINE | {"online.objective": "dpo"},  # an objective that is not used
+        DPO,
+        DPO | {"loss.lower": "dpo"},
+        DPO | {"online.objective": "reinforce", "loss.upper": "ipo"},
+        {"method": "dynamic", "online.reward": "likelihood"},  # told, not learned by
         OFFLINE | {"penalty.rho_init": 0.0},
         OFFLINE | {"mixing.rho": 7.0},  # a number that is not used
         {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
@@ -191,12 +208,30 @@ def test_levels(changes, expected):
     assert set(configuration.levels(with_changes(changes))) == expected
 
 
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 2),
+        (OFFLINE | {"online.num_samples": 5}, 2),
+        ({"method": "online", "online.num_samples": 5}, 6),
+        ({"method": "online", "loss.upper": "dpo", "online.num_samples": 5}, 7),
+        (DPO | {"online.num_samples": 5}, 3),
+        (DPO | {"online.num_samples": 5, "online.objective": "best_of"}, 2),
+        (DPO | {"online.num_samples": 5, "online.objective": "rwr", "loss.upper": "ipo"}, 7),
+        (OFFLINE | {"loss.upper": "ipo", "loss.lower": "dpo"}, 4),
+    ],
+)
+def test_entries_per_row(changes, expected):
+    assert configuration.entries_per_row(with_changes(changes)) == expected
+
+
 @pytest.mark.parametrize("tier", tiers.TIERS)
-@pytest.mark.parametrize("task, method", [(safety, "dynamic"), (quality, "online")])
+@pytest.mark.parametrize("task, method", [(safety, "dynamic"), (quality, "online"), (preferences, "offline")])
 def test_config_files(task, method, tier):
     config = task.get_config(tier)
     configuration.check(config)
     assert config.method == method
+    config.online.reward = "likelihood"
     for other in configuration.METHODS:  # chosen with --config.method
         config.method = other
         configuration.check(config)
@@ -204,7 +239,7 @@ def test_config_files(task, method, tier):
 
 def test_every_config_file_is_tested():
     files = {file.stem for file in pathlib.Path(safety.__file__).parent.glob("*.py")}
-    assert files - {"__init__"} == {"safety", "quality"}
+    assert files - {"__init__"} == {"safety", "quality", "preferences"}
 
 
 @pytest.mark.parametrize("task", [safety, quality])

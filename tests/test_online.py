@@ -1,15 +1,17 @@
 """Response weights against float64 NumPy, masks against integers and brute force, refreshes with a model that is made up."""
 
+import dataclasses
 import fractions
 import hashlib
 import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import online, sampling, workspace
+from bilevel_jax import online, preferences, sampling, workspace
 from bilevel_jax.data import order
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,11 @@ def some(step=8):
     )
 
 
-@pytest.mark.parametrize("own", [some(), online.nothing_yet(5)], ids=["some", "none"])
+def judged():
+    return dataclasses.replace(some(), reward=np.array([0.5, -2.0, 1e9]), reference=np.array([-1.0, -2.0, -700.5]))
+
+
+@pytest.mark.parametrize("own", [some(), judged(), online.nothing_yet(5)], ids=["some", "judged", "none"])
 def test_arrays_hold_everything(own):
     arrays = own.arrays()
     assert all(array.size for array in arrays.values())  # an empty one could not be saved
@@ -190,6 +196,8 @@ def test_arrays_hold_everything(own):
     for name in ("masked", "row", "sample", "log_prob", "log_ratio"):
         np.testing.assert_array_equal(getattr(found, name), getattr(own, name))
         assert getattr(found, name).dtype == getattr(own, name).dtype
+    for name in ("reward", "reference"):  # None where there are none
+        np.testing.assert_array_equal(getattr(found, name), getattr(own, name))
     assert [list(tokens) for tokens in found.tokens] == [list(tokens) for tokens in own.tokens]
     assert all(tokens.dtype == np.int32 for tokens in found.tokens)
 
@@ -212,15 +220,70 @@ def test_nothing_yet_masks_nothing():
     assert online.segments(own, 1, int32(5), 0.25, 6) == []
 
 
+def segments(*args, **options):
+    """Without their places."""
+    return [segment for _, segment in online.segments(*args, **options)]
+
+
+REWARDED = dataclasses.replace(
+    some(),
+    row=np.array([4, 1, 4, 4, 4, 1]),
+    sample=np.array([0, 0, 1, 2, 3, 1]),
+    tokens=[int32(*[7] * n) for n in (3, 1, 2, 5, 4, 1)],
+    log_prob=np.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]),
+    log_ratio=np.full(6, np.nan),
+    reward=np.array([0.5, 1.0, 2.0, -1.0, 2.0, 1.0]),
+    reference=np.array([-1.5, -2.5, -3.5, -4.5, -5.5, -6.5]),
+)
+
+
+@pytest.mark.parametrize("objective", ["rwr", "reinforce"])
+def test_rewards_travel_with_all_responses(objective):
+    found = online.segments(REWARDED, 4, int32(3, 3), 0.5, 6, objective)
+    assert [place for place, _ in found] == [0, 2, 3, 4]
+    assert [(s.share, s.reward, s.sign, s.old_log_prob) for _, s in found] == [
+        (0.125, 0.5, 0, -1.0),
+        (0.125, 2.0, 0, -3.0),
+        (0.125, -1.0, 0, -4.0),
+        (0.125, 2.0, 0, -5.0),
+    ]
+
+
+def test_the_best_stands_for_all():
+    """And the first of equals, as `preferences.best_of` has it, which gives it the weight of all G."""
+    [(place, segment)] = online.segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
+    assert (place, segment.share, segment.sign, list(segment.response)) == (2, 0.5, 0, [7, 7]) and np.isnan(segment.reward)
+    [(place, _)] = online.segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
+    assert place == 1
+    weight = preferences.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row))
+    assert np.flatnonzero(weight).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo"])
+def test_the_best_against_the_worst(objective):
+    """The pair of `preferences.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
+    do not fit together."""
+    prompt, sign = int32(3, 3), preferences.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row))
+    found = online.segments(REWARDED, 4, prompt, 0.5, 6, objective, room=2 * 2 + 2 + 5)
+    assert [(place, s.share, s.sign, s.reference, s.group) for place, s in found] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
+    assert [int(sign[place]) for place, _ in found] == [1, -1] and np.abs(sign).sum() == 2
+    for row, room, best in ((4, 2 * 2 + 2 + 5 - 1, 2), (1, 100, 1)):
+        [(place, segment)] = online.segments(REWARDED, row, prompt, 0.5, 6, objective, room)
+        assert (place, segment.share, segment.sign, segment.old_log_prob) == (best, 0.5, 0, REWARDED.log_prob[best])
+    rounded = dataclasses.replace(REWARDED, reward=np.array([0.5, 1.0, 2.0, -1.0, 2.0, 1.0 - 1e-7]))  # of one and the same text
+    assert [place for place, _ in online.segments(rounded, 1, prompt, 0.5, 6, objective, 100)] == [1]
+
+
 def test_responses_to_one_question_divide_its_share():
     own, prompt = some(), int32(3, 3)
-    two = online.segments(own, 4, prompt, 0.25, group=6)
+    assert [place for place, _ in online.segments(own, 4, prompt, 0.25, group=6)] == [1, 2]
+    two = segments(own, 4, prompt, 0.25, group=6)
     assert [(s.sample, s.share, s.group, s.sign, s.old_log_prob) for s in two] == [
         (4, 0.125, 6, 0, -1 / 3),
         (4, 0.125, 6, 0, -700.0),
     ]
     assert [list(s.response) for s in two] == [[9], [7, 7]] and all(s.prompt is prompt for s in two)
-    (one,) = online.segments(own, 1, prompt, 0.25, group=7)  # its other response had no words
+    (one,) = segments(own, 1, prompt, 0.25, group=7)  # its other response had no words
     assert (one.share, one.group, one.old_log_prob, list(one.response)) == (0.25, 7, -1.5, [7, 8, 2])
     assert online.segments(own, 2, prompt, 0.25, group=8) == []  # masked, but without an answer
 
@@ -355,8 +418,8 @@ def test_responses_without_words_are_dropped():
     assert len(said) == 6 and [one.text for one in said[:4]] == ["", " \n", " \n", "yes"]
     np.testing.assert_array_equal(own.log_prob, [-412, -612, -621])  # each of its own
     assert own.masked[2] and online.segments(own, 2, PROMPTS[2], 0.5, 9) == []
-    assert [s.share for s in online.segments(own, 4, PROMPTS[4], 0.5, 9)] == [0.5]
-    assert [s.share for s in online.segments(own, 6, PROMPTS[6], 0.5, 9)] == [0.25, 0.25]
+    assert [s.share for s in segments(own, 4, PROMPTS[4], 0.5, 9)] == [0.5]
+    assert [s.share for s in segments(own, 6, PROMPTS[6], 0.5, 9)] == [0.25, 0.25]
 
 
 def test_nobody_has_words():
@@ -364,6 +427,30 @@ def test_nobody_has_words():
     own, said = model.refresh([2, 4], [2, 4])
     assert len(said) == 4 and len(own.row) == 0 and model.scored == []
     assert online.from_arrays(own.arrays()).masked.tolist() == own.masked.tolist()
+
+
+def test_rewards_and_references_of_what_is_kept():
+    """Judged once, all together, after the scoring that both need; the reference is the base without its adapter."""
+    model, judged = Model({2: [answer(), answer(10)]}), []
+
+    def judge(said, log_prob):
+        judged.append(([(one.row, one.sample, one.text) for one in said], log_prob))
+        return np.arange(len(said), dtype=np.float64)
+
+    def score(base, adapter, segments, description):
+        if adapter is None:
+            return np.array([1000.0 + Model.nll(len(s.prompt) - 1, s.response) for s in segments]), None
+        return model.score(base, adapter, segments, description)
+
+    go = online.make_refresh(model.sample, score, say, IDS, PROMPTS, 3, 2, "all", judge, paired=True)
+    own, _ = go("base", "adapter", 6, np.array([2, 4, 6]), np.array([2, 6]), model.stopped)
+    [(texts, log_prob)] = judged
+    assert texts == [(2, 1, "yes"), (6, 0, "yes"), (6, 1, "noyes"), (4, 0, "yes"), (4, 1, "noyes")]
+    np.testing.assert_array_equal(log_prob, own.log_prob)
+    np.testing.assert_array_equal(own.reward, range(5))
+    np.testing.assert_array_equal(own.reference, own.log_prob - 1000)
+    nothing, _ = go("base", "adapter", 6, np.array([], int), np.array([2]), model.stopped)
+    assert nothing.reward is None and nothing.reference is None and len(judged) == 1
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
@@ -439,6 +526,24 @@ def test_refresh_measures():
     assert tell(bad, [None] * 4 + ["yesno"] + [None] * 3)["online/another_chance"] == 1 / 2  # the truth of row 2 is not known
 
 
+def test_measures_of_rewards():
+    """Rows 2 and 4 answer right and wrong, 6 wrong twice, 3 without a known truth; the right one wins in row 2 alone."""
+    answers = {2: [answer(10), answer(11)], 4: [answer(10), answer(11)], 6: [answer(11)] * 2, 3: [answer(10), answer(11)]}
+    own, said = Model(answers).refresh([2, 3, 4, 6], range(NUM_ROWS))
+    own = dataclasses.replace(own, reward=np.array([3.0, 1.0, 0.0, 0.5, 0.0, 2.0, 7.0, 7.0]))
+    assert own.row.tolist() == [2, 2, 3, 3, 4, 4, 6, 6]
+    found = online.refresh_measures(own, said, None, [None, None, "yes", None, "yes ", None, "yes", None])
+    assert {key: value for key, value in found.items() if "reward" in key or "right" in key} == pytest.approx(
+        {
+            "online/reward": 20.5 / 8,
+            "online/reward_gap": (2 + 0.5 + 2 + 0) / 4,
+            "online/reward_ties": 1 / 4,
+            "online/right": 2 / 6,
+            "online/best_right": 1 / 3,
+        }
+    )
+
+
 def test_counts_of_all_refreshes():
     """Another chance is counted over all answers: 0 of 2 and 6 of 6 are 6 of 8, not one half."""
     totals = {}
@@ -502,6 +607,13 @@ def test_what_is_recorded(tmp_path):
     second = {"id": "row-4", "sample": 0, "text": '"', "logprob": -1 / 3, "ratio": math.exp(0.25), "finish_reason": "length"}
     assert found[1] == first | second
     assert found[2]["ratio"] > 1e30 and math.isfinite(found[2]["ratio"])
+
+
+def test_rewards_are_recorded(tmp_path):
+    record = online.Record(tmp_path / "responses.jsonl", 0, 4)
+    retire(record, judged())
+    record.close()
+    assert [line["reward"] for line in recorded(tmp_path / "responses.jsonl")] == [0.5, -2.0, 1e9]
 
 
 def advance(record, first, last, every, num_steps):

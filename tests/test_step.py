@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import scoring, sharding, step
+from bilevel_jax import online, scoring, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.models import decoder, huggingface, lora
@@ -377,7 +377,7 @@ def test_dpo_upper_level(padded):
 
     adapter = model(LLAMA)[1]
     expected, _ = descend(adapter, lambda adapter: dpo(adapter) + GAMMA * weighted_loss(LLAMA, adapter, lower, weights))
-    objective = Objective(upper="dpo", dpo_beta=beta)
+    objective = Objective(upper="dpo", beta=beta)
     after, metrics = compiled(LLAMA, objective)(model(LLAMA)[0], begin(LLAMA), batch, scales)
     assert_close(after.policy.adapter, expected, atol=5e-6)
     np.testing.assert_allclose(metrics["upper_loss"], dpo(adapter), rtol=1e-5)
@@ -661,6 +661,163 @@ def test_theta_gradient_against_finite_differences(config):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Pairs below, and what rewards make of the model's own responses
+# --------------------------------------------------------------------------------------------------------------------
+
+BETA, TEMPERATURE, REWARDS = 0.3, 0.7, {4: (0.5, 2.0, -1.0), 0: (1.0, 1.0)}  # the two responses to row 0 are as good
+ROOMY = Layout(sequences=1, length=40, entries=16)
+OBJECTIVES = {
+    "below": Objective(upper="ipo", lower="dpo", beta=BETA),
+    "below, sums": Objective(lower="ipo", beta=BETA, reduction="sum", coefficient_at="current"),
+    **{
+        f"own {kind}": Objective(own=kind, beta=BETA, reward_temperature=TEMPERATURE, clip=CLIP, coefficient_at=at)
+        for kind, at in [("dpo", "next"), ("ipo", "current"), ("rwr", "current"), ("reinforce", "next")]
+    },
+    "own dpo among pairs": Objective(lower="dpo", own="dpo", beta=BETA, clip=CLIP),
+}
+
+
+@functools.cache
+def compared_rows(objective):
+    """Upper rows and a lower batch of four, of which the model answered rows 4 and 0 where `objective.own` says so."""
+    rng = np.random.default_rng(13)
+
+    def pair(group, **role):
+        sizes, (prompt, *_) = rng.integers(2, 7, (2, 1)), rng.integers(1, 5, 1)
+        both = [segment(rng, prompt, size, group=group, sign=sign, **role) for (size,), sign in zip(sizes, (1, -1))]
+        return [row._replace(reference=-float(rng.uniform(5, 25))) for row in both]
+
+    upper, lower = list(rows()[0]), []
+    if objective.upper != "sft":
+        upper = [row for group in range(3) for row in pair(group, share=1 / 3)]
+    for group, i in enumerate(SAMPLES, 4):
+        if i in ASKED and objective.own != "sft":
+            mine = [row for row in own_rows()[1] if row.sample == i]
+            own = online.Own(
+                step=0,
+                masked=np.ones(N, bool),
+                row=np.full(len(mine), i),
+                sample=np.arange(len(mine)),
+                tokens=[row.response for row in mine],
+                log_prob=np.array([row.old_log_prob for row in mine]),
+                log_ratio=np.full(len(mine), np.nan),
+                reward=np.array(REWARDS[i]),
+                reference=-rng.uniform(5, 25, len(mine)),
+            )
+            found = online.segments(own, i, mine[0].prompt, 1 / 4, group, objective.own, ROOMY.length)
+            lower += [row for _, row in found]
+        elif objective.lower == "sft":
+            lower.append(segment(rng, 3, int(rng.integers(2, 7)), sample=i, share=1 / 4))
+        else:
+            lower += pair(group, sample=i, share=1 / 4)
+    return upper, lower
+
+
+def numpy_row(config, base, adapter, row):
+    """Summed NLL of a response in float64."""
+    tokens = np.concatenate([row.prompt, row.response])
+    logits = numpy_logits(config, base, adapter, tokens)
+    nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(row.size - 1), tokens[1:]]
+    return nll[max(len(row.prompt), 1) - 1 :].sum()
+
+
+def by_question(lower):
+    return {i: [row for row in lower if row.sample == i] for i in SAMPLES}
+
+
+def numpy_pair(kind, objective, nll, chosen, rejected):
+    """-log σ(β margin), (margin - 1/2β)²; with sums over tokens, or means for IPO as trl has it."""
+    gains = [-nll[id(row)] - row.reference for row in (chosen, rejected)]
+    if kind == "ipo" and objective.reduction == "mean":
+        gains = [gain / num_predicted(row) for gain, row in zip(gains, (chosen, rejected))]
+    margin = gains[0] - gains[1]
+    return np.log1p(np.exp(-BETA * margin)) if kind == "dpo" else (margin - 1 / (2 * BETA)) ** 2
+
+
+def numpy_losses(objective, base, adapter):
+    """(7) with ℓ_b as the objective has it, and C_b by row: float64, one row after the other."""
+    upper, lower = compared_rows(objective)
+    nll = {id(row): numpy_row(LLAMA, base, adapter, row) for row in upper + lower}
+
+    def plain(row):
+        return nll[id(row)] / (num_predicted(row) if objective.reduction == "mean" else 1)
+
+    above = (
+        mean(plain(row) for row in upper)
+        if objective.upper == "sft"
+        else mean(numpy_pair(objective.upper, objective, nll, *two) for two in zip(upper[::2], upper[1::2]))
+    )
+    below, cost = [], np.zeros(N)
+    for i, found in by_question(lower).items():
+        own, signs = not math.isnan(found[0].old_log_prob), [row.sign for row in found]
+        weight = [response_weight("sequence", row) for row in found]
+        reward = np.array(REWARDS[i]) if own else None
+        if signs == [1, -1]:
+            loss = numpy_pair(objective.own if own else objective.lower, objective, nll, *found)
+            cost[i] = loss if objective.lower != "sft" else plain(found[0])
+        elif not own:
+            loss = cost[i] = plain(*found)
+        elif objective.own in ("dpo", "ipo"):  # no pair
+            loss, cost[i] = 0.0, plain(*found) if objective.lower == "sft" else 0.0
+        else:
+            likelihood = np.exp(reward / TEMPERATURE)
+            factor = {
+                "rwr": len(reward) * likelihood / likelihood.sum(),
+                "reinforce": [r - np.mean(np.delete(reward, g)) for g, r in enumerate(reward)],
+            }[objective.own]
+            assert len(found) == len(reward)
+            loss = mean(f * w * plain(row) for f, w, row in zip(factor, weight, found))
+            cost[i] = mean(map(plain, found))
+        below.append(N * softmax(np.float64(OMEGA))[i] * loss)
+    return above + GAMMA * mean(below), cost
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_against_finite_differences(name):
+    """Losses, costs and directional derivatives in float64, for two packings in which pairs and groups lie differently."""
+    objective, base = OBJECTIVES[name], model(LLAMA)[0]
+    upper, lower = compared_rows(objective)
+    adapter64, base64 = jax.tree.map(lambda x: np.array(x, np.float64), (model(LLAMA)[1], base))
+    expected, cost = numpy_losses(objective, base64, adapter64)
+    rng = np.random.default_rng(1)
+    directions = [jax.tree.map(lambda x: rng.normal(size=x.shape), adapter64) for _ in range(3)]
+    h, slopes = 1e-5, []
+    for u in directions:
+        ends = (jax.tree.map(lambda x, d, s=s: x + s * h * d, adapter64, u) for s in (1, -1))
+        high, low = (numpy_losses(objective, base64, end)[0] for end in ends)
+        slopes.append((high - low) / (2 * h))
+
+    scale = 10 if objective.reduction == "sum" else 1  # the size of a summed loss, and of float32's errors in it
+    for layout in (ROOMY, ROOMY._replace(padded=True)):
+        batch = packing.pack_step([*upper, *lower], N, 4, layout)
+        after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+        moved = jax.tree.map(lambda x, y: (np.float64(x) - y) / RATE, model(LLAMA)[1], after.policy.adapter)
+        found = [sum(np.sum(d * g) for d, g in zip(jax.tree.leaves(u), jax.tree.leaves(moved))) for u in directions]
+        np.testing.assert_allclose(found, slopes, rtol=1e-4, atol=1e-4 * scale)
+        if objective.coefficient_at == "next":
+            theta = jax.tree.map(lambda x: np.array(x, np.float64), after.policy.adapter)
+            cost = numpy_losses(objective, base64, theta)[1]
+        np.testing.assert_allclose(cost_of(after), cost, rtol=1e-5, atol=2e-5 * scale)
+        unjudged = {0} if name == "own dpo among pairs" else set()
+        np.testing.assert_allclose(after.selector.visits, [i in {*SAMPLES} - unjudged for i in range(N)], rtol=1e-6)
+
+
+def test_pairs_and_a_tracked_value_function():
+    """θ' descends the weighted pairs alone; from the same start it is level with θ, and C is their difference after that."""
+    objective = Objective(lower="dpo", beta=BETA, coefficient_at="current", value_function="tracked")
+    upper, lower = compared_rows(OBJECTIVES["below"])
+    batch = packing.pack_step([*upper, *lower], N, 4, ROOMY)
+    batch = batch._replace(share=np.where(batch.sample < N, batch.share, 0).astype(np.float32))  # no upper level
+    state = begin(LLAMA, tracked=model(LLAMA)[1])
+    state, _ = compiled(LLAMA, objective)(model(LLAMA)[0], state, batch, Scales(1.0, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, state.policy.adapter, state.tracker.adapter)  # the same objective: γ = 1
+    np.testing.assert_allclose(state.selector.logits, OMEGA, atol=1e-6)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max(), state.policy.adapter, model(LLAMA)[1])
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The step as a function
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -688,10 +845,13 @@ def test_one_compilation_for_any_number_of_rows():
     "options, message",
     [
         ({"upper": "ppo"}, "loss.upper='ppo'"),
+        ({"lower": "rwr"}, "loss.lower='rwr'"),
+        ({"own": "ppo"}, "online.objective='ppo'"),
+        ({"reward_temperature": 0.0}, "online.reward_temperature.*0.0"),
         ({"reduction": "max"}, "loss.reduction='max'"),
         ({"coefficient_at": "now"}, "selection.coefficient_at='now'"),
         ({"value_function": "one"}, "selection.value_function='one'"),
-        ({"dpo_beta": 0.0}, "loss.dpo_beta.*0.0"),
+        ({"beta": 0.0}, "loss.beta.*0.0"),
         ({"response_weight": "token"}, "online.response_weight='token'"),
         ({"clip": 0.99}, "online.clip.*0.99"),
         ({"clip": float("nan")}, "online.clip.*nan"),

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, that they continue exactly, what they refuse, and that every method runs."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import features, online, plan, progress, sampling, train, workspace
+from bilevel_jax import features, online, plan, progress, rewards, sampling, train, workspace
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import order, packing, templates
 from tests.conftest import (
@@ -385,7 +386,7 @@ def load_tokenizer(config):
 def batch_ids(config, level, k) -> list[str]:
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
     own = online.nothing_yet(len(level["lower"].rows))
-    return train.make_batch(config, level["upper"], level["lower"], None, layout, k, own).ids
+    return train.make_batch(config, level["upper"], level["lower"], layout, k, own).ids
 
 
 @pytest.fixture(scope="module")
@@ -425,8 +426,8 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
         log_ratio=np.full(4, np.nan),
     )
     layout = packing.Layout(2, 128, (2 + 3) * 4)
-    references = np.zeros((len(level["upper"].rows), 2))
-    drawn = train.make_batch(config, level["upper"], level["lower"], references, layout, 0, own)
+    above = dataclasses.replace(level["upper"], references=np.zeros((len(level["upper"].rows), 2)))
+    drawn = train.make_batch(config, above, level["lower"], layout, 0, own)
     lower = [first] * 3 + [second, third, fourth]
     assert drawn.places.tolist() == [1, 2, 3, -1, 0, -1] + [-1] * 8
     assert drawn.ids[:6] == [level["lower"].rows[i].id for i in lower] and len(drawn.ids) == 14
@@ -832,6 +833,89 @@ def test_preferences_above_and_own_responses_below(make_config, tmp_path):
     assert losses[-1] < losses[0]
     used = [line["ratio"] for line in responses_of(tmp_path / "run")]
     assert used and all(ratio is not None for ratio in used)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs below, and rewards
+# --------------------------------------------------------------------------------------------------------------------
+
+COMPARED = REFINED | {
+    "method": "online",
+    "loss.lower": "dpo",
+    "online.objective": "dpo",
+    "online.reward": "likelihood",
+    "data.max_length": 128,
+    "log.every": 1,
+}
+
+
+def make_flipped(directory) -> str:
+    """A file of preference rows of which every third is the wrong way round, and two that are none."""
+    rows = []
+    for i, row in enumerate(make_rows(12, seed=5)):
+        answers = (row["truth"], f"No {i}.")[:: 1 if i % 3 else -1]
+        pair = dict(zip(("chosen", "rejected"), answers))
+        rows.append({"prompt": row["question"], "truth": row["truth"], "bad": not i % 3} | pair)
+    rows += [{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b "}]
+    return str(write_jsonl(directory / "lower.jsonl", rows))
+
+
+def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
+    """Own pairs stand among pairs of the data. Stopped while responses are sampled, and between a refresh and the next one, a
+    run ends with the same bits: rewards and references are saved with the responses."""
+    config = make_config(COMPARED | {"data.lower": make_flipped(tmp_path)})
+    expected, workdir = tmp_path / "whole", tmp_path / "parts"
+    train.run(config, expected)
+    printed = capsys.readouterr().out
+    assert "left out 1: no field 'rejected'" in printed and "left out 1: chosen and rejected are the same" in printed
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(workspace.Interrupted):
+            train.run(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_refresh(patch, 3)
+        with pytest.raises(workspace.Interrupted):
+            train.run(config, workdir)
+    train.run(config, workdir)
+    for file in ("responses.jsonl", *TRAINED):
+        assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
+    summary = summary_of(workdir)
+    assert without(summary, "time/") == without(summary_of(expected), "time/")
+
+    lines, events = responses_of(workdir), read_jsonl(workdir / "metrics.jsonl")
+    assert lines and all(line["reward"] < 0 for line in lines)
+    told = [event for event in events if "online/reward" in event]
+    assert told and all(event["online/reward_gap"] >= 0 <= event["online/reward_ties"] for event in told)
+    losses = [event["train/lower_loss"] for event in events if "train/loss" in event]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4)  # all margins are 0 before the first step
+    assert not any("online/clip_fraction" in event for event in events)  # pairs take no ratio
+    assert 0 <= summary["eval/lower_pair_accuracy"] <= 1 and summary["start/lower_pair_accuracy"] == 0.5
+    assert 0 <= summary["selector/auroc"] <= 1
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_pair_accuracy(make_config, tmp_path, neox, level):
+    """Against each held-out response scored alone: the share whose likelihood rose more than that of the rejected one."""
+    file = make_flipped(tmp_path)
+    changes = {f"loss.{level}": "ipo", f"data.{level}": file, "data.max_length": 128, "num_epochs": 1, "eval.num_lower": 5}
+    summary, _ = finish(make_config, changes, tmp_path / "run")
+    before, after = load(neox), load(neox, tmp_path / "run" / "adapter")
+    config = ConfigDict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    rows = data_levels.load_level(config, level, before[3]).eval_rows
+    rose = []
+    for row in rows:
+        gain = [sum(token_log_probs(x, row.question, text)) for text in (row.response, row.rejected) for x in (before, after)]
+        rose.append(gain[1] - gain[0] > gain[3] - gain[2])
+    assert summary[f"eval/{level}_pair_accuracy"] == np.mean(rose)
+    if level == "lower":
+        assert {row.id for row in data_levels.reopen(config)} > set(table_of(tmp_path / "run", 1)["id"].to_pylist())
+
+
+def test_a_reward_that_cannot_be_had_stops_the_run_before_it_begins(make_config, tmp_path):
+    changes = REFINED | {"online.objective": "best_of", "online.reward": "nowhere_at_all:reward"}
+    with pytest.raises(rewards.RewardError, match="^online.reward=nowhere_at_all:reward: cannot be imported"):
+        train.run(make_config(changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize("key", ["online.slots", "batch.micro_size"])

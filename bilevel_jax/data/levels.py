@@ -15,12 +15,13 @@ class Level:
     examples: list[templates.Example]
     eval_rows: list[rows.Row]
     eval_examples: list[templates.Example]
+    references: np.ndarray | None = None  # [n, 2] log-probabilities of chosen and rejected under the reference; None: no pairs
 
 
 def load_level(config, level: str, tokenizer) -> Level:
     """Reads, tokenizes and splits one level, and says what was found and left out."""
     source, limit = config.data[level], config.data[f"num_{level}"]
-    preference = level == "upper" and config.loss.upper == "dpo"
+    preference = config.loss[level] != "sft"
     found, report = sources.open_source(
         source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
     )
@@ -50,7 +51,11 @@ def reopen(config) -> list[rows.Row]:
       DataError: if they are not there any more.
     """
     found, _ = sources.open_source(
-        config.data.lower, seed=config.seed, num_rows=config.data.num_lower, bad_fraction=config.data.bad_fraction
+        config.data.lower,
+        seed=config.seed,
+        num_rows=config.data.num_lower,
+        bad_fraction=config.data.bad_fraction,
+        preference=config.loss.get("lower", "sft") != "sft",  # earlier runs have no such key
     )
     return found
 
@@ -59,7 +64,7 @@ def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     """The held-out questions with their right responses, where the data know them."""
     field = config.data.truth
     known = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
-    right = [dataclasses.replace(row, response=row.fields[field]) for row in known]
+    right = [dataclasses.replace(row, response=row.fields[field], rejected=None) for row in known]
     encoded = templates.encode(right, tokenizer, template=config.data.template)
     return templates.fit(encoded, right, config.data.max_length)[1]
 

@@ -23,9 +23,10 @@ class Segment(NamedTuple):
     sample: int = -1  # index into the selector's logits; -1: upper level
     share: float = 0.0  # weight in its level's mean
     group: int = -1  # which preference pair of the step, or which question that the model answered itself; -1: neither
-    sign: int = 0  # preference rows: +1 chosen, -1 rejected
-    reference: float = 0.0  # preference rows: log-probability of the response under the reference model
+    sign: int = 0  # of a pair: +1 chosen, -1 rejected
+    reference: float = 0.0  # of a pair: log-probability of the response under the reference model
     old_log_prob: float = math.nan  # of the model's own responses, log π_old when it was made; NaN: from the data
+    reward: float = math.nan  # of the model's own responses, where their loss hangs on it; NaN: it does not
 
     @property
     def size(self) -> int:
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     sign: np.ndarray  # [E] float32, +1 chosen, -1 rejected, 0 otherwise
     reference: np.ndarray  # [E] float32
     old_log_prob: np.ndarray  # [E] float32, log π_old of the model's own responses; NaN for those of the data
+    reward: np.ndarray  # [E] float32, of the model's own responses; NaN where there is none
     num_lower_micro: np.ndarray  # [] int32, the micro-batches that hold every lower-level row
     num_lower: np.ndarray  # [] float32, rows B of the lower level
 
@@ -173,6 +175,7 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
         sign=column([s.sign for s in segments], np.float32, 0),
         reference=column([s.reference for s in segments], np.float32, 0),
         old_log_prob=column([s.old_log_prob for s in segments], np.float32, math.nan),
+        reward=column([s.reward for s in segments], np.float32, math.nan),
         num_lower_micro=np.int32(-(-len(lower_bins) // layout.sequences)),
         num_lower=np.float32(num_lower),
     )

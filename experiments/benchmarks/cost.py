@@ -27,7 +27,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     targets = lora.resolve_targets(model, config.lora.targets)
     own = online.nothing_yet(len(lower.rows))
     batches = [
-        sharding.split_batch(train.make_batch(config, upper, lower, None, layout, k, own).batch, mesh) for k in range(rounds)
+        sharding.split_batch(train.make_batch(config, upper, lower, layout, k, own).batch, mesh) for k in range(rounds)
     ]
     states, runs = {}, {}
     for name, (rule, coefficient_at, value_function) in VARIANTS.items():

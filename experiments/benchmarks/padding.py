@@ -45,7 +45,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
     own = online.nothing_yet(len(lower.rows))
-    hosts = [train.make_batch(config, upper, lower, None, layout, k, own) for k in range(rounds)]
+    hosts = [train.make_batch(config, upper, lower, layout, k, own) for k in range(rounds)]
     packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
     padded = [_padded(config, upper, lower, k, mesh) for k in range(rounds)]
     for length in {given for micro in padded for _, _, given in micro}:  # compile ahead

@@ -153,7 +153,7 @@ class Work(NamedTuple):
         size = self.config.batch.size
         layout = packing.Layout(self.config.batch.micro_size, self.config.data.max_length, 2 * size)
         own = online.nothing_yet(len(self.lower.rows))
-        return [train.make_batch(self.config, self.upper, self.lower, None, layout, k, own) for k in range(self.steps)]
+        return [train.make_batch(self.config, self.upper, self.lower, layout, k, own) for k in range(self.steps)]
 
 
 def start_adapter(config, model):

@@ -1,0 +1,127 @@
+"""Rewards: what they are, and one clear line for whatever somebody's function does."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+
+from bilevel_jax import online, rewards, sampling, workspace
+from bilevel_jax.data import rows as data_rows
+
+ROWS, _ = data_rows.collect(
+    data_rows.parse(enumerate([{"question": f"q{i}", "response": "r", "truth": f"yes {i}"} for i in range(3)], 1)), "made up"
+)
+TRUTHS = ["yes 0", " yes 1\n", "yes 2"]
+LOG_PROB = np.array([-1.0, -6.0, -2.0])
+
+
+def said(row, sample, text, number):
+    tokens = np.arange(number, dtype=np.int32)
+    return online.Said(row, sample, text, sampling.Response(tokens, 9, np.zeros(number + 1), np.zeros(number + 1), "stop"))
+
+
+SAID = [said(1, 0, "yes 1", 1), said(1, 1, "no", 2), said(0, 0, "yes 0 ", 3)]
+
+
+def judge(name, truths=TRUTHS):
+    return rewards.make_judge(name, ROWS, truths)(SAID, LOG_PROB)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """`f(code) -> name` of a module with that code."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(code):
+        (tmp_path / "my_rewards.py").write_text(code)
+        sys.modules.pop("my_rewards", None)
+        importlib.invalidate_caches()
+        return "my_rewards"
+
+    return write
+
+
+def test_truth():
+    np.testing.assert_array_equal(judge("truth"), [1, 0, 1])
+
+
+def test_truth_needs_one_of_every_row():
+    with pytest.raises(rewards.RewardError, match=f"^online.reward=truth: row {ROWS[1].id} has no right response.*data.truth$"):
+        judge("truth", ["yes 0", None, "yes 2"])
+
+
+def test_likelihood_is_per_token_with_the_eos():
+    np.testing.assert_allclose(judge("likelihood"), [-1 / 2, -6 / 3, -2 / 4])
+
+
+def test_a_function_of_your_own(module):
+    name = module(
+        "class Mine:\n"
+        "    @staticmethod\n"
+        "    def reward(questions, responses, truths):\n"
+        "        assert questions == ['q1', 'q1', 'q0'] and truths == [' yes 1\\n', ' yes 1\\n', 'yes 0']\n"
+        "        return [len(response) for response in responses]\n"
+    )
+    found = judge(f"{name}:Mine.reward")
+    np.testing.assert_array_equal(found, [5, 2, 6])
+    assert found.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ("[1.0, 2.0]", r"gave an array \(2,\) for 3 responses"),
+        ("1.0", r"gave an array \(\) for 3 responses"),
+        ("[[1.0]] * 3", r"gave an array \(3, 1\) for 3 responses"),
+        ("[1.0, float('nan'), 0.0]", "gave nan for a response to row ROW, the first of 1; rewards are finite"),
+        ("[float('inf')] * 3", "gave inf for a response to row ROW, the first of 3"),
+        ("['a', 'b', 'c']", r"failed on 3 responses \(ValueError: could not convert"),
+        ("questions.none", r"failed on 3 responses \(AttributeError: "),
+    ],
+)
+def test_what_a_function_may_not_give(module, value, reason):
+    name = module(f"def reward(questions, responses, truths):\n    return {value}\n")
+    with pytest.raises(workspace.RunError, match=rf"^online.reward=my_rewards:reward {reason.replace('ROW', ROWS[1].id)}[^\n]*$"):
+        judge(f"{name}:reward")
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("thruth", "'thruth' is neither truth, likelihood, MODULE:CALLABLE nor a directory"),
+        ("no/such/place", "'no/such/place' is neither"),
+        ("my_rewards:", "'my_rewards:' is neither"),
+        ("my_rewards:absent", r"my_rewards:absent: cannot be imported \(AttributeError: .*'absent'"),
+        ("nowhere_at_all:reward", r"nowhere_at_all:reward: cannot be imported \(ModuleNotFoundError: "),
+        ("my_rewards:number", "my_rewards:number: number is a int, not a function"),
+    ],
+)
+def test_rewards_that_there_are_not(module, name, reason):
+    module("number = 3\n")
+    with pytest.raises(rewards.RewardError, match=rf"^online.reward={reason}[^\n]*$"):
+        rewards.make_judge(name, ROWS, TRUTHS)
+
+
+def test_a_module_that_breaks(module):
+    name = module("raise OSError('two\\nlines')\n")
+    with pytest.raises(rewards.RewardError, match=r"cannot be imported \(OSError: two lines\)$"):
+        rewards.make_judge(f"{name}:reward", ROWS, TRUTHS)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (None, "no readable config.json"),
+        ("{", "no readable config.json"),
+        ("{}", "a model of 2 labels"),
+        ('{"id2label": {"0": "A", "1": "B", "2": "C"}}', "a model of 3 labels"),
+        ('{"id2label": {"0": "A"}}', "a classification model needs PyTorch: pip install torch"),
+    ],
+)
+def test_classifiers_that_cannot_be_used(tmp_path, monkeypatch, config, reason):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(rewards.RewardError, match=f"^online.reward={tmp_path}: {reason}"):
+        rewards.make_judge(str(tmp_path), ROWS, TRUTHS)
