@@ -25,7 +25,7 @@ from typing import NamedTuple
 from bilevel_jax.data import rows, templates
 
 FORMATS = {
-    "auto": "chat where the run's template is the tokenizer's chat template, else text; prompt/completion rows as they are",
+    "auto": "chat where the run's template is the tokenizer's chat template, else text; pairs and prompt/completion rows stay",
     "chat": "prompt and completion as lists of messages, for any model with a chat template",
     "text": "prompt in the run's template and completion, as texts",
     "original": "neither: the fields as they are",
@@ -75,19 +75,21 @@ def select(found: Sequence[rows.Row], table, keep: float) -> list[Kept]:
 def latest_responses(file: pathlib.Path) -> dict[str, str]:
     """The latest usable response of the model's own to each row, by id, from `responses.jsonl`.
 
-    Usable is one with words in it that came to its end, where the file says so. Of several from one refresh it is the first sample:
-    a fair draw from the model, whereas the most likely one would favour short responses.
+    Usable is one with words in it that came to its end, where the file says so. Of several from one refresh it is the one with the
+    highest reward; without rewards, and of equals, the first sample: a fair draw from the model, whereas the most likely one would
+    favour short responses.
 
     Raises:
       DataError: a line that is not a response.
     """
-    latest: dict[str, tuple[tuple[int, int], str]] = {}
+    latest: dict[str, tuple[tuple[int, float, int], str]] = {}
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 said = json.loads(line.decode())
-                row_id, text, age = said["id"], said["text"], (said["step"], -said["sample"])
-                if not (isinstance(row_id, str) and isinstance(text, str) and all(isinstance(count, int) for count in age)):
+                row_id, text, age = said["id"], said["text"], (said["step"], said.get("reward", 0.0), -said["sample"])
+                numbers = all(isinstance(number, kind) for number, kind in zip(age, (int, (int, float), int)))
+                if not (isinstance(row_id, str) and isinstance(text, str) and numbers):
                     raise TypeError("a field of another type")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise rows.DataError(f"{file}:{number}: not a response ({type(error).__name__}: {error})") from error
@@ -132,6 +134,8 @@ def resolve_format(form: str, found: Sequence[rows.Row], template: str) -> str:
     """`chat`, `text`, `original`, or `as is`: without new columns, but with no field that SFTTrainer would misread."""
     if form != "auto":
         return form
+    if all(row.rejected is not None for row in found):
+        return "original"  # pairs stay pairs
     if all(row.schema == "prompt/completion" for row in found):
         return "as is"
     return "chat" if template == "chat" else "text"

@@ -30,6 +30,10 @@ def closing_table(summary: dict, workdir: str | pathlib.Path) -> str:
     for key, name in names.items():
         if f"eval/{key}" in summary:
             lines.append(f"  {name:<32}{summary[f'start/{key}']:>9.4f}{summary[f'eval/{key}']:>9.4f}")
+    pairs = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
+    if told := [key for key in pairs if f"eval/{key}" in summary]:
+        lines += ["", "held-out pairs told apart"]
+        lines += [f"  {pairs[key]:<32}{summary[f'start/{key}']:>9.1%}{summary[f'eval/{key}']:>9.1%}" for key in told]
     if "selector/ess" in summary:
         lines += ["", "selector"]
         lines.append(f"  {'effective sample size / N':<32}{summary['selector/ess']:>18.4f}")

@@ -102,7 +102,18 @@ def test_latest_responses(tmp_path):
     assert found == {"a": "first sample", "b": "only words", "c": "whole"}
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"step": 0, "id": "a", "sample": 0}'])
+def test_latest_responses_with_rewards(tmp_path):
+    lines = [
+        said(0, "a", 0, "old", reward=9.0),
+        said(8, "a", 0, "worse", reward=-1.5),
+        said(8, "a", 1, "best", reward=2),
+        said(8, "a", 2, "as good", reward=2.0),
+        said(8, "a", 3, "cut", reward=3.0, finish_reason="length"),
+    ]
+    assert exporting.latest_responses(write_jsonl(tmp_path / "responses.jsonl", lines)) == {"a": "best"}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": 0, "id": "a", "sample": 0}', json.dumps(said(0, "a", 0, "x", reward="1"))])
 def test_latest_responses_refuses_damage(tmp_path, line):
     file = tmp_path / "responses.jsonl"
     file.write_text(json.dumps(said(0, "a", 0, "x")) + "\n" + line + "\n")
@@ -148,6 +159,12 @@ def test_resolve_format(places, template, expected):
     found = parse([MIXED[i] for i in places])
     assert exporting.resolve_format("auto", found, template) == expected
     assert exporting.resolve_format("original", found, template) == "original"
+
+
+def test_pairs_stay_pairs():
+    pairs = list(rows.parse([(1, {"prompt": "a", "chosen": "b", "rejected": "c"})], preference=True))
+    assert exporting.resolve_format("auto", pairs, "chat") == "original"
+    assert exporting.resolve_format("chat", pairs, "chat") == "chat"
 
 
 def test_chats():

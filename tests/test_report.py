@@ -392,6 +392,13 @@ def test_closing_table_shows_the_least_trusted_questions(nasty):
     assert "report.html" in lines[-1]
 
 
+def test_closing_table_of_pairs(made):
+    table = show.closing_table({"start/lower_pair_accuracy": 0.5, "eval/lower_pair_accuracy": 0.875}, made)
+    [line] = [line for line in table.splitlines() if "87.5%" in line]
+    assert line.split() == ["mixture,", "as", "it", "is", "50.0%", "87.5%"] and "held-out pairs told apart" in table
+    assert "pairs told apart" not in show.closing_table({}, made)
+
+
 def test_closing_table_without_the_rows(made, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(made, workdir)
