@@ -62,7 +62,15 @@ SELECTORS = {  # rules and optimizers of ω, offline
         "selection.baseline": "none",
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS
+COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
+    "online, R=10%, G=4": _online(0.1, 4),
+    **{
+        f"online, R=10%, G=4, {name}": _online(0.1, 4, **{"online.objective": objective, "online.reward": "likelihood"})
+        for name, objective in (("best of G", "best_of"), ("DPO", "dpo"), ("REINFORCE", "reinforce"))
+    },
+    "online, R=10%, G=4, DPO, truth as reward": _online(0.1, 4, **{"online.objective": "dpo", "online.reward": "truth"}),
+}
+CELLS = METHODS | CONTROLS | SELECTORS | COMPARED
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
 COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}
