@@ -386,9 +386,8 @@ class Record:
             return False
 
     def retire(self, own: Own, ids: Sequence[str], detokenize: Callable, eos: Collection[int]) -> None:
-        for i, (row, sample, tokens, log_prob, log_ratio) in enumerate(
-            zip(own.row, own.sample, own.tokens, own.log_prob, own.log_ratio)
-        ):
+        columns = zip(own.row, own.sample, own.tokens, own.log_prob, own.log_ratio)
+        for i, (row, sample, tokens, log_prob, log_ratio) in enumerate(columns):
             line = {"step": own.step, "id": ids[row], "sample": int(sample), "text": detokenize(tokens), "logprob": float(log_prob)}
             line["ratio"] = None if np.isnan(log_ratio) else float(np.exp(min(log_ratio, LARGE)))
             line["finish_reason"] = "stop" if tokens[-1] in eos else "length"
