@@ -16,7 +16,7 @@ LICENCE = (
     "Look them up before you pass the file on."
 )
 COLUMNS = {
-    "weight": "N·σ(ω) at the end of the run: mean 1 over all rows trained on",
+    "weight": "N·σ(ω) at the end of the run: mean 1 over all rows",
     "rank": "1 is the heaviest",
     "prompt": "what TRL's SFTTrainer conditions on",
     "completion": "what it learns",
@@ -54,7 +54,9 @@ class Facts:
         return _table(("", ""), rows.items())
 
 
-def data_card(facts: Facts, out: pathlib.Path, table, found, kept, told, form: str, renamed: Sequence[str]) -> str:
+def data_card(
+    facts: Facts, out: pathlib.Path, table, found, kept, told, form: str, renamed: Sequence[str], unseen: bool = False
+) -> str:
     """The card of a file of kept rows.
 
     Args:
@@ -65,6 +67,7 @@ def data_card(facts: Facts, out: pathlib.Path, table, found, kept, told, form: s
       told: for each of them its columns `refined` and `original_response`, or nothing.
       form: as returned by `exporting.resolve_format`.
       renamed: fields that are `original_NAME` in the file.
+      unseen: the rows are others than those of the run.
     """
     verdicts = table.to_pylist()
     ids = {one.row.id for one in kept}
@@ -87,6 +90,7 @@ def data_card(facts: Facts, out: pathlib.Path, table, found, kept, told, form: s
         "",
         "Rows of instruction data that bilevel data selection weighed most: one weight per training row, learned jointly with the",
         "model so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
+        *(["The run never saw these rows: they are weighed by what it learned of the features of its own."] if unseen else []),
         "",
         *facts.table(),
         "",

@@ -116,7 +116,7 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     late = exporting.write(out, records)
     facts = cards.Facts(workdir, config, command)
     card = out.with_suffix(".card.md")
-    workspace.write_atomically(card, cards.data_card(facts, out, table, found, kept, told, form, renamed))
+    workspace.write_atomically(card, cards.data_card(facts, out, table, found, kept, told, form, renamed, bool(SCORE_NEW.value)))
 
     print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
     if REFINED.value:

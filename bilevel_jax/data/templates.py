@@ -168,7 +168,9 @@ def _chat(row: Row, tokenizer) -> str:
     turns = ((("system", row.system),) if row.system else ()) + row.messages
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text.encode()  # a template may write half a surrogate pair, which is no text
+        return text
     except Exception as error:  # refusals, such as of system texts, and whatever goes wrong in a template
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the chat template refuses the row of line {row.line} (id {row.id}): {reason}") from error

@@ -188,6 +188,11 @@ def test_no_eos_is_needed_where_none_is_asked_for():
     assert PLAIN.decode(example.response) == "the answer"
 
 
+def test_chat_template_that_writes_half_a_surrogate_pair():
+    with pytest.raises(ValueError, match=r"refuses the row of line \d+ \(id [0-9a-f]{16}\): 'utf-8' codec can't encode"):
+        templates.encode(parse(QA), make_tokenizer(chat="\ud83d"), template="chat")
+
+
 def test_chat_template_that_refuses_a_row():
     strict = make_tokenizer(chat="{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
     with pytest.raises(ValueError, match=r"refuses the row of line 2 \(id [0-9a-f]{16}\): no system$"):
