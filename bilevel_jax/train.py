@@ -401,10 +401,10 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         features.write_phi(workdir / features.PHI, sharding.fetch(state.selector.phi))
     final = final or measure(state)  # the latter if resumed after the last step
     started = {f"start/{key.removeprefix('eval/')}": value for key, value in at_start.items()}
-    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed
+    times = {f"time/{key}": round(value, 2) for key, value in clock.so_far().items()}
+    summary = {"steps": num_steps, "rows": len(lower.rows)} | started | final | refreshed | times
 
     def finish() -> None:
-        summary.update({f"time/{key}": round(value, 2) for key, value in clock.so_far().items()})
         workspace.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     finish()  # the report reads it
@@ -414,5 +414,6 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     except Exception as error:  # whatever it is: the run is finished, and only its picture is missing
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
+    summary["time/report"] = round(clock.so_far()["report"], 2)
     finish()
     return summary

@@ -25,11 +25,11 @@ LENGTH = 48
 def half_way_up(config, base, tokens):
     """Normalised hidden states of one sequence after two of four layers."""
     positions = jnp.arange(len(tokens))[None]
-    table, mask = decoder.rotary_table(positions, config), decoder.packing_mask(jnp.ones_like(positions))
+    table, segments = decoder.rotary_table(positions, config), jnp.ones_like(positions)
     x = base["embed_tokens"][tokens]
     for i in range(2):
         params = jax.tree.map(lambda stack, i=i: stack[i], base["layers"])
-        x, _ = decoder.Layer(config).apply({"params": params}, x, table, mask)
+        x, _ = decoder.Layer(config).apply({"params": params}, x, table, segments)
     return decoder._norm(config, None).apply({"params": base["norm"]}, x)
 
 

@@ -258,8 +258,9 @@ def test_optimizer_state_and_weights_carry_over():
         for row in lower:
             omega[row.sample] -= ALPHA * GAMMA * row_loss(LLAMA, adapter, row)
     assert state.step == 3
-    assert_close(state.policy.adapter, adapter, atol=1e-5)
-    np.testing.assert_allclose(state.selector.logits, omega, atol=1e-5)
+    # Steps this large amplify: one unit in the last place of θ at the start is 3e-5 after the third.
+    assert_close(state.policy.adapter, adapter, atol=2e-4)
+    np.testing.assert_allclose(state.selector.logits, omega, atol=2e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -40,16 +40,16 @@ def _by_key(x_SxLxHxC, key_heads: int) -> jax.Array:
 def attend(q_SxLxHxC: jax.Array, k_SxLxKxC: jax.Array, v_SxLxKxC: jax.Array, segments_SxL: jax.Array) -> jax.Array:
     """softmax(q · k / √C) v over the positions of a query's own segment up to itself, [S, L, H, C].
 
-    Rows packed side by side never see each other. Nothing of size L² is kept for the backward pass: it takes the scores anew from
-    the logarithm of their sum (Dao et al. 2022), a block of queries at a time, with D = Σ_c do · o:
+    Rows packed side by side never see each other. Nothing of size L² is kept for the backward pass: it takes the scores s anew (Dao
+    et al. 2022), a block of queries at a time. With e = exp(s - max s), z = Σ e, both of a query, and D = Σ_c do · o:
 
-        p = exp(s - log Σ exp s),  dv = pᵀ do,  ds = p (do vᵀ - D),  dq = ds k / √C,  dk = dsᵀ q / √C
+        dv = eᵀ (do / z),  ds = e ((do / z) vᵀ - D / z),  dq = ds k / √C,  dk = dsᵀ q / √C
     """
     return _attend(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL)[0]
 
 
 def _attend(q, k, v, segments):
-    q_by_key, outputs, log_sums = _by_key(q, k.shape[2]), [], []
+    q_by_key, outputs, maxima, totals = _by_key(q, k.shape[2]), [], [], []
     for first, end in _blocks(q.shape[1]):
         scores = _scores(q_by_key[:, first:end], k[:, :end], segments[:, :end], first)
         most = scores.max(axis=-1, keepdims=True)
@@ -57,23 +57,25 @@ def _attend(q, k, v, segments):
         total = weights.sum(axis=-1, keepdims=True)
         mixed = jnp.einsum("skrqu,sukc->sqkrc", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
         outputs.append(mixed / jnp.moveaxis(total, 3, 1))
-        log_sums.append(most + jnp.log(total))
+        maxima.append(most)
+        totals.append(total)
     output = jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(q.dtype)
-    return output, (q, k, v, segments, output, jnp.concatenate(log_sums, axis=3))
+    return output, (q, k, v, segments, output, *(jnp.concatenate(parts, axis=3) for parts in (maxima, totals)))
 
 
 def _attend_backward(kept, d_output):
-    q, k, v, segments, output, log_sum_SxKxRxLx1 = kept
+    q, k, v, segments, output, most_SxKxRxLx1, total_SxKxRxLx1 = kept
     key_heads, scale = k.shape[2], q.shape[-1] ** -0.5
-    q_by_key, d_by_key = _by_key(q, key_heads), _by_key(d_output, key_heads)
-    drop = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1, keepdims=True)
-    drop = jnp.moveaxis(_by_key(drop, key_heads), 1, 3)  # [S, K, R, L, 1]
+    d_output = _by_key(d_output.astype(jnp.float32), key_heads) / jnp.moveaxis(total_SxKxRxLx1, 3, 1)
+    drop = jnp.sum(d_output * _by_key(output, key_heads), axis=-1, keepdims=True)
+    drop = jnp.moveaxis(drop, 1, 3)  # [S, K, R, L, 1]
+    q_by_key, d_by_key = _by_key(q, key_heads), d_output.astype(q.dtype)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for first, end in _blocks(q.shape[1]):
         here, seen = slice(first, end), slice(end)
         scores = _scores(q_by_key[:, here], k[:, seen], segments[:, seen], first)
-        weights = jnp.exp(scores - log_sum_SxKxRxLx1[:, :, :, here])
+        weights = jnp.exp(scores - most_SxKxRxLx1[:, :, :, here])
         d_weights = product("sqkrc,sukc->skrqu", d_by_key[:, here], v[:, seen])
         d_scores = (weights * (d_weights - drop[:, :, :, here])).astype(q.dtype)
         dq.append(product("skrqu,sukc->sqkrc", d_scores, k[:, seen]))
