@@ -57,7 +57,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     import numpy as np
 
     from bilevel_jax import features, sharding, weights
-    from bilevel_jax.data import rows, templates
+    from bilevel_jax.data import levels, rows, templates
     from bilevel_jax.models import huggingface
 
     if config.selection.get("parameterization", "table") != "features":
@@ -70,18 +70,11 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
     found, report = rows.read_rows(file)
-    print("\n".join(report.summary()))
-    examples = templates.encode(found, tokenizer, template=config.data.template)
-    kept, fitting, counts = templates.fit(examples, found, config.data.max_length)
-    for reason, (count, line) in counts.items():
-        print(f"  {count}: {reason} (first: {rows.place(file, line)})")
-    if not kept:
-        raise rows.DataError(f"{file}: no row fits data.max_length={config.data.max_length} tokens")
+    found, examples = levels.usable(config, file, found, report, tokenizer)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
     mesh = sharding.make_mesh(1)
-    raw = features.pooled(model, base, fitting, config.batch.micro_size, config.data.max_length, mesh)
-    nothing = np.zeros(len(kept))
-    found = [found[i] for i in kept]
+    raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
+    nothing = np.zeros(len(found))
     return found, weights.table(found, features.encode(encoder, raw) @ phi, visits=nothing, masked=nothing)
 
 

@@ -18,13 +18,12 @@ class Level:
     references: np.ndarray | None = None  # [n, 2] log-probabilities of chosen and rejected under the reference; None: no pairs
 
 
-def load_level(config, level: str, tokenizer) -> Level:
-    """Reads, tokenizes and splits one level, and says what was found and left out."""
-    source, limit = config.data[level], config.data[f"num_{level}"]
-    preference = config.loss[level] != "sft"
-    found, report = sources.open_source(
-        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
-    )
+def usable(config, source: str, found: list[rows.Row], report, tokenizer) -> tuple[list[rows.Row], list[templates.Example]]:
+    """The rows that fit into `data.max_length` tokens, with their token ids. Says what was found in `source` and left out.
+
+    Raises:
+      DataError: no row fits.
+    """
     print("\n".join(report.summary()))
     encoded = templates.encode(found, tokenizer, template=config.data.template)
     kept, fitting, counts = templates.fit(encoded, found, config.data.max_length)
@@ -32,6 +31,17 @@ def load_level(config, level: str, tokenizer) -> Level:
         print(f"  {count}: {reason} (first: {rows.place(source, line)})")
     if not kept:
         raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
+    return [found[i] for i in kept], fitting
+
+
+def load_level(config, level: str, tokenizer) -> Level:
+    """Reads, tokenizes and splits one level, and says what was found and left out."""
+    source, limit = config.data[level], config.data[f"num_{level}"]
+    preference = config.loss[level] != "sft"
+    found, report = sources.open_source(
+        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
+    )
+    kept, fitting = usable(config, source, found, report, tokenizer)
     num_eval = config.eval[f"num_{level}"]
     if num_eval >= len(kept):
         raise rows.DataError(f"eval.num_{level}={num_eval} leaves nothing to train on: {source} has {len(kept)} usable rows")
@@ -40,8 +50,7 @@ def load_level(config, level: str, tokenizer) -> Level:
     def pick(items, places):
         return [items[i] for i in places]
 
-    usable = pick(found, kept)
-    return Level(pick(usable, train), pick(fitting, train), pick(usable, held_out), pick(fitting, held_out))
+    return Level(pick(kept, train), pick(fitting, train), pick(kept, held_out), pick(fitting, held_out))
 
 
 def reopen(config) -> list[rows.Row]:
