@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import sharding
+from bilevel_jax.models import decoder
 
 CHUNK = 256  # positions per trip through the head
 
 
 def _chunk(hidden_TxD, head_VxD, source_C, target_C):
-    """One chunk's negative log-likelihoods [C] and its logits less their log-normaliser [C, V]."""
+    """One chunk's negative log-likelihoods [C], and all tokens' log-probabilities [C, V]."""
     hidden = sharding.constrain(hidden_TxD.at[source_C].get(mode="fill", fill_value=0), "rows")
-    logits = jnp.einsum("cd,vd->cv", hidden, head_VxD, preferred_element_type=jnp.float32)
-    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    log_probs = jax.nn.log_softmax(decoder.project(hidden, head_VxD))
     return -jnp.take_along_axis(log_probs, target_C[:, None], axis=-1)[:, 0], log_probs
 
 
@@ -71,7 +71,7 @@ def _token_nll_forward(hidden_TxD, head_VxD, source_P, target_P, num_targets):
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
         nll, log_probs = _chunk(hidden_TxD, head_VxD, source, target)
         probs = jnp.exp(log_probs).astype(head_VxD.dtype)
-        slope = probs @ head_VxD - head_VxD[target]
+        slope = jnp.dot(probs, head_VxD, preferred_element_type=jnp.float32) - head_VxD[target]
         nll_P = jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
         return nll_P, jax.lax.dynamic_update_slice_in_dim(slope_PxD, slope.astype(slope_PxD.dtype), first, 0)
 

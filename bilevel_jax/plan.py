@@ -125,7 +125,8 @@ def make(config) -> Plan:
     """
     configuration.check(config)
     mesh, dtype = make_mesh(*(config.mesh[axis] for axis in sharding.AXES)), jnp.dtype(config.model.dtype)
-    model = huggingface.read_config(huggingface.locate(config.model.path, ("config.json",)), config.model.dtype)
+    directory = huggingface.locate(config.model.path, ("config.json",))
+    model = huggingface.read_config(directory, config.model.dtype, activations=config.model.dtype)
     configuration.check_fit(config, model.max_positions, sharding.parts(mesh, "rows"))
     model = dataclasses.replace(model, remat=config.model.remat)
     targets, rank = lora.resolve_targets(model, config.lora.targets), config.lora.rank

@@ -240,8 +240,7 @@ def _uniform(key: jax.Array, count: jax.Array) -> jax.Array:
 def _advance(config: decoder.ModelConfig, settings: Settings, eos: tuple[int, ...], params, adapter, slots: Slots) -> Slots:
     """One token for every active slot."""
     hidden, cache = decoder.decode(config, params, adapter, slots.cache, slots.token, slots.position)
-    logits = jnp.einsum("sd,vd->sv", hidden, decoder.head(params), preferred_element_type=jnp.float32)
-    logits = sharding.constrain(logits, "rows")
+    logits = sharding.constrain(decoder.project(hidden, decoder.head(params)), "rows")
     chosen = choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen[0].astype(jnp.int32)
     here = jnp.arange(token.shape[0]), jnp.where(slots.active, slots.count, slots.tokens.shape[1])

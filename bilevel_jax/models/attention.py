@@ -36,19 +36,22 @@ def _by_key(x_SxLxHxC, key_heads: int) -> jax.Array:
     return x_SxLxHxC.reshape(S, L, key_heads, H // key_heads, C)
 
 
-@jax.custom_vjp
-def attend(q_SxLxHxC: jax.Array, k_SxLxKxC: jax.Array, v_SxLxKxC: jax.Array, segments_SxL: jax.Array) -> jax.Array:
-    """softmax(q · k / √C) v over the positions of a query's own segment up to itself, [S, L, H, C].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q_SxLxHxC: jax.Array, k_SxLxKxC: jax.Array, v_SxLxKxC: jax.Array, segments_SxL: jax.Array, dtype=None) -> jax.Array:
+    """softmax(q · k / √C) v over the positions of a query's own segment up to itself, [S, L, H, C] in q's dtype. The factors of
+    all products are rounded to `dtype`, q's by default.
 
     Rows packed side by side never see each other. Nothing of size L² is kept for the backward pass: it takes the scores s anew (Dao
     et al. 2022), a block of queries at a time. With e = exp(s - max s), z = Σ e, both of a query, and D = Σ_c do · o:
 
         dv = eᵀ (do / z),  ds = e ((do / z) vᵀ - D / z),  dq = ds k / √C,  dk = dsᵀ q / √C
     """
-    return _attend(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL)[0]
+    return _attend(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, dtype)[0]
 
 
-def _attend(q, k, v, segments):
+def _attend(*given):
+    *_, segments, dtype = given
+    q, k, v = (x.astype(dtype or x.dtype) for x in given[:3])
     q_by_key, outputs, maxima, totals = _by_key(q, k.shape[2]), [], [], []
     for first, end in _blocks(q.shape[1]):
         scores = _scores(q_by_key[:, first:end], k[:, :end], segments[:, :end], first)
@@ -59,12 +62,13 @@ def _attend(q, k, v, segments):
         outputs.append(mixed / jnp.moveaxis(total, 3, 1))
         maxima.append(most)
         totals.append(total)
-    output = jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(q.dtype)
-    return output, (q, k, v, segments, output, *(jnp.concatenate(parts, axis=3) for parts in (maxima, totals)))
+    output = jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(given[0].dtype)
+    return output, (*given[:4], output, *(jnp.concatenate(parts, axis=3) for parts in (maxima, totals)))
 
 
-def _attend_backward(kept, d_output):
-    q, k, v, segments, output, most_SxKxRxLx1, total_SxKxRxLx1 = kept
+def _attend_backward(dtype, kept, d_output):
+    *given, segments, output, most_SxKxRxLx1, total_SxKxRxLx1 = kept
+    q, k, v = (x.astype(dtype or x.dtype) for x in given)
     key_heads, scale = k.shape[2], q.shape[-1] ** -0.5
     d_output = _by_key(d_output.astype(jnp.float32), key_heads) / jnp.moveaxis(total_SxKxRxLx1, 3, 1)
     drop = jnp.sum(d_output * _by_key(output, key_heads), axis=-1, keepdims=True)
@@ -82,7 +86,7 @@ def _attend_backward(kept, d_output):
         dk = dk.at[:, seen].add(product("skrqu,sqkrc->sukc", d_scores, q_by_key[:, here]))
         dv = dv.at[:, seen].add(product("skrqu,sqkrc->sukc", weights.astype(v.dtype), d_by_key[:, here]))
     dq = jnp.concatenate(dq, axis=1).reshape(q.shape)
-    return (scale * dq).astype(q.dtype), (scale * dk).astype(k.dtype), dv.astype(v.dtype), None
+    return *(d.astype(x.dtype) for d, x in zip((scale * dq, scale * dk, dv), given)), None
 
 
 attend.defvjp(_attend, _attend_backward)
@@ -127,7 +131,7 @@ def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxP: jax.Array, value_SxKxBxPxC:
     S, K, B, C, P = key_SxKxBxCxP.shape
     q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries share a key
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC, key_SxKxBxCxP) / C**0.5
+    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC.astype(key_SxKxBxCxP.dtype), key_SxKxBxCxP) / C**0.5
     seen = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=(2, 4), keepdims=True))

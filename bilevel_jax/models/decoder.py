@@ -65,7 +65,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     adapter_scale: float = 1.0  # LoRA's alpha / rank
     remat: bool = False  # recompute each layer in the backward pass
-    dtype: str = "float32"  # of base weights and activations; norms, softmax and rotation run in float32
+    dtype: str = "float32"  # of base weights, the cache and the factors of matrix products; the rest is computed in float32
+    activations: str = "float32"  # of what goes from one operation to the next
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -109,6 +110,31 @@ def rotate(x_SxLxHxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arra
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _product(x, y, x_axis: int, y_axis: int, dtype) -> jax.Array:
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def matmul(x_TxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
+    """x w, [T, O], in x's dtype. All factors are rounded to w's, those of the backward pass too: the product of a float32 and a
+    bfloat16 array costs as much as one of two float32 arrays."""
+    return _product(x_TxI.astype(w_IxO.dtype), w_IxO, 1, 0, x_TxI.dtype)
+
+
+def _matmul_forward(x, w):
+    return matmul(x.value, w.value), (x.value if w.perturbed else None, w.value, jnp.zeros((), x.value.dtype))
+
+
+def _matmul_backward(kept, d_TxO):
+    x, w, like_x = kept
+    d = d_TxO.astype(w.dtype)
+    d_w = None if x is None else _product(x.astype(w.dtype), d, 0, 0, w.dtype)
+    return _product(d, w, 1, 1, like_x.dtype), d_w
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+
+
 class Projection(nn.Module):
     """y = x W + b + scale · (x A) B, the last term only where the `adapter` collection holds A [in, r] and B [r, out]."""
 
@@ -118,21 +144,21 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x_TxI: jax.Array) -> jax.Array:
-        dtype = x_TxI.dtype
+        dtype = jnp.dtype(self.config.dtype)
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x_TxI.shape[-1], self.features), dtype)
-        y = x_TxI @ kernel
+        y = matmul(x_TxI, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), dtype)
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            y = y + (x_TxI @ a) @ b * jnp.asarray(self.config.adapter_scale, dtype)
+            y = y + matmul(matmul(x_TxI, a), b) * jnp.asarray(self.config.adapter_scale, y.dtype)
         return y
 
 
 def _norm(config: ModelConfig, name: str | None) -> nn.Module:
     kind = nn.RMSNorm if config.architecture == "llama" else nn.LayerNorm
-    return kind(epsilon=config.norm_eps, dtype=config.dtype, param_dtype=config.dtype, name=name)
+    return kind(epsilon=config.norm_eps, dtype=config.activations, param_dtype=config.dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -168,7 +194,7 @@ class Attention(nn.Module):
         else:
             for name, new in (("key", k), ("value", v)):
                 self.sow("prefilled", name, new, reduce_fn=lambda _, last: last, init_fn=lambda: None)
-            attended = attention.attend(q, k, v, place)
+            attended = attention.attend(q, k, v, place, c.dtype)
         return Projection(c.hidden_size, c.attention_bias, c, name=out)(attended.reshape(S * L, -1))
 
 
@@ -233,13 +259,19 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.num_layers,
         )
-        x, _ = layers(c, name="layers")(embed(embedding, tokens_SxL.reshape(-1)), table, segments_SxL)
+        x = embed(embedding, tokens_SxL.reshape(-1)).astype(c.activations)
+        x, _ = layers(c, name="layers")(x, table, segments_SxL)
         return _norm(c, "norm")(x).reshape(S, L, -1)
 
 
 def head(params) -> jax.Array:
     """The output matrix [V, D]; the input embedding where the two are tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+
+
+def project(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
+    """Logits [..., V] of hidden states [..., D], in float32, of factors in the head's dtype."""
+    return jnp.einsum("...d,vd->...v", hidden.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32)
 
 
 def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None, segments_SxL=None) -> jax.Array:
@@ -250,7 +282,7 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
         segments_SxL = jnp.ones_like(tokens_SxL)
     variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
     hidden = Decoder(config).apply(variables, tokens_SxL, positions_SxL, segments_SxL)
-    return jnp.einsum("sld,vd->slv", hidden, head(params), preferred_element_type=jnp.float32)
+    return project(hidden, head(params))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -278,7 +310,7 @@ def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list
     variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
     _, kept = Decoder(config).apply(variables, tokens_SxL, positions, jnp.ones_like(tokens_SxL), mutable=["prefilled"])
     ((name, stacked),) = kept["prefilled"]["layers"].items()
-    key, value = (stacked[kind].swapaxes(2, 3) for kind in ("key", "value"))  # [layers, S, K, L, C]
+    key, value = (stacked[kind].swapaxes(2, 3).astype(config.dtype) for kind in ("key", "value"))  # [layers, S, K, L, C]
     return [{name: dict(zip(("key", "value"), attention.in_blocks(key[i], value[i])))} for i in range(config.num_layers)]
 
 
@@ -290,7 +322,8 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
       cache: from `init_cache`, filled for every position before `position_S`.
       position_S: where the token stands in its row.
     """
-    x_SxD, table, grown = embed(params["embed_tokens"], token_S), rotary_table(position_S[:, None], config), []
+    x_SxD = embed(params["embed_tokens"], token_S).astype(config.activations)
+    table, grown = rotary_table(position_S[:, None], config), []
     for i in range(config.num_layers):
         variables = {"params": params["layers"][i], "cache": cache[i]}
         variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}

@@ -105,8 +105,13 @@ def _number(file: pathlib.Path, name: str, value, whole: bool = False):
     return value if whole else float(value)
 
 
-def read_config(directory: pathlib.Path, dtype: str = "float32") -> decoder.ModelConfig:
+def read_config(directory: pathlib.Path, dtype: str = "float32", activations: str | None = None) -> decoder.ModelConfig:
     """The decoder's shape from `config.json`.
+
+    Args:
+      dtype: of base weights, cache and factors.
+      activations: their dtype; by default that of the weights, but float32 on a CPU, for which XLA has no arithmetic in half
+        precision but products that are summed in float32: it would convert to and fro at every operation.
 
     Raises:
       ModelError: an architecture, activation or rope type that the decoder does not have, or a key that is missing or not what it
@@ -170,6 +175,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32") -> decoder.Mode
             mlp_bias=mlp_bias,
             tie_embeddings=tie_embeddings,
             dtype=dtype,
+            activations=activations or ("float32" if jax.default_backend() == "cpu" else dtype),
         )
     except KeyError as error:
         raise ModelError(f"{file}: key {error} is missing") from error

@@ -109,17 +109,40 @@ def test_remat_changes_neither_values_nor_gradients(variant):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), plain, remat)
 
 
+@pytest.mark.parametrize("activations", ["bfloat16", "float32"])
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
-def test_bfloat16_computes_in_bfloat16_and_stays_near(variant):
+def test_bfloat16_computes_in_bfloat16_and_stays_near(variant, activations):
     config, params, reference = load(variant, "bfloat16")
+    assert config.activations == "float32"  # on a CPU
+    config = dataclasses.replace(config, activations=activations)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
     tokens = jnp.asarray(reference["tokens"])
     hidden = jax.eval_shape(decoder.Decoder(config).apply, {"params": params}, tokens, tokens, tokens)
-    assert hidden.dtype == jnp.bfloat16
+    assert hidden.dtype == activations
     logits = logits_of(config, params, None, tokens)
     assert logits.dtype == jnp.float32
     error = np.linalg.norm(logits - reference["logits"]) / np.linalg.norm(reference["logits"])
     assert 0 < error < 0.05  # bfloat16 keeps 8 bits, 0.4%, and errors add up over two layers
+
+
+@pytest.mark.parametrize("x_dtype, w_dtype", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_products_and_their_gradients_equal_float64(x_dtype, w_dtype):
+    """y = x w, dx = d wᵀ, dw = xᵀ d of factors that bfloat16 holds exactly: all that may be lost is the rounding of the result."""
+    rng = np.random.default_rng(0)
+    x, w, d = (rng.integers(-8, 9, shape).astype(np.float64) for shape in ((6, 5), (5, 7), (6, 7)))
+    given = jnp.asarray(x, x_dtype), jnp.asarray(w, w_dtype)
+    y, pull = jax.vjp(decoder.matmul, *given)
+    dx, dw = pull(jnp.asarray(d, x_dtype))
+    for found, expected, dtype in ((y, x @ w, x_dtype), (dx, d @ w.T, x_dtype), (dw, x.T @ d, w_dtype)):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(found, np.float64), np.asarray(jnp.asarray(expected, dtype), np.float64))
+
+
+def test_products_keep_inputs_only_for_weights_that_learn():
+    x, w = jnp.ones((6, 5)), jnp.ones((5, 7))
+    frozen = jax.tree.leaves(jax.vjp(lambda x: decoder.matmul(x, w), x)[1])
+    assert x.shape not in [leaf.shape for leaf in frozen]
+    assert x.shape in [leaf.shape for leaf in jax.tree.leaves(jax.vjp(decoder.matmul, x, w)[1])]
 
 
 def test_initial_parameters():
