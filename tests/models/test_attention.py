@@ -68,6 +68,20 @@ def test_bfloat16_attention_stays_near_and_its_sums_are_float32():
     assert 0 < np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected) < 2**-7
 
 
+def test_factors_may_be_rounded_more_than_what_comes_of_them():
+    """Attention, and its gradient, of the same inputs with bfloat16 factors and without: all stays float32, and near."""
+    *qkv, segments = packed(64, 2, 6, 5)
+    inputs = [jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in qkv]
+
+    def run(dtype):
+        output, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, segments, dtype), *inputs)
+        return output, *pull(jnp.cos(jnp.arange(output.size, dtype=jnp.float32)).reshape(output.shape))
+
+    for rounded, exact in zip(run("bfloat16"), run(None)):
+        assert rounded.dtype == jnp.float32
+        assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-6
+
+
 def test_nothing_of_squared_length_is_kept_for_the_backward_pass():
     L = 256
     q, k = jnp.zeros((1, L, 4, 8)), jnp.zeros((1, L, 2, 8))
