@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from experiments import comparing, paper
+from bilevel_jax import weights
+from bilevel_jax.data import rows
+from experiments import comparing, paper, table3
 from experiments.tasks import generated
 from tests.test_sweep import ROOT
 
@@ -172,6 +175,19 @@ def test_what_the_claims_of_a_table_come_to(written):
     # All answers of the model are right, the first two of the base are: two ties, the rest is won.
     assert rate["right"] == 1 and rate["right_base"] < 1
     assert rate["decided"] == 1 and rate["win_rate"] == pytest.approx(1 - rate["right_base"] / 2)
+
+
+def test_bad_rows_with_a_sure_label_have_a_ranking_of_their_own(tmp_path, monkeypatch):
+    """Weights 4, 3, 2, 1: of the sure row against the other three, and 2 of 3 weigh more."""
+    tiers = "", "B", "H", ""
+    given = [rows.Row(str(i), "", (), "", None, "", {"unsafe_tier": tier}, i, "") for i, tier in enumerate(tiers)]
+    monkeypatch.setattr(table3.levels, "reopen", lambda config: given)
+    monkeypatch.setattr(table3.workspace, "read_config", lambda workdir: None)
+    nothing = np.zeros(4)
+    weights.write(tmp_path / "weights" / "epoch_1.parquet", weights.table(given, np.log([4.0, 3, 2, 1]), nothing, nothing))
+    selects, frozen = (comparing.Run(tmp_path, values) for values in ({"selector/auroc": 0.5}, {}))
+    table3.measure(comparing.Results("safety", {"offline": {0: selects}, "uniform": {0: frozen}}, {}, [], []))
+    assert selects.values == {"selector/auroc": 0.5, "selector/auroc_strict": pytest.approx(2 / 3)} and not frozen.values
 
 
 def test_cells_are_left_out(written, tmp_path):
