@@ -70,7 +70,51 @@ COMPARED = {  # what the G answers to a masked question are learned by; the like
     },
     "online, R=10%, G=4, DPO, truth as reward": _online(0.1, 4, **{"online.objective": "dpo", "online.reward": "truth"}),
 }
-CELLS = METHODS | CONTROLS | SELECTORS | COMPARED
+OBJECTIVES = {"best-of-G": "best_of", "RWR": "rwr", "DPO": "dpo", "REINFORCE": "reinforce"}
+REUSED = {  # line -> objective, what importance ratios do
+    "best-of-G": ("best_of", "none"),
+    "DPO": ("dpo", "none"),
+    "REINFORCE": ("reinforce", "none"),
+    "REINFORCE with ratios": ("reinforce", "sequence"),
+}
+
+
+def _lengths(reward: str, objective: str, refresh_every: int, num_lower: int, num_epochs: int, ratios: str = "none") -> dict:
+    """All questions are masked, and the trusted level has a twentieth of the loss: what is learned is the reward."""
+    return {
+        **_online(1.0, 4),
+        **UNIFORM,
+        "penalty.rho_init": 0.95,
+        "penalty.rho_step": 0.0,
+        "online.objective": objective,
+        "online.reward": f"experiments.length_rewards:{reward}",
+        "online.reward_temperature": 10.0,  # characters
+        "online.temperature": 1.0,
+        "online.max_new_tokens": 64,
+        "online.response_weight": ratios,
+        "online.refresh_every": refresh_every,
+        "batch.size": 16,
+        "data.num_lower": num_lower + 20,
+        "eval.num_lower": 20,
+        "num_epochs": num_epochs,
+        "checkpoint.every": 0,
+    }
+
+
+LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experiments.lengths`
+    **{
+        f"{kind}, {name}, {source}": _lengths(reward, objective, refresh_every, 640, 1)
+        for kind, reward in (("min", "shortest"), ("mode", "typical"), ("skew", "rare"))
+        for name, objective in OBJECTIVES.items()
+        for source, refresh_every in (("on-policy", 2), ("off-policy", 10**6))
+    },
+    **{
+        f"reuse, {name}, {passes} pass{'es' * (passes > 1)}": _lengths("shortest", objective, 4 * passes, 64, 8 * passes, ratios)
+        for name, (objective, ratios) in REUSED.items()
+        for passes in (1, 4)
+    },
+}
+CELLS = METHODS | CONTROLS | SELECTORS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
 COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}

@@ -1,0 +1,131 @@
+"""On-policy samples, a negative gradient and sample reuse on a language model: `python -m experiments.lengths --seeds=4`.
+
+The embedded model learns lengths (`length_rewards`, after Tajwar et al. 2024) from its own answers, four to a question: by the best
+of them alone (best-of-G), by reward-weighted regression, by DPO of the best against the worst, by REINFORCE. On-policy learners
+sample anew every second step, off-policy learners see what the model answered before the first one. All take 40 steps of 16
+questions, and see each question once. Reuse: eight rounds of samples for 64 questions, each round for one pass or for four. After
+them each model answers held-out questions; the mean reward of these answers is what counts.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from bilevel_jax import cli, sampling, train, workspace
+from bilevel_jax.models import huggingface
+from experiments import comparing, length_rewards, paper, tables
+
+ANSWERS = flags.DEFINE_integer("answers", 4, "Answers to each of the held-out questions, at temperature 1.", lower_bound=1)
+
+# Of each kind: the reward, and its best length.
+REWARDS = {
+    "min": (length_rewards.shortest, 0),
+    "mode": (length_rewards.typical, length_rewards.TYPICAL),
+    "skew": (length_rewards.rare, length_rewards.RARE),
+}
+REWARD, LENGTH = "reward", "characters"
+SOURCES = {"on-policy": "#2f6fb5", "off-policy": "#c04a2f"}  # and their colours
+RATIOS = "REINFORCE with ratios"
+
+
+def _claim(text: str, cell: str, than: str) -> comparing.Claim:
+    return comparing.Claim(text, cell, than, REWARD, higher=True)
+
+
+CLAIMS = (
+    *(
+        _claim(f"{kind}, {name}: on-policy above off-policy", f"{kind}, {name}, on-policy", f"{kind}, {name}, off-policy")
+        for kind in REWARDS
+        for name in paper.OBJECTIVES
+    ),
+    *(
+        _claim(f"{kind}, {source}: {name} above best-of-G", f"{kind}, {name}, {source}", f"{kind}, best-of-G, {source}")
+        for kind in REWARDS
+        for source in SOURCES
+        for name in ("DPO", "REINFORCE")
+    ),
+    *(
+        _claim(f"reuse, {name}: four passes above one", f"reuse, {name}, 4 passes", f"reuse, {name}, 1 pass")
+        for name in paper.REUSED
+    ),
+    _claim("reuse, four passes: REINFORCE with ratios above without", f"reuse, {RATIOS}, 4 passes", "reuse, REINFORCE, 4 passes"),
+)
+
+
+def answering(config, setup: train.Setup, seed: int) -> Callable:
+    """Builds `lengths(adapter)`: of the answers to the held-out trusted questions, in characters, as a reward sees them."""
+    settings = sampling.Settings(1.0, max_new_tokens=config.online.max_new_tokens)
+    sample = sampling.make_sampler(
+        setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
+    )
+    prompts = [example.prompt for example in setup.upper.eval_examples]
+    keys = sampling.row_keys(seed, [row.id for row in setup.upper.eval_rows], 0, ANSWERS.value)
+
+    def lengths(adapter) -> np.ndarray:
+        answers = sample(setup.base, adapter, prompts, keys, "answering")
+        return np.array([len(setup.detokenize(one.tokens.tolist())) for of_question in answers for one in of_question])
+
+    return lengths
+
+
+def mean_reward(kind: str, lengths: np.ndarray) -> float:
+    reward, _ = REWARDS["min" if kind == "reuse" else kind]
+    texts = ["x" * length for length in lengths]
+    return statistics.mean(reward(texts, texts, texts))
+
+
+def measure(found: comparing.Results) -> dict[int, np.ndarray]:
+    """Adds mean reward and length of each run's answers to its values; returns by seed the lengths before training."""
+    before = {}
+    for seed in tqdm.tqdm(sorted({seed for of_cell in found.runs.values() for seed in of_cell}), desc="answering", unit="seed"):
+        runs = {cell: of_cell[seed] for cell, of_cell in found.runs.items() if seed in of_cell}
+        config = workspace.read_config(next(iter(runs.values())).workdir)
+        setup = train.load(config)
+        lengths = answering(config, setup, seed)
+        before[seed] = lengths(None)
+        for cell, run in runs.items():
+            _, adapter = huggingface.load_adapter(run.workdir / "adapter", setup.model)
+            mine = lengths(adapter)
+            run.values.update({REWARD: mean_reward(cell.split(",")[0], mine), LENGTH: float(mine.mean())})
+    return before
+
+
+def draw(figure, found: comparing.Results, before: dict[int, np.ndarray]) -> None:
+    axes = figure.subplots(1, len(REWARDS))
+    for panel, (kind, (_, best)) in zip(axes, REWARDS.items()):
+        for offset, (source, colour) in zip((-0.1, 0.1), SOURCES.items()):
+            for place, name in enumerate(paper.OBJECTIVES):
+                values = list(found.values(f"{kind}, {name}, {source}", REWARD).values())
+                panel.plot([place + offset] * len(values), values, "o", color=colour, markersize=4, alpha=0.7, label=source)
+        start = statistics.mean(mean_reward(kind, lengths) for lengths in before.values())
+        panel.axhline(start, color="#8a93a0", linestyle="--", linewidth=1, label="before training")
+        panel.axhline(0, color="#2e8264", linestyle=":", linewidth=1, label="best")
+        panel.set_title(f"{kind}: best at {best} characters", fontsize=9)
+        panel.set_xticks(range(len(paper.OBJECTIVES)), list(paper.OBJECTIVES), fontsize=8)
+        panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("mean reward of answers, characters")
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+
+
+def main() -> None:
+    if tables.TIER.value != "tiny":
+        raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model's answers; take tiny")
+    found = tables.run("safety", list(paper.LENGTHS))
+    before = measure(found)
+    every = np.concatenate(list(before.values()))
+    told = ", ".join(f"{np.percentile(every, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
+    rewards = ", ".join(f"{mean_reward(kind, every):.1f} ({kind})" for kind in REWARDS)
+    lines = [f"Before training: {every.mean():.1f} characters, {told}; mean reward {rewards}. Rewards are 0 at best.", ""]
+    lines += comparing.rows(found, {REWARD: REWARD, LENGTH: LENGTH})
+    title = "Lengths learned from the model's own answers"
+    tables.write("lengths", title, [found], lines, CLAIMS, functools.partial(draw, found=found, before=before), (10.0, 3.4))
+
+
+if __name__ == "__main__":
+    cli.run(main)
