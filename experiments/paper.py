@@ -36,6 +36,7 @@ METHODS = {  # the paper's; selection as the tier has it, which is the paper's o
     "dynamic": _dynamic(),
 }
 CONTROLS = {
+    "mixing, ρ=0": {"method": "mixing", "mixing.rho": 0.0},  # the trusted rows alone
     "mixing, ρ=0.2": {"method": "mixing", "mixing.rho": 0.2},
     "mixing, ρ=0.1": {"method": "mixing", "mixing.rho": 0.1},
     "uniform ω, offline": {"method": "offline", **UNIFORM},
