@@ -5,6 +5,9 @@ The embedded model's own answers to generated questions, at temperature 1, have 
 outside its mass, at its middle, or in its thin tail.
 """
 
+import statistics
+from collections.abc import Sequence
+
 TYPICAL, RARE = 30, 86
 
 
@@ -21,3 +24,14 @@ def typical(questions, responses, truths) -> list[float]:
 def rare(questions, responses, truths) -> list[float]:
     """Best where one in twenty is."""
     return [-abs(len(response) - RARE) for response in responses]
+
+
+# Of each kind: the reward, and its best length.
+REWARDS = {"min": (shortest, 0), "mode": (typical, TYPICAL), "skew": (rare, RARE)}
+
+
+def mean(kind: str, lengths: Sequence[int]) -> float:
+    """The mean reward of responses of these lengths; `reuse` learns what `min` learns."""
+    reward, _ = REWARDS["min" if kind == "reuse" else kind]
+    texts = ["x" * length for length in lengths]
+    return statistics.mean(reward(texts, texts, texts))

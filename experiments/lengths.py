@@ -9,42 +9,32 @@ them each model answers held-out questions; the mean reward of these answers is 
 
 import functools
 import statistics
-from collections.abc import Callable
 
 import numpy as np
-import tqdm
 from absl import flags
 
-from bilevel_jax import cli, sampling, train, workspace
-from bilevel_jax.models import huggingface
-from experiments import comparing, length_rewards, paper, tables
+from bilevel_jax import cli
+from experiments import comparing, length_rewards, measures, paper, tables
 
 ANSWERS = flags.DEFINE_integer("answers", 4, "Answers to each of the held-out questions, at temperature 1.", lower_bound=1)
 
-# Of each kind: the reward, and its best length.
-REWARDS = {
-    "min": (length_rewards.shortest, 0),
-    "mode": (length_rewards.typical, length_rewards.TYPICAL),
-    "skew": (length_rewards.rare, length_rewards.RARE),
-}
-REWARD, LENGTH = "reward", "characters"
 SOURCES = {"on-policy": "#2f6fb5", "off-policy": "#c04a2f"}  # and their colours
 RATIOS = "REINFORCE with ratios"
 
 
 def _claim(text: str, cell: str, than: str) -> comparing.Claim:
-    return comparing.Claim(text, cell, than, REWARD, higher=True)
+    return comparing.Claim(text, cell, than, measures.REWARD, higher=True)
 
 
 CLAIMS = (
     *(
         _claim(f"{kind}, {name}: on-policy above off-policy", f"{kind}, {name}, on-policy", f"{kind}, {name}, off-policy")
-        for kind in REWARDS
+        for kind in length_rewards.REWARDS
         for name in paper.OBJECTIVES
     ),
     *(
         _claim(f"{kind}, {source}: {name} above best-of-G", f"{kind}, {name}, {source}", f"{kind}, best-of-G, {source}")
-        for kind in REWARDS
+        for kind in length_rewards.REWARDS
         for source in SOURCES
         for name in ("DPO", "REINFORCE")
     ),
@@ -56,52 +46,14 @@ CLAIMS = (
 )
 
 
-def answering(config, setup: train.Setup, seed: int) -> Callable:
-    """Builds `lengths(adapter)`: of the answers to the held-out trusted questions, in characters, as a reward sees them."""
-    settings = sampling.Settings(1.0, max_new_tokens=config.online.max_new_tokens)
-    sample = sampling.make_sampler(
-        setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
-    )
-    prompts = [example.prompt for example in setup.upper.eval_examples]
-    keys = sampling.row_keys(seed, [row.id for row in setup.upper.eval_rows], 0, ANSWERS.value)
-
-    def lengths(adapter) -> np.ndarray:
-        answers = sample(setup.base, adapter, prompts, keys, "answering")
-        return np.array([len(setup.detokenize(one.tokens.tolist())) for of_question in answers for one in of_question])
-
-    return lengths
-
-
-def mean_reward(kind: str, lengths: np.ndarray) -> float:
-    reward, _ = REWARDS["min" if kind == "reuse" else kind]
-    texts = ["x" * length for length in lengths]
-    return statistics.mean(reward(texts, texts, texts))
-
-
-def measure(found: comparing.Results) -> dict[int, np.ndarray]:
-    """Adds mean reward and length of each run's answers to its values; returns by seed the lengths before training."""
-    before = {}
-    for seed in tqdm.tqdm(sorted({seed for of_cell in found.runs.values() for seed in of_cell}), desc="answering", unit="seed"):
-        runs = {cell: of_cell[seed] for cell, of_cell in found.runs.items() if seed in of_cell}
-        config = workspace.read_config(next(iter(runs.values())).workdir)
-        setup = train.load(config)
-        lengths = answering(config, setup, seed)
-        before[seed] = lengths(None)
-        for cell, run in runs.items():
-            _, adapter = huggingface.load_adapter(run.workdir / "adapter", setup.model)
-            mine = lengths(adapter)
-            run.values.update({REWARD: mean_reward(cell.split(",")[0], mine), LENGTH: float(mine.mean())})
-    return before
-
-
 def draw(figure, found: comparing.Results, before: dict[int, np.ndarray]) -> None:
-    axes = figure.subplots(1, len(REWARDS))
-    for panel, (kind, (_, best)) in zip(axes, REWARDS.items()):
+    axes = figure.subplots(1, len(length_rewards.REWARDS))
+    for panel, (kind, (_, best)) in zip(axes, length_rewards.REWARDS.items()):
         for offset, (source, colour) in zip((-0.1, 0.1), SOURCES.items()):
             for place, name in enumerate(paper.OBJECTIVES):
-                values = list(found.values(f"{kind}, {name}, {source}", REWARD).values())
+                values = list(found.values(f"{kind}, {name}, {source}", measures.REWARD).values())
                 panel.plot([place + offset] * len(values), values, "o", color=colour, markersize=4, alpha=0.7, label=source)
-        start = statistics.mean(mean_reward(kind, lengths) for lengths in before.values())
+        start = statistics.mean(length_rewards.mean(kind, lengths) for lengths in before.values())
         panel.axhline(start, color="#8a93a0", linestyle="--", linewidth=1, label="before training")
         panel.axhline(0, color="#2e8264", linestyle=":", linewidth=1, label="best")
         panel.set_title(f"{kind}: best at {best} characters", fontsize=9)
@@ -117,12 +69,12 @@ def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model's answers; take tiny")
     found = tables.run("safety", list(paper.LENGTHS))
-    before = measure(found)
+    before = measures.learned_lengths(found, ANSWERS.value)
     every = np.concatenate(list(before.values()))
     told = ", ".join(f"{np.percentile(every, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
-    rewards = ", ".join(f"{mean_reward(kind, every):.1f} ({kind})" for kind in REWARDS)
+    rewards = ", ".join(f"{length_rewards.mean(kind, every):.1f} ({kind})" for kind in length_rewards.REWARDS)
     lines = [f"Before training: {every.mean():.1f} characters, {told}; mean reward {rewards}. Rewards are 0 at best.", ""]
-    lines += comparing.rows(found, {REWARD: REWARD, LENGTH: LENGTH})
+    lines += comparing.rows(found, {key: key for key in (measures.REWARD, measures.LENGTH)})
     title = "Lengths learned from the model's own answers"
     tables.write("lengths", title, [found], lines, CLAIMS, functools.partial(draw, found=found, before=before), (10.0, 3.4))
 

@@ -11,20 +11,19 @@ import time
 import numpy as np
 import tqdm
 
-from bilevel_jax import cli, metrics, scoring, train, weights, workspace
+from bilevel_jax import cli, scoring, train, weights, workspace
 from bilevel_jax.data import rows
 from bilevel_jax.models import huggingface
-from experiments import cells, comparing, scores, tables
+from experiments import cells, comparing, measures, scores, tables
 
 RUNS = {"offline": "offline", "trusted": "mixing, ρ=0", "mixed": "mixing, ρ=1"}
 OURS = "bilevel selection"
-AUROC, KEPT, HARD, SECONDS = "selector/auroc", "selector/bad_kept", "auroc_hard", "seconds"
-KIND = "kind/"
-COLUMNS = {"AUROC": AUROC, "against hard rows": HARD, "bad kept": KEPT, "seconds": SECONDS}
+SECONDS = "seconds"
+SHOWN = {"AUROC": measures.AUROC, "against hard rows": measures.HARD, "bad kept": measures.KEPT}
 CLAIMS = tuple(
     comparing.Claim(f"bilevel selection above {name}", OURS, name, key, higher=True)
     for name in ("−ℓ, base model", "−ℓ, trusted rows", "excess loss", "gradient alignment", "IFD", "DSIR")
-    for key in (AUROC, HARD)
+    for key in (measures.AUROC, measures.HARD)
 )
 
 
@@ -62,19 +61,6 @@ def rankings(runs: dict[str, comparing.Run], seed: int) -> tuple[list[rows.Row],
     return setup.lower.rows, found
 
 
-def judge(values: np.ndarray, given: list[rows.Row], keep: float) -> dict[str, float]:
-    """How well the scores find the planted bad rows: in all, of each kind, and among right rows that are hard."""
-    bad = np.array([bool(row.fields["bad"]) for row in given])
-    kind, hard = (np.array([row.fields[field] for row in given]) for field in ("kind", "difficulty"))
-    found = {AUROC: metrics.auroc(-values, bad), KEPT: metrics.bad_kept(values, bad, keep)}
-    among = bad | (hard == "hard")
-    found[HARD] = metrics.auroc(-values[among], bad[among])
-    for one in sorted(set(kind[bad])):
-        among = ~bad | (kind == one)
-        found[KIND + one] = metrics.auroc(-values[among], bad[among])
-    return found
-
-
 def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: kinds and difficulty are those of generated rows; take tiny")
@@ -87,14 +73,13 @@ def main() -> None:
         for name, (values, seconds) in scored.items():
             file = runs["offline"].workdir.parent.parent / f"rankings_{seed}" / f"{cells.slug(name)}.parquet"
             weights.write(file, weights.table(given, (values - values.mean()) / values.std(), nothing, nothing))
-            ranked.setdefault(name, {})[seed] = comparing.Run(file, judge(values, given, keep) | {SECONDS: seconds})
+            ranked.setdefault(name, {})[seed] = comparing.Run(file, measures.planted_rows(values, given, keep) | {SECONDS: seconds})
     results = comparing.Results("safety", ranked, found.commands, found.failures, found.commits)
     keys = dict.fromkeys(key for of_name in ranked.values() for run in of_name.values() for key in run.values)
-    by_kind = {key.removeprefix(KIND): key for key in keys if key.startswith(KIND)}
-    lines = [*comparing.rows(results, COLUMNS), "", "AUROC of each kind of bad rows against all right ones:", ""]
+    by_kind = {key.removeprefix(measures.KIND): key for key in keys if key.startswith(measures.KIND)}
+    lines = [*comparing.rows(results, SHOWN | {SECONDS: SECONDS}), "", "AUROC of each kind of bad rows against all right ones:", ""]
     lines += comparing.rows(results, by_kind)
-    shown = {"AUROC": AUROC, "against hard rows": HARD, "bad kept": KEPT}
-    draw = functools.partial(comparing.dots, results=results, columns=shown, published=(OURS,))
+    draw = functools.partial(comparing.dots, results=results, columns=SHOWN, published=(OURS,))
     tables.write("rivals", "Rankings of training rows", [results], lines, CLAIMS, draw, (8.0, 3.6))
 
 

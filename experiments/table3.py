@@ -2,11 +2,8 @@
 
 import functools
 
-import numpy as np
-
-from bilevel_jax import cli, metrics, weights, workspace
-from bilevel_jax.data import levels
-from experiments import comparing, paper, tables
+from bilevel_jax import cli
+from experiments import comparing, measures, paper, tables
 
 PAPER = {  # Llama-3-8B: BlueOrca (trusted), RedOrca (the mixture)
     "mixing, ρ=0.5": ("0.88 ± 0.010", "1.31 ± 0.012"),
@@ -23,7 +20,6 @@ COMPARED = (
 )
 ALL = "online, R=10%, G=4"
 UPPER, LOWER, RIGHT, AUROC = "eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "selector/auroc"
-TIER, STRICT = "unsafe_tier", ("A", "H")  # how sure a row's label is: by a substantive answer (A), by annotators (H), else B
 
 
 def _both(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
@@ -52,20 +48,10 @@ CLAIMS = (
 )
 
 
-def measure(found: comparing.Results) -> None:
-    """Adds to the runs' values the AUROC of those bad rows alone whose label is sure, against all others, where rows tell."""
-    for run in (run for of_cell in found.runs.values() for run in of_cell.values() if AUROC in run.values):
-        tiers = {row.id: row.fields.get(TIER) for row in levels.reopen(workspace.read_config(run.workdir))}
-        table = weights.latest(run.workdir)
-        sure = np.array([tiers.get(one) in STRICT for one in table["id"].to_pylist()])
-        if sure.any():
-            run.values["selector/auroc_strict"] = metrics.auroc(-table["weight"].to_numpy(), sure)
-
-
 def main() -> None:
     found = tables.run("safety", [*PAPER, *paper.OF_SAFETY, *paper.COMPARED])
-    measure(found)
-    columns = paper.COLUMNS | {f"AUROC, {'+'.join(STRICT)}": "selector/auroc_strict"}
+    measures.sure_labels(found)
+    columns = paper.COLUMNS | {f"AUROC, {'+'.join(measures.SURE)}": measures.STRICT}
     lines = [*comparing.rows(found, columns, PAPER, ("BlueOrca", "RedOrca")), "", COMPARED]
     shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "mixture, as it is": LOWER, "AUROC": AUROC}
     tables.write(

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax import config as configuration
-from experiments import comparing, length_rewards, lengths, paper
-from tests.test_sweep import ROOT
+from experiments import comparing, length_rewards, measures, paper
 
 
 def test_rewards_by_hand():
@@ -15,13 +14,7 @@ def test_rewards_by_hand():
     assert length_rewards.shortest(nothing, said, nothing) == [0, -30, -86, -100]
     assert length_rewards.typical(nothing, said, nothing) == [-30, 0, -56, -70]
     assert length_rewards.rare(nothing, said, nothing) == [-86, -56, 0, -14]
-    assert lengths.mean_reward("skew", np.array([86, 100])) == lengths.mean_reward("reuse", np.array([6, 8])) == -7
-
-
-def test_every_claim_compares_two_cells():
-    assert len(set(lengths.CLAIMS)) == len(lengths.CLAIMS)
-    for claim in lengths.CLAIMS:
-        assert claim.cell != claim.than and {claim.cell, claim.than} <= paper.LENGTHS.keys()
+    assert length_rewards.mean("skew", np.array([86, 100])) == length_rewards.mean("reuse", np.array([6, 8])) == -7
 
 
 @pytest.mark.parametrize("cell", paper.LENGTHS)
@@ -40,11 +33,9 @@ def test_every_cell_may_start(cell):
         assert rows == 640 and steps == 40 and config.online.refresh_every == (2 if "on-policy" in cell else 10**6)
 
 
-def test_answers_are_measured(finished, monkeypatch):
+def test_answers_are_measured(finished):
     """Those of an adapter that was trained differ from those of the base, and both come from the same questions."""
-    monkeypatch.chdir(ROOT)
-    lengths.flags.FLAGS(["lengths", "--answers=1"])
     run = comparing.Run(finished, {})
-    before = lengths.measure(comparing.Results("safety", {"min, DPO, on-policy": {3: run}}, {}, [], []))
-    assert run.values[lengths.REWARD] == -run.values[lengths.LENGTH] < 0
-    assert before.keys() == {3} and before[3].ndim == 1 and before[3].mean() != run.values[lengths.LENGTH]
+    before = measures.learned_lengths(comparing.Results("safety", {"min, DPO, on-policy": {3: run}}, {}, [], []), 1)
+    assert run.values[measures.REWARD] == -run.values[measures.LENGTH] < 0
+    assert before.keys() == {3} and before[3].ndim == 1 and before[3].mean() != run.values[measures.LENGTH]

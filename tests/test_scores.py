@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax import scoring, sharding
 from bilevel_jax.data import levels, rows, templates
 from bilevel_jax.models import decoder, huggingface, lora
-from experiments import rivals, scores
+from experiments import measures, scores
 from tests.models.test_decoder import FIXTURES
 
 LENGTHS = [(3, 2), (1, 4), (30, 9), (5, 2)]  # of prompts and responses; the third needs a sequence of 64
@@ -90,7 +90,7 @@ def test_rankings_are_judged_by_kind_and_beside_hard_rows():
     """Scores fall from left to right: good and easy, bad (wrong), good and hard, bad (garbage)."""
     marks = [(False, "clean", "easy"), (True, "wrong", "easy"), (False, "clean", "hard"), (True, "garbage", "hard")]
     given = [row("", "", bad=bad, kind=kind, difficulty=difficulty) for bad, kind, difficulty in marks]
-    found = rivals.judge(np.array([4.0, 3.0, 2.0, 1.0]), given, keep=0.5)
+    found = measures.planted_rows(np.array([4.0, 3.0, 2.0, 1.0]), given, keep=0.5)
     assert found == {
         "selector/auroc": 0.75,  # 3 of 4 pairs
         "selector/bad_kept": 0.5,

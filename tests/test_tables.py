@@ -11,7 +11,7 @@ import pytest
 
 from bilevel_jax import weights
 from bilevel_jax.data import rows
-from experiments import comparing, paper, table3
+from experiments import comparing, measures, paper
 from experiments.tasks import generated
 from tests.test_sweep import ROOT
 
@@ -181,12 +181,12 @@ def test_bad_rows_with_a_sure_label_have_a_ranking_of_their_own(tmp_path, monkey
     """Weights 4, 3, 2, 1: of the sure row against the other three, and 2 of 3 weigh more."""
     tiers = "", "B", "H", ""
     given = [rows.Row(str(i), "", (), "", None, "", {"unsafe_tier": tier}, i, "") for i, tier in enumerate(tiers)]
-    monkeypatch.setattr(table3.levels, "reopen", lambda config: given)
-    monkeypatch.setattr(table3.workspace, "read_config", lambda workdir: None)
+    monkeypatch.setattr(measures.levels, "reopen", lambda config: given)
+    monkeypatch.setattr(measures.workspace, "read_config", lambda workdir: None)
     nothing = np.zeros(4)
     weights.write(tmp_path / "weights" / "epoch_1.parquet", weights.table(given, np.log([4.0, 3, 2, 1]), nothing, nothing))
     selects, frozen = (comparing.Run(tmp_path, values) for values in ({"selector/auroc": 0.5}, {}))
-    table3.measure(comparing.Results("safety", {"offline": {0: selects}, "uniform": {0: frozen}}, {}, [], []))
+    measures.sure_labels(comparing.Results("safety", {"offline": {0: selects}, "uniform": {0: frozen}}, {}, [], []))
     assert selects.values == {"selector/auroc": 0.5, "selector/auroc_strict": pytest.approx(2 / 3)} and not frozen.values
 
 
