@@ -4,8 +4,8 @@ Both levels learn by DPO, and every pair of the lower level gets a weight (`offl
 model answers masked questions itself, and its best response against its worst under a reward takes the pair's place: add
 --config.online.reward=likelihood, or another one of `bilevel_jax.rewards`.
 
-The embedded model takes about a minute on two cores; flipped labels end with an AUROC of 0.99, and 5% of them among the heaviest
-80% of the rows.
+The embedded model takes about a minute on two cores; flipped labels end with an AUROC of 0.99, and 5 to 8% of them among the
+heaviest 80% of the rows.
 
     python -m bilevel_jax.main --config=configs/preferences.py              embedded model, generated pairs
     python -m bilevel_jax.main --config=configs/preferences.py:smollm2      SmolLM2-135M, UltraFeedback from the hub
