@@ -90,7 +90,7 @@ def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
     for claim in claims:
         found = paired_test(results, claim)
         if found is None:
-            rows.append([claim.text, "no runs", "", "", ""])
+            rows.append([claim.text, "not measured", "", "", ""])
             continue
         p = "" if found.p != found.p else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
         size = f"{found.difference:+.4f} ± {found.spread:.4f}"

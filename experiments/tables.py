@@ -142,6 +142,7 @@ def write(
     Args:
       name: of the module: `python -m experiments.NAME`.
       results: of each task; claims are about the first one's.
+      claims: those about a cell that --leave_out names are left out, too.
       lines: what the page is about, in Markdown.
       draw: fills a figure of `size` inches.
 
@@ -159,6 +160,7 @@ def write(
         without = f"without {'; '.join(LEAVE_OUT.value)}" if LEAVE_OUT.value else ""
         page += [f"**Reduced**: {'; '.join(filter(None, [', '.join(SET.value), without]))}.", ""]
     page += [*lines, ""]
+    claims = [claim for claim in claims if not {claim.cell, claim.than} & set(LEAVE_OUT.value)]
     if claims:
         page += [comparing.RULE, "", *comparing.verdicts(results[0], claims), ""]
     if draw:
