@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tqdm
 
-from bilevel_jax import metrics, sampling, train, weights, workspace
+from bilevel_jax import metrics, sampling, scoring, train, weights, workspace
 from bilevel_jax.data import levels, rows
 from bilevel_jax.models import huggingface
 from experiments import comparing, length_rewards
@@ -13,6 +13,7 @@ from experiments import comparing, length_rewards
 AUROC, KEPT, STRICT = "selector/auroc", "selector/bad_kept", "selector/auroc_strict"
 TIER, SURE = "unsafe_tier", ("A", "H")  # how sure a row's label is: by a substantive answer (A), by annotators (H), else B
 HARD, KIND = "auroc_hard", "kind/"
+UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
 REWARD, LENGTH = "reward", "characters"
 
 
@@ -37,6 +38,21 @@ def planted_rows(scores: np.ndarray, given: Sequence[rows.Row], keep: float) -> 
         among = ~bad | (kind == one)
         found[KIND + one] = metrics.auroc(-scores[among], bad[among])
     return found
+
+
+def after_training(config, setup: train.Setup) -> Callable:
+    """Builds `measure(adapter)`: losses of held-out trusted rows and of right answers to the mixture's held-out questions, and the
+    share of these questions to which the most likely token after token is the right answer."""
+    score = scoring.make_scorer(setup.model, config.batch.micro_size, config.data.max_length, setup.mesh, greedy=True)
+    held_out = {UPPER: setup.upper.eval_examples, RIGHT: levels.with_truth(setup.lower, config, setup.tokenizer)}
+    segments = {key: scoring.segments_of(examples) for key, examples in held_out.items()}
+
+    def measure(adapter) -> dict[str, float]:
+        found = {key: score(setup.base, adapter, of_key, "held-out rows") for key, of_key in segments.items()}
+        losses = {key: scoring.mean_loss(nll, length) for key, (nll, length, _) in found.items()}
+        return losses | {ACCURACY: float(np.mean(found[RIGHT][2]))}
+
+    return measure
 
 
 def answering(config, setup: train.Setup, seed: int, count: int) -> Callable:

@@ -36,6 +36,18 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "dataset
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def changes() -> dict[str, str]:
+    """Config keys and values of --set.
+
+    Raises:
+      ValueError: a malformed one.
+    """
+    found = dict(pair.split("=", 1) for pair in SET.value if "=" in pair)
+    if len(found) < len(SET.value):
+        raise ValueError("--set takes key=value, each key once")
+    return found
+
+
 def run(task: str, names: Sequence[str]) -> Results:
     """The runs of these cells with all seeds; those that are missing are made first.
 
@@ -43,16 +55,14 @@ def run(task: str, names: Sequence[str]) -> Results:
       ValueError: a malformed --set, or a --leave_out that is no cell.
       Interrupted: after SIGTERM or SIGINT.
     """
-    changes = dict(pair.split("=", 1) for pair in SET.value if "=" in pair)
-    if len(changes) < len(SET.value):
-        raise ValueError("--set takes key=value, each key once")
+    given = changes()
     for name in LEAVE_OUT.value:
         if name not in paper.CELLS:
             raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(paper.CELLS)}")
     names = [name for name in names if name not in LEAVE_OUT.value]
     root, tier = pathlib.Path(WORKDIR.value), TIER.value
     pairs = [(name, seed) for seed in range(SEEDS.value) for name in names]
-    todo = [paper.make(root, task, tier, name, seed, changes) for name, seed in pairs]
+    todo = [paper.make(root, task, tier, name, seed, given) for name, seed in pairs]
     for cell in todo:
         if cells.finished(cell) is None:
             note_commit(cell)
@@ -64,7 +74,7 @@ def run(task: str, names: Sequence[str]) -> Results:
         else:
             found[name][seed] = Run(pathlib.Path(cell.workdir), result)
             commits[_commit_file(cell).read_text().strip() if _commit_file(cell).exists() else "unknown"] = None
-    commands = {name: printed(paper.make(root, task, tier, name, "SEED", changes)) for name in names}
+    commands = {name: printed(paper.make(root, task, tier, name, "SEED", given)) for name in names}
     return Results(task, found, commands, failures, list(commits))
 
 
