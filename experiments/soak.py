@@ -45,16 +45,19 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED.value)
     of_exports = round(soaking.EXPORT_SHARE * KILLS.value)
-    found = {"runs": soaking.interrupt(directory, KILLS.value - of_exports, FAULTS.value, rng)}
+    parts = {"runs": lambda: soaking.interrupt(directory, KILLS.value - of_exports, FAULTS.value, rng)}
     if of_exports:
-        found["exports"] = soaking.interrupt_exports(directory, of_exports, rng)
+        parts["exports"] = lambda: soaking.interrupt_exports(directory, of_exports, rng)
     if PAIR_KILLS.value:
-        found["pairs"] = soaking.interrupt_pairs(directory, PAIR_KILLS.value, rng)
+        parts["pairs"] = lambda: soaking.interrupt_pairs(directory, PAIR_KILLS.value, rng)
     if LONG_STEPS.value:
-        found["long"] = soaking.long_run(directory, LONG_STEPS.value)
-    lines = soaking.page(f"python -m experiments.soak {shlex.join(sys.argv[1:])}".strip(), found)
-    workspace.write_atomically(out.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
-    workspace.write_atomically(out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+        parts["long"] = lambda: soaking.long_run(directory, LONG_STEPS.value)
+    found, lines = {}, []
+    for name, part in parts.items():
+        found[name] = part()
+        lines = soaking.page(f"python -m experiments.soak {shlex.join(sys.argv[1:])}".strip(), found)
+        workspace.write_atomically(out.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
+        workspace.write_atomically(out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
     print("\n".join(lines))
     wrong = [line for part in found.values() for line in part.get("mismatches", ())]
     if wrong:
