@@ -15,6 +15,8 @@ from tests.models.test_decoder import FIXTURES
 
 LENGTHS = [(3, 2), (1, 4), (30, 9), (5, 2)]  # of prompts and responses; the third needs a sequence of 64
 
+logits = jax.jit(decoder.logits, static_argnums=0)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -32,7 +34,7 @@ def examples(vocab: int, seed: int, lengths) -> list[templates.Example]:
 def nll(config, base, adapter, example, first: int, start: int = 0):
     """-Σ log p of the tokens from `first` on of prompt and response, as read from `start`; and how many these are."""
     tokens = np.concatenate([example.prompt, example.response])[start:]
-    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, tokens[None])[0])
+    log_probs = jax.nn.log_softmax(logits(config, base, adapter, tokens[None])[0])
     places = np.arange(first - start, len(tokens))
     return -log_probs[places - 1, tokens[places]].sum(), len(places)
 
