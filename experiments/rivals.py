@@ -32,7 +32,6 @@ AFTER = {  # what is measured of a model trained on kept rows
     measures.RIGHT: "Loss of right answers to the mixture's held-out questions",
     measures.ACCURACY: "Share of these questions that are answered right",
 }
-
 SHOWN = {measures.UPPER: "trusted rows", measures.ACCURACY: "answered right"}
 
 
@@ -92,13 +91,14 @@ def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict
     return found
 
 
-def keep(file: pathlib.Path, share: float, values: np.ndarray, given: list[rows.Row]) -> pathlib.Path:
-    """Leaves a ranking as `file`, and beside it the rows that it keeps, as JSONL."""
-    nothing = np.zeros(len(given))
+def keep(file: pathlib.Path, values: np.ndarray, given: list[rows.Row], shares: list[float]) -> dict[float, pathlib.Path]:
+    """Leaves a ranking as `file`, and beside it, as JSONL, the rows that it keeps; returns these files by share."""
+    nothing, kept = np.zeros(len(given)), {}
     table = weights.table(given, (values - values.mean()) / values.std(), nothing, nothing)
     weights.write(file, table)
-    kept = file.with_name(f"{file.stem}_{100 * share:g}.jsonl")
-    exporting.write(kept, [one.row.fields for one in exporting.select(given, table, share)])
+    for share in shares:
+        kept[share] = file.with_name(f"{file.stem}_{100 * share:g}.jsonl")
+        exporting.write(kept[share], [one.row.fields for one in exporting.select(given, table, share)])
     return kept
 
 
@@ -126,8 +126,7 @@ def main() -> None:
             file = root / f"rankings_{seed}" / f"{cells.slug(name)}.parquet"
             judged = measures.planted_rows(values, setup.lower.rows, config.eval.keep) | {SECONDS: seconds}
             ranked.setdefault(name, {})[seed] = comparing.Run(file, judged)
-            for share in shares:
-                kept = keep(file, share, values, setup.lower.rows)
+            for share, kept in keep(file, values, setup.lower.rows, shares).items():
                 alone = {"method": "mixing", "mixing.rho": 1.0, "data.lower": kept, "data.num_lower": 0, "eval.num_lower": 0}
                 settings = tables.changes() | alone | {"seed": seed, "num_epochs": round(config.num_epochs / share)}
                 settings |= {"log.tensorboard": False}
@@ -147,7 +146,7 @@ def main() -> None:
         for seed, run in of_name.items():
             model, measure = after[seed]
             run.values.update(measure(huggingface.load_adapter(run.workdir / "adapter", model)[1]))
-    write(found, comparing.Results("safety", ranked, found.commands, found.failures, found.commits), whole, shares)
+    write(found, found._replace(runs=ranked), whole, shares)
 
 
 def write(found: comparing.Results, results: comparing.Results, whole: dict, shares: list[float]) -> None:

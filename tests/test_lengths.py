@@ -1,11 +1,16 @@
 """Lengths as rewards: by hand, of a model whose answers are known, and every cell a run that may start."""
 
+import json
+import subprocess
+import sys
+
 import ml_collections
 import numpy as np
 import pytest
 
 from bilevel_jax import config as configuration
 from experiments import comparing, length_rewards, measures, paper
+from tests.test_sweep import ROOT
 
 
 def test_rewards_by_hand():
@@ -15,6 +20,16 @@ def test_rewards_by_hand():
     assert length_rewards.typical(nothing, said, nothing) == [-30, 0, -56, -70]
     assert length_rewards.rare(nothing, said, nothing) == [-86, -56, 0, -14]
     assert length_rewards.mean("skew", np.array([86, 100])) == length_rewards.mean("reuse", np.array([6, 8])) == -7
+
+
+def test_every_claim_compares_two_cells():
+    """In a process of its own: the flags of two commands may have one name."""
+    told = "import json; from experiments import lengths; print(json.dumps(lengths.CLAIMS))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True)
+    claims = [comparing.Claim(*one) for one in json.loads(done.stdout)]
+    assert len(set(claims)) == len(claims) > 0
+    for claim in claims:
+        assert claim.cell != claim.than and {claim.cell, claim.than} <= paper.LENGTHS.keys()
 
 
 @pytest.mark.parametrize("cell", paper.LENGTHS)
