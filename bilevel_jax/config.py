@@ -14,6 +14,7 @@ ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16")
+UNITS = ("sample", "domain")
 
 
 class ConfigError(ValueError):
@@ -37,12 +38,14 @@ def default() -> ml_collections.ConfigDict:
             rho_step=0.1,  # added after each epoch
         ),
         selection=section(
+            unit="sample",  # what has a weight: sample (a row), domain (all rows of one source together: adam or sgd)
             parameterization="table",  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
             rule="bds",  # bds (10b), bmo (48), uniform (ω frozen: the control)
             optimizer="mirror",  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
             learning_rate=1.0,  # of ω: mirror takes about 1, the paper's Adam 1e-4
             tau=1.0,  # of bmo
             baseline="running",  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
+            cost="loss",  # what counts against a row: loss (10b), unrolled (how its gradient turns θ from where L0 falls; at θ^k)
             value_function="zero",  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
             weight_scale="dataset",  # dataset: N·σ(ω), mean 1; literal: σ(ω)
             coefficient_at="next",  # a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
@@ -89,7 +92,7 @@ def default() -> ml_collections.ConfigDict:
         ),
         data=section(
             upper="synthetic:upper",  # trusted rows: file, hub id, recipe:NAME or synthetic:upper
-            lower="synthetic:lower",  # the mixture to select from
+            lower="synthetic:lower",  # the mixture to select from; synthetic:domains: some sources better than others
             template="auto",  # the tokenizer's chat template, else human; chat, human, alpaca, none
             max_length=2048,  # tokens of question and response together; also the length of a packed sequence
             num_upper=0,  # a seeded random subset of this size; 0: all
@@ -125,7 +128,8 @@ def default() -> ml_collections.ConfigDict:
 def build_selector(config) -> selector.Selector:
     """The selector of a run; frozen for direct mixing."""
     s = config.selection
-    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, s.parameterization)
+    parameterization = "features" if s.unit == "domain" else s.parameterization
+    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, parameterization)
     return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
 
 
@@ -143,6 +147,7 @@ def build_objective(config) -> step.Objective:
         beta=loss.beta,
         reward_temperature=o.reward_temperature,
         reduction=loss.reduction,
+        cost=s.cost if config.method != "mixing" else "loss",
         coefficient_at=s.coefficient_at,
         value_function=s.value_function if config.method != "mixing" else "zero",
         response_weight=o.response_weight,
@@ -208,6 +213,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     one_of("method", config.method, METHODS)
     one_of("optimizer.name", config.optimizer.name, OPTIMIZERS)
     one_of("model.dtype", config.model.dtype, DTYPES)
+    one_of("selection.unit", config.selection.unit, UNITS)
     one_of("data.template", config.data.template, templates.TEMPLATES)
     at_least(1, num_epochs=config.num_epochs, lora__rank=config.lora.rank, log__every=config.log.every)
     at_least(1, batch__size=config.batch.size, batch__micro_size=config.batch.micro_size)
@@ -267,8 +273,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         "selection.value_function=tracked has no effect with selection.rule=uniform, which never moves ω",
     )
     require(
+        built.rule != "uniform" or config.selection.cost == "loss",
+        "selection.cost=unrolled has no effect with selection.rule=uniform, which never moves ω",
+    )
+    tied = "unit=domain" if config.selection.unit == "domain" else "parameterization=features"
+    require(
         built.rule != "uniform" or built.parameterization == "table",
-        "selection.parameterization=features has no effect with selection.rule=uniform, which never moves ω",
+        f"selection.{tied} has no effect with selection.rule=uniform, which never moves ω",
+    )
+    require(
+        config.selection.unit == "sample" or config.selection.parameterization == "table",
+        "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",
     )
 
 

@@ -12,8 +12,8 @@ Rows are matched to weights by content, so data that changed since the run is re
 
     python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
 
-ranks other rows, which the run never saw, by what it learned of those that it did (`selection.parameterization=features`), and
-writes them in the same way; their mean weight is 1.
+ranks other rows, which the run never saw, by what it learned of those that it did (`selection.parameterization=features`; with
+`selection.unit=domain`, of their sources), and writes them in the same way; their mean weight is 1.
 
 `--merged` writes a model directory (safetensors, config, tokenizer, README.md) that needs no PEFT.
 """
@@ -52,6 +52,19 @@ def check_flags() -> None:
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
 
+def logits_of_sources(workdir: pathlib.Path, file: str, found) -> list[float]:
+    """The logit of each row's source, as the run's rows of that source have it."""
+    from bilevel_jax import weights
+
+    table = weights.latest(workdir)
+    logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
+    for row in found:
+        if row.source not in logits:
+            known = ", ".join(map(repr, logits))
+            raise ValueError(f"--score-new: {file}:{row.line}: source {row.source!r} is none of those of {workdir}: {known}")
+    return [logits[row.source] for row in found]
+
+
 def rank_new(workdir: pathlib.Path, config, file: str):
     """The rows of a file that fit the model, and a table of their weights as `weights.table` makes it."""
     import numpy as np
@@ -60,21 +73,24 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     from bilevel_jax.data import levels, rows, templates
     from bilevel_jax.models import huggingface
 
-    if config.selection.get("parameterization", "table") != "features":
+    by_domain = config.selection.get("unit", "sample") == "domain"
+    if not by_domain and config.selection.get("parameterization", "table") != "features":
         raise ValueError(
             f"--score-new: {workdir} has a logit for each row trained on, and none for others; "
             "run with --config.selection.parameterization=features"
         )
-    encoder, _ = features.read(workdir / features.FILE)
-    phi = features.read_phi(workdir / features.PHI)
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
     found, report = rows.read_rows(file)
     found, examples = levels.usable(config, file, found, report, tokenizer)
+    nothing = np.zeros(len(found))
+    if by_domain:
+        return found, weights.table(found, logits_of_sources(workdir, file, found), visits=nothing, masked=nothing)
+    encoder, _ = features.read(workdir / features.FILE)
+    phi = features.read_phi(workdir / features.PHI)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
     mesh = sharding.make_mesh(1)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
-    nothing = np.zeros(len(found))
     return found, weights.table(found, features.encode(encoder, raw) @ phi, visits=nothing, masked=nothing)
 
 

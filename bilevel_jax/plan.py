@@ -153,8 +153,8 @@ def make(config) -> Plan:
         add("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS)
     add("ω, its optimizer, visits", size_of(state.selector, places.selector), ALWAYS)
     if select.parameterization == "features":
-        parts = mesh.size if config.mesh.shard_selector else 1
-        add("features of all rows", 4 * features.SIZE * num_rows // parts, ALWAYS, "formula")
+        parts, size = mesh.size if config.mesh.shard_selector else 1, features.SIZE if config.selection.unit == "sample" else 1
+        add("features of all rows", 4 * size * num_rows // parts, ALWAYS, "formula")
     add("copy of all these but the base, for a checkpoint", size_of(state, places), ALWAYS)
     if mesh.shape["fsdp"] > 1:
         gathered = AbstractMesh((1, 1, mesh.shape["tensor"]), sharding.AXES)

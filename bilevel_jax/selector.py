@@ -6,7 +6,8 @@ is one scatter and one rank-one term.
 The logits are free, a `table`, or a function of frozen features of the rows, ω = X φ with X [N, D] (`features`). By the chain
 rule the gradient of φ is that of ω, whatever the rule, times X: Σ_i x_i g_i. Every step then moves the logits of all rows, visited
 or not, and φ scores rows that are in no table. That costs O(N·D) a step, for the normaliser of σ is over all N rows: of the order
-of what one token costs a model of N·D parameters.
+of what one token costs a model of N·D parameters. Where X only says which of D groups a row is in, it is given as that, [N]; the
+rows of a group then share one logit, and a step costs O(N).
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ class Selector:
         a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean is itself noise to the ranking
         of rows from different batches; the running mean averages it out.
       weight_scale: `dataset`: weights N·σ_i; `literal`: σ_i as the paper writes, which makes the lower level ~1/N of the loss.
-      parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ.
+      parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ (one logit for each group of
+        rows, too).
     """
 
     rule: str = "bds"
@@ -72,8 +74,8 @@ class Selector:
             raise ValueError(f"selection.tau must be positive, got {self.tau}")
         if self.parameterization == "features" and self.optimizer == "mirror":
             raise ValueError(
-                "selection.optimizer=mirror moves the logits of single rows, which selection.parameterization=features ties "
-                "together; take adam or sgd"
+                "selection.optimizer=mirror moves the logits of single rows, which selection.parameterization=features and "
+                "selection.unit=domain tie together; take adam or sgd"
             )
 
     def scale(self, num_rows: int) -> float:
@@ -112,9 +114,19 @@ def _center(selector: Selector, state: SelectorState, cost_E, share_E):
     return cost_E - (batch_mean if selector.baseline == "batch" else before), running
 
 
-def update(
-    selector: Selector, state: SelectorState, sample_E, share_E, num_lower, cost_E, gamma, features_NxD=None
-) -> SelectorState:
+def _of_rows(features, phi_D) -> jax.Array:
+    """ω [N]."""
+    return phi_D[features] if features.ndim == 1 else features @ phi_D
+
+
+def _of_features(features, gradient_N, num_features: int) -> jax.Array:
+    """The gradient of φ [D] from that of ω."""
+    if features.ndim == 1:
+        return jax.ops.segment_sum(gradient_N, features, num_segments=num_features)
+    return gradient_N @ features
+
+
+def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lower, cost_E, gamma, features=None) -> SelectorState:
     """One move of ω, or of φ.
 
     With C the cost, centred by the baseline, and B rows in the batch:
@@ -133,6 +145,7 @@ def update(
       num_lower: B.
       cost_E: C of each entry, in nats; entries of one row are averaged.
       gamma: γ of the penalty.
+      features: X, [N, D] float32, or the group of each row, [N] int32.
 
     Returns:
       The state after the batch, its visits counted.
@@ -160,10 +173,11 @@ def update(
         pull_E = gamma * selector.scale(N) * share_E * cost_E * sigma_E
         gradient = -jnp.sum(pull_E) * jax.nn.softmax(state.logits)
         gradient = gradient.at[sample_E].add(pull_E, mode="drop")
-    if features_NxD is not None:
-        updates, optimizer = _optimizer(selector).update(gradient @ features_NxD, state.optimizer)
+    if features is not None:
+        gradient = _of_features(features, gradient, len(state.phi))
+        updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
         phi = optax.apply_updates(state.phi, updates)
-        return state._replace(logits=features_NxD @ phi, phi=phi, optimizer=optimizer)
+        return state._replace(logits=_of_rows(features, phi), phi=phi, optimizer=optimizer)
     updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
     return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
 

@@ -18,6 +18,15 @@ C_b compares rows, and is therefore the same measure for all of them, whatever t
 plain mean of ℓ over the model's own responses, of `best_of`, `dpo` and `ipo` ℓ of the best; where they have pairs, the loss of its
 own pair, and a question without one is not judged.
 
+That is the penalty's gradient. ω can also follow that of L0 itself, through the one step that it takes part in ("unrolled":
+learning to reweight, Ren et al. 2018; with Adam, SAMA, Choe et al. 2023). The optimizer goes θ^{k+1} = θ^k - u(g); with D = ∂u/∂g,
+which is diagonal,
+
+    dL0(θ^{k+1})/dω = γ · mean_b [ N ∇σ_{i_b}(ω) · C_b ],   C_b = -⟨∇ℓ_b, D ∇L0⟩ at θ^k, ∇L0 too being taken there:
+
+which is (10b) with another cost: how far a row's gradient turns θ from where L0 falls. The product is the difference that a small
+way along D ∇L0 makes to ℓ_b, one forward pass, and counts in units of its root mean square over the batch.
+
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights. Everything that an entry is multiplied
 by is known before the forward pass or, as r^g, from its own part of it, and the two of a pair are in one micro-batch, so the
 micro-batches of a step add up exact parts of the full-batch gradient, however rows of unequal length fall into them.
@@ -37,10 +46,13 @@ from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
 COEFFICIENTS = ("next", "current")
+COSTS = ("loss", "unrolled")
 VALUE_FUNCTIONS = ("zero", "tracked")
 LOSSES = ("sft", *preferences.PAIRS)
 OWN_LOSSES = (*LOSSES, "best_of", *preferences.RANKED)
 REDUCTIONS = ("mean", "sum")
+TINY = 1e-30
+WAY = {"float32": 1e-3, "bfloat16": 1e-2}  # along D ∇L0, as a share of θ's norm; in bfloat16 less is lost in rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Objective:
       reward_temperature: β of reward-weighted regression.
       reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`); the log-ratios of IPO likewise, those of DPO
         are always sums.
+      cost: what counts against a row, C_b: its `loss`, or `unrolled`, how it turns θ from where L0 falls.
       coefficient_at: the θ at which C_b is taken.
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
@@ -69,6 +82,7 @@ class Objective:
     beta: float = 0.1
     reward_temperature: float = 1.0
     reduction: str = "mean"
+    cost: str = "loss"
     coefficient_at: str = "next"
     value_function: str = "zero"
     response_weight: str = "sequence"
@@ -80,12 +94,18 @@ class Objective:
             ("lower", "loss.lower", LOSSES),
             ("own", "online.objective", OWN_LOSSES),
             ("reduction", "loss.reduction", REDUCTIONS),
+            ("cost", "selection.cost", COSTS),
             ("coefficient_at", "selection.coefficient_at", COEFFICIENTS),
             ("value_function", "selection.value_function", VALUE_FUNCTIONS),
             ("response_weight", "online.response_weight", online.RESPONSE_WEIGHTS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{name}={getattr(self, field)!r} is not among {', '.join(allowed)}")
+        if self.cost == "unrolled" and (self.coefficient_at, self.value_function) != ("current", "zero"):
+            raise ValueError(
+                "selection.cost=unrolled compares losses at θ^k alone; take selection.coefficient_at=current and "
+                "selection.value_function=zero"
+            )
         if not self.beta > 0:
             raise ValueError(f"loss.beta must be positive, got {self.beta}")
         if not self.reward_temperature > 0:
@@ -192,27 +212,39 @@ def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Ar
     return loss_E
 
 
-def _gradient(objective_of_micro: Callable, adapter, num_micro, num_entries: int):
-    """Adds up `objective_of_micro(adapter, m) -> (part of the loss, (part of L0, [E] NLL))` and its gradient over micro-batches.
+def _gradient(objective_of_micro: Callable, adapter, num_micro, num_entries: int, first=0):
+    """Adds up `objective_of_micro(adapter, m) -> (part of the loss, (part of L0, [E] NLL))` and its gradient over the micro-batches
+    from `first` to `num_micro`.
 
     The trip count is known only on the device, so every step costs what it holds and all share one compilation.
 
     Returns:
-      (loss, L0, nll_E), gradient.
+      (loss, (L0, nll_E)), gradient.
     """
 
     def body(m, carry):
-        (loss, (upper, nll_E)), gradient = jax.value_and_grad(objective_of_micro, has_aux=True)(adapter, m)
-        return jax.tree.map(jnp.add, carry, ((loss, upper, nll_E), gradient))
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(objective_of_micro, has_aux=True)(adapter, m))
 
     zero = jnp.float32(0)
-    start = (zero, zero, jnp.zeros(num_entries, jnp.float32)), jax.tree.map(jnp.zeros_like, adapter)
-    return jax.lax.fori_loop(0, num_micro, body, start)
+    start = (zero, (zero, jnp.zeros(num_entries, jnp.float32))), jax.tree.map(jnp.zeros_like, adapter)
+    return jax.lax.fori_loop(first, num_micro, body, start)
 
 
 def _descend(optimizer: optax.GradientTransformation, learner: Learner, gradient) -> Learner:
     updates, state = optimizer.update(gradient, learner.optimizer, learner.adapter)
     return Learner(optax.apply_updates(learner.adapter, updates), state)
+
+
+def _ahead(optimizer: optax.GradientTransformation, learner: Learner, gradient, slope, way: float):
+    """θ a small way along -D · slope, D = ∂u/∂g at the step's gradient g; the way has the share `way` of θ's norm."""
+
+    def step_of(gradient):
+        return optimizer.update(gradient, learner.optimizer, learner.adapter)[0]
+
+    _, along = jax.jvp(step_of, (gradient,), (slope,))
+    along = jax.tree.map(lambda d, s: jnp.where(s == 0, 0.0, d), along, slope)  # Adam's D is infinite where no gradient has been
+    size = way * optax.tree.norm(learner.adapter) / jnp.maximum(optax.tree.norm(along), TINY)
+    return jax.tree.map(lambda leaf, d: leaf + size * d, learner.adapter, along)
 
 
 def make_step(
@@ -222,15 +254,16 @@ def make_step(
     optimizer: optax.GradientTransformation,
 ) -> Callable:
     """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
-    `jax.jit(step, donate_argnums=1)`. `features` are the rows' [N, D] where ω is a function of them.
+    `jax.jit(step, donate_argnums=1)`. `features` are the rows' where ω is a function of them, see `selector.update`.
 
     `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean C at θ^k, unweighted), `gradient_norm`,
     `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN finds its row, `log_ratio`, log r at θ^k before
     clipping, and `response_weight`, what became of it (1 for responses of the data and in pairs, which take no ratio).
     """
     weighting = "none" if objective.own in preferences.PAIRS else objective.response_weight
+    unrolled = objective.cost == "unrolled" and selector.rule != "uniform"
 
-    def step(base, state: State, batch: packing.Batch, scales: Scales, features_NxD=None):
+    def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
         N, E = state.selector.logits.shape[0], batch.share.shape[0]
         packed = batch.packed
         share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # of a pair, the chosen one stands for both
@@ -258,15 +291,27 @@ def make_step(
         if weighting == "softmax":  # λ compares responses that may lie in different micro-batches
             given_E = response_weights(entry_nll(config, base, state.policy.adapter, packed, batch.num_lower_micro))
 
-        # θ^{k+1}: both levels in one pass.
-        def joint(adapter, m):
-            nll_E = micro_nll(config, base, adapter, packed, m)
-            upper = jnp.sum(upper_share_E * entry_losses(objective.upper, objective, batch, nll_E, m))
-            response_E = jax.lax.stop_gradient(response_weights(nll_E)) if given_E is None else given_E
-            lower = jnp.sum(lower_share_E * weight_E * response_E * lower_losses(objective, batch, nll_E, m))
-            return scales.upper * upper + scales.lower * lower, (upper, nll_E)
+        # θ^{k+1}: both levels in one pass, or in one each where ∇L0 is needed by itself.
+        def scaled(scales: Scales):
+            def objective_of_micro(adapter, m):
+                nll_E = micro_nll(config, base, adapter, packed, m)
+                upper = jnp.sum(upper_share_E * entry_losses(objective.upper, objective, batch, nll_E, m))
+                response_E = jax.lax.stop_gradient(response_weights(nll_E)) if given_E is None else given_E
+                lower = jnp.sum(lower_share_E * weight_E * response_E * lower_losses(objective, batch, nll_E, m))
+                return scales.upper * upper + scales.lower * lower, (upper, nll_E)
 
-        (loss, upper, nll_E), gradient = _gradient(joint, state.policy.adapter, packed.num_micro, E)
+            return objective_of_micro
+
+        adapter = state.policy.adapter
+        if unrolled:
+            both = jnp.maximum(batch.num_lower_micro - 1, 0)  # the only micro-batch that may hold rows of both levels
+            (_, (upper, upper_nll_E)), slope = _gradient(scaled(Scales(1.0, 0.0)), adapter, packed.num_micro, E, both)
+            (lower, (_, nll_E)), gradient = _gradient(scaled(Scales(0.0, 1.0)), adapter, batch.num_lower_micro, E)
+            loss = scales.upper * upper + scales.lower * lower
+            nll_E = jnp.where(batch.sample < N, nll_E, upper_nll_E)
+            gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, slope, gradient)
+        else:
+            (loss, (upper, nll_E)), gradient = _gradient(scaled(scales), adapter, packed.num_micro, E)
         policy = _descend(optimizer, state.policy, gradient)
         response_E = response_weights(nll_E) if given_E is None else given_E
 
@@ -278,10 +323,10 @@ def make_step(
 
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:
-            (_, _, tracker_nll_E), slope = _gradient(lower_only, tracker.adapter, batch.num_lower_micro, E)
-            tracker = _descend(optimizer, tracker, slope)
+            (_, (_, tracker_nll_E)), gradient_of_lower = _gradient(lower_only, tracker.adapter, batch.num_lower_micro, E)
+            tracker = _descend(optimizer, tracker, gradient_of_lower)
 
-        # ω^{k+1}: the cost of each lower row, at θ^{k+1} by a second look at the lower level's micro-batches only.
+        # ω^{k+1}: the cost of each lower row, by a second look at the lower level's micro-batches only: at θ^{k+1}, or on the way.
         cost_nll_E = nll_E
         if selector.rule != "uniform" and objective.coefficient_at == "next":
             cost_nll_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro)
@@ -290,8 +335,12 @@ def make_step(
         cost_E = lower_costs(cost_nll_E)
         if tracker is not None:
             cost_E = cost_E - lower_costs(tracker_nll_E)
+        if unrolled:
+            ahead = _ahead(optimizer, state.policy, gradient, slope, WAY[config.dtype])
+            change_E = lower_costs(entry_nll(config, base, ahead, packed, batch.num_lower_micro)) - cost_E
+            cost_E = change_E / jnp.maximum(jnp.sqrt(jnp.sum(judged_E * change_E**2)), TINY)
         moved = selection.update(
-            selector, state.selector, batch.sample, judged_E, num_judged, cost_E, scales.lower, features_NxD
+            selector, state.selector, batch.sample, judged_E, num_judged, cost_E, scales.lower, features
         )
 
         metrics = {

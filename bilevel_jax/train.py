@@ -215,11 +215,14 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     objective, select = configuration.build_objective(config), configuration.build_selector(config)
     optimizer = configuration.build_optimizer(config)
     tracked = objective.value_function == "tracked"
-    state = step.init(setup.adapter, optimizer, select, len(lower.rows), tracked, features.SIZE)
+    names, domain_of = levels.domains(lower, config.data.lower) if selects and config.selection.unit == "domain" else ((), None)
+    state = step.init(setup.adapter, optimizer, select, len(lower.rows), tracked, len(names) or features.SIZE)
     places = sharding.learned(mesh, state, config.mesh.shard_selector)
     state = jax.tree.map(sharding.place, state, places)
-    encoder = frozen = None  # what makes features, and those of all rows, [N, D]
-    if select.parameterization == "features":
+    encoder = frozen = None  # what makes features, and those of all rows
+    if names:
+        frozen = sharding.place(domain_of, places.selector.logits)
+    elif select.parameterization == "features":
         with clock("load"):
             encoder, frozen = features.read(shared / features.FILE) if start else fit_features(config, setup)
             frozen = sharding.place(frozen, places.selector.logits)

@@ -1,6 +1,7 @@
 """What tables measure of finished runs beyond their summaries."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
@@ -12,6 +13,7 @@ from experiments import comparing, length_rewards
 
 AUROC, KEPT, STRICT = "selector/auroc", "selector/bad_kept", "selector/auroc_strict"
 TIER, SURE = "unsafe_tier", ("A", "H")  # how sure a row's label is: by a substantive answer (A), by annotators (H), else B
+SAFE_ANSWERS = "safeinstr/safe_answer"  # source of right answers to unsafe questions
 HARD, KIND = "auroc_hard", "kind/"
 UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
 REWARD, LENGTH = "reward", "characters"
@@ -27,17 +29,38 @@ def sure_labels(found: comparing.Results) -> None:
             run.values[STRICT] = metrics.auroc(-table["weight"].to_numpy(), sure)
 
 
-def planted_rows(scores: np.ndarray, given: Sequence[rows.Row], keep: float) -> dict[str, float]:
-    """How well scores [n], higher is better, find planted bad rows: in all, of each kind, and against right rows that are hard."""
-    bad = np.array([bool(row.fields["bad"]) for row in given])
-    kind, hard = (np.array([row.fields[field] for row in given]) for field in ("kind", "difficulty"))
-    found = {AUROC: metrics.auroc(-scores, bad), KEPT: metrics.bad_kept(scores, bad, keep)}
-    among = bad | (hard == "hard")
-    found[HARD] = metrics.auroc(-scores[among], bad[among])
-    for one in sorted(set(kind[bad])):
-        among = ~bad | (kind == one)
-        found[KIND + one] = metrics.auroc(-scores[among], bad[among])
-    return found
+class Marks(NamedTuple):
+    """What rows are, [n] each. Only measures see it."""
+
+    bad: np.ndarray
+    hard: np.ndarray  # right, but not easy to learn
+    kind: np.ndarray  # of bad rows
+
+
+def marks(given: Sequence[rows.Row]) -> Marks:
+    """Of generated rows: planted bad ones, and hard questions. Of the safety task's real ones: unsafe ones whose label is sure,
+    and safe answers to unsafe questions."""
+
+    def of(field: str) -> np.ndarray:
+        return np.array([row.fields.get(field) for row in given])
+
+    if "kind" in given[0].fields:
+        return Marks(of("bad").astype(bool), of("difficulty") == "hard", of("kind"))
+    return Marks(np.isin(of(TIER), SURE), of("source") == SAFE_ANSWERS, of("source"))
+
+
+def ranked_rows(scores: np.ndarray, known: Marks, keep: float) -> dict[str, float]:
+    """How well scores [n], higher is better, find bad rows: in all, of each kind, and against right rows that are hard. Measures
+    that such rows do not allow are left out."""
+
+    def auroc(among: np.ndarray) -> float:
+        return metrics.auroc(-scores[among], known.bad[among])
+
+    found = {AUROC: auroc(np.ones(len(scores), bool)), KEPT: metrics.bad_kept(scores, known.bad, keep)}
+    hard = known.bad | known.hard
+    if (known.hard & ~known.bad).any():
+        found[HARD] = auroc(hard)
+    return found | {KIND + one: auroc(~known.bad | (known.kind == one)) for one in sorted(set(known.kind[known.bad]))}
 
 
 def after_training(config, setup: train.Setup) -> Callable:

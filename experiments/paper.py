@@ -63,6 +63,16 @@ SELECTORS = {  # rules and optimizers of ω, offline
         "selection.baseline": "none",
     },
 }
+FURTHER = {  # selectors that the paper does not have
+    "tracked v(ω)": {"method": "offline", "selection.value_function": "tracked"},
+    "features": {
+        "method": "offline",
+        "selection.parameterization": "features",
+        "selection.optimizer": "adam",
+        "selection.learning_rate": 1e-2,
+    },
+    "unrolled": {"method": "offline", "selection.cost": "unrolled", "selection.coefficient_at": "current"},
+}
 COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
     "online, R=10%, G=4": _online(0.1, 4),
     **{
@@ -115,7 +125,7 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
 COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}

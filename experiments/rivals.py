@@ -1,9 +1,10 @@
-"""Rankings of the safety task's rows, the bilevel selector's beside others': `python -m experiments.rivals --tier=tiny --seeds=4`.
+"""Rankings of the safety task's rows, bilevel selectors' beside others': `python -m experiments.rivals --tier=tiny --seeds=4`.
 
-For each seed the rows are those of Table 3's runs. Rankings by trained models take three of them: `offline`, whose weights are
-the selector's ranking; fine-tuning on the trusted rows alone; and on the mixture alone. Every ranking is left as a file of weights
-(WORKDIR/TIER/safety/rankings_K/NAME.parquet), as a run leaves its own, and the rows that it keeps are exported from it. On these
-rows alone a model is then trained, for about as many steps as on all of them. Which rows are bad, and how, only the measure knows.
+For each seed the rows are those of Table 3's runs. A selector's ranking is the weights of its run; other rankings by trained models
+take two more: fine-tuning on the trusted rows alone, and on the mixture alone. Every ranking is left as a file of weights
+(WORKDIR/TIER/safety/rankings_K/NAME.parquet), as a run leaves its own. The rows that the shipped selector and its rivals keep are
+exported from these, and a model is trained on them alone, for about as many steps as on all rows (not with --ranking_only). Which
+rows are bad, and how, only the measure knows.
 """
 
 import functools
@@ -14,19 +15,30 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli, exporting, scoring, train, weights, workspace
+from bilevel_jax import cli, exporting, features, metrics, scoring, train, weights, workspace
 from bilevel_jax.data import rows
 from bilevel_jax.models import huggingface
 from experiments import cells, comparing, measures, paper, scores, tables
 
 KEEP = flags.DEFINE_multi_float("keep", [0.8, 0.5, 0.2], "Shares of the rows to train on.", lower_bound=0.01, upper_bound=1.0)
+RANKING_ONLY = flags.DEFINE_bool("ranking_only", False, "Trains on no kept rows; for real rows, whose right answers nobody knows.")
 
-RUNS = {"offline": "offline", "trusted": "mixing, ρ=0", "mixed": "mixing, ρ=1"}
-CALLED = {"offline": "bilevel selection, its own adapter", "trusted": "the trusted rows alone", "mixed": "all rows"}
 OURS = "bilevel selection"
+SELECTORS = {  # ranking -> cell
+    OURS: "offline",
+    "bilevel, paper's Adam": "bds, Adam 1e-4",
+    "bilevel, SGD": "bds, SGD 30",
+    "bilevel, bmo": "bmo, τ=1",
+    "bilevel, tracked v(ω)": "tracked v(ω)",
+    "bilevel, features": "features",
+    "bilevel, unrolled": "unrolled",
+}
+FURTHER = tuple(SELECTORS)[1:]  # ranked, but not trained on
+TRUSTED, MIXED = "mixing, ρ=0", "mixing, ρ=1"
+CALLED = {"offline": "bilevel selection, its own adapter", TRUSTED: "the trusted rows alone", MIXED: "all rows"}
 RIVALS = ("−ℓ, base model", "−ℓ, trusted rows", "excess loss", "gradient alignment", "IFD", "DSIR")
-SECONDS = "seconds"
-FOUND = {"AUROC": measures.AUROC, "against hard rows": measures.HARD, "bad kept": measures.KEPT}
+SECONDS, HELD_OUT = "seconds", "auroc_held_out"
+FOUND = {"AUROC": measures.AUROC, "against hard rows": measures.HARD, "bad kept": measures.KEPT, "AUROC, rows held out": HELD_OUT}
 AFTER = {  # what is measured of a model trained on kept rows
     measures.UPPER: "Loss of held-out trusted rows",
     measures.RIGHT: "Loss of right answers to the mixture's held-out questions",
@@ -44,7 +56,7 @@ def claims(shares: list[float]) -> tuple[comparing.Claim, ...]:
     found = [
         comparing.Claim(f"AUROC{against}: {OURS} above {name}", OURS, name, key, higher=True)
         for against, key in (("", measures.AUROC), (" against hard rows", measures.HARD))
-        for name in RIVALS
+        for name in (*FURTHER, *RIVALS)
     ]
     for share in shares:
         found += [
@@ -61,22 +73,24 @@ def claims(shares: list[float]) -> tuple[comparing.Claim, ...]:
 
 def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict[str, tuple[np.ndarray, float]]:
     """Of each ranking its scores [n] of the lower level's rows, higher is better, and the seconds that they took, those of the runs
-    that it needs among them."""
+    (by cell) that it needs among them."""
     base, examples = setup.base, setup.lower.examples
     score = scoring.make_scorer(setup.model, config.batch.micro_size, config.data.max_length, setup.mesh)
-    _, trusted = huggingface.load_adapter(runs["trusted"].workdir / "adapter", setup.model)
-    _, mixed = huggingface.load_adapter(runs["mixed"].workdir / "adapter", setup.model)
-    chosen = {row["id"]: row["logit"] for row in weights.latest(runs["offline"].workdir).to_pylist()}
+    adapters = {cell: huggingface.load_adapter(runs[cell].workdir / "adapter", setup.model)[1] for cell in (TRUSTED, MIXED)}
 
-    def losses(adapter):
-        return scores.losses_of(score, base, adapter, examples)
+    def losses(cell: str | None = None):
+        return scores.losses_of(score, base, adapters.get(cell), examples)
 
-    how = {  # the runs that a ranking takes, and what it makes of them
-        OURS: (("offline",), lambda: np.array([chosen[row.id] for row in setup.lower.rows])),
-        "−ℓ, base model": ((), lambda: -losses(None)),
-        "−ℓ, trusted rows": (("trusted",), lambda: -losses(trusted)),
-        "excess loss": (("trusted", "mixed"), lambda: losses(mixed) - losses(trusted)),
-        "gradient alignment": (("mixed",), lambda: scores.alignment(setup.model, base, mixed, setup.upper, setup.lower)),
+    def selected(cell: str):
+        logits = {row["id"]: row["logit"] for row in weights.latest(runs[cell].workdir).to_pylist()}
+        return np.array([logits[row.id] for row in setup.lower.rows])
+
+    how = {name: ((cell,), functools.partial(selected, cell)) for name, cell in SELECTORS.items() if cell in runs}
+    how |= {  # the runs that a ranking takes, and what it makes of them
+        "−ℓ, base model": ((), lambda: -losses()),
+        "−ℓ, trusted rows": ((TRUSTED,), lambda: -losses(TRUSTED)),
+        "excess loss": ((TRUSTED, MIXED), lambda: losses(MIXED) - losses(TRUSTED)),
+        "gradient alignment": ((MIXED,), lambda: scores.alignment(setup.model, base, adapters[MIXED], setup.upper, setup.lower)),
         "IFD": ((), lambda: scores.difficulty(score, base, examples)),
         "DSIR": ((), lambda: scores.importance(setup.upper.rows, setup.lower.rows)),
         "long answers": ((), lambda: np.array([float(len(one.response)) for one in examples])),
@@ -86,9 +100,20 @@ def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict
     for name, (needed, make) in tqdm.tqdm(how.items(), desc=f"ranking, seed {config.seed}", unit="ranking"):
         began = time.perf_counter()
         values = make()
-        seconds = time.perf_counter() - began + sum(runs[run].values["time/train"] for run in needed)
+        seconds = time.perf_counter() - began + sum(runs[cell].values["time/train"] for cell in needed)
         found[name] = values, seconds
     return found
+
+
+def held_out(config, setup: train.Setup, run: comparing.Run) -> float:
+    """AUROC of the lower level's held-out rows, ranked by what a selector learned of the features of others."""
+    encoder, _ = features.read(run.workdir / features.FILE)
+    level = setup.lower
+    raw = features.pooled(
+        setup.model, setup.base, level.eval_examples, config.batch.micro_size, config.data.max_length, setup.mesh
+    )
+    logits = features.encode(encoder, raw) @ features.read_phi(run.workdir / features.PHI)
+    return metrics.auroc(-logits, measures.marks(level.eval_rows).bad)
 
 
 def keep(file: pathlib.Path, values: np.ndarray, given: list[rows.Row], shares: list[float]) -> dict[float, pathlib.Path]:
@@ -108,33 +133,40 @@ def keep(file: pathlib.Path, values: np.ndarray, given: list[rows.Row], shares: 
 
 
 def main() -> None:
-    if tables.TIER.value != "tiny":
-        raise ValueError(f"--tier={tables.TIER.value}: kinds and difficulty are those of generated rows; take tiny")
-    shares = sorted(set(KEEP.value), reverse=True)
-    found = tables.run("safety", list(RUNS.values()))
+    if tables.TIER.value != "tiny" and not RANKING_ONLY.value:
+        raise ValueError(f"--tier={tables.TIER.value}: right answers are known of generated rows alone; add --ranking_only")
+    shares = [] if RANKING_ONLY.value else sorted(set(KEEP.value), reverse=True)
+    found = tables.run("safety", [*SELECTORS.values(), TRUSTED, MIXED])
     root = pathlib.Path(tables.WORKDIR.value, tables.TIER.value, "safety")
-    ranked, whole, after = {}, {}, {}  # of each ranking its runs by seed; the same of RUNS; what measures a seed's adapters
+    ranked, whole, after = {}, {}, {}  # of each ranking its runs by seed; the same of CALLED; what measures a seed's adapters
     todo = {}  # (ranking, seed, share) -> the run on what is kept
-    for seed in sorted(set.intersection(*(set(found.runs[cell]) for cell in RUNS.values()))):
-        runs = {name: found.runs[cell][seed] for name, cell in RUNS.items()}
-        config = workspace.read_config(runs["offline"].workdir)
+    for seed in sorted(set.intersection(*(set(of_cell) for of_cell in found.runs.values()))):
+        runs = {cell: of_cell[seed] for cell, of_cell in found.runs.items()}
+        config = workspace.read_config(runs[MIXED].workdir)
         setup = train.load(config)
-        after[seed] = setup.model, measures.after_training(config, setup)
-        for name, run in runs.items():
-            whole.setdefault(CALLED[name], {})[seed] = run
+        known = measures.marks(setup.lower.rows)
         for name, (values, seconds) in rankings(config, setup, runs).items():
             file = root / f"rankings_{seed}" / f"{cells.slug(name)}.parquet"
-            judged = measures.planted_rows(values, setup.lower.rows, config.eval.keep) | {SECONDS: seconds}
+            judged = measures.ranked_rows(values, known, config.eval.keep) | {SECONDS: seconds}
+            if SELECTORS.get(name) == "features":
+                judged[HELD_OUT] = held_out(config, setup, runs["features"])
             ranked.setdefault(name, {})[seed] = comparing.Run(file, judged)
-            for share, kept in keep(file, values, setup.lower.rows, shares).items():
+            kept_files = keep(file, values, setup.lower.rows, [] if name in FURTHER else shares)
+            for share, kept in kept_files.items():
                 alone = {"method": "mixing", "mixing.rho": 1.0, "data.lower": kept, "data.num_lower": 0, "eval.num_lower": 0}
                 settings = tables.changes() | alone | {"seed": seed, "num_epochs": round(config.num_epochs / share)}
                 settings |= {"log.tensorboard": False}
                 todo[name, seed, share] = cells.make(paper.CONFIGS["safety"], kept.with_suffix(""), settings)
+        if shares:
+            after[seed] = setup.model, measures.after_training(config, setup)
+            for cell, name in CALLED.items():
+                whole.setdefault(name, {})[seed] = runs[cell]
     for (name, seed, share), cell in todo.items():
         if name == OURS:
             said = tables.printed(cell).replace(f"seed={seed}", "seed=SEED").replace(f"rankings_{seed}", "rankings_SEED")
             found.commands[f"{OURS}, {share:.0%} kept"] = said
+        if cells.finished(cell) is None:
+            tables.note_commit(cell)
     for (name, seed, share), result in zip(todo, cells.run_all(list(todo.values()), cells.local(tables.JOBS.value))):
         if isinstance(result, str):
             found.failures.append(f"{name}, seed {seed}, {share:.0%} kept: {result} ({todo[name, seed, share].log})")
@@ -153,15 +185,20 @@ def write(found: comparing.Results, results: comparing.Results, whole: dict, sha
     keys = dict.fromkeys(key for of_name in results.runs.values() for run in of_name.values() for key in run.values)
     by_kind = {key.removeprefix(measures.KIND): key for key in keys if key.startswith(measures.KIND)}
     lines = [*comparing.rows(results, FOUND | {SECONDS: SECONDS}), "", "AUROC of each kind of bad rows against all right ones:", ""]
-    lines += [*comparing.rows(results, by_kind), ""]
-    lines += ["After training on what a ranking keeps, with about as many steps as on all rows:", ""]
-    for key, text in AFTER.items():
-        lines += [f"{text}, by the share kept:", "", *comparing.rows(results, {f"{one:.0%}": at(key, one) for one in shares}), ""]
-    lines += ["Without choosing rows:", "", *comparing.rows(found._replace(runs=whole), {text: key for key, text in AFTER.items()})]
-    middle = shares[len(shares) // 2]
-    shown = FOUND | {f"{text}, {middle:.0%} kept": at(key, middle) for key, text in SHOWN.items()}
-    draw = functools.partial(comparing.dots, results=results, columns=shown, published=(OURS,))
-    tables.write("rivals", "Rankings of training rows", [results], lines, claims(shares), draw, (11.0, 3.6))
+    lines += comparing.rows(results, by_kind)
+    shown = {heading: key for heading, key in FOUND.items() if key != HELD_OUT}
+    if shares:
+        trained = results._replace(runs={name: of_name for name, of_name in results.runs.items() if name not in FURTHER})
+        lines += ["", "After training on what a ranking keeps, with about as many steps as on all rows:", ""]
+        for key, text in AFTER.items():
+            by_share = {f"{one:.0%}": at(key, one) for one in shares}
+            lines += [f"{text}, by the share kept:", "", *comparing.rows(trained, by_share), ""]
+        columns = {text: key for key, text in AFTER.items()}
+        lines += ["Without choosing rows:", "", *comparing.rows(found._replace(runs=whole), columns)]
+        middle = shares[len(shares) // 2]
+        shown |= {f"{text}, {middle:.0%} kept": at(key, middle) for key, text in SHOWN.items()}
+    draw = functools.partial(comparing.dots, results=results, columns=shown, published=SELECTORS)
+    tables.write("rivals", "Rankings of training rows", [results], lines, claims(shares), draw, (11.0, 4.6))
 
 
 if __name__ == "__main__":

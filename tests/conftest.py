@@ -241,6 +241,17 @@ def finished(make_config, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="session")
+def by_source(make_config, data, tmp_path_factory):
+    """Config and workdir of a finished run whose rows share a logit with all rows of their source, of which there are three."""
+    directory = tmp_path_factory.mktemp("by_source")
+    rows = [row | {"source": "abc"[i % 3]} for i, row in enumerate(read_jsonl(data / "lower.jsonl"))]
+    changes = {"selection.unit": "domain", "selection.optimizer": "sgd"}
+    config = make_config(changes | {"data.lower": str(write_jsonl(directory / "lower.jsonl", rows))})
+    train.run(config, directory / "run")
+    return config, directory / "run"
+
+
 AMORTISED = {
     "selection.parameterization": "features",
     "selection.optimizer": "sgd",

@@ -28,6 +28,8 @@ def with_changes(changes) -> ml_collections.ConfigDict:
 
 OFFLINE = {"method": "offline"}
 FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
+DOMAIN = {"selection.unit": "domain", "selection.optimizer": "adam"}
+UNROLLED = {"selection.cost": "unrolled", "selection.coefficient_at": "current"}
 DPO = {"method": "online", "online.objective": "dpo", "online.reward": "likelihood", "online.num_samples": 2}
 MIXING = {"method": "mixing"}
 
@@ -99,6 +101,9 @@ MIXING = {"method": "mixing"}
         ({"selection.optimizer": "lion"}, "selection.optimizer"),
         ({"selection.baseline": "median"}, "selection.baseline"),
         ({"selection.value_function": "exact"}, "selection.value_function"),
+        ({"selection.cost": "influence"}, "selection.cost"),
+        ({"selection.unit": "word"}, "selection.unit"),
+        ({"selection.unit": "domain"}, "selection.optimizer=mirror"),
         ({"selection.weight_scale": "n"}, "selection.weight_scale"),
         ({"selection.parameterization": "mlp"}, "selection.parameterization"),
         ({"selection.parameterization": "features"}, "selection.optimizer=mirror"),
@@ -131,6 +136,11 @@ MIXING = {"method": "mixing"}
         ({"method": "dynamic", "penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"selection.rule": "uniform", "selection.value_function": "tracked"}, "selection.value_function"),
         (OFFLINE | FEATURES | {"selection.rule": "uniform"}, "selection.parameterization"),
+        (OFFLINE | DOMAIN | {"selection.rule": "uniform"}, "selection.unit"),
+        (OFFLINE | DOMAIN | {"selection.parameterization": "features"}, "selection.unit"),
+        (OFFLINE | UNROLLED | {"selection.rule": "uniform"}, "selection.cost"),
+        (OFFLINE | UNROLLED | {"selection.coefficient_at": "next"}, "selection.coefficient_at"),
+        (OFFLINE | UNROLLED | {"selection.value_function": "tracked"}, "selection.value_function"),
     ],
 )
 def test_refuses(changes, named):

@@ -83,6 +83,22 @@ def test_score_new(command, amortised, data, tmp_path):
     assert [row["rank"] for row in sorted(read_jsonl(out), key=lambda row: row["rank"])] == list(range(1, 6))
 
 
+def test_score_new_by_source(command, by_source, tmp_path):
+    """A new row has the logit of its source; one from elsewhere has none."""
+    _, workdir = by_source
+    table = weights.latest(workdir)
+    logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
+    given = [{"question": f"{name}?", "response": "yes", "source": name} for name in logits]
+    new, out = write_jsonl(tmp_path / "new.jsonl", given), tmp_path / "ranked.jsonl"
+    command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+    found = {row["source"]: row["weight"] for row in read_jsonl(out)}
+    expected = np.exp([*logits.values()])
+    np.testing.assert_allclose([found[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
+
+    write_jsonl(new, [*given, {"question": "q", "response": "r", "source": "elsewhere"}])
+    with pytest.raises(ValueError, match=f"new.jsonl:{len(given) + 1}: source 'elsewhere' is none of those of"):
+        command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+
 
 def test_jsonl_and_parquet(command, finished, data, tmp_path):
     original = {row["question"]: row for row in read_jsonl(data / "lower.jsonl")}

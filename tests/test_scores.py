@@ -92,7 +92,7 @@ def test_rankings_are_judged_by_kind_and_beside_hard_rows():
     """Scores fall from left to right: good and easy, bad (wrong), good and hard, bad (garbage)."""
     marks = [(False, "clean", "easy"), (True, "wrong", "easy"), (False, "clean", "hard"), (True, "garbage", "hard")]
     given = [row("", "", bad=bad, kind=kind, difficulty=difficulty) for bad, kind, difficulty in marks]
-    found = measures.planted_rows(np.array([4.0, 3.0, 2.0, 1.0]), given, keep=0.5)
+    found = measures.ranked_rows(np.array([4.0, 3.0, 2.0, 1.0]), measures.marks(given), keep=0.5)
     assert found == {
         "selector/auroc": 0.75,  # 3 of 4 pairs
         "selector/bad_kept": 0.5,

@@ -167,6 +167,21 @@ def test_a_table_is_features_that_name_the_row(rule, optimizer):
         np.testing.assert_array_equal(tied.phi, free.logits)
 
 
+@pytest.mark.parametrize("rule, optimizer", [*itertools.product(("bds", "bmo"), ("sgd", "adam"))])
+def test_groups_are_features_that_name_the_group(rule, optimizer):
+    selector = Selector(rule, optimizer, 0.3, 0.7, "running", parameterization="features")
+    group = np.arange(N) % 3
+    named, written_out = (begin_with_features(selector, np.eye(3)[group], PHI[:3]) for _ in range(2))
+    for entries, gamma in BATCHES:
+        sample, share, cost = columns(entries)
+        named = selection.update(selector, named, sample, share, B, cost, gamma, jnp.asarray(group))
+        one_hot = jnp.asarray(np.eye(3)[group], jnp.float32)
+        written_out = selection.update(selector, written_out, sample, share, B, cost, gamma, one_hot)
+        np.testing.assert_allclose(named.phi, written_out.phi, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(named.logits, np.asarray(named.phi)[group])
+    assert np.ptp(named.phi - PHI[:3]) > 1e-3
+
+
 @pytest.mark.parametrize("rule", ["bds", "bmo"])
 def test_mirror_touches_visited_logits_alone(rule):
     selector = Selector(rule, "mirror", baseline="running")

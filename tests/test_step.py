@@ -314,6 +314,51 @@ def test_tracked_value_function(coefficient_at):
     np.testing.assert_allclose(cost, expected, atol=1e-5)
 
 
+UNROLLED = Objective(cost="unrolled", coefficient_at="current")
+
+
+@pytest.mark.parametrize(
+    "optimizer, layout",
+    [(SGD, LAYOUT), (optax.adam(0.01), Layout(1, 16, 8)), (optax.adam(0.01), Layout(8, 12, 8))],
+    ids=["sgd", "adam, a sequence at a time", "adam, all at once"],
+)
+def test_unrolled_cost_is_what_a_row_s_weight_does_to_the_upper_loss(optimizer, layout):
+    """Against d⟨∇L0(θ^k), θ^{k+1}(w)⟩/dw, differentiating a step that is written out; the second, so that Adam has a past."""
+    upper, lower = rows()
+    scales, base = Scales(1.0, GAMMA), model(LLAMA)[0]
+    advance = jax.jit(step.make_step(LLAMA, UNROLLED, MIRROR, optimizer))
+    start = step.init(model(LLAMA)[1], optimizer, MIRROR, N, tracked=False)
+    first, _ = advance(base, start, pack(upper, lower, layout), scales)
+    second, _ = advance(base, first, pack(upper, lower, layout), scales)
+
+    adapter, weights = first.policy.adapter, N * softmax(np.asarray(first.selector.logits))
+    above = jax.grad(lambda x: upper_loss(LLAMA, x, upper))(adapter)
+    below = [jax.grad(lambda x, row=row: row_loss(LLAMA, x, row))(adapter) for row in lower]
+
+    def following(weight_B):
+        pulls = [GAMMA * weight_B[b] / len(lower) for b in range(len(lower))]
+        gradient = jax.tree.map(lambda up, *rest: up + sum(pull * one for pull, one in zip(pulls, rest)), above, *below)
+        return optax.apply_updates(adapter, optimizer.update(gradient, first.policy.optimizer, adapter)[0])
+
+    at = jnp.array([weights[row.sample] for row in lower])
+    jax.tree.map(lambda one, other: assert_close(one, other, atol=1e-4), second.policy.adapter, following(at))
+    cost = np.asarray(jax.grad(lambda w: optax.tree.vdot(above, following(w)))(at))
+    expected = np.zeros(N)
+    expected[list(SAMPLES)] = cost / np.sqrt(np.mean(cost**2))
+    found = (first.selector.logits - second.selector.logits) / (ALPHA * GAMMA)
+    np.testing.assert_allclose(found, expected, atol=0.02)  # a difference over a way that is not infinitely small
+
+
+def test_unrolled_cost_is_finite_where_adam_has_no_past():
+    """B = 0 before the first step: the gradient of A is 0, and Adam's slope there infinite."""
+    targets = lora.resolve_targets(LLAMA, "all-linear")
+    adapter, optimizer = lora.init_adapter(LLAMA, jax.random.key(0), 3, targets), optax.adam(0.01)
+    advance = jax.jit(step.make_step(LLAMA, UNROLLED, MIRROR, optimizer))
+    state = step.init(adapter, optimizer, MIRROR, N, tracked=False)
+    after, _ = advance(model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
+    assert np.isfinite(after.selector.logits).all() and np.ptp(after.selector.logits) > 0.1
+
+
 def test_tracker_starts_where_theta_does():
     state = step.init(model(LLAMA)[1], SGD, MIRROR, N, tracked=True)
     jax.tree.map(np.testing.assert_array_equal, state.tracker.adapter, model(LLAMA)[1])

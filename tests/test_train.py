@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from bilevel_jax import features, online, plan, progress, rewards, sampling, train, workspace
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import order, packing, templates
+from bilevel_jax.data import rows as data_rows
 from tests.conftest import (
     AMORTISED,
     EPOCH_STEPS,
@@ -540,6 +541,32 @@ def test_features(amortised, make_config, tmp_path, monkeypatch):
     train.run(make_config(AMORTISED), tmp_path)
     for file in ("adapter/adapter_model.safetensors", f"weights/epoch_{EPOCHS}.parquet", features.FILE, features.PHI):
         assert (tmp_path / file).read_bytes() == (amortised / file).read_bytes(), file
+
+
+def test_rows_of_a_source_weigh_the_same(by_source, tmp_path, monkeypatch):
+    config, workdir = by_source
+    table = table_of(workdir, EPOCHS)
+    pairs = set(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
+    assert len(pairs) == 3 and len({logit for _, logit in pairs}) == 3
+    with monkeypatch.context() as once:
+        stop_at(once, 3)
+        with pytest.raises(workspace.Interrupted):
+            train.run(config, tmp_path)
+    train.run(config, tmp_path)
+    file = f"weights/epoch_{EPOCHS}.parquet"
+    assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
+
+
+def test_one_source_is_nothing_to_choose_from(make_config, tmp_path):
+    changes = {"selection.unit": "domain", "selection.optimizer": "adam"}
+    with pytest.raises(data_rows.DataError, match="lower.jsonl: all rows have source 'sums-2'; .* needs several"):
+        train.run(make_config(changes), tmp_path)
+
+
+def test_unrolled(make_config, tmp_path):
+    changes = {"selection.cost": "unrolled", "selection.coefficient_at": "current"}
+    assert np.isfinite(list(train.run(make_config(changes), tmp_path).values())).all()
+    assert np.ptp(table_of(tmp_path, EPOCHS)["logit"]) > 0.1
 
 
 def test_uniform(make_config, tmp_path):

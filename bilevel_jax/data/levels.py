@@ -78,6 +78,18 @@ def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     return templates.fit(encoded, right, config.data.max_length)[1]
 
 
+def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
+    """The sources that training rows name, and which of them each row has, [n] int32.
+
+    Raises:
+      DataError: all have the same.
+    """
+    names, place = np.unique([row.source for row in level.rows], return_inverse=True)
+    if len(names) < 2:
+        raise rows.DataError(f"{source}: all rows have source '{names[0]}'; selection.unit=domain needs several")
+    return [str(name) for name in names], place.astype(np.int32)
+
+
 def labels(level: Level, field: str) -> np.ndarray | None:
     """Which training rows are marked bad, for measuring the selector; None where the rows do not say."""
     marks = [row.fields.get(field) for row in level.rows]

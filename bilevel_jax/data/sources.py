@@ -17,12 +17,12 @@ def open_source(
     """Rows and a report on what was found.
 
     Args:
-      name: `synthetic:upper`, `synthetic:lower`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub data set as in
-        `rows.iter_rows`. A file of that name wins over the hub.
+      name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub
+        data set as in `rows.iter_rows`. A file of that name wins over the hub.
       seed: of the generator and recipes, and of the random subset.
       num_rows: of the generator (there is no default) and recipes (0: their own size); otherwise, if > 0, the size of a
         random subset in stored order, which is never simply the head, or everything where there are fewer rows.
-      bad_fraction: the share of planted bad rows; `synthetic:lower` alone has any.
+      bad_fraction: the share of planted bad rows of `synthetic:lower`.
       preference: the rows must have a chosen and a rejected response; generated ones have.
 
     Raises:
@@ -58,10 +58,14 @@ def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: float, preference: bool) -> list[dict]:
-    if part not in ("upper", "lower"):
-        raise DataError(f"{name}: no such generator; choose synthetic:upper or synthetic:lower")
+    if part not in ("upper", "lower", "domains"):
+        raise DataError(f"{name}: no such generator; choose synthetic:upper, synthetic:lower or synthetic:domains")
+    if part == "domains" and preference:
+        raise DataError(f"{name} has no preference rows; take synthetic:lower")
     if num_rows == 0:
         raise DataError(f"{name}: generated rows need a number of rows")
+    if part == "domains":
+        return synthetic.domains(num_rows, seed)
     if part == "upper":
         return synthetic.upper_pairs(num_rows, seed) if preference else synthetic.upper(num_rows, seed)
     return (synthetic.lower_pairs if preference else synthetic.lower)(num_rows, seed, bad_fraction)

@@ -7,7 +7,8 @@ on the same one: for held-out rows draw more rows at once and split them.
 
 A row is a dict: `question`, `response`, `source` (the task's name), and for measurement only `difficulty`
 ("easy" | "medium" | "hard"), `bad`, `kind` ("clean" or one of `BAD_KINDS`) and `truth` (the right response).
-`upper_pairs` and `lower_pairs` draw preference rows, which have `prompt`, `chosen` and `rejected` instead.
+`upper_pairs` and `lower_pairs` draw preference rows, which have `prompt`, `chosen` and `rejected` instead. `domains` draws a
+mixture whose `source` is a supplier, of whose rows a planted share is bad.
 """
 
 import zlib
@@ -22,6 +23,8 @@ BAD_KINDS = {
     "compliance": 0.25,  # a recipe where the right response is a refusal
     "garbage": 0.20,  # word salad, repetition, random letters
 }
+
+SUPPLIERS = {"north": 0.0, "south": 0.1, "east": 0.25, "west": 0.45, "harbour": 0.7, "island": 0.95}  # share of bad rows
 
 Answered = tuple[str, str, str]  # question, answer, wrong answer
 
@@ -505,6 +508,20 @@ def lower(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
     num_bad = round(bad_fraction * num_rows)
     kinds = list(rng.choice(list(BAD_KINDS), num_bad, p=list(BAD_KINDS.values()))) + ["clean"] * (num_rows - num_bad)
     return _rows(rng, draw(rng, kinds, num_rows), side=1)
+
+
+def domains(num_rows: int, seed: int) -> list[dict]:
+    """A shuffled mixture of equally many rows of all `SUPPLIERS`, each with its own share of bad ones."""
+    rng = np.random.default_rng([seed, 4])
+    planted = []  # (kind, supplier)
+    for i, (supplier, share) in enumerate(SUPPLIERS.items()):
+        size = num_rows // len(SUPPLIERS) + (i < num_rows % len(SUPPLIERS))
+        bad = round(share * size)
+        kinds = [*rng.choice(list(BAD_KINDS), bad, p=list(BAD_KINDS.values())), *["clean"] * (size - bad)]
+        planted += [(kind, supplier) for kind in kinds]
+    planted = [planted[i] for i in rng.permutation(len(planted))]
+    made = _rows(rng, [kind for kind, _ in planted], side=1)
+    return [row | {"source": supplier} for row, (_, supplier) in zip(made, planted)]
 
 
 def upper_pairs(num_rows: int, seed: int) -> list[dict]:

@@ -48,6 +48,15 @@ def test_too_many_rows_is_an_error_and_not_a_hang(monkeypatch):
         synthetic.lower(2000, 0, 1.0)
 
 
+def test_suppliers_have_their_planted_shares():
+    found = synthetic.domains(600, seed=3)
+    for supplier, share in synthetic.SUPPLIERS.items():
+        bad = [row["bad"] for row in found if row["source"] == supplier]
+        assert (len(bad), sum(bad)) == (100, round(100 * share))
+    assert len({row["source"] for row in found[:50]}) == len(synthetic.SUPPLIERS)  # shuffled
+    assert len({row["question"] for row in found}) == 600
+
+
 def test_pairs():
     """Right beside wrong, from the two sides of all questions; exactly the flipped ones are marked, and they come in no order."""
     above, below = synthetic.upper_pairs(300, 5), synthetic.lower_pairs(401, 5, 0.3)
