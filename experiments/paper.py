@@ -68,10 +68,16 @@ FURTHER = {  # selectors that the paper does not have
     "features": {
         "method": "offline",
         "selection.parameterization": "features",
+        "selection.rule": "bmo",
         "selection.optimizer": "adam",
         "selection.learning_rate": 1e-2,
     },
-    "unrolled": {"method": "offline", "selection.cost": "unrolled", "selection.coefficient_at": "current"},
+    "unrolled": {
+        "method": "offline",
+        "selection.cost": "unrolled",
+        "selection.coefficient_at": "current",
+        "selection.learning_rate": 0.3,
+    },
 }
 COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
     "online, R=10%, G=4": _online(0.1, 4),

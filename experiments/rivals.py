@@ -2,9 +2,9 @@
 
 For each seed the rows are those of Table 3's runs. A selector's ranking is the weights of its run; other rankings by trained models
 take two more: fine-tuning on the trusted rows alone, and on the mixture alone. Every ranking is left as a file of weights
-(WORKDIR/TIER/safety/rankings_K/NAME.parquet), as a run leaves its own. The rows that the shipped selector and its rivals keep are
-exported from these, and a model is trained on them alone, for about as many steps as on all rows (not with --ranking_only). Which
-rows are bad, and how, only the measure knows.
+(WORKDIR/TIER/safety/rankings_K/NAME.parquet), as a run leaves its own. The rows that the shipped selector keeps, and those that the
+scores keep by which others choose, are exported from these, and a model is trained on them alone, for about as many steps as on all
+rows (not with --ranking_only). Which rows are bad, and how, only the measure knows.
 """
 
 import functools
@@ -33,10 +33,11 @@ SELECTORS = {  # ranking -> cell
     "bilevel, features": "features",
     "bilevel, unrolled": "unrolled",
 }
-FURTHER = tuple(SELECTORS)[1:]  # ranked, but not trained on
+FURTHER = tuple(SELECTORS)[1:]
 TRUSTED, MIXED = "mixing, ρ=0", "mixing, ρ=1"
 CALLED = {"offline": "bilevel selection, its own adapter", TRUSTED: "the trusted rows alone", MIXED: "all rows"}
 RIVALS = ("−ℓ, base model", "−ℓ, trusted rows", "excess loss", "gradient alignment", "IFD", "DSIR")
+USED = ("−ℓ, base model", "gradient alignment", "IFD", "DSIR", "long answers", "random")  # what others choose rows by
 SECONDS, HELD_OUT = "seconds", "auroc_held_out"
 FOUND = {"AUROC": measures.AUROC, "against hard rows": measures.HARD, "bad kept": measures.KEPT, "AUROC, rows held out": HELD_OUT}
 AFTER = {  # what is measured of a model trained on kept rows
@@ -61,7 +62,7 @@ def claims(shares: list[float]) -> tuple[comparing.Claim, ...]:
     for share in shares:
         found += [
             comparing.Claim(f"trusted rows, {share:.0%} kept: {OURS} below {name}", OURS, name, at(measures.UPPER, share))
-            for name in (*RIVALS, "random")
+            for name in USED
         ]
     return tuple(found)
 
@@ -151,7 +152,7 @@ def main() -> None:
             if SELECTORS.get(name) == "features":
                 judged[HELD_OUT] = held_out(config, setup, runs["features"])
             ranked.setdefault(name, {})[seed] = comparing.Run(file, judged)
-            kept_files = keep(file, values, setup.lower.rows, [] if name in FURTHER else shares)
+            kept_files = keep(file, values, setup.lower.rows, shares if name in (OURS, *USED) else [])
             for share, kept in kept_files.items():
                 alone = {"method": "mixing", "mixing.rho": 1.0, "data.lower": kept, "data.num_lower": 0, "eval.num_lower": 0}
                 settings = tables.changes() | alone | {"seed": seed, "num_epochs": round(config.num_epochs / share)}
@@ -188,7 +189,7 @@ def write(found: comparing.Results, results: comparing.Results, whole: dict, sha
     lines += comparing.rows(results, by_kind)
     shown = {heading: key for heading, key in FOUND.items() if key != HELD_OUT}
     if shares:
-        trained = results._replace(runs={name: of_name for name, of_name in results.runs.items() if name not in FURTHER})
+        trained = results._replace(runs={name: results.runs[name] for name in (OURS, *USED)})
         lines += ["", "After training on what a ranking keeps, with about as many steps as on all rows:", ""]
         for key, text in AFTER.items():
             by_share = {f"{one:.0%}": at(key, one) for one in shares}
