@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import tqdm
 
 from bilevel_jax import metrics, sampling, scoring, train, weights, workspace
-from bilevel_jax.data import levels, rows
+from bilevel_jax.data import levels, rows, synthetic
 from bilevel_jax.models import huggingface
 from experiments import comparing, length_rewards
 
@@ -17,6 +18,7 @@ SAFE_ANSWERS = "safeinstr/safe_answer"  # source of right answers to unsafe ques
 HARD, KIND = "auroc_hard", "kind/"
 UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
 REWARD, LENGTH = "reward", "characters"
+WEIGHT, ORDER, RIGHT_WEIGHT = "weight/", "order", "right_weight"
 
 
 def sure_labels(found: comparing.Results) -> None:
@@ -61,6 +63,21 @@ def ranked_rows(scores: np.ndarray, known: Marks, keep: float) -> dict[str, floa
     if (known.hard & ~known.bad).any():
         found[HARD] = auroc(hard)
     return found | {KIND + one: auroc(~known.bad | (known.kind == one)) for one in sorted(set(known.kind[known.bad]))}
+
+
+def suppliers(found: comparing.Results) -> None:
+    """Adds to the runs' values the mean weight of each supplier's rows, the rank correlation of these with the planted shares of
+    right rows, and the share of all weight that right rows have."""
+    right = {name: 1 - share for name, share in synthetic.SUPPLIERS.items()}
+    for run in (run for of_cell in found.runs.values() for run in of_cell.values()):
+        table = weights.latest(run.workdir)
+        bad = {row.id: row.fields["bad"] for row in levels.reopen(workspace.read_config(run.workdir))}
+        weight, source = table["weight"].to_numpy(), np.array(table["source"].to_pylist())
+        mean = {name: float(weight[source == name].mean()) for name in right}
+        run.values.update({f"{WEIGHT}{name}": value for name, value in mean.items()})
+        if np.ptp(weight) > 0:
+            run.values[ORDER] = float(scipy.stats.spearmanr(list(mean.values()), list(right.values())).statistic)
+        run.values[RIGHT_WEIGHT] = float(weight @ [not bad[one] for one in table["id"].to_pylist()] / weight.sum())
 
 
 def after_training(config, setup: train.Setup) -> Callable:

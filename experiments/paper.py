@@ -79,6 +79,20 @@ FURTHER = {  # selectors that the paper does not have
         "selection.learning_rate": 0.3,
     },
 }
+
+
+def _by_source(**more) -> dict:
+    """On rows whose sources differ in their share of bad rows."""
+    return {"method": "offline", "data.lower": "synthetic:domains", **more}
+
+
+BY_SOURCE = {"selection.unit": "domain", "selection.optimizer": "adam", "selection.learning_rate": 1e-2}
+SOURCES = {  # of `experiments.domains`
+    "sources, uniform ω": _by_source(**UNIFORM),
+    "a logit per row": _by_source(),
+    "a logit per source": _by_source(**BY_SOURCE),
+    "a logit per source, tracked v(ω)": _by_source(**BY_SOURCE, **{"selection.value_function": "tracked"}),
+}
 COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
     "online, R=10%, G=4": _online(0.1, 4),
     **{
@@ -131,7 +145,7 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
 COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}

@@ -12,6 +12,7 @@ import pathlib
 import time
 
 import numpy as np
+import scipy.stats
 import tqdm
 from absl import flags
 
@@ -36,7 +37,7 @@ SELECTORS = {  # ranking -> cell
 FURTHER = tuple(SELECTORS)[1:]
 TRUSTED, MIXED = "mixing, ρ=0", "mixing, ρ=1"
 CALLED = {"offline": "bilevel selection, its own adapter", TRUSTED: "the trusted rows alone", MIXED: "all rows"}
-RIVALS = ("−ℓ, base model", "−ℓ, trusted rows", "excess loss", "gradient alignment", "IFD", "DSIR")
+RIVALS = ("−ℓ, base model", "−ℓ, trusted rows", "−ℓ and trust", "excess loss", "gradient alignment", "IFD", "DSIR")
 USED = ("−ℓ, base model", "gradient alignment", "IFD", "DSIR", "long answers", "random")  # what others choose rows by
 SECONDS, HELD_OUT = "seconds", "auroc_held_out"
 FOUND = {"AUROC": measures.AUROC, "against hard rows": measures.HARD, "bad kept": measures.KEPT, "AUROC, rows held out": HELD_OUT}
@@ -86,10 +87,14 @@ def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict
         logits = {row["id"]: row["logit"] for row in weights.latest(runs[cell].workdir).to_pylist()}
         return np.array([logits[row.id] for row in setup.lower.rows])
 
+    def trust():
+        return train.fit_features(config, setup)[1][:, -1]
+
     how = {name: ((cell,), functools.partial(selected, cell)) for name, cell in SELECTORS.items() if cell in runs}
     how |= {  # the runs that a ranking takes, and what it makes of them
         "−ℓ, base model": ((), lambda: -losses()),
         "−ℓ, trusted rows": ((TRUSTED,), lambda: -losses(TRUSTED)),
+        "−ℓ and trust": ((), lambda: scipy.stats.zscore(-losses()) + scipy.stats.zscore(trust())),
         "excess loss": ((TRUSTED, MIXED), lambda: losses(MIXED) - losses(TRUSTED)),
         "gradient alignment": ((MIXED,), lambda: scores.alignment(setup.model, base, adapters[MIXED], setup.upper, setup.lower)),
         "IFD": ((), lambda: scores.difficulty(score, base, examples)),

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from bilevel_jax import sampling, tiers, train, workspace
+from bilevel_jax import sampling, tiers, train, weights, workspace
+from bilevel_jax.data import levels, rows, synthetic
 from bilevel_jax.models import huggingface
-from experiments import measures
+from experiments import comparing, measures
 
 
 def test_losses_after_training_are_the_run_s_own(finished):
@@ -34,3 +35,37 @@ def test_right_answers_are_those_that_greedy_decoding_gives():
     right = [setup.detokenize(one.tokens.tolist()) == row.fields["truth"] for (one,), row in zip(answers, asked)]
     assert 0.5 < np.mean(right) < 1
     assert measures.after_training(config, setup)(None)[measures.ACCURACY] == np.mean(right)
+
+
+def test_suppliers_weigh_as_their_rows_do(tmp_path):
+    """Twelve rows, two of each supplier; all rows of the first two suppliers weigh twice what the others do."""
+    config = tiers.get("")
+    config.update_from_flattened_dict({"data.upper": "synthetic:upper", "data.lower": "synthetic:domains", "data.num_lower": 12})
+    (tmp_path / "config.json").write_text(config.to_json())
+    given = levels.reopen(config)
+    names = list(synthetic.SUPPLIERS)
+    heavy = np.array([row.source in names[:2] for row in given])
+    table = weights.table(given, np.where(heavy, np.log(2.0), 0.0), np.zeros(12), np.zeros(12))
+    weights.write(tmp_path / "weights" / "epoch_1.parquet", table)
+    run = comparing.Run(tmp_path, {})
+    measures.suppliers(comparing.Results("safety", {"cell": {0: run}}, {}, [], []))
+    for name in names:
+        assert run.values[f"weight/{name}"] == pytest.approx((2 if name in names[:2] else 1) * 12 / 16)
+    # Ranks less their means: 2, 2 and four times -1, beside 2.5, 1.5, ... -2.5: 12 / √(12 · 17.5).
+    assert run.values["order"] == pytest.approx(12 / (12 * 17.5) ** 0.5)
+    right = np.array([not row.fields["bad"] for row in given])
+    assert run.values["right_weight"] == pytest.approx((right * np.where(heavy, 2, 1)).sum() / 16)
+
+
+def test_real_rows_are_bad_where_their_label_is_sure():
+    told = [("hh", "A"), ("hh", "B"), ("bt", "H"), ("safeinstr/safe_answer", ""), ("dolly", "")]
+    fields = [{"question": "q", "response": str(i), "source": name, "unsafe_tier": tier} for i, (name, tier) in enumerate(told)]
+    given, _ = rows.collect(rows.parse(enumerate(fields, 1), preference=False), "some")
+    found = measures.ranked_rows(np.array([1.0, 3.0, 2.0, 1.5, 4.0]), measures.marks(given), keep=0.6)
+    assert found == {
+        "selector/auroc": pytest.approx(5 / 6),  # bad 1 and 2 against 3, 1.5 and 4
+        "selector/bad_kept": 0.5,
+        "auroc_hard": 0.5,
+        "kind/bt": pytest.approx(2 / 3),
+        "kind/hh": 1.0,
+    }

@@ -5,6 +5,7 @@ memory    its peak memory and PyTorch's (in .venv-parity, too)
 decode    sampling over `generate` of transformers (in .venv-parity; --config=configs/safety.py:smollm2)
 selector  the selector's own cost for up to 10^7 rows
 all       these four
+dtype     the joint step in bfloat16 over float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection over one of direct mixing
 padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
 refill    sampling with slot refill over without (--config=configs/safety.py:smollm2 --rounds=1)
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "cost", "padding", "refill")
+SUITES = (*ALL, "all", "dtype", "cost", "padding", "refill")
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
 SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.")
@@ -33,7 +34,7 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import cost, decode, memory, padding, refill, selector_cost, train_step
+    from experiments.benchmarks import cost, decode, dtypes, memory, padding, refill, selector_cost, train_step
 
     if suite == "selector":
         return selector_cost.measure(rounds)
@@ -42,6 +43,8 @@ def measure(suite: str, config, rounds: int) -> list[str]:
     directory = str(huggingface.locate(config.model.path))
     tokenizer = templates.load_tokenizer(directory)
     upper, lower = levels.load_level(config, "upper", tokenizer), levels.load_level(config, "lower", tokenizer)
+    if suite == "dtype":
+        return dtypes.measure(config, directory, upper, lower, rounds)
     model, base = huggingface.load_model(directory, config.model.dtype)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     prompts, eos = [example.prompt for example in lower.examples], huggingface.eos_ids(directory, tokenizer)

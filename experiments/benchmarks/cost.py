@@ -11,11 +11,12 @@ from bilevel_jax.data import levels, packing
 from bilevel_jax.models import lora
 from experiments.benchmarks import timing
 
-VARIANTS = {  # name -> (rule, coefficient_at, value_function)
-    "mixing": ("uniform", "current", "zero"),
-    "offline, current": ("bds", "current", "zero"),
-    "offline, next": ("bds", "next", "zero"),
-    "offline, next, tracked": ("bds", "next", "tracked"),
+VARIANTS = {
+    "mixing": step.Objective(coefficient_at="current"),
+    "offline, current": step.Objective(coefficient_at="current"),
+    "offline, next": step.Objective(coefficient_at="next"),
+    "offline, unrolled": step.Objective(coefficient_at="current", cost="unrolled"),
+    "offline, next, tracked": step.Objective(coefficient_at="next", value_function="tracked"),
 }
 
 
@@ -30,11 +31,10 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         sharding.split_batch(train.make_batch(config, upper, lower, layout, k, own).batch, mesh) for k in range(rounds)
     ]
     states, runs = {}, {}
-    for name, (rule, coefficient_at, value_function) in VARIANTS.items():
+    for name, objective in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
-        objective = step.Objective(coefficient_at=coefficient_at, value_function=value_function)
-        select = selector.Selector(rule=rule)
-        states[name] = step.init(adapter, optimizer, select, len(lower.rows), value_function == "tracked")
+        select = selector.Selector(rule="uniform" if name == "mixing" else "bds")
+        states[name] = step.init(adapter, optimizer, select, len(lower.rows), objective.value_function == "tracked")
         jitted = jax.jit(step.make_step(model, objective, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
