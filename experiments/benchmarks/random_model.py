@@ -1,0 +1,79 @@
+"""A model of the paper's shape with random weights, for measuring speed where nothing can be downloaded.
+
+    python -m experiments.benchmarks.random_model --like=pythia-1b --tokenizer=local/smollm2 --out=local/random-pythia-1b
+
+writes a directory that `--config.model.path` takes: config, bfloat16 weights, and the tokenizer of another model, whose vocabulary
+must not be larger. Weights are made on the host: 4 + 2 bytes a parameter, 48 GB for Llama-3-8B.
+"""
+
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from bilevel_jax import cli
+from bilevel_jax.data import templates
+from bilevel_jax.models import decoder, huggingface
+
+SHAPES = {  # of the published models' config.json
+    "pythia-1b": {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+    },
+    "llama3-8b": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+}
+DTYPE = "bfloat16"
+
+
+def make(out: pathlib.Path, shape: dict, tokenizer: str) -> None:
+    """Writes the directory.
+
+    Raises:
+      ValueError: it is there already, or the tokenizer has more tokens than the shape.
+    """
+    if out.exists():
+        raise ValueError(f"--out={out} is there already")
+    words = templates.load_tokenizer(tokenizer)
+    if len(words) > shape["vocab_size"]:
+        raise ValueError(f"--tokenizer={tokenizer} has {len(words)} tokens, the model only {shape['vocab_size']}")
+    out.mkdir(parents=True)
+    words.save_pretrained(out)
+    (out / "config.json").write_text(json.dumps(shape | {"dtype": DTYPE}, indent=2) + "\n")
+    model = huggingface.read_config(out)
+    with jax.default_device(jax.devices("cpu")[0]):
+        huggingface.save_params(out, model, jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(0)), DTYPE)
+
+
+def main() -> None:
+    make(pathlib.Path(OUT.value), SHAPES[LIKE.value], TOKENIZER.value)
+    print(f"{OUT.value}: the shape of {LIKE.value}, random weights in {DTYPE}")
+
+
+if __name__ == "__main__":  # flags too: tests import `make` beside commands that have flags of the same names
+    LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "Whose shape.")
+    TOKENIZER = flags.DEFINE_string("tokenizer", "local/smollm2", "Directory of a model whose tokenizer it gets.")
+    OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
+    cli.run(main)
