@@ -82,11 +82,12 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
     """The sources that training rows name, and which of them each row has, [n] int32.
 
     Raises:
-      DataError: all have the same.
+      DataError: all have the same, or none names any.
     """
     names, place = np.unique([row.source for row in level.rows], return_inverse=True)
     if len(names) < 2:
-        raise rows.DataError(f"{source}: all rows have source '{names[0]}'; selection.unit=domain needs several")
+        named = f"all rows have source '{names[0]}'" if names[0] else "no row has a field 'source'"
+        raise rows.DataError(f"{source}: {named}; selection.unit=domain needs several sources")
     return [str(name) for name in names], place.astype(np.int32)
 
 
