@@ -5,6 +5,7 @@ memory    its peak memory and PyTorch's (in .venv-parity, too)
 decode    sampling over `generate` of transformers (in .venv-parity; --config=configs/safety.py:smollm2)
 selector  the selector's own cost for up to 10^7 rows
 all       these four
+breakdown where the joint step's time goes, by a trace (--config=configs/quality.py:smollm2 --rounds=3)
 dtype     the joint step in bfloat16 over float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection over one of direct mixing
 padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
@@ -20,7 +21,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "dtype", "cost", "padding", "refill")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding", "refill")
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
 SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.")
@@ -34,7 +35,7 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import cost, decode, dtypes, memory, padding, refill, selector_cost, train_step
+    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, refill, selector_cost, train_step
 
     if suite == "selector":
         return selector_cost.measure(rounds)
@@ -52,6 +53,8 @@ def measure(suite: str, config, rounds: int) -> list[str]:
         return decode.measure(config, model, base, directory, prompts, eos, rounds)
     if suite == "train":
         return train_step.measure(config, model, base, directory, upper, lower, rounds)
+    if suite == "breakdown":
+        return breakdown.measure(config, model, base, directory, upper, lower, rounds)
     if suite == "refill":
         return refill.measure(model, base, prompts, eos, rounds)
     return {"cost": cost, "padding": padding}[suite].measure(config, model, base, upper, lower, rounds)
