@@ -14,7 +14,7 @@ ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16")
-UNITS = ("sample", "domain")
+UNITS = ("sample", "domain", "token")
 
 
 class ConfigError(ValueError):
@@ -38,12 +38,14 @@ def default() -> ml_collections.ConfigDict:
             rho_step=0.1,  # added after each epoch
         ),
         selection=section(
-            unit="sample",  # what has a weight: sample (a row), domain (all rows of one source together: adam or sgd)
+            unit="sample",  # what has a weight: sample (a row), domain (all rows of one source together: adam or sgd),
+            # token (a row, and within it each token of the response: offline, bds)
             parameterization="table",  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
             rule="bds",  # bds (10b), bmo (48), uniform (ω frozen: the control)
             optimizer="mirror",  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
             learning_rate=1.0,  # of ω: mirror takes about 1, the paper's Adam 1e-4
             tau=1.0,  # of bmo
+            token_learning_rate=5e-3,  # Adam's, of the two parameters that the weights of all tokens share (unit=token)
             baseline="running",  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
             cost="loss",  # what counts against a row: loss (10b), unrolled (how its gradient turns θ from where L0 falls; at θ^k)
             value_function="zero",  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
@@ -92,13 +94,15 @@ def default() -> ml_collections.ConfigDict:
         ),
         data=section(
             upper="synthetic:upper",  # trusted rows: file, hub id, recipe:NAME or synthetic:upper
-            lower="synthetic:lower",  # the mixture to select from; synthetic:domains: some sources better than others
+            lower="synthetic:lower",  # the mixture to select from; synthetic:domains: some sources better than others;
+            # synthetic:tokens: right rows with some bad words
             template="auto",  # the tokenizer's chat template, else human; chat, human, alpaca, none
             max_length=2048,  # tokens of question and response together; also the length of a packed sequence
             num_upper=0,  # a seeded random subset of this size; 0: all
             num_lower=0,
-            bad_fraction=0.15,  # of synthetic:lower
+            bad_fraction=0.15,  # of synthetic:lower and synthetic:tokens
             label="bad",  # field that marks bad rows, for measurement only
+            spans="bad_spans",  # field with the bad parts of a response, [[START, STOP], ...] in characters, for measurement only
             truth="truth",  # field with the right response, for measurement only
         ),
         eval=section(
@@ -129,7 +133,8 @@ def build_selector(config) -> selector.Selector:
     """The selector of a run; frozen for direct mixing."""
     s = config.selection
     parameterization = "features" if s.unit == "domain" else s.parameterization
-    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, parameterization)
+    rate = s.token_learning_rate if s.unit == "token" else 0.0
+    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, parameterization, rate)
     return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
 
 
@@ -242,8 +247,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     except ValueError as error:
         raise ConfigError(f"online.{error}") from error
     try:
-        build_objective(config)
         built = build_selector(config)
+        step.check_tokens(build_objective(config), built)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     one_of("online.objective", config.online.objective, step.OWN_LOSSES)
@@ -258,6 +263,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         return
     if config.method in ONLINE:
         _check_own(config, require)
+    if config.selection.unit == "token":
+        given = "selection.unit=token weighs the words of given responses"
+        require(config.method == "offline", f"{given}: method={config.method} must be offline")
+        rate = config.selection.token_learning_rate
+        require(rate > 0, f"selection.token_learning_rate={rate} must be positive")
     last = rho(config, config.num_epochs - 1)
     require(
         config.penalty.rho_init >= 0 and 0 <= last < 1,
@@ -282,7 +292,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"selection.{tied} has no effect with selection.rule=uniform, which never moves ω",
     )
     require(
-        config.selection.unit == "sample" or config.selection.parameterization == "table",
+        config.selection.unit != "domain" or config.selection.parameterization == "table",
         "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",
     )
 

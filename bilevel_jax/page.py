@@ -19,6 +19,8 @@ from bilevel_jax.data import rows as data_rows
 from bilevel_jax.reporting import Run
 
 COUNT = 5  # rows shown from either end of an epoch's ranking
+WEIGHED = 8  # responses shown with the weights of their words
+TINTS = 5  # steps from a weight of 1 to one of 0
 CHANGED = 8  # answers shown beside those of the data
 SHORT, LONG = 160, 2000  # characters of a text: at first sight, and opened
 MOST_LINES = 5  # at first sight
@@ -63,6 +65,30 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
     best = np.argsort(table["rank"])
     number = min(COUNT, len(best) // 2)
     return [verdict(run, table, i) for i in best[:number]], [verdict(run, table, i) for i in best[::-1][:number]]
+
+
+def weighed_words(run: Run) -> list[dict]:
+    """The responses whose words weigh least alike, by the effective share of their tokens T/Σv², each as (text, tint) pieces:
+    0 for a weight of 1 and more, `TINTS` - 1 for one near 0."""
+    if run.tokens is None:
+        return []
+    table, column = run.tables[max(run.tables)], run.tokens["weight"].combine_chunks()
+    length, flat = column.value_lengths().to_numpy(), column.flatten().to_numpy()
+    squares = np.bincount(np.repeat(np.arange(len(length)), length), flat**2, len(length))
+    share = length / np.where(squares > 0, squares, np.inf)
+    place_of = {row_id: i for i, row_id in enumerate(table["id"])}
+    ids = run.tokens["id"].to_pylist()
+    known = [i for i in np.argsort(share, kind="stable") if length[i] > 1 and ids[i] in run.rows and ids[i] in place_of]
+    found = []
+    for i in known[:WEIGHED]:
+        text, of_row = run.rows[ids[i]].response, run.tokens.slice(i, 1).to_pylist()[0]
+        pieces, end = [], of_row["start"][0]
+        lead = [(show.visible(text[:end]), 0)] if end else []
+        for stop, weight in zip(of_row["stop"], of_row["weight"]):  # with what stands before it, spaces mostly
+            pieces.append((show.visible(text[end:stop]), min(TINTS - 1, int(TINTS * max(0.0, 1 - weight)))))
+            end = max(end, stop)
+        found.append(verdict(run, table, place_of[ids[i]]) | {"pieces": lead + pieces, "effective": float(share[i])})
+    return found
 
 
 def changed(run: Run) -> list[dict]:
@@ -228,6 +254,7 @@ def render(run: Run) -> str:
         sources=[(show.one_line(name, 60), rows, share) for name, rows, share in shares[: MOST_SOURCES[1]]],
         more_sources=max(0, len(shares) - MOST_SOURCES[1]),
         lengths=lengths,
+        words_of=weighed_words(run) if run.tables else [],
         changed=pairs,
         seconds=reporting.time_split(run),
         settings=json.loads(run.config.to_json()),

@@ -30,6 +30,7 @@ class Run(NamedTuple):
     answers: list[dict]  # of responses.jsonl
     rows: dict[str, data_rows.Row]  # by id, as far as they are at hand
     notice: str  # why rows are missing, or ""
+    tokens: pa.Table | None = None  # weights of tokens, where they have any
 
 
 def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> Run:
@@ -62,6 +63,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         answers=_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
         rows=found,
         notice=notice,
+        tokens=weights.of_tokens(workdir),
     )
 
 

@@ -1,5 +1,6 @@
 """Losses of given responses under a model: what evaluation, scoring and reference log-probabilities share."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from bilevel_jax import losses, sharding, step
+from bilevel_jax import losses, sharding, step, tokens
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
@@ -76,6 +77,35 @@ def make_scorer(
         return (nll, count, missed == 0) if greedy else (nll, count)
 
     return score
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _token_weights(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, phi_2) -> jax.Array:
+    """Of every target of every micro-batch, [M, P]."""
+
+    def of_micro(m, found_MxP):
+        hidden_TxD = step.hidden_states(config, base, adapter, packed, m)
+        nll_P = losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
+        return found_MxP.at[m].set(tokens.weights(phi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
+
+    return _whole(jax.lax.fori_loop(0, packed.num_micro, of_micro, jnp.zeros(packed.entry.shape)))
+
+
+def token_weights(
+    config: decoder.ModelConfig, base, adapter, phi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
+) -> list[np.ndarray]:
+    """`tokens.weights` of the response of each example, [T] float32, as far as something predicts its tokens. See `batches` for
+    `sequences` and `max_length`."""
+    found = [np.zeros(0, np.float32)] * len(examples)
+    for part, packed in batches(segments_of(examples), sequences, max_length, mesh, "weights of tokens"):
+        with jax.set_mesh(mesh):
+            weight = np.asarray(_token_weights(config, base, adapter, packed, phi_2)).ravel()
+        entry = np.asarray(packed.entry).ravel()
+        order = np.argsort(entry, kind="stable")  # the tokens of a response stay in their order
+        bounds = np.searchsorted(entry[order], np.arange(len(part) + 1))
+        for place, start, stop in zip(part, bounds, bounds[1:]):
+            found[place] = weight[order[start:stop]]
+    return found
 
 
 def segments_of(examples) -> list[packing.Segment]:

@@ -48,6 +48,7 @@ class Selector:
       weight_scale: `dataset`: weights N·σ_i; `literal`: σ_i as the paper writes, which makes the lower level ~1/N of the loss.
       parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ (one logit for each group of
         rows, too).
+      token_learning_rate: of what the weights of tokens share, see `tokens`; 0: the tokens of a row weigh the same.
     """
 
     rule: str = "bds"
@@ -57,6 +58,7 @@ class Selector:
     baseline: str = "running"
     weight_scale: str = "dataset"
     parameterization: str = "table"
+    token_learning_rate: float = 0.0
 
     def __post_init__(self):
         for name, allowed in (
@@ -72,6 +74,8 @@ class Selector:
             raise ValueError(f"selection.learning_rate must be positive, got {self.learning_rate}")
         if not self.tau > 0:
             raise ValueError(f"selection.tau must be positive, got {self.tau}")
+        if not self.token_learning_rate >= 0:
+            raise ValueError(f"selection.token_learning_rate must not be negative, got {self.token_learning_rate}")
         if self.parameterization == "features" and self.optimizer == "mirror":
             raise ValueError(
                 "selection.optimizer=mirror moves the logits of single rows, which selection.parameterization=features and "

@@ -27,12 +27,15 @@ which is diagonal,
 which is (10b) with another cost: how far a row's gradient turns θ from where L0 falls. The product is the difference that a small
 way along D ∇L0 makes to ℓ_b, one forward pass, and counts in units of its root mean square over the batch.
 
+Where tokens have weights of their own, ℓ_b is the mean of the weighted losses of its tokens, here and in C_b, see `tokens`.
+
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights. Everything that an entry is multiplied
 by is known before the forward pass or, as r^g, from its own part of it, and the two of a pair are in one micro-batch, so the
 micro-batches of a step add up exact parts of the full-batch gradient, however rows of unequal length fall into them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import losses, online, preferences
+from bilevel_jax import losses, online, preferences, tokens
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
@@ -126,6 +129,7 @@ class State(NamedTuple):
     policy: Learner  # θ
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
+    token: tokens.TokenState | None = None  # φ, where tokens have weights of their own
 
 
 class Scales(NamedTuple):
@@ -146,7 +150,8 @@ def init(
     """The state before the first step, for `num_rows` lower-level rows. θ' starts where θ does."""
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
-    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker)
+    of_tokens = tokens.init(selector.token_learning_rate) if selector.token_learning_rate else None
+    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, of_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -161,18 +166,25 @@ def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Pa
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 
-def micro_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
-    """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere."""
+def micro_nll(
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, weigh: Callable | None = None
+) -> jax.Array:
+    """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere. `weigh(nll_P, entry_P)`
+    gives what each token's is multiplied by, 1 by default."""
     hidden_TxD = hidden_states(config, base, adapter, packed, m)
     nll_P = losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
+    if weigh is not None:
+        nll_P *= weigh(nll_P, packed.entry[m])
     return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])
 
 
-def entry_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, num_micro=None) -> jax.Array:
+def entry_nll(
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, num_micro=None, weigh: Callable | None = None
+) -> jax.Array:
     """Summed NLL of every entry [E] over the first `num_micro` micro-batches (all in use by default). Forward only."""
     num_micro = packed.num_micro if num_micro is None else num_micro
     start = jnp.zeros(packed.length.shape[0], jnp.float32)
-    return jax.lax.fori_loop(0, num_micro, lambda m, nll: nll + micro_nll(config, base, adapter, packed, m), start)
+    return jax.lax.fori_loop(0, num_micro, lambda m, nll: nll + micro_nll(config, base, adapter, packed, m, weigh), start)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,6 +259,24 @@ def _ahead(optimizer: optax.GradientTransformation, learner: Learner, gradient, 
     return jax.tree.map(lambda leaf, d: leaf + size * d, learner.adapter, along)
 
 
+def check_tokens(objective: Objective, selector: selection.Selector) -> None:
+    """Refuses what weights of tokens are not made for.
+
+    Raises:
+      ValueError: one line that names the key.
+    """
+    wanted = {
+        "selection.rule": (selector.rule, "bds"),
+        "selection.cost": (objective.cost, "loss"),
+        "selection.coefficient_at": (objective.coefficient_at, "next"),
+        "selection.value_function": (objective.value_function, "zero"),
+        "loss.lower": (objective.lower, "sft"),
+    }
+    for key, (value, taken) in wanted.items():
+        if selector.token_learning_rate and value != taken:
+            raise ValueError(f"selection.unit=token follows (10b) at θ^{{k+1}} on losses of tokens: {key}={value} must be {taken}")
+
+
 def make_step(
     config: decoder.ModelConfig,
     objective: Objective,
@@ -256,10 +286,11 @@ def make_step(
     """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
     `jax.jit(step, donate_argnums=1)`. `features` are the rows' where ω is a function of them, see `selector.update`.
 
-    `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean C at θ^k, unweighted), `gradient_norm`,
+    `metrics` holds float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean C at θ^k, no row weighted), `gradient_norm`,
     `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN finds its row, `log_ratio`, log r at θ^k before
     clipping, and `response_weight`, what became of it (1 for responses of the data and in pairs, which take no ratio).
     """
+    check_tokens(objective, selector)
     weighting = "none" if objective.own in preferences.PAIRS else objective.response_weight
     unrolled = objective.cost == "unrolled" and selector.rule != "uniform"
 
@@ -287,6 +318,10 @@ def make_step(
         def lower_costs(nll_E):
             return entry_losses(objective.lower, objective, batch, nll_E)
 
+        def weigh(phi):
+            return functools.partial(tokens.weights, phi, weighed_E=batch.sample < N)
+
+        weigh_now = weigh(state.token.phi) if state.token is not None else None
         given_E = None
         if weighting == "softmax":  # λ compares responses that may lie in different micro-batches
             given_E = response_weights(entry_nll(config, base, state.policy.adapter, packed, batch.num_lower_micro))
@@ -294,7 +329,7 @@ def make_step(
         # θ^{k+1}: both levels in one pass, or in one each where ∇L0 is needed by itself.
         def scaled(scales: Scales):
             def objective_of_micro(adapter, m):
-                nll_E = micro_nll(config, base, adapter, packed, m)
+                nll_E = micro_nll(config, base, adapter, packed, m, weigh_now)
                 upper = jnp.sum(upper_share_E * entry_losses(objective.upper, objective, batch, nll_E, m))
                 response_E = jax.lax.stop_gradient(response_weights(nll_E)) if given_E is None else given_E
                 lower = jnp.sum(lower_share_E * weight_E * response_E * lower_losses(objective, batch, nll_E, m))
@@ -327,8 +362,18 @@ def make_step(
             tracker = _descend(optimizer, tracker, gradient_of_lower)
 
         # ω^{k+1}: the cost of each lower row, by a second look at the lower level's micro-batches only: at θ^{k+1}, or on the way.
-        cost_nll_E = nll_E
-        if selector.rule != "uniform" and objective.coefficient_at == "next":
+        cost_nll_E, of_tokens = nll_E, state.token
+
+        def look(phi):
+            found_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro, weigh(phi))
+            return found_E, found_E
+
+        if of_tokens is not None:  # φ^{k+1}: forward derivatives, for the model's own pass has none and is made once
+            slope_Ex2, cost_nll_E = jax.jacfwd(look, has_aux=True)(of_tokens.phi)
+            slope_Ex2 = losses.row_losses(slope_Ex2, packed.length[:, None], objective.reduction)
+            pull_2 = scales.lower * (lower_share_E * weight_E) @ slope_Ex2
+            of_tokens = tokens.update(selector.token_learning_rate, of_tokens, pull_2)
+        elif selector.rule != "uniform" and objective.coefficient_at == "next":
             cost_nll_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro)
             if tracker is not None:
                 tracker_nll_E = entry_nll(config, base, tracker.adapter, packed, batch.num_lower_micro)
@@ -353,6 +398,6 @@ def make_step(
             "log_ratio": -nll_E - batch.old_log_prob,
             "response_weight": response_E,
         }
-        return State(state.step + 1, policy, moved, tracker), metrics
+        return State(state.step + 1, policy, moved, tracker, of_tokens), metrics
 
     return step

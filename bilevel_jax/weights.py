@@ -1,4 +1,7 @@
-"""A selector's verdict on a data set, as a table: one Parquet row for every training row, identified by content."""
+"""A selector's verdict on a data set, as a table: one Parquet row for every training row, identified by content.
+
+Where tokens have weights of their own (`selection.unit=token`), a second table has them at the end of the run.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -20,6 +23,10 @@ SCHEMA = pa.schema(
         "masked": pa.bool_(),
         "source": pa.string(),
     }
+)
+TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
+TOKENS_SCHEMA = pa.schema(
+    {"id": pa.string(), "weight": pa.list_(pa.float32()), "start": pa.list_(pa.int32()), "stop": pa.list_(pa.int32())}
 )
 
 
@@ -51,14 +58,14 @@ def write(path: pathlib.Path, weights: pa.Table) -> None:
     workspace.write_atomically(path, buffer.getvalue().to_pybytes())
 
 
-def read(path: pathlib.Path) -> pa.Table:
+def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
     """A table that `write` wrote.
 
     Raises:
       DataError: it is damaged, or another file.
     """
     try:
-        return pyarrow.parquet.read_table(path).select(SCHEMA.names).cast(SCHEMA)
+        return pyarrow.parquet.read_table(path).select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
     except Exception as error:  # Arrow has errors of every family for bytes and columns that are not what they should be
@@ -76,3 +83,44 @@ def latest(workdir: pathlib.Path) -> pa.Table | None:
     """The table of a run's last epoch; None where it wrote none."""
     found = files(workdir)
     return read(found[max(found)]) if found else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def table_of_tokens(rows: Sequence[data_rows.Row], places: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> pa.Table:
+    """Columns `id`, `weight` [T], mean 1 in each row, and where the tokens stand, `start` and `stop` [T] in characters of the
+    response.
+
+    Args:
+      places: from `templates.places`; tokens that nothing predicts, at the front, have no weight and are left out.
+      found: the weights.
+    """
+    places = [of_row[len(of_row) - len(weight) :] for of_row, weight in zip(places, found)]
+    columns = {"id": [row.id for row in rows], "weight": list(found)}
+    columns |= {name: [of_row[:, part] for of_row in places] for part, name in enumerate(("start", "stop"))}
+    return pa.table(columns, schema=TOKENS_SCHEMA)
+
+
+def token_auroc(found: pa.Table, rows: Sequence[data_rows.Row], field: str) -> float:
+    """AUROC of the tokens in bad parts of responses, by their weights, against all others; NaN where no row has such a part, or
+    all is bad. `field` of a row has them, [[start, stop], ...] in characters."""
+    bad, weight = [], []
+    for row, of_row in zip(rows, found.to_pylist()):
+        start, stop, spans = (np.array(values) for values in (of_row["start"], of_row["stop"], row.fields.get(field) or []))
+        spans = spans.reshape(-1, 2)
+        bad.append(((start[:, None] < spans[:, 1]) & (spans[:, 0] < stop[:, None])).any(axis=1))
+        weight.append(of_row["weight"])
+    return metrics.auroc(-np.concatenate(weight), np.concatenate(bad))
+
+
+def of_tokens(workdir: pathlib.Path) -> pa.Table | None:
+    """The tokens' table of a run; None where it has none.
+
+    Raises:
+      DataError: it is damaged.
+    """
+    file = workdir / TOKENS
+    return read(file, TOKENS_SCHEMA) if file.exists() else None

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import page, plots, reporting, show, train, workspace
+from bilevel_jax import page, plots, reporting, show, train, weights, workspace
 from bilevel_jax.data import levels
 from bilevel_jax.data import rows as data_rows
 from tests.conftest import write_jsonl
@@ -551,3 +551,23 @@ def test_browser(seen, dark):
     assert contrast > 7 and not math.isclose(line, back, abs_tol=0.1)
     assert picture.shape == (PHONE[1], PHONE[0], 3)
     assert (picture.mean() < 0.35) == dark and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # not blank
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Words
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_tinted_by_their_weight(tmp_path):
+    """Of row 1, "word end", the second word has 0.3 of 1; of row 2 all weigh the same. T/Σv²: 2/(1.7² + 0.3²) = 0.67 and 1."""
+    rows = [ROWS[0], ROWS[1] | {"response": "<b> end"}, *ROWS[2:]]
+    workdir, ids = make_workdir(tmp_path / "run", rows)
+    assert "words" not in report(workdir).words  # this run has no such weights
+    table = {"id": [ids[2], ids[1]], "weight": [[1.0, 1.0], [1.7, 0.3]], "start": [[0, 5], [0, 4]], "stop": [[4, 9], [3, 7]]}
+    weights.write(workdir / weights.TOKENS, pa.table(table, schema=weights.TOKENS_SCHEMA))
+    found = page.weighed_words(reporting.read(workdir))
+    assert [row["id"] for row in found] == [ids[1], ids[2]]
+    assert found[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
+    assert found[0]["effective"] == pytest.approx(2 / (1.7**2 + 0.3**2))
+    shown = report(workdir)
+    assert "<b> end" in " ".join(shown.words["words"].split()) and ("span", {"class": "w3"}) in shown.elements

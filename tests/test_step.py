@@ -314,6 +314,70 @@ def test_tracked_value_function(coefficient_at):
     np.testing.assert_allclose(cost, expected, atol=1e-5)
 
 
+TOKENS = dataclasses.replace(MIRROR, token_learning_rate=0.01)
+PHI = np.array([-0.8, 0.5], np.float32)
+
+
+@jax.jit(static_argnums=0)
+def _token_nll(config, base, adapter, ids):
+    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, ids[None, :-1])[0])
+    return -jnp.take_along_axis(log_probs, ids[1:, None], axis=1)[:, 0]
+
+
+def token_loss(config, adapter, row, phi, reduction):
+    """ℓ_i of a row whose tokens are weighed, with its tokens' losses by themselves."""
+    nll = _token_nll(config, model(config)[0], adapter, np.concatenate([row.prompt, row.response]))[-num_predicted(row) :]
+    fixed = jax.lax.stop_gradient(nll)
+    before = jnp.stack([jnp.max(fixed[:t], initial=0.0) for t in range(len(nll))])
+    weight = len(nll) * jax.nn.softmax(phi[0] * fixed + phi[1] * before)
+    return jnp.mean(weight * nll) * (1 if reduction == "mean" else len(nll))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(1, 16, 8), Layout(8, 12, 8)], ids=["two", "one at a time", "all at once"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_of_tokens(layout, reduction):
+    """θ descends the weighted tokens' losses, and (10b) is taken of the same at θ^{k+1}, in ω and in φ."""
+    config = LLAMA
+    upper, lower = rows()
+    weights = N * softmax(OMEGA)
+
+    def lower_loss(adapter, phi):
+        return GAMMA * mean(weights[row.sample] * token_loss(config, adapter, row, phi, reduction) for row in lower)
+
+    adapter = model(config)[1]
+    theta, _ = descend(adapter, lambda x: upper_loss(config, x, upper, reduction) + jax.jit(lower_loss)(x, PHI))
+    pull = jax.grad(lambda phi: lower_loss(theta, phi))(jnp.array(PHI))
+    omega = OMEGA.copy()
+    for row in lower:
+        omega[row.sample] -= ALPHA * GAMMA * token_loss(config, theta, row, PHI, reduction)
+
+    state = begin(config, TOKENS)
+    state = state._replace(token=state.token._replace(phi=jnp.array(PHI)))
+    advance = compiled(config, Objective(reduction=reduction), TOKENS)
+    after, found = advance(model(config)[0], state, pack(upper, lower, layout), Scales(1.0, GAMMA))
+    atol = 3e-6 if reduction == "mean" else 1e-4
+    assert_close(after.policy.adapter, theta, atol=atol)
+    np.testing.assert_allclose(after.selector.logits, omega, rtol=1e-5, atol=10 * atol)
+    np.testing.assert_allclose(after.token.optimizer[0].mu / 0.1, pull, rtol=1e-3)  # Adam's mean starts with a tenth
+    np.testing.assert_allclose(after.token.phi, PHI - 0.01 * np.sign(pull), rtol=1e-4)
+    of_upper = [row_loss(config, adapter, row, reduction) for row in upper]
+    np.testing.assert_allclose(found["row_loss"][: len(upper)], of_upper, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "objective, selector, named",
+    [
+        (Objective(coefficient_at="current"), TOKENS, "selection.coefficient_at=current must be next"),
+        (Objective(value_function="tracked"), TOKENS, "selection.value_function"),
+        (Objective(lower="dpo"), TOKENS, "loss.lower"),
+        (PAPER, dataclasses.replace(TOKENS, rule="bmo"), "selection.rule=bmo must be bds"),
+    ],
+)
+def test_tokens_follow_one_rule(objective, selector, named):
+    with pytest.raises(ValueError, match=named):
+        step.make_step(LLAMA, objective, selector, SGD)
+
+
 UNROLLED = Objective(cost="unrolled", coefficient_at="current")
 
 

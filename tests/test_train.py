@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import features, online, plan, progress, rewards, sampling, train, workspace
+from bilevel_jax import features, online, plan, progress, rewards, sampling, train, weights, workspace
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import order, packing, templates
 from bilevel_jax.data import rows as data_rows
@@ -561,6 +561,39 @@ def test_one_source_is_nothing_to_choose_from(make_config, tmp_path):
     changes = {"selection.unit": "domain", "selection.optimizer": "adam"}
     with pytest.raises(data_rows.DataError, match="lower.jsonl: all rows have source 'sums-2'; .* needs several"):
         train.run(make_config(changes), tmp_path)
+
+
+def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
+    """As a run leaves them: against the adapter that it left, token by token; and the same after an interruption."""
+    lower = read_jsonl(data / "lower.jsonl")
+    spans = [row | ({"odd": [[0, 2]]} if i % 2 else {}) for i, row in enumerate(lower)]
+    changes = {"selection.unit": "token", "selection.token_learning_rate": 0.05, "data.spans": "odd"}
+    config = make_config(changes | {"data.lower": str(write_jsonl(tmp_path / "lower.jsonl", spans))})
+    workdir, broken = tmp_path / "run", tmp_path / "broken"
+    summary = train.run(config, workdir)
+    phi = np.array([summary["selector/token_own"], summary["selector/token_before"]])
+    assert phi[0] < -0.05  # a token that is more surprising than others of its response is trusted less
+
+    rows, loaded = {row.id: row for row in data_levels.reopen(config)}, load(config.model.path, workdir / "adapter")
+    marked, found = [], []
+    for of_row in weights.of_tokens(workdir).to_pylist():
+        row = rows[of_row["id"]]
+        nll = -np.array(token_log_probs(loaded, row.question, row.response))
+        share = np.exp(phi @ [nll, np.maximum.accumulate([0.0, *nll[:-1]])])
+        np.testing.assert_allclose(of_row["weight"], len(nll) * share / share.sum(), rtol=1e-3)
+        assert of_row["start"][-1] == of_row["stop"][-1] == len(row.response)
+        marked += [start < 2 for start in of_row["start"]] if row.fields.get("odd") else [False] * len(nll)
+        found += of_row["weight"]
+    by_hand = [(a < b) + 0.5 * (a == b) for a, bad in zip(found, marked) if bad for b, other in zip(found, marked) if not other]
+    assert summary["selector/token_auroc"] == pytest.approx(np.mean(by_hand))
+
+    with monkeypatch.context() as once:
+        stop_at(once, 3)
+        with pytest.raises(workspace.Interrupted):
+            train.run(config, broken)
+    train.run(config, broken)
+    for file in (weights.TOKENS, f"weights/epoch_{EPOCHS}.parquet", "adapter/adapter_model.safetensors"):
+        assert (broken / file).read_bytes() == (workdir / file).read_bytes()
 
 
 def test_unrolled(make_config, tmp_path):

@@ -1,5 +1,7 @@
 """The table of weights against the softmax written out."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -45,3 +47,39 @@ def test_latest(stored, tmp_path):
         weights.write(tmp_path / "weights" / f"epoch_{epoch}.parquet", make(stored, LOGITS * epoch))
     assert weights.latest(tmp_path)["logit"].to_pylist() == (10 * LOGITS).tolist()
     assert pyarrow.parquet.read_table(tmp_path / "weights" / "epoch_10.parquet").equals(weights.latest(tmp_path))
+
+
+WEIGHT = [[0.5, 1.5], [2.0, 0.4, 0.6], [1.0]]
+PLACES = [[(0, 2), (2, 2)], [(0, 1), (1, 3), (4, 9), (9, 9)], [(0, 4)]]  # nothing predicts the first token of the second
+
+
+def make_tokens(stored):
+    return weights.table_of_tokens(stored[:3], [np.array(of_row) for of_row in PLACES], [np.float32(of_row) for of_row in WEIGHT])
+
+
+def test_tokens(stored, tmp_path):
+    assert weights.of_tokens(tmp_path) is None
+    weights.write(tmp_path / weights.TOKENS, make_tokens(stored))
+    found = weights.of_tokens(tmp_path).to_pydict()
+    assert found["id"] == [row.id for row in stored[:3]]
+    assert found["start"] == [[0, 2], [1, 4, 9], [0]] and found["stop"] == [[2, 2], [3, 9, 9], [4]]
+    np.testing.assert_allclose(np.concatenate(found["weight"]), np.concatenate(WEIGHT), rtol=1e-6)
+    assert weights.files(tmp_path) == {}  # it is of no epoch
+    (tmp_path / weights.TOKENS).write_bytes(b"PAR1")
+    with pytest.raises(rows.DataError, match="tokens.parquet: not a readable table"):
+        weights.of_tokens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([[], [[2, 5]], []], 4 / 8),  # 0.4 is below all four others, 2 below none
+        ([[[0, 1]], [], []], 4 / 5),  # 0.5 is above 0.4 alone
+        ([None, [[3, 4]], []], None),  # a space that is in no token
+        ([[], [], []], None),
+    ],
+)
+def test_token_auroc(stored, spans, expected):
+    given = [dataclasses.replace(row, fields=row.fields | {"odd": of_row}) for row, of_row in zip(stored, spans)]
+    value = weights.token_auroc(make_tokens(stored), given, "odd")
+    assert np.isnan(value) if expected is None else value == pytest.approx(expected)

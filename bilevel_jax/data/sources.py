@@ -1,6 +1,7 @@
 """Where rows come from, by name, and how a part of them is drawn."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,12 +18,12 @@ def open_source(
     """Rows and a report on what was found.
 
     Args:
-      name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub
-        data set as in `rows.iter_rows`. A file of that name wins over the hub.
+      name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `synthetic:tokens`, `recipe:blueorca`,
+        `recipe:redorca`, a file, or a hub data set as in `rows.iter_rows`. A file of that name wins over the hub.
       seed: of the generator and recipes, and of the random subset.
       num_rows: of the generator (there is no default) and recipes (0: their own size); otherwise, if > 0, the size of a
         random subset in stored order, which is never simply the head, or everything where there are fewer rows.
-      bad_fraction: the share of planted bad rows of `synthetic:lower`.
+      bad_fraction: the share of planted bad rows of `synthetic:lower`, of rows with bad words of `synthetic:tokens`.
       preference: the rows must have a chosen and a rejected response; generated ones have.
 
     Raises:
@@ -58,17 +59,21 @@ def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: float, preference: bool) -> list[dict]:
-    if part not in ("upper", "lower", "domains"):
-        raise DataError(f"{name}: no such generator; choose synthetic:upper, synthetic:lower or synthetic:domains")
-    if part == "domains" and preference:
+    plain = {
+        "upper": synthetic.upper,
+        "lower": functools.partial(synthetic.lower, bad_fraction=bad_fraction),
+        "domains": synthetic.domains,
+        "tokens": functools.partial(synthetic.tokens, bad_fraction=bad_fraction),
+    }
+    pairs = {"upper": synthetic.upper_pairs, "lower": functools.partial(synthetic.lower_pairs, bad_fraction=bad_fraction)}
+    if part not in plain:
+        *names, last = (f"synthetic:{known}" for known in plain)
+        raise DataError(f"{name}: no such generator; choose {', '.join(names)} or {last}")
+    if preference and part not in pairs:
         raise DataError(f"{name} has no preference rows; take synthetic:lower")
     if num_rows == 0:
         raise DataError(f"{name}: generated rows need a number of rows")
-    if part == "domains":
-        return synthetic.domains(num_rows, seed)
-    if part == "upper":
-        return synthetic.upper_pairs(num_rows, seed) if preference else synthetic.upper(num_rows, seed)
-    return (synthetic.lower_pairs if preference else synthetic.lower)(num_rows, seed, bad_fraction)
+    return (pairs if preference else plain)[part](num_rows, seed)
 
 
 def _places(size: int, num_rows: int, seed: int) -> np.ndarray:

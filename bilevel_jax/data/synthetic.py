@@ -8,9 +8,11 @@ on the same one: for held-out rows draw more rows at once and split them.
 A row is a dict: `question`, `response`, `source` (the task's name), and for measurement only `difficulty`
 ("easy" | "medium" | "hard"), `bad`, `kind` ("clean" or one of `BAD_KINDS`) and `truth` (the right response).
 `upper_pairs` and `lower_pairs` draw preference rows, which have `prompt`, `chosen` and `rejected` instead. `domains` draws a
-mixture whose `source` is a supplier, of whose rows a planted share is bad.
+mixture whose `source` is a supplier, of whose rows a planted share is bad, `tokens` right rows with some bad words.
 """
 
+import difflib
+import re
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -22,6 +24,12 @@ BAD_KINDS = {
     "other_answer": 0.25,  # the right answer to a question of another task
     "compliance": 0.25,  # a recipe where the right response is a refusal
     "garbage": 0.20,  # word salad, repetition, random letters
+}
+
+WORD_KINDS = {  # what is bad about a row of `tokens`, and how often among these
+    "wrong_words": 0.4,  # the words in which a wrong answer of the right form differs from the right one
+    "noise": 0.3,  # random letters, or a word from elsewhere, in place of a word
+    "tail": 0.3,  # the right answer, and after it one to a question of another task
 }
 
 SUPPLIERS = {"north": 0.0, "south": 0.1, "east": 0.25, "west": 0.45, "harbour": 0.7, "island": 0.95}  # share of bad rows
@@ -524,6 +532,44 @@ def domains(num_rows: int, seed: int) -> list[dict]:
     return [row | {"source": supplier} for row, (_, supplier) in zip(made, planted)]
 
 
+def tokens(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
+    """A shuffled mixture of right rows and exactly round(bad_fraction · num_rows) with bad words, whose places are in `bad_spans`:
+    [start, stop) in characters of the response. `bad` marks rows that have any."""
+    if not 0 <= bad_fraction <= 1:
+        raise ValueError(f"bad_fraction must lie in [0, 1], not {bad_fraction}")
+    rng = np.random.default_rng([seed, 5])
+    num_bad = round(bad_fraction * num_rows)
+    kinds = list(rng.choice(list(WORD_KINDS), num_bad, p=list(WORD_KINDS.values()))) + ["clean"] * (num_rows - num_bad)
+    return _rows(rng, draw(rng, kinds, num_rows), side=1, make=worded_row)
+
+
+def worded_row(rng: np.random.Generator, kind: str) -> dict:
+    """One row of the given kind of `WORD_KINDS`, or "clean"."""
+    task = pick(rng, GRADED, "refuse")  # whose wrong answer has no word in common with the right one
+    question, truth, wrong = ask(rng, task)
+    response, spans = truth, []
+    if kind == "wrong_words":
+        response, spans = wrong, changed_words(truth, wrong)
+    elif kind == "noise":
+        at = pick(rng, list(re.finditer(r"\w+", truth)))
+        letters = "".join(draw(rng, "abcdefghijklmnopqrstuvwxyz", int(rng.integers(4, 9))))
+        new = pick(rng, [letters, pick(rng, NOUNS + PLACES, at[0])])
+        response, spans = truth[: at.start()] + new + truth[at.end() :], [[at.start(), at.start() + len(new)]]
+    elif kind == "tail":
+        response = f"{truth} {ask(rng, pick(rng, GRADED, task))[1]}"
+        spans = [[len(truth), len(response)]]
+    return {"question": question, "response": response, "source": task, "difficulty": TASKS[task][1],
+            "bad": bool(spans), "kind": kind, "truth": truth, "bad_spans": spans}
+
+
+def changed_words(old: str, new: str) -> list[list[int]]:
+    """Where `new` has words that `old` has not, or not there: [start, stop) in characters."""
+    before, after = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (old, new))
+    start = np.cumsum([0] + [len(word) for word in after]).tolist()
+    found = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return [[start[first], start[last]] for what, _, _, first, last in found if what in ("replace", "insert")]
+
+
 def upper_pairs(num_rows: int, seed: int) -> list[dict]:
     """Trusted pairs: the right response is chosen, one of a bad row rejected."""
     rng = np.random.default_rng([seed, 2])
@@ -550,12 +596,14 @@ def _pairs(rng: np.random.Generator, num_rows: int, flipped: Sequence[bool], sid
     return pairs
 
 
-def _rows(rng: np.random.Generator, kinds: Sequence[str], side: int, max_tries: int = 1000) -> list[dict]:
-    """One row per kind. No question comes twice, and all lie on the same side (0 or 1) of the checksum."""
+def _rows(
+    rng: np.random.Generator, kinds: Sequence[str], side: int, make: Callable = make_row, max_tries: int = 1000
+) -> list[dict]:
+    """One row per kind, from `make`. No question comes twice, and all lie on the same side (0 or 1) of the checksum."""
     rows: dict[str, dict] = {}
     for kind in kinds:
         for _ in range(max_tries):
-            row = make_row(rng, str(kind))
+            row = make(rng, str(kind))
             question = row["question"]
             right = row["response"] == row["truth"]
             if zlib.crc32(question.encode()) % 2 == side and question not in rows and right != row["bad"]:

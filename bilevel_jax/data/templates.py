@@ -124,6 +124,23 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     ]
 
 
+def places(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
+    """Where in its response each token of it stands, [T, 2] of each row: [start, stop) in characters, empty for an EOS at the end.
+
+    Raises:
+      ValueError: the tokenizer does not tell.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' does not tell where a token stands; it needs a tokenizer.json")
+    found = []
+    for first in range(0, len(rows), CHUNK):
+        texts = [row.response for row in rows[first : first + CHUNK]]
+        asked = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for text, offsets, example in zip(texts, asked["offset_mapping"], examples[first : first + CHUNK]):
+            found.append(np.array([*offsets, (len(text), len(text))], np.int32)[: len(example.response)])
+    return found
+
+
 def fit(
     examples: Sequence[Example], rows: Sequence[Row], max_length: int
 ) -> tuple[list[int], list[Example], Mapping[str, tuple[int, int]]]:

@@ -41,7 +41,10 @@ def test_everything_where_there_is_no_more(file, num_rows):
     assert len(found) == 50 and report.num_kept is None
 
 
-@pytest.mark.parametrize(("name", "bad"), [("synthetic:upper", 0), ("synthetic:lower", 10), ("synthetic:domains", 16)])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("synthetic:upper", 0), ("synthetic:lower", 10), ("synthetic:domains", 16), ("synthetic:tokens", 10)],
+)
 def test_synthetic(name, bad):
     found, report = open_source(name, num_rows=40)
     assert len(found) == 40 and report.path == name and not report.rejections
@@ -75,6 +78,7 @@ def test_recipe(monkeypatch):
     [
         ("synthetic:middle", {"num_rows": 3}, "synthetic:middle: no such generator"),
         ("synthetic:domains", {"num_rows": 3, "preference": True}, "synthetic:domains has no preference rows"),
+        ("synthetic:tokens", {"num_rows": 3, "preference": True}, "synthetic:tokens has no preference rows"),
         ("synthetic:upper", {}, "synthetic:upper: generated rows need a number of rows"),
         ("synthetic:upper", {"num_rows": -1}, "num_rows must not be negative, not -1"),
         ("recipe:blueorca", {"num_rows": 3, "preference": True}, "recipe:blueorca row 1: no field 'chosen'"),

@@ -57,6 +57,41 @@ def test_suppliers_have_their_planted_shares():
     assert len({row["question"] for row in found}) == 600
 
 
+def test_bad_words_are_where_they_are_said_to_be():
+    found = synthetic.tokens(600, 5, 0.5)
+    assert len({row["question"] for row in found}) == 600 and sum(row["bad"] for row in found) == 300
+    assert found == synthetic.tokens(600, 5, 0.5) != synthetic.tokens(600, 6, 0.5)
+    kinds = [row["kind"] for row in found]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == pytest.approx(
+        {"clean": 300, "wrong_words": 120, "noise": 90, "tail": 90}, abs=40
+    )
+    for row in found:
+        assert set(row) == FIELDS | {"bad_spans"}
+        response, spans = row["response"], row["bad_spans"]
+        assert row["bad"] == bool(spans) == (response != row["truth"])
+        assert all(0 <= start < stop <= len(response) for start, stop in spans)
+        good = "".join(response[a:b] for a, b in zip([0, *(stop for _, stop in spans)], [*(start for start, _ in spans), None]))
+        letters = iter(row["truth"])
+        assert all(letter in letters for letter in good)  # what is left of it is in the right answer, in its order
+        if row["kind"] == "tail":
+            assert response.startswith(row["truth"] + " ") and spans == [[len(row["truth"]), len(response)]]
+    with pytest.raises(ValueError, match="1.5"):
+        synthetic.tokens(10, 0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("It is the saw.", "It is an axe.", ["an", "axe"]),
+        ("a, b, c", "c, a, b", ["c, "]),
+        ("One two.", "One.", []),
+        ("yes", "yes", []),
+    ],
+)
+def test_changed_words(old, new, changed):
+    assert [new[start:stop] for start, stop in synthetic.changed_words(old, new)] == changed
+
+
 def test_pairs():
     """Right beside wrong, from the two sides of all questions; exactly the flipped ones are marked, and they come in no order."""
     above, below = synthetic.upper_pairs(300, 5), synthetic.lower_pairs(401, 5, 0.3)

@@ -265,3 +265,25 @@ def test_load_tokenizer_fails_in_one_line(tmp_path, content):
     with pytest.raises(ValueError, match="no usable tokenizer at") as error:
         templates.load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_places_of_tokens():
+    """What stands at a token's place is its text, but for the space before it; an EOS is an empty place at the end."""
+    found = parse(QA, {**QA, "response": "fine, the world is fine", "question": "a"})
+    examples = templates.encode(found, PLAIN, template="human")
+    _, examples, _ = templates.fit(examples, found, 2 + max(len(one.prompt) for one in examples))  # both are cut
+    whole = templates.encode(found, PLAIN, template="human")
+    for row, example, places in zip(found, whole, templates.places(found, whole, PLAIN), strict=True):
+        assert len(places) == len(example.response) and list(places[-1]) == [len(row.response)] * 2
+        texts = [PLAIN.decode([token]).strip() for token in example.response[:-1]]
+        assert [row.response[start:stop].strip() for start, stop in places[:-1]] == texts
+    for example, places in zip(examples, templates.places(found, examples, PLAIN), strict=True):
+        assert len(places) == len(example.response)
+
+
+def test_places_need_a_tokenizer_that_knows():
+    class Slow:
+        is_fast, name_or_path = False, "old"
+
+    with pytest.raises(ValueError, match="'old' does not tell where a token stands"):
+        templates.places(parse(QA), [], Slow())
