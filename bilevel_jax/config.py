@@ -45,7 +45,7 @@ def default() -> ml_collections.ConfigDict:
             optimizer="mirror",  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
             learning_rate=1.0,  # of ω: mirror takes about 1, the paper's Adam 1e-4
             tau=1.0,  # of bmo
-            token_learning_rate=5e-3,  # Adam's, of the two parameters that the weights of all tokens share (unit=token)
+            token_learning_rate=0.1,  # of the two parameters that the weights of all tokens share (unit=token)
             baseline="running",  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
             cost="loss",  # what counts against a row: loss (10b), unrolled (how its gradient turns θ from where L0 falls; at θ^k)
             value_function="zero",  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)

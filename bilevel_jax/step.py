@@ -129,7 +129,7 @@ class State(NamedTuple):
     policy: Learner  # θ
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
-    token: tokens.TokenState | None = None  # φ, where tokens have weights of their own
+    phi: jax.Array | None = None  # [2] float32, φ, where tokens have weights of their own
 
 
 class Scales(NamedTuple):
@@ -150,8 +150,8 @@ def init(
     """The state before the first step, for `num_rows` lower-level rows. θ' starts where θ does."""
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
-    of_tokens = tokens.init(selector.token_learning_rate) if selector.token_learning_rate else None
-    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, of_tokens)
+    phi = jnp.zeros(len(tokens.SCORES), jnp.float32) if selector.token_learning_rate else None
+    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, phi)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def make_step(
         def weigh(phi):
             return functools.partial(tokens.weights, phi, weighed_E=batch.sample < N)
 
-        weigh_now = weigh(state.token.phi) if state.token is not None else None
+        weigh_now = weigh(state.phi) if state.phi is not None else None
         given_E = None
         if weighting == "softmax":  # λ compares responses that may lie in different micro-batches
             given_E = response_weights(entry_nll(config, base, state.policy.adapter, packed, batch.num_lower_micro))
@@ -362,17 +362,16 @@ def make_step(
             tracker = _descend(optimizer, tracker, gradient_of_lower)
 
         # ω^{k+1}: the cost of each lower row, by a second look at the lower level's micro-batches only: at θ^{k+1}, or on the way.
-        cost_nll_E, of_tokens = nll_E, state.token
+        cost_nll_E, phi = nll_E, state.phi
 
         def look(phi):
             found_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro, weigh(phi))
             return found_E, found_E
 
-        if of_tokens is not None:  # φ^{k+1}: forward derivatives, for the model's own pass has none and is made once
-            slope_Ex2, cost_nll_E = jax.jacfwd(look, has_aux=True)(of_tokens.phi)
+        if phi is not None:  # φ^{k+1}: forward derivatives, for the model's own pass has none and is made once
+            slope_Ex2, cost_nll_E = jax.jacfwd(look, has_aux=True)(phi)
             slope_Ex2 = losses.row_losses(slope_Ex2, packed.length[:, None], objective.reduction)
-            pull_2 = scales.lower * (lower_share_E * weight_E) @ slope_Ex2
-            of_tokens = tokens.update(selector.token_learning_rate, of_tokens, pull_2)
+            phi = phi - selector.token_learning_rate * scales.lower * (lower_share_E * weight_E) @ slope_Ex2
         elif selector.rule != "uniform" and objective.coefficient_at == "next":
             cost_nll_E = entry_nll(config, base, policy.adapter, packed, batch.num_lower_micro)
             if tracker is not None:
@@ -398,6 +397,6 @@ def make_step(
             "log_ratio": -nll_E - batch.old_log_prob,
             "response_weight": response_E,
         }
-        return State(state.step + 1, policy, moved, tracker, of_tokens), metrics
+        return State(state.step + 1, policy, moved, tracker, phi), metrics
 
     return step

@@ -11,34 +11,16 @@ as there are epochs; φ has two entries, and learns from every token. Its score 
 
 The first says by how much a token's loss exceeds that of others in its response, for the softmax sees differences alone. The second
 says whether the response has gone astray before t: what follows there continues from what is bad, easy to predict and no better for
-it. θ gets no gradient through v. φ moves against that of the same penalty as ω does, (10b), by Adam:
+it. θ gets no gradient through v. φ moves against the gradient of the same penalty as ω does, (10b), which vanishes as v leaves what
+is surprising:
 
     dφ = γ · mean_b [ w_b · dℓ_b/dφ ],    dℓ_b/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ]    at θ^{k+1}.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import optax
 
 SCORES = ("own", "before")  # what φ weighs
-
-
-class TokenState(NamedTuple):
-    phi: jax.Array  # [2] float32, per nat; 0: all tokens weigh the same
-    optimizer: optax.OptState
-
-
-def init(learning_rate: float) -> TokenState:
-    phi = jnp.zeros(len(SCORES), jnp.float32)
-    return TokenState(phi, optax.adam(learning_rate).init(phi))
-
-
-def update(learning_rate: float, state: TokenState, gradient_2) -> TokenState:
-    """One move of φ against its gradient."""
-    updates, optimizer = optax.adam(learning_rate).update(gradient_2, state.optimizer)
-    return TokenState(optax.apply_updates(state.phi, updates), optimizer)
 
 
 def largest_before(nll_P, entry_P) -> jax.Array:
@@ -57,6 +39,7 @@ def weights(phi_2, nll_P, entry_P, weighed_E) -> jax.Array:
     """v of each token, [P]. No gradient flows into `nll_P`.
 
     Args:
+      phi_2: φ, per nat; 0 where all tokens weigh the same.
       nll_P: the tokens' losses, in nats; those of one response side by side, in their order.
       entry_P: int32, the response that each belongs to; E or more for padding.
       weighed_E: bool, the responses to whose tokens this applies; tokens of others have weight 1.

@@ -227,7 +227,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
         with clock("load"):
             encoder, frozen = features.read(shared / features.FILE) if start else fit_features(config, setup)
             frozen = sharding.place(frozen, places.selector.logits)
-    places_of_tokens = None if state.token is None else templates.places(lower.rows, lower.examples, setup.tokenizer)
+    places_of_tokens = None if state.phi is None else templates.places(lower.rows, lower.examples, setup.tokenizer)
     own = online.nothing_yet(len(lower.rows))
     per_row = configuration.entries_per_row(config)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
@@ -280,8 +280,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     def verdict(state: step.State) -> dict[str, float]:
         logits = sharding.fetch(state.selector.logits)
         values = {f"selector/{key}": float(value) for key, value in selector.summary(state.selector.logits).items()}
-        if state.token is not None:
-            values |= {f"selector/token_{name}": float(value) for name, value in zip(tokens.SCORES, state.token.phi)}
+        if state.phi is not None:
+            values |= {f"selector/token_{name}": float(value) for name, value in zip(tokens.SCORES, state.phi)}
         if bad is not None and bad.any() and not bad.all() and select.rule != "uniform":
             values["selector/auroc"] = metrics.auroc(-logits, bad)
             values["selector/bad_kept"] = metrics.bad_kept(logits, bad, config.eval.keep)
@@ -407,10 +407,10 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     if encoder:
         features.write_phi(workdir / features.PHI, sharding.fetch(state.selector.phi))
     final = final or measure(state)  # the latter if resumed after the last step
-    if state.token is not None:
+    if state.phi is not None:
         with clock("eval"):
             shape = config.batch.micro_size, config.data.max_length, mesh
-            of_tokens = scoring.token_weights(model, base, state.policy.adapter, state.token.phi, lower.examples, *shape)
+            of_tokens = scoring.token_weights(model, base, state.policy.adapter, state.phi, lower.examples, *shape)
         table = weights.table_of_tokens(lower.rows, places_of_tokens, of_tokens)
         weights.write(workdir / weights.TOKENS, table)
         found = weights.token_auroc(table, lower.rows, config.data.spans)

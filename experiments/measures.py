@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import scipy.stats
 import tqdm
 
@@ -18,6 +19,7 @@ SAFE_ANSWERS = "safeinstr/safe_answer"  # source of right answers to unsafe ques
 HARD, KIND = "auroc_hard", "kind/"
 UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
 REWARD, LENGTH = "reward", "characters"
+WORD, WORD_INSIDE = "words", "words_inside"
 WEIGHT, ORDER, RIGHT_WEIGHT = "weight/", "order", "right_weight"
 
 
@@ -78,6 +80,31 @@ def suppliers(found: comparing.Results) -> None:
         if np.ptp(weight) > 0:
             run.values[ORDER] = float(scipy.stats.spearmanr(list(mean.values()), list(right.values())).statistic)
         run.values[RIGHT_WEIGHT] = float(weight @ [not bad[one] for one in table["id"].to_pylist()] / weight.sum())
+
+
+def words(found: comparing.Results) -> None:
+    """Adds to the runs' values how well their weights find bad words, in all and of each kind: the AUROC of tokens by the weight of
+    the row times that of the token in it, and, where tokens have weights, by these alone. Where they have none their places are
+    those of another run with the same seed."""
+    by_seed = {}
+    for run, seed in ((run, seed) for of_cell in found.runs.values() for seed, run in of_cell.items()):
+        by_seed.setdefault(seed, []).append((run, weights.of_tokens(run.workdir)))
+    for runs in by_seed.values():
+        places = next(table for _, table in runs if table is not None)
+        given = {row.id: row for row in levels.reopen(workspace.read_config(runs[0][0].workdir))}
+        rows_of, field = [given[one] for one in places["id"].to_pylist()], workspace.read_config(runs[0][0].workdir).data.spans
+        kinds = np.array([row.fields["kind"] for row in rows_of])
+        for run, table in runs:
+            of_row = dict(zip(*(weights.latest(run.workdir)[name].to_pylist() for name in ("id", "weight"))))
+            inside = [np.array(one, float) for one in (places if table is None else table)["weight"].to_pylist()]
+            inside = [np.ones(len(one)) if table is None else one for one in inside]
+            whole = [of_row[row.id] * one for row, one in zip(rows_of, inside)]
+            for key, values in ((WORD, whole), (WORD_INSIDE, inside)):
+                judged = places.set_column(1, "weight", pa.array(values))
+                for kind in (None, *sorted(set(kinds) - {"clean"})):
+                    part = np.flatnonzero(np.isin(kinds, ("clean", kind)) | (kind is None))
+                    value = weights.token_auroc(judged.take(part), [rows_of[i] for i in part], field)
+                    run.values[key + (f"/{kind}" if kind else "")] = value
 
 
 def after_training(config, setup: train.Setup) -> Callable:

@@ -93,6 +93,18 @@ SOURCES = {  # of `experiments.domains`
     "a logit per source": _by_source(**BY_SOURCE),
     "a logit per source, tracked v(ω)": _by_source(**BY_SOURCE, **{"selection.value_function": "tracked"}),
 }
+
+
+def _by_word(**more) -> dict:
+    """On rows of which half have some bad words."""
+    return {"method": "offline", "data.lower": "synthetic:tokens", "data.bad_fraction": 0.5, **more}
+
+
+WORDS = {  # of `experiments.tokens`
+    "words, uniform ω": _by_word(**UNIFORM),
+    "a weight per row": _by_word(),
+    "a weight per row and word": _by_word(**{"selection.unit": "token"}),
+}
 COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
     "online, R=10%, G=4": _online(0.1, 4),
     **{
@@ -145,7 +157,7 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
 COLUMNS = cells.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/another_chance"}

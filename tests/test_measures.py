@@ -9,6 +9,7 @@ from bilevel_jax import sampling, tiers, train, weights, workspace
 from bilevel_jax.data import levels, rows, synthetic
 from bilevel_jax.models import huggingface
 from experiments import comparing, measures
+from tests.conftest import write_jsonl
 
 
 def test_losses_after_training_are_the_run_s_own(finished):
@@ -55,6 +56,40 @@ def test_suppliers_weigh_as_their_rows_do(tmp_path):
     assert run.values["order"] == pytest.approx(12 / (12 * 17.5) ** 0.5)
     right = np.array([not row.fields["bad"] for row in given])
     assert run.values["right_weight"] == pytest.approx((right * np.where(heavy, 2, 1)).sum() / 16)
+
+
+def test_words_are_found_by_the_weights_of_rows_and_tokens(tmp_path):
+    """Three rows of three one-letter words: one right, one whose third word is bad, one with two bad words."""
+    spans, kinds = [[], [[4, 5]], [[0, 1], [4, 5]]], ["clean", "noise", "tail"]
+    given = [
+        {"question": f"q{i}", "response": "a b c", "bad_spans": of_row, "kind": kind}
+        for i, (of_row, kind) in enumerate(zip(spans, kinds))
+    ]
+    config = tiers.get("")
+    file = write_jsonl(tmp_path / "rows.jsonl", given)
+    config.update_from_flattened_dict({"data.upper": "synthetic:upper", "data.lower": str(file)})
+    found, _ = rows.read_rows(file)
+    inside = [[1.0, 1.0, 1.0], [1.2, 1.2, 0.6], [0.9, 1.5, 0.6]]
+    runs = {}
+    for name in ("by row", "by row and word"):
+        directory = tmp_path / name
+        table = weights.table(found, np.log([1.5, 1.0, 0.5]), np.zeros(3), np.zeros(3))
+        weights.write(directory / "weights" / "epoch_1.parquet", table)
+        (directory / "config.json").write_text(config.to_json())
+        runs[name] = comparing.Run(directory, {})
+    places = [np.array([[0, 1], [2, 3], [4, 5]])] * 3
+    table = weights.table_of_tokens(found, places, [np.float32(one) for one in inside])
+    weights.write(runs["by row and word"].workdir / weights.TOKENS, table)
+    measures.words(comparing.Results("safety", {name: {0: run} for name, run in runs.items()}, {}, [], []))
+    # Bad ones weigh 1, 0.5, 0.5 by row; the others 1.5 three times, 1 twice, 0.5: of 18 pairs 3 + 2/2 and twice 5 + 1/2 are right.
+    assert runs["by row"].values["words"] == pytest.approx((3 + 1 + 2 * 5.5) / 18)
+    assert runs["by row"].values["words/noise"] == pytest.approx((3 + 1) / 5)  # beside the tokens of right rows and its own
+    assert runs["by row"].values["words_inside"] == 0.5
+    # Within: 0.6, 0.9 and 0.6, and 1, 1, 1, 1.2, 1.2, 1.5.
+    assert runs["by row and word"].values["words_inside"] == 1
+    # Times the row's: 0.6, 0.45, 0.3, and 1.5 three times, 1.2 twice, 0.75.
+    assert runs["by row and word"].values["words"] == 1
+    assert runs["by row and word"].values["words/tail"] == 1
 
 
 def test_real_rows_are_bad_where_their_label_is_sure():

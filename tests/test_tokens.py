@@ -69,9 +69,3 @@ def test_slope_of_a_response():
     np.testing.assert_allclose(formula, [(loss(PHI + d) - loss(PHI - d)) / 2e-6 for d in step], rtol=1e-6)
     own = jax.jacfwd(lambda phi: jnp.mean((found(phi) * NLL)[ENTRY == 2]))(jnp.float32(PHI))
     np.testing.assert_allclose(own, formula, rtol=1e-4)
-
-
-def test_update_goes_against_the_gradient():
-    """Adam's first step is its learning rate, whatever the size of the gradient."""
-    after = tokens.update(0.1, tokens.init(0.1), jnp.array([3.0, -0.02]))
-    np.testing.assert_allclose(after.phi, [-0.1, 0.1], rtol=1e-5)

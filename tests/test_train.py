@@ -567,7 +567,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     """As a run leaves them: against the adapter that it left, token by token; and the same after an interruption."""
     lower = read_jsonl(data / "lower.jsonl")
     spans = [row | ({"odd": [[0, 2]]} if i % 2 else {}) for i, row in enumerate(lower)]
-    changes = {"selection.unit": "token", "selection.token_learning_rate": 0.05, "data.spans": "odd"}
+    changes = {"selection.unit": "token", "selection.token_learning_rate": 0.3, "data.spans": "odd"}
     config = make_config(changes | {"data.lower": str(write_jsonl(tmp_path / "lower.jsonl", spans))})
     workdir, broken = tmp_path / "run", tmp_path / "broken"
     summary = train.run(config, workdir)

@@ -16,6 +16,7 @@ VARIANTS = {
     "offline, current": step.Objective(coefficient_at="current"),
     "offline, next": step.Objective(coefficient_at="next"),
     "offline, unrolled": step.Objective(coefficient_at="current", cost="unrolled"),
+    "offline, next, tokens": step.Objective(coefficient_at="next"),
     "offline, next, tracked": step.Objective(coefficient_at="next", value_function="tracked"),
 }
 
@@ -33,7 +34,8 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     states, runs = {}, {}
     for name, objective in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
-        select = selector.Selector(rule="uniform" if name == "mixing" else "bds")
+        rule, token_rate = "uniform" if name == "mixing" else "bds", 0.1 if name.endswith("tokens") else 0.0
+        select = selector.Selector(rule=rule, token_learning_rate=token_rate)
         states[name] = step.init(adapter, optimizer, select, len(lower.rows), objective.value_function == "tracked")
         jitted = jax.jit(step.make_step(model, objective, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
