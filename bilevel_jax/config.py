@@ -41,6 +41,7 @@ def default() -> ml_collections.ConfigDict:
             unit="sample",  # what has a weight: sample (a row), domain (all rows of one source together: adam or sgd),
             # token (a row, and within it each token of the response: offline, bds)
             parameterization="table",  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
+            ridge=0.3,  # (parameterization=features) pull of φ to 0
             rule="bds",  # bds (10b), bmo (48), uniform (ω frozen: the control)
             optimizer="mirror",  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
             learning_rate=1.0,  # of ω: mirror takes about 1, the paper's Adam 1e-4
@@ -133,8 +134,9 @@ def build_selector(config) -> selector.Selector:
     """The selector of a run; frozen for direct mixing."""
     s = config.selection
     parameterization = "features" if s.unit == "domain" else s.parameterization
-    rate = s.token_learning_rate if s.unit == "token" else 0.0
-    chosen = selector.Selector(s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale, parameterization, rate)
+    ridge, rate = s.ridge if s.unit != "domain" else 0.0, s.token_learning_rate if s.unit == "token" else 0.0
+    rule = s.rule, s.optimizer, s.learning_rate, s.tau, s.baseline, s.weight_scale
+    chosen = selector.Selector(*rule, parameterization, ridge, rate)
     return chosen if config.method != "mixing" else selector.Selector(rule="uniform")
 
 

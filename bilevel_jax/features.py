@@ -2,7 +2,7 @@
 
 **What they are.** Of each row the mean hidden states of its question q and of its answer a, half way up the base, each along the
 `WIDTH` directions in which the rows differ most, at their natural scale: what a step learns of one row it learns first of all rows
-that are like it in the main. One more feature is trust.
+that are like it in the main. Two more features are trust and odds.
 
 **Trust** says whether an answer belongs to its question as answers do in the trusted rows U: Σ_j ρ_j u_j v_j, with u_j and v_j the
 canonical variates of question and answer over U and ρ_j their correlations (canonical correlation analysis with a ridge). For
@@ -11,7 +11,14 @@ gives to other questions, and not to such as this one, counts against a row, whi
 for nothing: that differs between honest sources too. The bilevel rule is after log p_U(a|q) itself: with v(ω) = 0 the cost in (10b)
 is -log p_θ(a|q), and θ follows U. But that is a sum over tokens, in which all that is hard about a row comes first; a coarse view
 of the same conditional distribution, which sees nothing else, errs otherwise. φ finds by (10b) or (47) how much trust tells of the
-cost, as for every feature. No label is read.
+cost, as for every feature.
+
+**Odds** are those of a row to be one of the trusted: log p_U(q, a) / p_L(q, a), L the rows to select from, by logistic regression
+on the first `PAIRED` of those directions of question and answer, and on all products of one of either. Weights in that ratio would
+turn the lower level into the upper one, E_L[w ℓ] = E_U[ℓ]. They take from all that is rare in U, right or not; hence their small
+spread.
+
+No feature reads a label.
 """
 
 import dataclasses
@@ -23,6 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.optimize
 
 from bilevel_jax import scoring, sharding, step, workspace
 from bilevel_jax.data import packing, templates
@@ -33,8 +41,11 @@ WIDTH = 64  # d
 CANONICAL = 8  # r, pairs of canonical variates
 SCREENED = 32  # principal directions of the trusted rows in which they are sought
 RIDGE = 0.05  # added to the variances of these, which are at most 1 in all
-TRUST_SPREAD = 3.0  # the other features' variances add up to 1 for questions and for answers: what spreads more is learned sooner
-SIZE = 2 * WIDTH + 1  # D
+PAIRED = 8  # k, directions of question and answer whose products tell trusted rows from others
+ODDS_RIDGE = 0.3  # of the weights of these
+TRUST_SPREAD, ODDS_SPREAD = 1.0, 0.3  # the other features' variances add up to 1 for questions and for answers
+SIZE = 2 * WIDTH + 2  # D
+TRUST = -2  # its place among the features
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,6 +112,9 @@ class Encoder(NamedTuple):
     canonical: np.ndarray  # [2, H, r], what makes canonical variates
     correlation: np.ndarray  # [r], ρ
     trust: np.ndarray  # [2], mean and spread over the rows to select from
+    spread: np.ndarray  # [2, k], of these along the first k principal directions
+    odds_weights: np.ndarray  # [1 + 2k + k²]
+    odds: np.ndarray  # [2], mean and spread over the rows to select from
 
 
 def _along(raw_nx2xH: np.ndarray, mean_2xH: np.ndarray, directions_2xHxd: np.ndarray) -> np.ndarray:
@@ -143,24 +157,60 @@ def _trust(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
     return variates_nx2xr.prod(axis=1) @ encoder.correlation
 
 
+def _paired(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
+    """1, question and answer along `PAIRED` directions, and the products of the two over √k, [n, 1 + 2k + k²]."""
+    directions = encoder.directions[..., :PAIRED] / encoder.spread[:, None]
+    question_nxk, answer_nxk = _along(raw_nx2xH, encoder.mean, directions).swapaxes(0, 1).astype(np.float64)
+    products = question_nxk[:, :, None] * answer_nxk[:, None, :] / PAIRED**0.5
+    return np.concatenate([np.ones((len(raw_nx2xH), 1)), question_nxk, answer_nxk, products.reshape(len(products), -1)], axis=1)
+
+
+def _odds(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
+    """log p_U(q, a) / p_L(q, a), [n]."""
+    return _paired(encoder, raw_nx2xH) @ encoder.odds_weights
+
+
+def logistic_weights(upper_Mxd: np.ndarray, lower_Nxd: np.ndarray) -> np.ndarray:
+    """Logistic regression with `ODDS_RIDGE` on all weights but the first: [d] so that x·w is log p_U(x) / p_L(x), each of the two
+    having half of the loss."""
+    x = np.concatenate([upper_Mxd, -lower_Nxd])
+    share = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (upper_Mxd, lower_Nxd)])
+    ridge = ODDS_RIDGE * (np.arange(x.shape[1]) > 0)
+
+    def loss(weights):
+        margin = x @ weights
+        slope = -share / (1 + np.exp(np.minimum(margin, 500)))
+        return share @ np.logaddexp(0, -margin) + ridge @ weights**2 / 2, slope @ x + ridge * weights
+
+    return scipy.optimize.minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
+
+
 def fit(lower_Nx2xH: np.ndarray, upper_Mx2xH: np.ndarray) -> Encoder:
     """The encoder of a run, of the hidden states of the rows to select from and of the trusted ones, from `pooled`."""
     trusted_mean, screened = _principal(upper_Mx2xH, SCREENED)
     question_Mxk, answer_Mxk = _along(upper_Mx2xH, trusted_mean, screened).swapaxes(0, 1).astype(np.float64)
     directions, correlation = canonical_directions(question_Mxk, answer_Mxk)
     mean, principal = _principal(lower_Nx2xH, WIDTH)
-    encoder = Encoder(mean, principal, trusted_mean, screened @ directions, correlation, np.array([0.0, 1.0]))
-    trust = _trust(encoder, lower_Nx2xH)
-    return encoder._replace(trust=np.array([trust.mean(), trust.std() + 1e-6]))
+    spread = _along(lower_Nx2xH, mean, principal[..., :PAIRED]).std(axis=0) + 1e-6
+    canonical, nothing = screened @ directions, np.array([0.0, 1.0])
+    encoder = Encoder(mean, principal, trusted_mean, canonical, correlation, nothing, spread, np.zeros(0), nothing)
+    encoder = encoder._replace(odds_weights=logistic_weights(*(_paired(encoder, rows) for rows in (upper_Mx2xH, lower_Nx2xH))))
+    trust, odds = _trust(encoder, lower_Nx2xH), _odds(encoder, lower_Nx2xH)
+    return encoder._replace(**{k: np.array([v.mean(), v.std() + 1e-6]) for k, v in (("trust", trust), ("odds", odds))})
 
 
 def encode(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
-    """Features of rows, [n, D] float32: questions and answers along the principal directions, then trust with `TRUST_SPREAD`.
-    The mean of each is 0 over the rows that the encoder was fitted to."""
+    """Features of rows, [n, D] float32: questions and answers along the principal directions, then trust and odds. The mean of each
+    is 0 over the rows that the encoder was fitted to."""
     along = _along(raw_nx2xH, encoder.mean, encoder.directions)
-    mean, spread = encoder.trust
-    trust = TRUST_SPREAD * (_trust(encoder, raw_nx2xH) - mean) / spread
-    return np.concatenate([along.reshape(len(along), -1), trust[:, None]], axis=1).astype(np.float32)
+    trust, odds = (
+        size * (values - mean) / spread
+        for size, values, (mean, spread) in (
+            (TRUST_SPREAD, _trust(encoder, raw_nx2xH), encoder.trust),
+            (ODDS_SPREAD, _odds(encoder, raw_nx2xH), encoder.odds),
+        )
+    )
+    return np.concatenate([along.reshape(len(along), -1), trust[:, None], odds[:, None]], axis=1).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ Weights are w_i = N·σ_i(ω), mean 1. No rule builds anything larger than [N]: 
 is one scatter and one rank-one term.
 
 The logits are free, a `table`, or a function of frozen features of the rows, ω = X φ with X [N, D] (`features`). By the chain
-rule the gradient of φ is that of ω, whatever the rule, times X: Σ_i x_i g_i. Every step then moves the logits of all rows, visited
-or not, and φ scores rows that are in no table. That costs O(N·D) a step, for the normaliser of σ is over all N rows: of the order
-of what one token costs a model of N·D parameters. Where X only says which of D groups a row is in, it is given as that, [N]; the
-rows of a group then share one logit, and a step costs O(N).
+rule the gradient of φ is that of ω, whatever the rule, times X: Σ_i x_i g_i, to which a ridge λφ is added. Every step then
+moves the logits of all rows, visited or not, and φ scores rows that are in no table. That costs O(N·D) a step, for the normaliser
+of σ is over all N rows: of the order of what one token costs a model of N·D parameters. Where X only says which of D groups a row
+is in, it is given as that, [N]; the rows of a group then share one logit, and a step costs O(N).
 """
 
 import dataclasses
@@ -48,6 +48,8 @@ class Selector:
       weight_scale: `dataset`: weights N·σ_i; `literal`: σ_i as the paper writes, which makes the lower level ~1/N of the loss.
       parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ (one logit for each group of
         rows, too).
+      ridge: λ, the pull of φ to 0. With `bmo` ω is then a ridge regression of -τC on the features, however long it is trained:
+        without, it ends up repeating the costs of single rows.
       token_learning_rate: of what the weights of tokens share, see `tokens`; 0: the tokens of a row weigh the same.
     """
 
@@ -58,6 +60,7 @@ class Selector:
     baseline: str = "running"
     weight_scale: str = "dataset"
     parameterization: str = "table"
+    ridge: float = 0.0
     token_learning_rate: float = 0.0
 
     def __post_init__(self):
@@ -74,6 +77,8 @@ class Selector:
             raise ValueError(f"selection.learning_rate must be positive, got {self.learning_rate}")
         if not self.tau > 0:
             raise ValueError(f"selection.tau must be positive, got {self.tau}")
+        if not self.ridge >= 0:
+            raise ValueError(f"selection.ridge must not be negative, got {self.ridge}")
         if not self.token_learning_rate >= 0:
             raise ValueError(f"selection.token_learning_rate must not be negative, got {self.token_learning_rate}")
         if self.parameterization == "features" and self.optimizer == "mirror":
@@ -141,6 +146,7 @@ def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lowe
         bmo, adam           g_{i_b} = ω_{i_b} + τ C_b, then Adam                                                       (47)
         uniform             ω stays
 
+    Where ω is a function of features, φ follows Σ_i x_i g_i + λφ (bds), or + Bλφ (bmo, whose g is a sum over the batch).
     With `weight_scale="literal"` the bds moves are 1/N of these.
 
     Args:
@@ -178,7 +184,8 @@ def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lowe
         gradient = -jnp.sum(pull_E) * jax.nn.softmax(state.logits)
         gradient = gradient.at[sample_E].add(pull_E, mode="drop")
     if features is not None:
-        gradient = _of_features(features, gradient, len(state.phi))
+        rows = num_lower if selector.rule == "bmo" else 1.0  # of which (47) adds up the moves; (10b) is a mean
+        gradient = _of_features(features, gradient, len(state.phi)) + rows * selector.ridge * state.phi
         updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
         phi = optax.apply_updates(state.phi, updates)
         return state._replace(logits=_of_rows(features, phi), phi=phi, optimizer=optimizer)

@@ -88,7 +88,7 @@ def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict
         return np.array([logits[row.id] for row in setup.lower.rows])
 
     def trust():
-        return train.fit_features(config, setup)[1][:, -1]
+        return train.fit_features(config, setup)[1][:, features.TRUST]
 
     how = {name: ((cell,), functools.partial(selected, cell)) for name, cell in SELECTORS.items() if cell in runs}
     how |= {  # the runs that a ranking takes, and what it makes of them
@@ -115,9 +115,7 @@ def held_out(config, setup: train.Setup, run: comparing.Run) -> float:
     """AUROC of the lower level's held-out rows, ranked by what a selector learned of the features of others."""
     encoder, _ = features.read(run.workdir / features.FILE)
     level = setup.lower
-    raw = features.pooled(
-        setup.model, setup.base, level.eval_examples, config.batch.micro_size, config.data.max_length, setup.mesh
-    )
+    raw = features.pooled(setup.model, setup.base, level.eval_examples, config.batch.micro_size, config.data.max_length, setup.mesh)
     logits = features.encode(encoder, raw) @ features.read_phi(run.workdir / features.PHI)
     return metrics.auroc(-logits, measures.marks(level.eval_rows).bad)
 

@@ -67,8 +67,8 @@ def drawn(number, bad, seed, hidden=32):
     return raw.astype(np.float32), is_bad
 
 
-def ranks(found, is_bad):
-    return metrics.auroc(-found[:, -1].astype(np.float64), is_bad)
+def ranks(found, is_bad, place=features.TRUST):
+    return metrics.auroc(-found[:, place].astype(np.float64), is_bad)
 
 
 def test_trust_tells_answers_by_their_question():
@@ -78,7 +78,7 @@ def test_trust_tells_answers_by_their_question():
     found = features.encode(encoder, lower)
     assert found.shape == (600, features.SIZE) and found.dtype == np.float32
     assert ranks(found, is_bad) > 0.95
-    for column in found[:, :-1].T:
+    for column in found[:, : features.TRUST].T:
         assert 0.35 < metrics.auroc(column.astype(np.float64), is_bad) < 0.65  # no part of a question or an answer knows
 
     new, new_bad = drawn(600, 150, seed=2)
@@ -107,9 +107,29 @@ def test_trust_is_the_gaussian_log_ratio_to_first_order():
     u, v = rng.normal(size=(2, number))
     exact = -0.5 * (v - rho * u) ** 2 / (1 - rho**2) + 0.5 * v**2
     alone = -0.5 * rho**2 * (u**2 + v**2) / (1 - rho**2)
-    encoder = features.Encoder(None, None, np.zeros((2, 1)), np.ones((2, 1, 1)), np.array([rho]), None)
+    rest = dict.fromkeys(("mean", "directions", "trust", "spread", "odds_weights", "odds"))
+    encoder = features.Encoder(trusted_mean=np.zeros((2, 1)), canonical=np.ones((2, 1, 1)), correlation=np.array([rho]), **rest)
     trust = features._trust(encoder, np.stack([u, v], axis=1)[..., None])
     np.testing.assert_allclose(trust, exact - alone, rtol=2 * rho**2, atol=1e-9)
+
+
+def test_odds_tell_rows_by_how_common_they_are_among_trusted_ones():
+    (lower, is_rare), (new, new_rare) = (drawn(600, 150, seed) for seed in (0, 2))
+    for rows, rare in ((lower, is_rare), (new, new_rare)):
+        rows[:, :, 8:16] += np.where(rare, 0.7, 0.0)[:, None, None]
+    encoder = features.fit(lower, drawn(400, 0, seed=1)[0])
+    for rows, rare in ((lower, is_rare), (new, new_rare)):
+        assert ranks(features.encode(encoder, rows), rare, -1) > 0.97
+
+
+def test_odds_are_the_log_ratio_of_frequencies(monkeypatch):
+    """Of a feature that is there or not, in 30 of 40 trusted rows and in 20 of 100 others; the ridge makes a smaller difference."""
+    upper, lower = (np.stack([np.ones(n), np.arange(n) < there], axis=1) for n, there in ((40, 30), (100, 20)))
+    shrunk = features.logistic_weights(upper, lower)
+    monkeypatch.setattr(features, "ODDS_RIDGE", 0.0)
+    weights = features.logistic_weights(upper, lower)
+    np.testing.assert_allclose([weights[0], weights.sum()], [np.log(0.25 / 0.8), np.log(0.75 / 0.2)], atol=1e-3)
+    assert 0 < shrunk[1] < weights[1] / 2
 
 
 def test_the_other_features_are_principal_components():
@@ -121,8 +141,8 @@ def test_the_other_features_are_principal_components():
         mine = found[:, part * features.WIDTH : (part + 1) * features.WIDTH]
         np.testing.assert_allclose(mine.T @ mine, np.diag(singular**2 / 90), atol=0.02)
         np.testing.assert_allclose(mine.mean(0), 0, atol=1e-4)
-    assert found[:, -1].mean() == pytest.approx(0, abs=1e-4)
-    assert found[:, -1].std() == pytest.approx(features.TRUST_SPREAD, rel=1e-4)
+    for column, spread in zip(found[:, features.TRUST :].T, (features.TRUST_SPREAD, features.ODDS_SPREAD), strict=True):
+        assert column.mean() == pytest.approx(0, abs=1e-4) and column.std() == pytest.approx(spread, rel=1e-4)
 
 
 def test_a_trusted_level_of_one_row_and_a_model_narrower_than_its_features():

@@ -154,6 +154,32 @@ def test_phi_follows_the_gradient_of_the_objective(weight_scale):
     np.testing.assert_allclose(after.visits, np.isin(np.arange(N), [0, 2, 4]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["bds", "bmo"])
+def test_ridge_pulls_phi_to_zero(rule):
+    """By learning rate · λφ, for each row of the batch where the rule adds up the moves of all."""
+    entries, gamma = BATCHES[1]
+    sample, share, cost = columns(entries)
+    after = []
+    for ridge in (0.0, 0.4):
+        selector = Selector(rule, "sgd", 0.5, 1.0, "none", parameterization="features", ridge=ridge)
+        before = begin_with_features(selector, X, PHI)
+        after.append(selection.update(selector, before, sample, share, B, cost, gamma, jnp.asarray(X, jnp.float32)).phi)
+    np.testing.assert_allclose(after[0] - after[1], 0.5 * 0.4 * PHI * (B if rule == "bmo" else 1), rtol=1e-4)
+
+
+def test_bmo_with_a_ridge_ends_at_ridge_regression():
+    """ω = X φ with φ = -τ (XᵀX/N + λ)⁻¹ Xᵀ C/N, where every step sees all rows and their costs stay."""
+    cost, tau, ridge = np.random.default_rng(5).normal(size=N), 0.7, 0.3
+    selector = Selector("bmo", "sgd", 0.05, tau, "none", parameterization="features", ridge=ridge)
+    state = begin_with_features(selector, X, PHI)
+    update = jax.jit(functools.partial(selection.update, selector))
+    share = jnp.full(N, 1 / N)
+    for _ in range(300):
+        state = update(state, jnp.arange(N), share, jnp.float32(N), jnp.float32(cost), 1.0, jnp.asarray(X, jnp.float32))
+    expected = -tau * np.linalg.solve(X.T @ X / N + ridge * np.eye(4), X.T @ cost / N)
+    np.testing.assert_allclose(state.phi, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule, optimizer", [*itertools.product(("bds", "bmo"), ("sgd", "adam"))])
 def test_a_table_is_features_that_name_the_row(rule, optimizer):
     table = Selector(rule, optimizer, 0.3, 0.7, "running")
@@ -360,6 +386,8 @@ def test_nothing_larger_than_the_logits(rule, optimizer, intermediate_shapes):
         ({"learning_rate": float("nan")}, "selection.learning_rate.*nan"),
         ({"tau": -2.0}, "selection.tau.*-2.0"),
         ({"parameterization": "mlp"}, "selection.parameterization='mlp'"),
+        ({"ridge": -0.1}, "selection.ridge must not be negative"),
+        ({"token_learning_rate": -0.1}, "selection.token_learning_rate must not be negative"),
         ({"parameterization": "features", "optimizer": "mirror"}, "selection.optimizer=mirror .* take adam or sgd"),
     ],
 )
