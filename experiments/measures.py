@@ -1,5 +1,6 @@
 """What tables measure of finished runs beyond their summaries."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ SAFE_ANSWERS = "safeinstr/safe_answer"  # source of right answers to unsafe ques
 HARD, KIND = "auroc_hard", "kind/"
 UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
 REWARD, LENGTH = "reward", "characters"
+EPOCH = "epoch/"
 WORD, WORD_INSIDE = "words", "words_inside"
 WEIGHT, ORDER, RIGHT_WEIGHT = "weight/", "order", "right_weight"
 
@@ -65,6 +67,16 @@ def ranked_rows(scores: np.ndarray, known: Marks, keep: float) -> dict[str, floa
     if (known.hard & ~known.bad).any():
         found[HARD] = auroc(hard)
     return found | {KIND + one: auroc(~known.bad | (known.kind == one)) for one in sorted(set(known.kind[known.bad]))}
+
+
+def over_epochs(workdir: pathlib.Path, given: Sequence[rows.Row], known: Marks) -> dict[str, float]:
+    """AUROC of bad rows, and against right rows that are hard, of a run's weights after each of its epochs."""
+    found = {}
+    for epoch, file in weights.files(workdir).items():
+        logits = {row["id"]: row["logit"] for row in weights.read(file).to_pylist()}
+        values = ranked_rows(np.array([logits[row.id] for row in given]), known, 1.0)
+        found |= {f"{EPOCH}{epoch}/{key}": values[key] for key in (AUROC, HARD) if key in values}
+    return found
 
 
 def suppliers(found: comparing.Results) -> None:

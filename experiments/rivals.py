@@ -152,6 +152,8 @@ def main() -> None:
         for name, (values, seconds) in rankings(config, setup, runs).items():
             file = root / f"rankings_{seed}" / f"{cells.slug(name)}.parquet"
             judged = measures.ranked_rows(values, known, config.eval.keep) | {SECONDS: seconds}
+            if name in SELECTORS:
+                judged |= measures.over_epochs(runs[SELECTORS[name]].workdir, setup.lower.rows, known)
             if SELECTORS.get(name) == "features":
                 judged[HELD_OUT] = held_out(config, setup, runs["features"])
             ranked.setdefault(name, {})[seed] = comparing.Run(file, judged)
@@ -190,6 +192,10 @@ def write(found: comparing.Results, results: comparing.Results, whole: dict, sha
     by_kind = {key.removeprefix(measures.KIND): key for key in keys if key.startswith(measures.KIND)}
     lines = [*comparing.rows(results, FOUND | {SECONDS: SECONDS}), "", "AUROC of each kind of bad rows against all right ones:", ""]
     lines += comparing.rows(results, by_kind)
+    bilevel = results._replace(runs={name: of_name for name, of_name in results.runs.items() if name in SELECTORS})
+    for text, key in (("all right ones", measures.AUROC), ("hard right ones", measures.HARD)):
+        by_epoch = {f"epoch {one.split('/')[1]}": one for one in keys if one.startswith(measures.EPOCH) and one.endswith(f"/{key}")}
+        lines += ["", f"AUROC of bad rows against {text}, by the weights after each epoch:", "", *comparing.rows(bilevel, by_epoch)]
     shown = {heading: key for heading, key in FOUND.items() if key != HELD_OUT}
     if shares:
         trained = results._replace(runs={name: results.runs[name] for name in (OURS, *USED)})

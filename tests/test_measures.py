@@ -92,6 +92,21 @@ def test_words_are_found_by_the_weights_of_rows_and_tokens(tmp_path):
     assert runs["by row and word"].values["words/tail"] == 1
 
 
+def test_ranking_after_each_epoch(tmp_path):
+    """Bad row 0 is heavier than one of three right ones after epoch 1, and lightest after epoch 2; row 3 is hard."""
+    given = list(rows.parse(enumerate(({"question": f"q{i}", "response": "a"} for i in range(4)), 1)))
+    bad, hard = np.arange(4) == 0, np.arange(4) == 3
+    known = measures.Marks(bad, hard, np.where(bad, "garbage", "clean"))
+    for epoch, logits in ((1, [0.5, 1.0, 0.0, 0.9]), (2, [-1.0, 0.0, 0.1, 0.2])):
+        shuffled = [given[i] for i in (2, 0, 3, 1)]
+        table = weights.table(shuffled, np.array(logits)[[2, 0, 3, 1]], np.zeros(4), np.zeros(4))
+        weights.write(tmp_path / "weights" / f"epoch_{epoch}.parquet", table)
+    assert measures.over_epochs(tmp_path, given, known) == {
+        "epoch/1/selector/auroc": pytest.approx(2 / 3), "epoch/1/auroc_hard": 1.0,
+        "epoch/2/selector/auroc": 1.0, "epoch/2/auroc_hard": 1.0,
+    }  # fmt: skip
+
+
 def test_real_rows_are_bad_where_their_label_is_sure():
     told = [("hh", "A"), ("hh", "B"), ("bt", "H"), ("safeinstr/safe_answer", ""), ("dolly", "")]
     fields = [{"question": "q", "response": str(i), "source": name, "unsafe_tier": tier} for i, (name, tier) in enumerate(told)]
