@@ -18,6 +18,7 @@ def get(tier: str):
         config.optimizer.learning_rate = 2e-3
         config.selection.learning_rate = 3.0
         config.data.max_length = 256
+        config.batch.micro_size = 2  # a step's rows fill some 17 sequences: of four at a time, the last would be mostly empty
         config.online.refresh_every = 30
         config.online.max_new_tokens = 128
         return config
