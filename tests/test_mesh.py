@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from bilevel_jax import checkpoint, page, selector, sharding, train
+from bilevel_jax import checkpoint, page, selector, sharding, train, weights
 from bilevel_jax import config as configuration
 from bilevel_jax.models import huggingface
 from tests.conftest import read_jsonl
@@ -46,10 +46,13 @@ SETTINGS = {
     "checkpoint.every": 0,
 }
 OFFLINE = {"method": "offline"}  # a greedy answer would hang on the last bit
+TOKENS = OFFLINE | {"selection.unit": "token", "selection.token_learning_rate": 0.5, "selection.coefficient_at": "next"}
 LLAMAS = {  # run -> mesh and what differs; it has fewer heads of keys and values than `tensor` has parts, and a tied head
     "llama": (SINGLE, {}),
     "llama, eight": ((1, 2, 4), {}),
     "llama, offline": (SINGLE, OFFLINE),
+    "llama, tokens": (SINGLE, TOKENS),
+    "llama, tokens, eight": ((1, 2, 4), TOKENS),
     "llama, half": (SINGLE, OFFLINE | {"model.dtype": "bfloat16"}),
     "llama, half, eight": ((1, 2, 4), OFFLINE | {"model.dtype": "bfloat16"}),
 }
@@ -204,6 +207,15 @@ def learned(run) -> tuple[np.ndarray, np.ndarray]:
 
 def test_so_it_does_with_few_heads_of_keys_and_a_tied_head(directory):
     assert_same_run(directory / "llama, eight", directory / "llama")
+
+
+def test_and_with_weights_of_tokens(directory):
+    runs = [directory / name for name in ("llama, tokens", "llama, tokens, eight")]
+    for one, eight in zip(*map(learned, runs)):
+        np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+    one, eight = (np.concatenate(weights.of_tokens(run)["weight"].to_pylist()) for run in runs)
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
+    assert np.ptp(one) > 0.01
 
 
 def test_in_half_precision_a_mesh_changes_less_than_the_precision_does(directory):
