@@ -84,8 +84,7 @@ def _token_weights(config: decoder.ModelConfig, base, adapter, packed: packing.P
     """Of every target of every micro-batch, [M, P]."""
 
     def of_micro(m, found_MxP):
-        hidden_TxD = step.hidden_states(config, base, adapter, packed, m)
-        nll_P = losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
+        nll_P = step.target_nll(config, base, adapter, packed, m)
         return found_MxP.at[m].set(tokens.weights(phi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
 
     return _whole(jax.lax.fori_loop(0, packed.num_micro, of_micro, jnp.zeros(packed.entry.shape)))

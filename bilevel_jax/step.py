@@ -166,13 +166,18 @@ def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Pa
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 
+def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+    """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
+    hidden_TxD = hidden_states(config, base, adapter, packed, m)
+    return losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
+
+
 def micro_nll(
     config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, weigh: Callable | None = None
 ) -> jax.Array:
     """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere. `weigh(nll_P, entry_P)`
     gives what each token's is multiplied by, 1 by default."""
-    hidden_TxD = hidden_states(config, base, adapter, packed, m)
-    nll_P = losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
+    nll_P = target_nll(config, base, adapter, packed, m)
     if weigh is not None:
         nll_P *= weigh(nll_P, packed.entry[m])
     return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])

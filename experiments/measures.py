@@ -69,12 +69,17 @@ def ranked_rows(scores: np.ndarray, known: Marks, keep: float) -> dict[str, floa
     return found | {KIND + one: auroc(~known.bad | (known.kind == one)) for one in sorted(set(known.kind[known.bad]))}
 
 
+def column(table: pa.Table, name: str, given: Sequence[rows.Row]) -> np.ndarray:
+    """A column of a table of weights, in the order of the given rows."""
+    by_id = dict(zip(table["id"].to_pylist(), table[name].to_pylist()))
+    return np.array([by_id[row.id] for row in given])
+
+
 def over_epochs(workdir: pathlib.Path, given: Sequence[rows.Row], known: Marks) -> dict[str, float]:
     """AUROC of bad rows, and against right rows that are hard, of a run's weights after each of its epochs."""
     found = {}
     for epoch, file in weights.files(workdir).items():
-        logits = {row["id"]: row["logit"] for row in weights.read(file).to_pylist()}
-        values = ranked_rows(np.array([logits[row.id] for row in given]), known, 1.0)
+        values = ranked_rows(column(weights.read(file), "logit", given), known, 1.0)
         found |= {f"{EPOCH}{epoch}/{key}": values[key] for key in (AUROC, HARD) if key in values}
     return found
 
@@ -103,19 +108,21 @@ def words(found: comparing.Results) -> None:
         by_seed.setdefault(seed, []).append((run, weights.of_tokens(run.workdir)))
     for runs in by_seed.values():
         places = next(table for _, table in runs if table is not None)
-        given = {row.id: row for row in levels.reopen(workspace.read_config(runs[0][0].workdir))}
-        rows_of, field = [given[one] for one in places["id"].to_pylist()], workspace.read_config(runs[0][0].workdir).data.spans
+        config = workspace.read_config(runs[0][0].workdir)
+        given = {row.id: row for row in levels.reopen(config)}
+        rows_of = [given[one] for one in places["id"].to_pylist()]
         kinds = np.array([row.fields["kind"] for row in rows_of])
         for run, table in runs:
-            of_row = dict(zip(*(weights.latest(run.workdir)[name].to_pylist() for name in ("id", "weight"))))
-            inside = [np.array(one, float) for one in (places if table is None else table)["weight"].to_pylist()]
-            inside = [np.ones(len(one)) if table is None else one for one in inside]
-            whole = [of_row[row.id] * one for row, one in zip(rows_of, inside)]
+            inside = [np.array(one) for one in (places if table is None else table)["weight"].to_pylist()]
+            if table is None:
+                inside = [np.ones(len(one)) for one in inside]
+            of_row = column(weights.latest(run.workdir), "weight", rows_of)
+            whole = [weight * one for weight, one in zip(of_row, inside)]
             for key, values in ((WORD, whole), (WORD_INSIDE, inside)):
                 judged = places.set_column(1, "weight", pa.array(values))
                 for kind in (None, *sorted(set(kinds) - {"clean"})):
                     part = np.flatnonzero(np.isin(kinds, ("clean", kind)) | (kind is None))
-                    value = weights.token_auroc(judged.take(part), [rows_of[i] for i in part], field)
+                    value = weights.token_auroc(judged.take(part), [rows_of[i] for i in part], config.data.spans)
                     run.values[key + (f"/{kind}" if kind else "")] = value
 
 

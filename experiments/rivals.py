@@ -84,8 +84,7 @@ def rankings(config, setup: train.Setup, runs: dict[str, comparing.Run]) -> dict
         return scores.losses_of(score, base, adapters.get(cell), examples)
 
     def selected(cell: str):
-        logits = {row["id"]: row["logit"] for row in weights.latest(runs[cell].workdir).to_pylist()}
-        return np.array([logits[row.id] for row in setup.lower.rows])
+        return measures.column(weights.latest(runs[cell].workdir), "logit", setup.lower.rows)
 
     def trust():
         return train.fit_features(config, setup)[1][:, features.TRUST]

@@ -510,12 +510,8 @@ def upper(num_rows: int, seed: int) -> list[dict]:
 
 def lower(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
     """A shuffled mixture with exactly round(bad_fraction · num_rows) bad rows."""
-    if not 0 <= bad_fraction <= 1:
-        raise ValueError(f"bad_fraction must lie in [0, 1], not {bad_fraction}")
     rng = np.random.default_rng([seed, 1])
-    num_bad = round(bad_fraction * num_rows)
-    kinds = list(rng.choice(list(BAD_KINDS), num_bad, p=list(BAD_KINDS.values()))) + ["clean"] * (num_rows - num_bad)
-    return _rows(rng, draw(rng, kinds, num_rows), side=1)
+    return _rows(rng, _mixed(rng, BAD_KINDS, num_rows, bad_fraction), side=1)
 
 
 def domains(num_rows: int, seed: int) -> list[dict]:
@@ -535,12 +531,8 @@ def domains(num_rows: int, seed: int) -> list[dict]:
 def tokens(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
     """A shuffled mixture of right rows and exactly round(bad_fraction · num_rows) with bad words, whose places are in `bad_spans`:
     [start, stop) in characters of the response. `bad` marks rows that have any."""
-    if not 0 <= bad_fraction <= 1:
-        raise ValueError(f"bad_fraction must lie in [0, 1], not {bad_fraction}")
     rng = np.random.default_rng([seed, 5])
-    num_bad = round(bad_fraction * num_rows)
-    kinds = list(rng.choice(list(WORD_KINDS), num_bad, p=list(WORD_KINDS.values()))) + ["clean"] * (num_rows - num_bad)
-    return _rows(rng, draw(rng, kinds, num_rows), side=1, make=worded_row)
+    return _rows(rng, _mixed(rng, WORD_KINDS, num_rows, bad_fraction), side=1, make=worded_row)
 
 
 def worded_row(rng: np.random.Generator, kind: str) -> dict:
@@ -594,6 +586,15 @@ def _pairs(rng: np.random.Generator, num_rows: int, flipped: Sequence[bool], sid
         chosen, rejected = (wrong, right) if flip else (right, wrong)
         pairs.append({"prompt": row.pop("question"), "chosen": chosen, "rejected": rejected} | row | {"bad": bool(flip)})
     return pairs
+
+
+def _mixed(rng: np.random.Generator, bad_kinds: dict[str, float], num_rows: int, bad_fraction: float) -> list[str]:
+    """The kinds of a shuffled mixture: exactly round(bad_fraction · num_rows) bad ones, by their shares, the rest "clean"."""
+    if not 0 <= bad_fraction <= 1:
+        raise ValueError(f"bad_fraction must lie in [0, 1], not {bad_fraction}")
+    num_bad = round(bad_fraction * num_rows)
+    bad = list(rng.choice(list(bad_kinds), num_bad, p=list(bad_kinds.values())))
+    return draw(rng, bad + ["clean"] * (num_rows - num_bad), num_rows)
 
 
 def _rows(
