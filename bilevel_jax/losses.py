@@ -1,7 +1,7 @@
 """Per-token and per-row losses of responses, without vocabulary-sized arrays for whole batches.
 
 Only positions that predict a response token need logits. They are gathered first and go through the head a chunk at a time, so
-that at most `CHUNK` rows of logits exist at once, in the forward and in the backward pass.
+that at most `chunk` rows of logits exist at once, in the forward and in the backward pass.
 """
 
 import jax
@@ -11,13 +11,23 @@ from bilevel_jax import sharding
 from bilevel_jax.models import decoder
 
 CHUNK = 256  # positions per trip through the head
+CHUNK_ON_CPU = 128  # there, as many as caches hold logits of; elsewhere the head would be read too often
+
+
+def chunk(positions: int) -> int:
+    """Positions per trip, where there are so many in all."""
+    return min(CHUNK, CHUNK_ON_CPU if jax.default_backend() == "cpu" else CHUNK, positions)
 
 
 def _chunk(hidden_TxD, head_VxD, source_C, target_C):
-    """One chunk's negative log-likelihoods [C], and all tokens' log-probabilities [C, V]."""
+    """One chunk's negative log-likelihoods [C], its logits, e = exp(logits - max) [C, V] and z = Σ e [C, 1]: softmax is e / z."""
     hidden = sharding.constrain(hidden_TxD.at[source_C].get(mode="fill", fill_value=0), "rows")
-    log_probs = jax.nn.log_softmax(decoder.project(hidden, head_VxD))
-    return -jnp.take_along_axis(log_probs, target_C[:, None], axis=-1)[:, 0], log_probs
+    logits = decoder.project(hidden, head_VxD)
+    most = logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(logits - most)
+    total = weights.sum(axis=-1, keepdims=True)
+    nll = jnp.log(total) - (jnp.take_along_axis(logits, target_C[:, None], axis=-1) - most)
+    return nll[:, 0], logits, weights, total
 
 
 def _gathered(head_VxD):
@@ -27,7 +37,7 @@ def _gathered(head_VxD):
 
 def _over_chunks(body, source_P, num_targets, carry):
     """Runs `body(first, size, carry)` for every chunk that holds a target; the number of trips is known only on the device."""
-    size = min(CHUNK, source_P.shape[0])
+    size = chunk(source_P.shape[0])
     trips = (num_targets + size - 1) // size
     return jax.lax.fori_loop(0, trips, lambda i, carry: body(i * size, size, carry), carry)
 
@@ -42,7 +52,7 @@ def token_nll(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> jax.Arra
     Args:
       hidden_TxD: final hidden states of T packed tokens.
       head_VxD: output matrix.
-      source_P: int32 [P], P a multiple of min(CHUNK, P); the token whose hidden state predicts target p, T or more for padding.
+      source_P: int32 [P], P a multiple of `chunk(P)`; the token whose hidden state predicts target p, T or more for padding.
       target_P: int32 [P], token ids.
       num_targets: int32 scalar; targets stand at the front, the rest is padding.
 
@@ -55,7 +65,7 @@ def token_nll(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> jax.Arra
     def body(first, size, nll_P):
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, _ = _chunk(hidden_TxD, head_VxD, source, target)
+        nll, *_ = _chunk(hidden_TxD, head_VxD, source, target)
         return jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
 
     nll_P = _over_chunks(body, source_P, num_targets, jnp.zeros(source_P.shape, jnp.float32))
@@ -69,9 +79,8 @@ def _token_nll_forward(hidden_TxD, head_VxD, source_P, target_P, num_targets):
         nll_P, slope_PxD = carry
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, log_probs = _chunk(hidden_TxD, head_VxD, source, target)
-        probs = jnp.exp(log_probs).astype(head_VxD.dtype)
-        slope = jnp.dot(probs, head_VxD, preferred_element_type=jnp.float32) - head_VxD[target]
+        nll, _, weights, total = _chunk(hidden_TxD, head_VxD, source, target)
+        slope = jnp.dot(weights.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32) / total - head_VxD[target]
         nll_P = jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
         return nll_P, jax.lax.dynamic_update_slice_in_dim(slope_PxD, slope.astype(slope_PxD.dtype), first, 0)
 
@@ -102,8 +111,8 @@ def token_scores(hidden_TxD, head_VxD, source_P, target_P, num_targets) -> tuple
     def body(first, size, carry):
         source = jax.lax.dynamic_slice_in_dim(source_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, log_probs = _chunk(hidden_TxD, head_VxD, source, target)
-        found = nll, jnp.argmax(log_probs, axis=-1) != target
+        nll, logits, *_ = _chunk(hidden_TxD, head_VxD, source, target)
+        found = nll, jnp.argmax(logits, axis=-1) != target
         return tuple(jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0) for whole, part in zip(carry, found))
 
     P = source_P.shape[0]

@@ -170,7 +170,7 @@ def make(config) -> Plan:
     add("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp")
     chunk = jax.ShapeDtypeStruct((min(losses.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
-    add("logits chunk: logits, log p, p", rows * columns * (4 + 4 + dtype.itemsize), TRAINING, "formula")
+    add("logits chunk: logits, exp, exp rounded", rows * columns * (4 + 4 + dtype.itemsize), TRAINING, "formula")
     add("gradient: sum and one micro-batch's", 2 * size_of(adapter), TRAINING, "formula")
 
     # A refresh.

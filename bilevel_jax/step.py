@@ -344,8 +344,8 @@ def make_step(
 
         adapter = state.policy.adapter
         if unrolled:
-            both = jnp.maximum(batch.num_lower_micro - 1, 0)  # the only micro-batch that may hold rows of both levels
-            (_, (upper, upper_nll_E)), slope = _gradient(scaled(Scales(1.0, 0.0)), adapter, packed.num_micro, E, both)
+            first, end = batch.first_upper_micro, packed.num_micro
+            (_, (upper, upper_nll_E)), slope = _gradient(scaled(Scales(1.0, 0.0)), adapter, end, E, first)
             (lower, (_, nll_E)), gradient = _gradient(scaled(Scales(0.0, 1.0)), adapter, batch.num_lower_micro, E)
             loss = scales.upper * upper + scales.lower * lower
             nll_E = jnp.where(batch.sample < N, nll_E, upper_nll_E)

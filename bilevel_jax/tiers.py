@@ -26,7 +26,7 @@ def get(tier: str):
         config.model.path = "local/smollm2"
         config.optimizer.learning_rate = 2e-4
         config.data.max_length = 512
-        config.batch.micro_size = 2
+        config.batch.micro_size = 1  # two at a time are no faster on a CPU, and the last would often be half empty
         config.online.refresh_every = 100
         config.online.max_new_tokens = 256
         config.online.slots = 16

@@ -230,7 +230,8 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     places_of_tokens = None if state.phi is None else templates.places(lower.rows, lower.examples, setup.tokenizer)
     own = online.nothing_yet(len(lower.rows))
     per_row = configuration.entries_per_row(config)
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, per_row * config.batch.size)
+    size, length = config.batch.micro_size, config.data.max_length
+    layout = packing.Layout(size, length, per_row * config.batch.size, apart=objective.cost == "unrolled")
     score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
     upper, lower = (
         with_references(level, score, base) if kind in preferences.PAIRS else level

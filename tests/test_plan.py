@@ -99,8 +99,8 @@ def test_cache(planned, mesh, parts):
 
 @pytest.mark.parametrize("mesh, rows, columns", [((1, 1, 1), 256, 128256), ((2, 2, 2), 64, 64128)], ids=str)
 def test_logits(planned, mesh, rows, columns):
-    """float32 logits and log-probabilities, bfloat16 probabilities, of 256 positions shared by the rows' devices."""
-    assert planned(EIGHT, mesh)[1]["logits chunk: logits, log p, p"] == rows * columns * 10
+    """Logits and their exponentials in float32, these in bfloat16 too, of 256 positions shared by the rows' devices."""
+    assert planned(EIGHT, mesh)[1]["logits chunk: logits, exp, exp rounded"] == rows * columns * 10
 
 
 def test_response_store(planned):
@@ -144,7 +144,7 @@ def test_xla_says_the_same():
     held = plan.size_of(base) + plan.size_of(state)
     assert held <= found.argument_size_in_bytes <= held + 1.01 * sum(leaf.nbytes for leaf in jax.tree.leaves((batch, scales)))
     planned = plan.activations(model, rank, targets, sequences, length, layout.targets)
-    planned += min(losses.CHUNK, layout.targets) * vocab * 12 + 2 * plan.size_of(adapter)
+    planned += losses.chunk(layout.targets) * vocab * 12 + 2 * plan.size_of(adapter)
     assert (1 - plan.FREE) * found.temp_size_in_bytes < planned < 1.05 * found.temp_size_in_bytes
 
 

@@ -1,9 +1,9 @@
 """Puts rows side by side in sequences of one length, so that no step computes on padding and all steps share one shape.
 
 A *segment* is one prompt with one response. Segments are packed first-fit by decreasing length into sequences of L tokens; S
-sequences make a micro-batch, M micro-batches a step. Sequences of the lower level come first and hold nothing else, so that the
-pass which re-scores the lower level runs over a prefix of the micro-batches. M is the worst case; how many micro-batches are in
-use travels with the batch as a number, not as a shape.
+sequences make a micro-batch, M micro-batches a step. Rows of the lower level come first, so that the pass which re-scores them
+runs over a prefix of the micro-batches, and rows of the upper level into the room that they leave. M is the worst case; how many
+micro-batches are in use travels with the batch as a number, not as a shape.
 """
 
 import math
@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     old_log_prob: np.ndarray  # [E] float32, log π_old of the model's own responses; NaN for those of the data
     reward: np.ndarray  # [E] float32, of the model's own responses; NaN where there is none
     num_lower_micro: np.ndarray  # [] int32, the micro-batches that hold every lower-level row
+    first_upper_micro: np.ndarray  # [] int32, from which on they hold every upper-level row
     num_lower: np.ndarray  # [] float32, rows B of the lower level
 
 
@@ -69,6 +70,7 @@ class Layout(NamedTuple):
     length: int
     entries: int
     padded: bool = False  # one segment to a sequence: for comparison only
+    apart: bool = False  # no sequence with rows of both levels: for an update that passes over each level by itself
 
     @property
     def micro_batches(self) -> int:
@@ -77,15 +79,16 @@ class Layout(NamedTuple):
     @property
     def targets(self) -> int:
         tokens = self.sequences * self.length
-        chunk = min(losses.CHUNK, tokens)
+        chunk = losses.chunk(tokens)
         return -(-tokens // chunk) * chunk
 
 
-def _first_fit(groups: Sequence[Sequence[int]], sizes: Sequence[int], layout: Layout) -> list[list[int]]:
-    """Assigns groups of segments to sequences, first fit by decreasing size; a group stays together."""
+def _first_fit(groups: Sequence[Sequence[int]], sizes: Sequence[int], layout: Layout, begun=()) -> list[list[int]]:
+    """Assigns groups of segments to sequences, first fit by decreasing size, after those `begun`; a group stays together."""
     totals = [sum(sizes[i] for i in group) for group in groups]
     order = sorted(range(len(groups)), key=lambda g: -totals[g])
-    bins, room = [], []
+    bins = [list(members) for members in begun]
+    room = [layout.length - sum(sizes[i] for i in members) for members in bins]
     for g in order:
         if totals[g] > layout.length:
             raise ValueError(f"a segment of {totals[g]} tokens does not fit a sequence of {layout.length}")
@@ -161,14 +164,21 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
     lower = [i for i, segment in enumerate(segments) if segment.sample >= 0]
     upper = [i for i, segment in enumerate(segments) if segment.sample < 0]
     lower_bins = _first_fit(_groups(segments, lower), sizes, layout)
-    upper_bins = _first_fit(_groups(segments, upper), sizes, layout)
+    begun, alone = ((), lower_bins) if layout.apart else (lower_bins, [])
+    bins = alone + _first_fit(_groups(segments, upper), sizes, layout, begun)
+
+    def holds_upper(members):
+        return any(segments[i].sample < 0 for i in members)
+
+    bins.sort(key=holds_upper)
+    num_upper_bins = sum(map(holds_upper, bins))
 
     def column(values, dtype, padding):
         return np.array(values + [padding] * (layout.entries - len(values)), dtype)
 
     E, N = layout.entries, num_samples
     return Batch(
-        packed=_lay_out(segments, lower_bins + upper_bins, layout),
+        packed=_lay_out(segments, bins, layout),
         sample=column([s.sample if s.sample >= 0 else N for s in segments], np.int32, N),
         share=column([s.share for s in segments], np.float32, 0),
         group=column([s.group if s.group >= 0 else E for s in segments], np.int32, E),
@@ -177,5 +187,6 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
         old_log_prob=column([s.old_log_prob for s in segments], np.float32, math.nan),
         reward=column([s.reward for s in segments], np.float32, math.nan),
         num_lower_micro=np.int32(-(-len(lower_bins) // layout.sequences)),
+        first_upper_micro=np.int32((len(bins) - num_upper_bins) // layout.sequences),
         num_lower=np.float32(num_lower),
     )

@@ -22,18 +22,24 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
-def _scores(q_SxQxKxRxC, k_SxUxKxC, segments_SxU, first: int) -> jax.Array:
-    """q · k / √C, float32 [S, K, R, Q, U]; -∞ where key and query are of different segments, or the key is later."""
-    queries = q_SxQxKxRxC.shape[1]
-    scores = jnp.einsum("sqkrc,sukc->skrqu", q_SxQxKxRxC, k_SxUxKxC, preferred_element_type=jnp.float32)
-    earlier = jnp.arange(segments_SxU.shape[1]) <= first + jnp.arange(queries)[:, None]
-    same = segments_SxU[:, first:, None] == segments_SxU[:, None, :]
-    return jnp.where((same & earlier)[:, None, None], scores / q_SxQxKxRxC.shape[-1] ** 0.5, -jnp.inf)
+def _by_key(x_SxQxHxC: jax.Array, key_heads: int) -> jax.Array:
+    """[S, K, R·Q, C]: what is multiplied with one key head side by side, as the products read it."""
+    S, Q, H, C = x_SxQxHxC.shape
+    return x_SxQxHxC.reshape(S, Q, key_heads, H // key_heads, C).transpose(0, 2, 3, 1, 4).reshape(S, key_heads, -1, C)
 
 
-def _by_key(x_SxLxHxC, key_heads: int) -> jax.Array:
-    S, L, H, C = x_SxLxHxC.shape
-    return x_SxLxHxC.reshape(S, L, key_heads, H // key_heads, C)
+def _by_position(x_SxKxRQxC: jax.Array, positions: int) -> jax.Array:
+    """[S, Q, H, C], the inverse of `_by_key`."""
+    S, K, _, C = x_SxKxRQxC.shape
+    return x_SxKxRQxC.reshape(S, K, -1, positions, C).transpose(0, 3, 1, 2, 4).reshape(S, positions, -1, C)
+
+
+def _scores(q_SxKxRQxC, k_SxKxUxC, segments_SxU, first: int) -> jax.Array:
+    """q · k, float32 [S, K, R·Q, U]; -∞ where key and query are of different segments, or the key is later."""
+    scores = jnp.einsum("skqc,skuc->skqu", q_SxKxRQxC, k_SxKxUxC, preferred_element_type=jnp.float32)
+    S, K, _, U = scores.shape
+    seen = (segments_SxU[:, first:, None] == segments_SxU[:, None]) & (jnp.arange(U) <= jnp.arange(first, U)[:, None])
+    return jnp.where(seen[:, None, None], scores.reshape(S, K, -1, U - first, U), -jnp.inf).reshape(scores.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,44 +55,50 @@ def attend(q_SxLxHxC: jax.Array, k_SxLxKxC: jax.Array, v_SxLxKxC: jax.Array, seg
     return _attend(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, dtype)[0]
 
 
-def _attend(*given):
-    *_, segments, dtype = given
-    q, k, v = (x.astype(dtype or x.dtype) for x in given[:3])
-    q_by_key, outputs, maxima, totals = _by_key(q, k.shape[2]), [], [], []
+def _factors(q, k, v, dtype):
+    """What the products are made of: q / √C by position, k and v by key, rounded."""
+    q = q.astype(jnp.float32) * q.shape[-1] ** -0.5
+    return q.astype(dtype), *(_by_key(x.astype(dtype), x.shape[2]) for x in (k, v))
+
+
+def _attend(q, k, v, segments, dtype):
+    key_heads = k.shape[2]
+    scaled, k_SxKxLxC, v_SxKxLxC = _factors(q, k, v, dtype or q.dtype)
+    outputs, maxima, totals = [], [], []
     for first, end in _blocks(q.shape[1]):
-        scores = _scores(q_by_key[:, first:end], k[:, :end], segments[:, :end], first)
+        scores = _scores(_by_key(scaled[:, first:end], key_heads), k_SxKxLxC[:, :, :end], segments[:, :end], first)
         most = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = weights.sum(axis=-1, keepdims=True)
-        mixed = jnp.einsum("skrqu,sukc->sqkrc", weights.astype(v.dtype), v[:, :end], preferred_element_type=jnp.float32)
-        outputs.append(mixed / jnp.moveaxis(total, 3, 1))
+        seen = v_SxKxLxC[:, :, :end]
+        mixed = jnp.einsum("skqu,skuc->skqc", weights.astype(seen.dtype), seen, preferred_element_type=jnp.float32)
+        outputs.append(_by_position(mixed / total, end - first))
         maxima.append(most)
         totals.append(total)
-    output = jnp.concatenate(outputs, axis=1).reshape(q.shape).astype(given[0].dtype)
-    return output, (*given[:4], output, *(jnp.concatenate(parts, axis=3) for parts in (maxima, totals)))
+    output = jnp.concatenate(outputs, axis=1).astype(q.dtype)
+    return output, (q, k, v, segments, output, maxima, totals)
 
 
 def _attend_backward(dtype, kept, d_output):
-    *given, segments, output, most_SxKxRxLx1, total_SxKxRxLx1 = kept
-    q, k, v = (x.astype(dtype or x.dtype) for x in given)
-    key_heads, scale = k.shape[2], q.shape[-1] ** -0.5
-    d_output = _by_key(d_output.astype(jnp.float32), key_heads) / jnp.moveaxis(total_SxKxRxLx1, 3, 1)
-    drop = jnp.sum(d_output * _by_key(output, key_heads), axis=-1, keepdims=True)
-    drop = jnp.moveaxis(drop, 1, 3)  # [S, K, R, L, 1]
-    q_by_key, d_by_key = _by_key(q, key_heads), d_output.astype(q.dtype)
+    q, k, v, segments, output, maxima, totals = kept
+    key_heads, dtype = k.shape[2], dtype or q.dtype
+    scaled, k_SxKxLxC, v_SxKxLxC = _factors(q, k, v, dtype)
+    d_output = d_output.astype(jnp.float32)
+    drop = jnp.sum(d_output * output, axis=-1, keepdims=True)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for first, end in _blocks(q.shape[1]):
-        here, seen = slice(first, end), slice(end)
-        scores = _scores(q_by_key[:, here], k[:, seen], segments[:, seen], first)
-        weights = jnp.exp(scores - most_SxKxRxLx1[:, :, :, here])
-        d_weights = product("sqkrc,sukc->skrqu", d_by_key[:, here], v[:, seen])
-        d_scores = (weights * (d_weights - drop[:, :, :, here])).astype(q.dtype)
-        dq.append(product("skrqu,sukc->sqkrc", d_scores, k[:, seen]))
-        dk = dk.at[:, seen].add(product("skrqu,sqkrc->sukc", d_scores, q_by_key[:, here]))
-        dv = dv.at[:, seen].add(product("skrqu,sqkrc->sukc", weights.astype(v.dtype), d_by_key[:, here]))
-    dq = jnp.concatenate(dq, axis=1).reshape(q.shape)
-    return *(d.astype(x.dtype) for d, x in zip((scale * dq, scale * dk, dv), given)), None
+    dq, dk, dv = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_SxKxLxC, v_SxKxLxC))
+    for (first, end), most, total in zip(_blocks(q.shape[1]), maxima, totals):
+        queries, d, dropped = (_by_key(x[:, first:end], key_heads) for x in (scaled, d_output, drop))
+        keys, values = (x[:, :, :end] for x in (k_SxKxLxC, v_SxKxLxC))
+        weights = jnp.exp(_scores(queries, keys, segments[:, :end], first) - most)
+        d = (d / total).astype(dtype)
+        d_scores = (weights * (product("skqc,skuc->skqu", d, values) - dropped / total)).astype(dtype)
+        dq.append(_by_position(product("skqu,skuc->skqc", d_scores, keys), end - first))
+        dk = dk.at[:, :, :end].add(product("skqu,skqc->skuc", d_scores, queries))
+        dv = dv.at[:, :, :end].add(product("skqu,skqc->skuc", weights.astype(dtype), d))
+    dq = jnp.concatenate(dq, axis=1) * q.shape[-1] ** -0.5
+    dk, dv = (_by_position(x, q.shape[1]) for x in (dk, dv))
+    return *(d.astype(x.dtype) for d, x in zip((dq, dk, dv), (q, k, v))), None
 
 
 attend.defvjp(_attend, _attend_backward)

@@ -24,13 +24,14 @@ VARIANTS = {
 def measure(config, model, base, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
     """Markdown lines: seconds of a step and its ratio to mixing, for every variant on the same batches."""
     mesh = sharding.make_mesh(1)
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
     optimizer = optax.adam(config.optimizer.learning_rate)
     targets = lora.resolve_targets(model, config.lora.targets)
     own = online.nothing_yet(len(lower.rows))
-    batches = [
-        sharding.split_batch(train.make_batch(config, upper, lower, layout, k, own).batch, mesh) for k in range(rounds)
-    ]
+    batches: dict[bool, list] = {}
+    for apart in (False, True):
+        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, apart=apart)
+        drawn = (train.make_batch(config, upper, lower, layout, k, own) for k in range(rounds))
+        batches[apart] = [sharding.split_batch(one.batch, mesh) for one in drawn]
     states, runs = {}, {}
     for name, objective in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
@@ -40,7 +41,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         jitted = jax.jit(step.make_step(model, objective, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        def one(k, name=name, jitted=jitted, scales=scales):
+        def one(k, name=name, jitted=jitted, scales=scales, batches=batches[objective.cost == "unrolled"]):
             states[name], found = jitted(base, states[name], batches[k], scales)
             return found["loss"]
 

@@ -84,83 +84,47 @@ def check(packed, sizes, layout):
     assert not packed.segments[packed.num_micro :].any() and not packed.num_targets[packed.num_micro :].any()
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("layout", [Layout(1, 40, 30), Layout(3, 32, 30), Layout(4, 40, 37), Layout(3, 32, 30, True)])
-def test_random_segments(seed, layout):
-    sizes = random_sizes(seed, 24 + seed, layout.length)
-    check(packing.pack(segments_of(sizes), layout), sizes, layout)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [[], [(0, 1)], [(0, 8)], [(5, 3)], [(7, 1)], [(8, 0)], [(0, 1)] * 6, [(4, 4)] * 6, [(1, 7), (0, 1), (2, 6)]],
-    ids=str,
-)
-def test_corner_cases(sizes):
-    layout = Layout(sequences=2, length=8, entries=6)
-    check(packing.pack(segments_of(sizes), layout), sizes, layout)
-
-
-def test_first_fit_by_decreasing_size():
-    # 7 opens the first sequence, 5 the second; 4 fits beside 5, 3 beside 7, and 1 into the room beside 5 and 4.
-    packed = packing.pack(segments_of([(1, 0), (1, 3), (4, 3), (2, 1), (0, 5)]), Layout(2, 10, 5))
-    assert contents(packed) == [[2, 3], [4, 1, 0]]
-    np.testing.assert_array_equal(packed.tokens[0, 0] // LIMIT, [2] * 7 + [3] * 3)
-    np.testing.assert_array_equal(packed.segments[0, 1], [1] * 5 + [2] * 4 + [3])
-    np.testing.assert_array_equal(packed.positions[0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_little_room_is_lost(seed):
-    rng = np.random.default_rng(seed)
-    sizes = [(int(prompt), int(response)) for prompt, response in rng.integers(2, 30, (60, 2))]
-    used = len(contents(packing.pack(segments_of(sizes), Layout(4, 128, 60))))
-    total = sum(map(sum, sizes))
-    assert used < 2 * total / 128 + 1  # no two sequences of a first fit are at most half full
-    assert total / (used * 128) > 0.9
-
-
-def test_padded_layout_holds_one_segment_per_sequence():
-    packed = packing.pack(segments_of([(2, 1), (1, 1), (0, 3)]), Layout(2, 8, 4, padded=True))
-    assert sorted(contents(packed)) == [[0], [1], [2]]
-    assert packed.num_micro == 2
-
-
-@pytest.mark.parametrize("pack", [packing.pack, lambda s, layout: packing.pack_step(s, 5, 1, layout)])
-def test_what_does_not_fit_is_refused(pack):
-    with pytest.raises(ValueError, match="3 segments do not fit 2"):
-        pack(segments_of([(1, 1)] * 3), Layout(2, 8, 2))
-    with pytest.raises(ValueError, match="9 tokens .* 8"):
-        pack(segments_of([(4, 5)]), Layout(2, 8, 2))
-    with pytest.raises(ValueError, match="10 tokens .* 8"):
-        pack(segments_of([(4, 1)] * 2, group=0, sign=1), Layout(2, 8, 2))  # a pair is not torn apart
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Steps
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("layout", [Layout(1, 40, 30), Layout(3, 40, 30), Layout(8, 40, 30), Layout(3, 40, 30, True)])
-def test_lower_level_comes_first_and_alone(seed, layout):
-    sizes, num_rows = random_sizes(seed, 25, 40), 100
-    rng = np.random.default_rng(seed)
+def random_levels(seed, num_rows=100):
+    """Sizes of 25 segments, the rows of those of the lower level (-1: upper), and the segments."""
+    sizes, rng = random_sizes(seed, 25, 40), np.random.default_rng(seed)
     samples = [int(i) if rng.random() < 0.5 else -1 for i in rng.permutation(num_rows)[: len(sizes)]]
-    segments = [segment(i, *size, sample=samples[i], share=i / 10) for i, size in enumerate(sizes)]
+    return sizes, samples, [segment(i, *size, sample=samples[i], share=i / 10) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sequences", [1, 3, 8])
+@pytest.mark.parametrize("padded, apart", [(False, False), (False, True), (True, False)])
+def test_lower_level_comes_first(seed, sequences, padded, apart):
+    layout, num_rows = Layout(sequences, 40, 30, padded, apart), 100
+    sizes, samples, segments = random_levels(seed, num_rows)
     batch = packing.pack_step(segments, num_rows, 7, layout)
     check(batch.packed, sizes, layout)
 
     levels = [{samples[i] >= 0 for i in members} for members in contents(batch.packed)]
-    assert all(len(level) == 1 for level in levels)
-    num_lower_sequences = levels.count({True})
-    assert levels[:num_lower_sequences] == [{True}] * num_lower_sequences
-    assert batch.num_lower_micro == -(-num_lower_sequences // layout.sequences)
+    rank = [({True}, {True, False}, {False}).index(level) for level in levels]
+    assert rank == sorted(rank)  # the lower level's sequences, those of both, the upper level's
+    assert 1 not in rank or not (padded or apart)
+    number = len(rank) - rank.count(2)
+    assert batch.num_lower_micro == -(-number // sequences)
+    assert batch.first_upper_micro == rank.count(0) // sequences
 
     padding = layout.entries - len(sizes)
     np.testing.assert_array_equal(batch.sample, [i if i >= 0 else num_rows for i in samples] + [num_rows] * padding)
     np.testing.assert_array_equal(batch.share, np.float32([i / 10 for i in range(len(sizes))] + [0] * padding))
     assert batch.num_lower == 7
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_upper_level_fills_what_the_lower_leaves(seed):
+    """The lower level takes no more sequences for it, and no row of the upper level opens one while it fits another."""
+    sizes, samples, segments = random_levels(seed)
+    found, apart = (packing.pack_step(segments, 100, 7, Layout(1, 40, 30, apart=apart)) for apart in (False, True))
+    assert found.num_lower_micro == apart.num_lower_micro and found.packed.num_micro <= apart.packed.num_micro
+    assert found.first_upper_micro < found.num_lower_micro  # there is room for some
+    bins = contents(found.packed)
+    free = [40 - sum(sum(sizes[i]) for i in members) for members in bins]
+    opened = [members for members in bins if all(samples[i] < 0 for i in members)]
+    assert all(min(sum(sizes[i]) for i in members) > max(free[: found.num_lower_micro]) for members in opened)
 
 
 def test_pairs_share_a_sequence():
@@ -212,7 +176,7 @@ def test_number_of_micro_batches(entries, sequences, expected):
     assert Layout(sequences, 16, entries).micro_batches == expected
 
 
-@pytest.mark.parametrize("tokens, expected", [(40, 40), (256, 256), (300, 512), (2048, 2048)])
+@pytest.mark.parametrize("tokens, expected", [(40, 40), (64, 64), (75, 128), (512, 512)])
 def test_target_slots_come_in_whole_chunks(monkeypatch, tokens, expected):
-    monkeypatch.setattr(packing.losses, "CHUNK", 256)
+    monkeypatch.setattr(packing.losses, "CHUNK", 64)
     assert Layout(1, tokens, 1).targets == expected
