@@ -13,19 +13,39 @@ from bilevel_jax import selector, sharding, step
 from bilevel_jax.data import levels
 from experiments.benchmarks import train_step
 
-INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*op_name=\"([^\"]*)\"")
+COMPUTATION = re.compile(r"%?([\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = ")
+NAME = re.compile(r"metadata=\{[^}]*op_name=\"([^\"]*)\"")
+CALLED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
+BATCHED = re.compile(r" dot\(.*lhs_batch_dims=")  # XLA rewrites these and forgets their names; a step has them in attention alone
 PARTS = {  # of an operation's name in the program, the first that fits -> part of the step
     r"attention/.*->.*dot_general|self_attn/.*->.*dot_general": "attention: products of queries, keys, values",
     r"layers/.*dot_general": "products with weights of layers and adapters",
     r"attention/|self_attn/": "attention: rotation, mask, softmax, copies",
     r"layers/": "layers: norms, activations, sums, copies",
-    r"log_softmax|token_nll|while/body/[^/]*dot_general|take_along|custom_vjp_call": "head and cross-entropy",
+    r"token_nll|while/body/(?:jvp\(\)/)?while/body/|take_along|custom_vjp_call": "head and cross-entropy",  # a loop in the step's
 }
 REST = "copies and zeros of loops, embedding, optimizer"
 
 
 def part_of(name: str) -> str:
     return next((part for pattern, part in PARTS.items() if re.search(pattern, name)), REST)
+
+
+def names_of(text: str) -> dict[str, str]:
+    """The name that every operation of a compiled program has in the traced one; of a fusion without, that of a product in it."""
+    names: dict[str, str] = {}
+    inside, products = "", {}
+    for line in text.splitlines():
+        if begun := COMPUTATION.match(line):
+            inside = begun[1]
+        elif found := INSTRUCTION.match(line):
+            named, called = NAME.search(line), CALLED.search(line)
+            product = "attention/->/dot_general" if BATCHED.search(line) else products.get(called[1], "") if called else ""
+            names[found[1]] = named[1] if named else product
+            if BATCHED.search(line):
+                products[inside] = names[found[1]]
+    return names
 
 
 def own_seconds(trace: pathlib.Path) -> dict[str, float]:
@@ -62,7 +82,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
             for batch in batches:
                 state, _ = jax.block_until_ready(compiled(base, state, batch, scales))
         seconds = own_seconds(pathlib.Path(folder))
-    names = {found[1]: found[2] for found in map(INSTRUCTION.match, compiled.as_text().splitlines()) if found}
+    names = names_of(compiled.as_text())
     by_part: dict[str, float] = collections.defaultdict(float)
     for operation, value in seconds.items():
         by_part[part_of(names.get(operation, ""))] += value
