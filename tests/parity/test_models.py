@@ -168,7 +168,8 @@ def test_smollm2_weights_are_equal(theirs):
 
 
 def test_smollm2_logits_are_equal(theirs, ours):
-    """Up to float32: these logits reach 40, and PyTorch's are themselves up to 0.9e-4 away from its own in float64."""
+    """Up to float32: these logits reach 40. From PyTorch's own in float64, its float32 ones are up to 0.9e-4 away (1.2e-5 in the
+    mean), ours up to 1.9e-4 (1.6e-5)."""
     config, params, tokenizer = ours
     prompts = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in CHATS]
     prompts += [tokenizer(text).input_ids for text in TEXTS[:4]]
@@ -178,7 +179,7 @@ def test_smollm2_logits_are_equal(theirs, ours):
         expected = make.compute_logits(theirs[0], torch.tensor([prompt]))[0].numpy()
         difference = np.abs(logits[row, : len(prompt)] - expected)
         print(f"{len(prompt)} tokens: max {difference.max():.1e}, mean {difference.mean():.1e}")
-        assert difference.max() < 2e-4 and difference.mean() < 3e-5
+        assert difference.max() < 4e-4 and difference.mean() < 3e-5
 
 
 def test_smollm2_greedy_answer(theirs, ours):
