@@ -84,6 +84,63 @@ def check(packed, sizes, layout):
     assert not packed.segments[packed.num_micro :].any() and not packed.num_targets[packed.num_micro :].any()
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("layout", [Layout(1, 40, 30), Layout(3, 32, 30), Layout(4, 40, 37), Layout(3, 32, 30, True)])
+def test_random_segments(seed, layout):
+    sizes = random_sizes(seed, 24 + seed, layout.length)
+    check(packing.pack(segments_of(sizes), layout), sizes, layout)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[], [(0, 1)], [(0, 8)], [(5, 3)], [(7, 1)], [(8, 0)], [(0, 1)] * 6, [(4, 4)] * 6, [(1, 7), (0, 1), (2, 6)]],
+    ids=str,
+)
+def test_corner_cases(sizes):
+    layout = Layout(sequences=2, length=8, entries=6)
+    check(packing.pack(segments_of(sizes), layout), sizes, layout)
+
+
+def test_first_fit_by_decreasing_size():
+    # 7 opens the first sequence, 5 the second; 4 fits beside 5, 3 beside 7, and 1 into the room beside 5 and 4.
+    packed = packing.pack(segments_of([(1, 0), (1, 3), (4, 3), (2, 1), (0, 5)]), Layout(2, 10, 5))
+    assert contents(packed) == [[2, 3], [4, 1, 0]]
+    np.testing.assert_array_equal(packed.tokens[0, 0] // LIMIT, [2] * 7 + [3] * 3)
+    np.testing.assert_array_equal(packed.segments[0, 1], [1] * 5 + [2] * 4 + [3])
+    np.testing.assert_array_equal(packed.positions[0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_little_room_is_lost(seed):
+    rng = np.random.default_rng(seed)
+    sizes = [(int(prompt), int(response)) for prompt, response in rng.integers(2, 30, (60, 2))]
+    used = len(contents(packing.pack(segments_of(sizes), Layout(4, 128, 60))))
+    total = sum(map(sum, sizes))
+    assert used < 2 * total / 128 + 1  # no two sequences of a first fit are at most half full
+    assert total / (used * 128) > 0.9
+
+
+def test_padded_layout_holds_one_segment_per_sequence():
+    packed = packing.pack(segments_of([(2, 1), (1, 1), (0, 3)]), Layout(2, 8, 4, padded=True))
+    assert sorted(contents(packed)) == [[0], [1], [2]]
+    assert packed.num_micro == 2
+
+
+@pytest.mark.parametrize("pack", [packing.pack, lambda s, layout: packing.pack_step(s, 5, 1, layout)])
+def test_what_does_not_fit_is_refused(pack):
+    with pytest.raises(ValueError, match="3 segments do not fit 2"):
+        pack(segments_of([(1, 1)] * 3), Layout(2, 8, 2))
+    with pytest.raises(ValueError, match="9 tokens .* 8"):
+        pack(segments_of([(4, 5)]), Layout(2, 8, 2))
+    with pytest.raises(ValueError, match="10 tokens .* 8"):
+        pack(segments_of([(4, 1)] * 2, group=0, sign=1), Layout(2, 8, 2))  # a pair is not torn apart
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def random_levels(seed, num_rows=100):
     """Sizes of 25 segments, the rows of those of the lower level (-1: upper), and the segments."""
     sizes, rng = random_sizes(seed, 25, 40), np.random.default_rng(seed)
