@@ -232,7 +232,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     per_row = configuration.entries_per_row(config)
     size, length = config.batch.micro_size, config.data.max_length
     layout = packing.Layout(size, length, per_row * config.batch.size, apart=objective.cost == "unrolled")
-    score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, mesh)
+    score = scoring.make_scorer(model, size, length, mesh)
     upper, lower = (
         with_references(level, score, base) if kind in preferences.PAIRS else level
         for level, kind in ((upper, objective.upper), (lower, objective.lower))

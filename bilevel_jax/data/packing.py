@@ -164,14 +164,13 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
     lower = [i for i, segment in enumerate(segments) if segment.sample >= 0]
     upper = [i for i, segment in enumerate(segments) if segment.sample < 0]
     lower_bins = _first_fit(_groups(segments, lower), sizes, layout)
-    begun, alone = ((), lower_bins) if layout.apart else (lower_bins, [])
-    bins = alone + _first_fit(_groups(segments, upper), sizes, layout, begun)
-
-    def holds_upper(members):
-        return any(segments[i].sample < 0 for i in members)
-
-    bins.sort(key=holds_upper)
-    num_upper_bins = sum(map(holds_upper, bins))
+    upper_groups = _groups(segments, upper)
+    if layout.apart:
+        bins = lower_bins + _first_fit(upper_groups, sizes, layout)
+    else:
+        bins = _first_fit(upper_groups, sizes, layout, lower_bins)
+    alone = [members for members in bins if all(segments[i].sample >= 0 for i in members)]
+    bins = alone + [members for members in bins if members not in alone]
 
     def column(values, dtype, padding):
         return np.array(values + [padding] * (layout.entries - len(values)), dtype)
@@ -187,6 +186,6 @@ def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, lay
         old_log_prob=column([s.old_log_prob for s in segments], np.float32, math.nan),
         reward=column([s.reward for s in segments], np.float32, math.nan),
         num_lower_micro=np.int32(-(-len(lower_bins) // layout.sequences)),
-        first_upper_micro=np.int32((len(bins) - num_upper_bins) // layout.sequences),
+        first_upper_micro=np.int32(len(alone) // layout.sequences),
         num_lower=np.float32(num_lower),
     )
