@@ -91,7 +91,7 @@ def default() -> ml_collections.ConfigDict:
         model=section(
             path="bilevel_jax/tiny",  # directory, hub id, or the model that comes with the package
             dtype="float32",  # of base weights, and of activations but on a CPU: float32, bfloat16
-            remat=False,  # recompute layers in the backward pass: a third more time, far less memory
+            remat=False,  # recompute whole layers, not just what is cheap, in the backward pass: a third more time, far less memory
         ),
         data=section(
             upper="synthetic:upper",  # trusted rows: file, hub id, recipe:NAME or synthetic:upper

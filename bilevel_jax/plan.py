@@ -89,9 +89,15 @@ def on_one_device(model: decoder.ModelConfig, mesh) -> decoder.ModelConfig:
     )
 
 
+def _made(function, *shapes) -> int:
+    """Bytes of the results of an abstract function that are not its arguments."""
+    found = jax.make_jaxpr(function)(*shapes).jaxpr
+    made = {id(var): var.aval for var in found.outvars if not isinstance(var, Literal) and var not in found.invars}
+    return size_of(list(made.values()))
+
+
 def residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
-    """Bytes that the backward pass of one micro-batch needs of its forward pass, weights left out: the outputs of `jax.vjp` as an
-    abstract function that are not its inputs."""
+    """Bytes that the backward pass of one micro-batch has from its forward pass, weights left out: the results of `jax.vjp`."""
 
     def shape(*axes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(axes, dtype)
@@ -102,19 +108,37 @@ def residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, le
     def kept(base, adapter, packed):
         return jax.vjp(lambda adapter: step.micro_nll(model, base, adapter, packed, 0), adapter)[1]
 
-    found = jax.make_jaxpr(kept)(base_shapes(model), adapter_shapes(model, rank, targets), packed).jaxpr
-    made = {id(var): var.aval for var in found.outvars if not isinstance(var, Literal) and var not in found.invars}
-    return size_of(list(made.values()))
+    return _made(kept, base_shapes(model), adapter_shapes(model, rank, targets), packed)
+
+
+def layer_residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int) -> int:
+    """Bytes that the backward pass of one layer works with, weights left out. The decoder keeps some of them and recomputes the
+    others a layer at a time."""
+    base, adapter = (
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tree["layers"])
+        for tree in (base_shapes(model), adapter_shapes(model, rank, targets))
+    )
+    x = jax.ShapeDtypeStruct((sequences * length, model.hidden_size), model.activations)
+
+    def kept(base, adapter, x, place):
+        def layer(adapter, x):
+            table = decoder.rotary_table(place, model)
+            return decoder.Layer(model).apply({"params": base, "adapter": adapter}, x, table, place)[0]
+
+        return jax.vjp(layer, adapter, x)[1]
+
+    return _made(kept, base, adapter, x, jax.ShapeDtypeStruct((sequences, length), jnp.int32))
 
 
 def activations(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
-    """`residuals`; with `remat` also those of the one layer that is computed anew."""
+    """`residuals`, and of one layer also what it recomputes."""
 
-    def of(**changes):
-        return residuals(dataclasses.replace(model, **changes), rank, targets, sequences, length, num_targets)
+    def of(layers: int) -> int:
+        changed = dataclasses.replace(model, num_layers=layers)
+        return residuals(changed, rank, targets, sequences, length, num_targets)
 
-    anew = of(remat=False, num_layers=2) - of(remat=False, num_layers=1) if model.remat else 0
-    return of() + anew
+    anew = layer_residuals(model, rank, targets, sequences, length) - (of(2) - of(1))
+    return of(model.num_layers) + anew
 
 
 def make(config) -> Plan:

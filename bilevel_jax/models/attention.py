@@ -8,10 +8,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # --------------------------------------------------------------------------------------------------------------------
 # Packed sequences
 # --------------------------------------------------------------------------------------------------------------------
+
+KEPT = "kept"
+keep = functools.partial(checkpoint_name, name=KEPT)  # marks what is dear to recompute, for `Decoder`'s choice of what stays
 
 QUERY_BLOCKS = 4  # n blocks compute (n + 1) / 2n of all L² scores, and hold 1/n of them at a time
 
@@ -75,7 +79,7 @@ def _attend(q, k, v, segments, dtype):
         outputs.append(_by_position(mixed / total, end - first))
         maxima.append(most)
         totals.append(total)
-    output = jnp.concatenate(outputs, axis=1).astype(q.dtype)
+    output, maxima, totals = keep((jnp.concatenate(outputs, axis=1).astype(q.dtype), maxima, totals))
     return output, (q, k, v, segments, output, maxima, totals)
 
 

@@ -64,7 +64,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     adapter_scale: float = 1.0  # LoRA's alpha / rank
-    remat: bool = False  # recompute each layer in the backward pass
+    remat: bool = False  # the backward pass recomputes each layer; else it keeps what products gave, and recomputes the rest
     dtype: str = "float32"  # of base weights, the cache and the factors of matrix products; the rest is computed in float32
     activations: str = "float32"  # of what goes from one operation to the next
 
@@ -152,8 +152,9 @@ class Projection(nn.Module):
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            y = y + matmul(matmul(x_TxI, a), b) * jnp.asarray(self.config.adapter_scale, y.dtype)
-        return y
+            narrow = attention.keep(matmul(x_TxI, a))
+            y = y + matmul(narrow, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
+        return attention.keep(y)
 
 
 def _norm(config: ModelConfig, name: str | None) -> nn.Module:
@@ -251,7 +252,8 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:  # declared here so that `init` makes it; read by `head`
             matrix("lm_head", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
         table = rotary_table(positions_SxL, c)
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "adapter": 0, "prefilled": 0},
