@@ -46,8 +46,15 @@ ENTRY %main.1 (a: f32[3,4,5], b: f32[4,5]) -> f32[3,4,4] {
     assert "optimizer" in parts["fusion.6"] and "softmax" in parts["exp.3"]
 
 
+def test_threads_share_what_they_spend_together():
+    """A loop of 10 s on thread a. In it a from 1 to 5; on thread b, b from 3 to 9 with c inside it from 8 to 9."""
+    spans = [("a", "while.1", 0, 10), ("a", "a", 1, 5), ("b", "b", 3, 9), ("b", "c", 8, 9), ("a", "last", 10, 12)]
+    seconds = breakdown.own_seconds([breakdown.Span(*span) for span in spans])
+    assert seconds == {"while.1": 2, "a": 2 + 1, "b": 1 + 3, "c": 1, "last": 2}
+
+
 def test_a_loop_has_none_of_the_time_of_its_body(tmp_path):
-    """Own times of all operations add up to no more than the loop as a whole; the product in its body has most of it."""
+    """The product in its body has most of what the two have together."""
 
     @jax.jit
     def repeated(x):
@@ -58,8 +65,7 @@ def test_a_loop_has_none_of_the_time_of_its_body(tmp_path):
     repeated(x).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
         repeated(x).block_until_ready()
-    seconds = breakdown.own_seconds(tmp_path)
+    seconds = breakdown.own_seconds(breakdown.spans_of(tmp_path))
     products = sum(value for name, value in seconds.items() if "dot_general" in names.get(name, ""))
     loops = sum(value for name, value in seconds.items() if name.startswith("while"))
-    assert all(value > -1e-4 for value in seconds.values()) and any(name.startswith("while") for name in seconds)
-    assert products > loops
+    assert products > loops > 0

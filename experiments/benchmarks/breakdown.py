@@ -4,6 +4,7 @@ import collections
 import pathlib
 import re
 import tempfile
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = ")
 NAME = re.compile(r"metadata=\{[^}]*op_name=\"([^\"]*)\"")
 CALLED = re.compile(r"fusion\(.*calls=%?([\w.-]+)")
 BATCHED = re.compile(r" dot\(.*lhs_batch_dims=")  # XLA rewrites these and forgets their names; a step has them in attention alone
+HOLDING = ("while", "conditional", "call")  # operations that wait for those inside them
 PARTS = {  # of an operation's name in the program, the first that fits -> part of the step
     r"attention/.*->.*dot_general|self_attn/.*->.*dot_general": "attention: products of queries, keys, values",
     r"layers/.*dot_general": "products with weights of layers and adapters",
@@ -48,21 +50,48 @@ def names_of(text: str) -> dict[str, str]:
     return names
 
 
-def own_seconds(trace: pathlib.Path) -> dict[str, float]:
-    """Seconds of every operation in a trace of `jax.profiler`, without those of operations inside it (a loop's body)."""
-    seconds: dict[str, float] = collections.defaultdict(float)
+class Span(NamedTuple):
+    """An operation under way on a thread; times in seconds."""
+
+    thread: str
+    operation: str
+    start: float
+    end: float
+
+
+def spans_of(trace: pathlib.Path) -> list[Span]:
+    """The operations in a trace of `jax.profiler`."""
+    found = []
     for file in trace.glob("**/*.xplane.pb"):
-        lines = (line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines)
-        for line in lines:
-            spans = ((event.start_ns, event.duration_ns, dict(event.stats).get("hlo_op")) for event in line.events)
-            inside: list[tuple[float, str]] = []  # (end, name) of the operations that are under way, the outermost first
-            for start, duration, name in sorted((one for one in spans if one[2]), key=lambda one: (one[0], -one[1])):
-                while inside and inside[-1][0] <= start:
-                    inside.pop()
-                seconds[name] += duration / 1e9
-                if inside:
-                    seconds[inside[-1][1]] -= duration / 1e9
-                inside.append((start + duration, name))
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if name := dict(event.stats).get("hlo_op"):
+                        start = event.start_ns / 1e9
+                        found.append(Span(f"{plane.name}/{line.name}", name, start, start + event.duration_ns / 1e9))
+    return found
+
+
+def own_seconds(spans: list[Span]) -> dict[str, float]:
+    """Seconds of every operation. A moment goes to the innermost operation under way, in equal parts where several threads run one:
+    all together are the time in which anything ran. What waits for operations on another thread has none of their time."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    # At one time ends come before starts; of ends the inner operation's first, of starts the outer's.
+    turns = [(span.end, 0, span.end - span.start, i) for i, span in enumerate(spans)]
+    turns += [(span.start, 1, span.start - span.end, i) for i, span in enumerate(spans)]
+    under_way: dict[str, list[int]] = collections.defaultdict(list)
+    since = 0.0
+    for now, starts, _, i in sorted(turns):
+        innermost = {spans[stack[-1]].operation for stack in under_way.values() if stack}
+        working = [name for name in innermost if not name.startswith(HOLDING)] or innermost
+        for name in working:
+            seconds[name] += (now - since) / len(working)
+        since = now
+        stack = under_way[spans[i].thread]
+        if starts:
+            stack.append(i)
+        else:
+            stack.remove(i)
     return dict(seconds)
 
 
@@ -81,7 +110,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
         with jax.profiler.trace(folder):
             for batch in batches:
                 state, _ = jax.block_until_ready(compiled(base, state, batch, scales))
-        seconds = own_seconds(pathlib.Path(folder))
+        seconds = own_seconds(spans_of(pathlib.Path(folder)))
     names = names_of(compiled.as_text())
     by_part: dict[str, float] = collections.defaultdict(float)
     for operation, value in seconds.items():
