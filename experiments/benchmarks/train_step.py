@@ -51,6 +51,20 @@ def load_torch():
     return torch, peft, transformers
 
 
+def size_of(example) -> int:
+    """Tokens of a row."""
+    return len(example.prompt) + len(example.response)
+
+
+def micro_batches(upper, lower, rows: np.ndarray, grouped: bool) -> list[list[tuple]]:
+    """PyTorch's: `ROWS` examples each, with their places in the lower level's data, -1 for those of the upper level. Level by
+    level, or all in order of length."""
+    runs = [[(one, -1) for one in upper], [(one, int(i)) for one, i in zip(lower, rows)]]
+    if grouped:
+        runs = [sorted(runs[0] + runs[1], key=lambda item: size_of(item[0]))]
+    return [run[first : first + ROWS] for run in runs for first in range(0, len(run), ROWS)]
+
+
 class Theirs:
     """A PyTorch model in training."""
 
@@ -73,7 +87,7 @@ class Theirs:
     def row_losses(self, examples):
         """ℓ [B] of padded rows."""
         torch = self.torch
-        sizes = [len(one.prompt) + len(one.response) for one in examples]
+        sizes = [size_of(one) for one in examples]
         ids, mask, told = np.zeros((3, len(examples), max(sizes)), np.int64)
         for row, (one, size) in enumerate(zip(examples, sizes)):
             ids[row, :size] = np.concatenate([one.prompt, one.response])
@@ -100,19 +114,13 @@ class Theirs:
           upper, lower: examples of each level.
           rows: places of the lower ones in the data.
         """
-        torch, gamma = self.torch, RHO / (1 - RHO)
-        items = [(one, -1) for one in upper], [(one, int(i)) for one, i in zip(lower, rows)]
-        if self.grouped:
-            items = [sorted(items[0] + items[1], key=lambda item: len(item[0].prompt) + len(item[0].response))]
-        total = 0.0
-        for level in items:
-            for first in range(0, len(level), ROWS):
-                part = level[first : first + ROWS]
-                place = torch.tensor([i for _, i in part], device=self.device)
-                weight = len(self.omega) * torch.softmax(self.omega, 0)[place.clamp(min=0)] * gamma / len(lower)
-                loss = (self.row_losses([one for one, _ in part]) * torch.where(place < 0, 1 / len(upper), weight)).sum()
-                loss.backward()
-                total += loss.item()
+        torch, gamma, total = self.torch, RHO / (1 - RHO), 0.0
+        for part in micro_batches(upper, lower, rows, self.grouped):
+            place = torch.tensor([i for _, i in part], device=self.device)
+            weight = len(self.omega) * torch.softmax(self.omega, 0)[place.clamp(min=0)] * gamma / len(lower)
+            loss = (self.row_losses([one for one, _ in part]) * torch.where(place < 0, 1 / len(upper), weight)).sum()
+            loss.backward()
+            total += loss.item()
         for optimizer in (self.theta_step, self.omega_step):
             optimizer.step()
             optimizer.zero_grad()
@@ -155,6 +163,21 @@ class Work(NamedTuple):
         own = online.nothing_yet(len(self.lower.rows))
         return [train.make_batch(self.config, self.upper, self.lower, layout, k, own) for k in range(self.steps)]
 
+    def plain(self, k: int) -> tuple[list, list, np.ndarray]:
+        """The same rows of step k as examples: upper, lower, and the places of the lower ones in the data."""
+        config = self.config
+        rows = order.lower_rows(config.seed, len(self.lower.rows), config.batch.size, k)
+        trusted = order.upper_rows(config.seed, len(self.upper.rows), config.batch.size, k)
+        return [self.upper.examples[j] for j in trusted], [self.lower.examples[i] for i in rows], rows
+
+    def positions(self, name: str) -> int:
+        """Positions that a variant computes on in all steps, padding among them."""
+        if name in OURS:
+            one = self.config.batch.micro_size * self.config.data.max_length
+            return sum(int(drawn.batch.packed.num_micro) * one for drawn in self.drawn())
+        parts = [part for k in range(self.steps) for part in micro_batches(*self.plain(k), THEIRS[name][1])]
+        return sum(len(part) * max(size_of(one) for one, _ in part) for part in parts)
+
 
 def start_adapter(config, model):
     """The adapter that all variants start from."""
@@ -179,7 +202,7 @@ def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]
 
 def theirs(work: Work, model, recompute: bool, grouped: bool) -> Callable[[int], float]:
     """Step k of PyTorch's; its loss."""
-    config, N, size = work.config, len(work.lower.rows), work.config.batch.size
+    config, N = work.config, len(work.lower.rows)
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save_adapter(
             folder, model, start_adapter(config, model), alpha=config.lora.alpha, base=work.directory
@@ -187,9 +210,7 @@ def theirs(work: Work, model, recompute: bool, grouped: bool) -> Callable[[int],
         one = Theirs(work.directory, folder, config, N, recompute, grouped)
 
     def run(k: int) -> float:
-        rows = order.lower_rows(config.seed, N, size, k)
-        trusted = order.upper_rows(config.seed, len(work.upper.rows), size, k)
-        return one.step([work.upper.examples[j] for j in trusted], [work.lower.examples[i] for i in rows], rows)
+        return one.step(*work.plain(k))
 
     return run
 
@@ -205,20 +226,23 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     )
     hosts, size = work.drawn(), config.batch.size
     tokens, responses = sum(drawn.tokens for drawn in hosts), sum(int(drawn.batch.packed.num_targets.sum()) for drawn in hosts)
-    peak, work = peak_flops(config.model.dtype), useful_flops(base, tokens, responses)
+    peak, flops = peak_flops(config.model.dtype), useful_flops(base, tokens, responses)
+    columns = ("step", "positions a token", "seconds, median", "response tokens/s", "time over ours: min", "median", "max")
+    columns += ("of all steps", "of the peak", "loss: most it differs")
     lines = [
         f"{rounds} steps of {size} + {size} rows: {tokens} tokens, {responses} of them responses. Peak of a matrix product: "
         f"{peak / 1e9:.0f} GFLOP/s.",
         "",
-        "| step | seconds, median | response tokens/s | time over ours: min | median | max | of the peak | loss: most it differs |",
-        "| --- " * 8 + "|",
+        f"| {' | '.join(columns)} |",
+        "| --- " * len(columns) + "|",
     ]
-    for name, (low, middle, high) in timing.ratios(seconds, "ours").items():
+    for name, ratios in timing.ratios(seconds, "ours").items():
         apart = max(abs(mine - theirs) for mine, theirs in zip(losses[name], losses["ours"], strict=True))
-        total = sum(seconds[name])
+        total, all_of_ours = sum(seconds[name]), sum(seconds["ours"])
+        over = " | ".join(f"{ratio:.2f}" for ratio in (*ratios, total / all_of_ours))
         lines.append(
-            f"| {name} | {statistics.median(seconds[name]):.2f} | {responses / total:.1f} | {low:.2f} | {middle:.2f} | {high:.2f} "
-            f"| {work / total / peak:.0%} | {apart:.1e} |"
+            f"| {name} | {work.positions(name) / tokens:.2f} | {statistics.median(seconds[name]):.2f} | {responses / total:.1f} "
+            f"| {over} | {flops / total / peak:.0%} | {apart:.1e} |"
         )
     lines += ["", f"Losses of ours, step by step: {', '.join(f'{loss:.4f}' for loss in losses['ours'])}."]
     return lines
