@@ -35,12 +35,11 @@ def get(tier: str):
     # 2048 tokens a level.
     config.model.path = {"pythia-1b": "EleutherAI/pythia-1b", "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct"}[tier]
     config.model.dtype = "bfloat16"
-    config.model.remat = True
     config.optimizer.learning_rate = 5e-6
     config.selection.optimizer = "adam"
     config.selection.learning_rate = 1e-4
     config.selection.baseline = "none"
     config.data.num_lower = {"pythia-1b": 9600, "llama3-8b": 56000}[tier]
     config.eval.num_upper = config.eval.num_lower = 1000
-    config.batch.micro_size = 2
+    config.batch.micro_size = 2  # what its backward pass keeps is less than what a refresh needs, so `remat` would save nothing
     return config

@@ -120,10 +120,18 @@ def test_no_refresh_no_cache(planned):
 
 def test_activations_with_remat(planned):
     """Kept: the input of each of the 32 layers; and of one layer everything, attention's [S, H, L, L] in float32 among it."""
-    whole, part = (planned(EIGHT, mesh)[1]["activations of a micro-batch"] for mesh in ((1, 1, 1), (2, 2, 2)))
+    whole, part = (
+        planned(EIGHT, mesh, {"model.remat": True})[1]["activations of a micro-batch"] for mesh in ((1, 1, 1), (2, 2, 2))
+    )
     inputs, attention = 32 * 8 * 2048 * 4096 * 2, 8 * 32 * 2048 * 2048 * 4
     assert inputs + attention < whole < inputs + 4 * attention
     assert whole / 8 < part < whole / 4  # heads and feed-forward are in eight parts, the inputs of layers in four
+
+
+def test_8b_fits_a_card_of_80_gb(planned):
+    """As the tier has it, and the paper's micro-batch of 8 with layers recomputed; each with the refresh."""
+    for changes in ({"batch.micro_size": tiers.get("llama3-8b").batch.micro_size}, {"model.remat": True}):
+        assert planned(EIGHT, (1, 1, 1), changes)[0].peak < (1 - plan.FREE) * 80e9
 
 
 SMALL = decoder.ModelConfig("llama", 4096, 256, 1024, 4, 8, 4, 32, 32, 512, "silu", 1e-5, 1e4)
@@ -183,6 +191,7 @@ def test_command(tmp_path):
     """A directory with nothing but config.json, eight devices that are not there, and no trace of a run."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
     changes = [f"--config.model.path={tmp_path}", "--config.mesh.fsdp=8", "--config.batch.micro_size=8"]
+    changes.append("--config.model.remat=True")
     arguments = ["--config=configs/safety.py:llama3-8b", "--plan", f"--workdir={tmp_path / 'run'}", *changes]
     done = subprocess.run([sys.executable, "-m", "bilevel_jax.main", *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
