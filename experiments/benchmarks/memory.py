@@ -1,14 +1,15 @@
 """Peak memory of the joint step and of PyTorch's, each in a process of its own: the same rows, adapter and selector.
 
-On a GPU it is what the framework's allocator held at most. On a CPU it is the process's largest resident set, less what it had
-before the first step, as interpreters and libraries differ: base weights count in `all`, and a copy made while loading may, too.
+On a GPU it is what the framework's allocator held at most. On a CPU it is the largest resident set from the first step on:
+`all` of it, and what is more than before that step, as interpreters and libraries differ. Linux alone tells both.
 """
 
 import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import resource
+import pathlib
+import re
 
 import jax
 import ml_collections
@@ -39,7 +40,7 @@ def measure(config) -> list[str]:
 
 
 def _peak(name: str, config: str) -> tuple[int, int, float]:
-    """Bytes before the first step, the most until after the last one, and the last loss."""
+    """Bytes before the first step, the most from then on, and the last loss."""
     config = ml_collections.ConfigDict(json.loads(config))
     directory = str(huggingface.locate(config.model.path))
     tokenizer = templates.load_tokenizer(directory)
@@ -54,20 +55,27 @@ def _peak(name: str, config: str) -> tuple[int, int, float]:
         run = train_step.ours(work, model, base, "current")
     else:
         run = train_step.theirs(work, model, *train_step.THEIRS[name])
-    before = _most(name)
+    before = _held(name, most=False)
+    _forget_most()
     for k in range(STEPS):
         loss = run(k)
-    return before, _most(name), loss
+    return before, _held(name, most=True), loss
 
 
-def _most(name: str) -> int:
-    """Bytes held at most so far."""
+def _held(name: str, most: bool) -> int:
+    """Bytes held now, or at most so far."""
     if name in OURS:
         found = jax.local_devices()[0].memory_stats()
         if found:
-            return found["peak_bytes_in_use"]
+            return found["peak_bytes_in_use" if most else "bytes_in_use"]
     else:
         torch, _, _ = train_step.load_torch()
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+            return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB" if most else r"VmRSS:\s+(\d+) kB", status)[1])
+
+
+def _forget_most() -> None:
+    """Starts the process's largest resident set anew: what loading needed is not the step's. See proc_pid_clear_refs(5)."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
