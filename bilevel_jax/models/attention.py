@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+KEPT = "kept"
+keep = functools.partial(checkpoint_name, name=KEPT)  # marks what the backward pass should rather hold than recompute
+
 # --------------------------------------------------------------------------------------------------------------------
 # Packed sequences
 # --------------------------------------------------------------------------------------------------------------------
-
-KEPT = "kept"
-keep = functools.partial(checkpoint_name, name=KEPT)  # marks what is dear to recompute, for `Decoder`'s choice of what stays
 
 QUERY_BLOCKS = 4  # n blocks compute (n + 1) / 2n of all L² scores, and hold 1/n of them at a time
 
