@@ -85,7 +85,7 @@ def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, l
 
     def batches(examples):
         """Places of some rows, and these packed, each alone in a sequence."""
-        sizes = [1 << max(len(one.prompt) + len(one.response) - 1, SHORTEST - 1).bit_length() for one in examples]
+        sizes = [1 << max(one.size - 1, SHORTEST - 1).bit_length() for one in examples]
         for size in sorted(set(sizes)):
             same = [i for i, one in enumerate(sizes) if one == size]
             for first in range(0, len(same), CHUNK):

@@ -47,6 +47,11 @@ class Example:
     response: np.ndarray  # [R] int32, the EOS included; empty where the row has a question only
     rejected: np.ndarray | None  # [R'] int32, the EOS included; None unless the row is a preference
 
+    @property
+    def size(self) -> int:
+        """Tokens of question and response, P + R."""
+        return len(self.prompt) + len(self.response)
+
 
 def load_tokenizer(path: str):
     """The Hugging Face tokenizer of a directory or hub id; it needs no PyTorch and runs no code from there.

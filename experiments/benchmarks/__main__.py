@@ -51,13 +51,12 @@ def measure(suite: str, config, rounds: int) -> list[str]:
     prompts, eos = [example.prompt for example in lower.examples], huggingface.eos_ids(directory, tokenizer)
     if suite == "decode":
         return decode.measure(config, model, base, directory, prompts, eos, rounds)
-    if suite == "train":
-        return train_step.measure(config, model, base, directory, upper, lower, rounds)
-    if suite == "breakdown":
-        return breakdown.measure(config, model, base, directory, upper, lower, rounds)
     if suite == "refill":
         return refill.measure(model, base, prompts, eos, rounds)
-    return {"cost": cost, "padding": padding}[suite].measure(config, model, base, upper, lower, rounds)
+    if suite == "cost":
+        return cost.measure(config, model, base, upper, lower, rounds)
+    steps = {"train": train_step, "breakdown": breakdown, "padding": padding}
+    return steps[suite].measure(config, model, base, directory, upper, lower, rounds)
 
 
 def main() -> None:

@@ -9,45 +9,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import online, selector, sharding, step, train
-from bilevel_jax.data import levels, order, packing
-from bilevel_jax.models import lora
-from experiments.benchmarks import timing
+from bilevel_jax import selector, sharding, step
+from bilevel_jax.data import levels, packing
+from experiments.benchmarks import timing, train_step
 
-ROWS = 8  # of a padded micro-batch, as in the paper
 ROUNDING = 32  # tokens
 
 
-def _padded(config, upper: levels.Level, lower: levels.Level, k: int, mesh):
+def _padded(work: train_step.Work, k: int, mesh):
     """Micro-batches of `ROWS` rows of one level, one row to a sequence; (batch, length needed, length given)."""
-    size, found = config.batch.size, []
-    for level, draw, sample in ((lower, order.lower_rows, 0), (upper, order.upper_rows, -1)):
-        drawn = draw(config.seed, len(level.rows), size, k)
-        for first in range(0, len(drawn), ROWS):
-            part = [level.examples[i] for i in drawn[first : first + ROWS]]
-            segments = [packing.Segment(e.prompt, e.response, sample, 1 / size) for e in part]
-            longest = max(segment.size for segment in segments)
-            length = -(-longest // ROUNDING) * ROUNDING
-            layout = packing.Layout(ROWS, length, ROWS, padded=True)
-            packed = packing.pack_step(segments, len(lower.rows), len(part), layout)
-            found.append((sharding.split_batch(packed, mesh), longest, length))
+    found = []
+    for part in train_step.micro_batches(*work.plain(k), grouped=False):
+        share = 1 / work.config.batch.size
+        segments = [packing.Segment(one.prompt, one.response, place, share) for one, place in part]
+        longest = max(segment.size for segment in segments)
+        length = -(-longest // ROUNDING) * ROUNDING
+        layout = packing.Layout(train_step.ROWS, length, train_step.ROWS, padded=True)
+        packed = packing.pack_step(segments, len(work.lower.rows), len(part), layout)
+        found.append((sharding.split_batch(packed, mesh), longest, length))
     return found
 
 
-def measure(config, model, base, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
+def measure(config, model, base, directory: str, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
     """Markdown lines: response tokens per second of both, and the ratio of their times."""
     mesh = sharding.make_mesh(1)
     optimizer, select = optax.adam(config.optimizer.learning_rate), selector.Selector(rule="uniform")
-    targets = lora.resolve_targets(model, config.lora.targets)
-    adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
-    state = step.init(adapter, optimizer, select, len(lower.rows), tracked=False)
+    state = step.init(train_step.start_adapter(config, model), optimizer, select, len(lower.rows), tracked=False)
     jitted = jax.jit(step.make_step(model, step.Objective(), select, optimizer))
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    own = online.nothing_yet(len(lower.rows))
-    hosts = [train.make_batch(config, upper, lower, layout, k, own) for k in range(rounds)]
+    work = train_step.Work(config, directory, upper, lower, rounds)
+    hosts = work.drawn()
     packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
-    padded = [_padded(config, upper, lower, k, mesh) for k in range(rounds)]
+    padded = [_padded(work, k, mesh) for k in range(rounds)]
     for length in {given for micro in padded for _, _, given in micro}:  # compile ahead
         jitted.lower(base, state, next(b for m in padded for b, _, g in m if g == length), scales).compile()
 
@@ -58,8 +51,8 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     seconds = timing.in_turn(runs, rounds)
     responses = [int(drawn.batch.packed.num_targets.sum()) for drawn in hosts]
     tokens = sum(drawn.tokens for drawn in hosts)
-    needed = sum(ROWS * longest for micro in padded for _, longest, _ in micro)
-    given = sum(ROWS * length for micro in padded for _, _, length in micro)
+    needed = sum(train_step.ROWS * longest for micro in padded for _, longest, _ in micro)
+    given = sum(train_step.ROWS * length for micro in padded for _, _, length in micro)
     sequences = sum(int((drawn.batch.packed.tokens.any(-1)).sum()) for drawn in hosts) * config.data.max_length
     lines = [
         f"{tokens} tokens in {rounds} steps, {sum(responses)} of them responses; computed on: {sequences} packed, {needed} padded "

@@ -51,17 +51,12 @@ def load_torch():
     return torch, peft, transformers
 
 
-def size_of(example) -> int:
-    """Tokens of a row."""
-    return len(example.prompt) + len(example.response)
-
-
 def micro_batches(upper, lower, rows: np.ndarray, grouped: bool) -> list[list[tuple]]:
     """PyTorch's: `ROWS` examples each, with their places in the lower level's data, -1 for those of the upper level. Level by
     level, or all in order of length."""
     runs = [[(one, -1) for one in upper], [(one, int(i)) for one, i in zip(lower, rows)]]
     if grouped:
-        runs = [sorted(runs[0] + runs[1], key=lambda item: size_of(item[0]))]
+        runs = [sorted(runs[0] + runs[1], key=lambda item: item[0].size)]
     return [run[first : first + ROWS] for run in runs for first in range(0, len(run), ROWS)]
 
 
@@ -87,7 +82,7 @@ class Theirs:
     def row_losses(self, examples):
         """ℓ [B] of padded rows."""
         torch = self.torch
-        sizes = [size_of(one) for one in examples]
+        sizes = [one.size for one in examples]
         ids, mask, told = np.zeros((3, len(examples), max(sizes)), np.int64)
         for row, (one, size) in enumerate(zip(examples, sizes)):
             ids[row, :size] = np.concatenate([one.prompt, one.response])
@@ -170,13 +165,10 @@ class Work(NamedTuple):
         trusted = order.upper_rows(config.seed, len(self.upper.rows), config.batch.size, k)
         return [self.upper.examples[j] for j in trusted], [self.lower.examples[i] for i in rows], rows
 
-    def positions(self, name: str) -> int:
-        """Positions that a variant computes on in all steps, padding among them."""
-        if name in OURS:
-            one = self.config.batch.micro_size * self.config.data.max_length
-            return sum(int(drawn.batch.packed.num_micro) * one for drawn in self.drawn())
-        parts = [part for k in range(self.steps) for part in micro_batches(*self.plain(k), THEIRS[name][1])]
-        return sum(len(part) * max(size_of(one) for one, _ in part) for part in parts)
+    def padded(self, grouped: bool) -> int:
+        """Positions of PyTorch's micro-batches in all steps, padding among them."""
+        parts = [part for k in range(self.steps) for part in micro_batches(*self.plain(k), grouped)]
+        return sum(len(part) * max(one.size for one, _ in part) for part in parts)
 
 
 def start_adapter(config, model):
@@ -226,6 +218,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     )
     hosts, size = work.drawn(), config.batch.size
     tokens, responses = sum(drawn.tokens for drawn in hosts), sum(int(drawn.batch.packed.num_targets.sum()) for drawn in hosts)
+    packed = sum(int(drawn.batch.packed.num_micro) for drawn in hosts) * config.batch.micro_size * config.data.max_length
     peak, flops = peak_flops(config.model.dtype), useful_flops(base, tokens, responses)
     columns = ("step", "positions a token", "seconds, median", "response tokens/s", "time over ours: min", "median", "max")
     columns += ("of all steps", "of the peak", "loss: most it differs")
@@ -239,9 +232,10 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     for name, ratios in timing.ratios(seconds, "ours").items():
         apart = max(abs(mine - theirs) for mine, theirs in zip(losses[name], losses["ours"], strict=True))
         total, all_of_ours = sum(seconds[name]), sum(seconds["ours"])
+        positions = packed if name in OURS else work.padded(THEIRS[name][1])
         over = " | ".join(f"{ratio:.2f}" for ratio in (*ratios, total / all_of_ours))
         lines.append(
-            f"| {name} | {work.positions(name) / tokens:.2f} | {statistics.median(seconds[name]):.2f} | {responses / total:.1f} "
+            f"| {name} | {positions / tokens:.2f} | {statistics.median(seconds[name]):.2f} | {responses / total:.1f} "
             f"| {over} | {flops / total / peak:.0%} | {apart:.1e} |"
         )
     lines += ["", f"Losses of ours, step by step: {', '.join(f'{loss:.4f}' for loss in losses['ours'])}."]
