@@ -54,9 +54,7 @@ def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
     data = data or len(devices) // inner
     if not 0 < data * inner <= len(devices):
         raise ValueError(f"{asked}, but there are {len(devices)} devices")
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: data * inner]
-    )
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: data * inner])
 
 
 def parts(mesh, name: str) -> int:

@@ -172,9 +172,7 @@ def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packe
     return losses.token_nll(hidden_TxD, decoder.head(base), packed.source[m], packed.target[m], packed.num_targets[m])
 
 
-def micro_nll(
-    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, weigh: Callable | None = None
-) -> jax.Array:
+def micro_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, weigh: Callable | None = None) -> jax.Array:
     """Summed NLL of every entry's response [E] in micro-batch m, nats; 0 for entries that are elsewhere. `weigh(nll_P, entry_P)`
     gives what each token's is multiplied by, 1 by default."""
     nll_P = target_nll(config, base, adapter, packed, m)
@@ -316,9 +314,7 @@ def make_step(
             return losses.row_losses(nll_E, packed.length, objective.reduction)
 
         def response_weights(nll_E):
-            return online.response_weights(
-                weighting, -nll_E, batch.old_log_prob, packed.length, batch.group, objective.clip
-            )
+            return online.response_weights(weighting, -nll_E, batch.old_log_prob, packed.length, batch.group, objective.clip)
 
         def lower_costs(nll_E):
             return entry_losses(objective.lower, objective, batch, nll_E)
@@ -388,9 +384,7 @@ def make_step(
             ahead = _ahead(optimizer, state.policy, gradient, slope, WAY[config.dtype])
             change_E = lower_costs(entry_nll(config, base, ahead, packed, batch.num_lower_micro)) - cost_E
             cost_E = change_E / jnp.maximum(jnp.sqrt(jnp.sum(judged_E * change_E**2)), TINY)
-        moved = selection.update(
-            selector, state.selector, batch.sample, judged_E, num_judged, cost_E, scales.lower, features
-        )
+        moved = selection.update(selector, state.selector, batch.sample, judged_E, num_judged, cost_E, scales.lower, features)
 
         metrics = {
             "loss": loss,

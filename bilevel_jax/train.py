@@ -53,9 +53,7 @@ def segments_of(level: levels.Level, i: int, share: float, group: int, sample: i
     return [packing.Segment(example.prompt, text, sample, share, group, sign, float(log_prob)) for sign, text, log_prob in both]
 
 
-def make_batch(
-    config, upper: levels.Level, lower: levels.Level, layout: packing.Layout, k: int, own: online.Own
-) -> progress.Drawn:
+def make_batch(config, upper: levels.Level, lower: levels.Level, layout: packing.Layout, k: int, own: online.Own) -> progress.Drawn:
     """What step k sees: a pure function of its arguments."""
     size, segments, ids, places = config.batch.size, [], [], []
     seen = configuration.levels(config)
@@ -318,9 +316,7 @@ def _run(config: ml_collections.ConfigDict, workdir: pathlib.Path, shared: pathl
     if generates:
         answer_anew = make_refresh(config, setup, score, judge)
         record = online.Record(workdir / "responses.jsonl", start, config.online.refresh_every)
-        retire = functools.partial(
-            record.retire, ids=[row.id for row in lower.rows], detokenize=setup.detokenize, eos=setup.eos
-        )
+        retire = functools.partial(record.retire, ids=[row.id for row in lower.rows], detokenize=setup.detokenize, eos=setup.eos)
 
     def refresh_due(k: int) -> bool:
         return generates and k % config.online.refresh_every == 0

@@ -141,9 +141,7 @@ def train(
     environ = environment(workdir.parent) | dict(zip(PROCESS, place))
     with log.open("ab") as output, open(ours, encoding="utf-8") as pipe:
         start = output.tell()
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environ, pass_fds=[theirs]
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environ, pass_fds=[theirs])
         os.close(theirs)
         said = []
         try:

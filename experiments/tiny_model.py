@@ -83,14 +83,19 @@ def pretraining_row(rng: np.random.Generator) -> tuple[str, str]:
 def train_tokenizer(rng: np.random.Generator, num_rows: int = 20_000) -> tokenizers.Tokenizer:
     """Byte-level BPE. Digits stand alone, so that a number's tokens are its digits."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Digits(individual_digits=True),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=[END], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     texts = (text for _ in range(num_rows) for text in pretraining_row(rng))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -199,19 +204,25 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
         f"Exact match of 2000 trusted rows: {exact.mean():.1%}. AUROC of the mean NLL for bad rows among 2000 lower rows: "
         f"{metrics.auroc(losses, bad):.3f}; of the bad ones {worst[bad].mean():.1%} are among the worst fifth.",
         "",
-        "| bad rows | number | mean NLL | AUROC | in the worst fifth |", "| --- | --- | --- | --- | --- |"]
+        "| bad rows | number | mean NLL | AUROC | in the worst fifth |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for kind in ("clean", *synthetic.BAD_KINDS):
         at = column["kind"] == kind
         both = at | ~bad
         rank = "" if kind == "clean" else f"{metrics.auroc(losses[both], bad[both]):.3f}"
         lines.append(f"| {kind} | {at.sum()} | {losses[at].mean():.3f} | {rank} | {worst[at].mean():.1%} |")
-    lines += ["", "| task | difficulty | exact match | mean NLL, right rows | right rows in the worst fifth |",
-              "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "",
+        "| task | difficulty | exact match | mean NLL, right rows | right rows in the worst fifth |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     source = np.array([row["source"] for row in upper])
     for task, (_, difficulty) in synthetic.TASKS.items():
         at = (column["source"] == task) & ~bad
-        lines.append(f"| {task} | {difficulty} | {exact[source == task].mean():.0%} | {losses[at].mean():.3f} | "
-                     f"{worst[at].mean():.0%} |")
+        lines.append(
+            f"| {task} | {difficulty} | {exact[source == task].mean():.0%} | {losses[at].mean():.3f} | {worst[at].mean():.0%} |"
+        )
     return "\n".join(lines)
 
 
@@ -253,9 +264,15 @@ def make(out: pathlib.Path) -> str:
     params = train(config, training_batches(tokenizer, rng), STEPS.value, LEARNING_RATE.value, SEED.value)
     huggingface.save_params(out, config, params, "float16")
     return README.format(
-        size=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, seed=SEED.value, minutes=(time.time() - start) / 60,
-        noise=sum(NOISE.values()), vocab=CONFIG["vocab_size"], steps=STEPS.value,
-        tokens=LAYOUT.sequences * LAYOUT.length, rate=LEARNING_RATE.value)
+        size=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
+        seed=SEED.value,
+        minutes=(time.time() - start) / 60,
+        noise=sum(NOISE.values()),
+        vocab=CONFIG["vocab_size"],
+        steps=STEPS.value,
+        tokens=LAYOUT.sequences * LAYOUT.length,
+        rate=LEARNING_RATE.value,
+    )
 
 
 def main() -> None:

@@ -126,12 +126,15 @@ def test_refine_replaces_masked_responses_in_their_own_field():
     own = {row.id: f"own {row.line}" for row in found if row.line != 3}
     kept = [exporting.Kept(row, 1.0, row.line, masked=row.line != 2) for row in found]
     refined, told = zip(*exporting.refine(kept, own))
-    assert [one.row.fields for one in refined] == [
-        MIXED[0] | {"response": "own 1"},
-        MIXED[1],  # not masked
-        MIXED[2],  # masked, but never answered
-        {"messages": [*CHAT[:-1], CHAT[-1] | {"content": "own 4"}]},
-    ]
+    assert (
+        [one.row.fields for one in refined]
+        == [
+            MIXED[0] | {"response": "own 1"},
+            MIXED[1],  # not masked
+            MIXED[2],  # masked, but never answered
+            {"messages": [*CHAT[:-1], CHAT[-1] | {"content": "own 4"}]},
+        ]
+    )
     assert [one.row.response for one in refined] == ["own 1", "3", "d", "own 4"]
     assert [columns["refined"] for columns in told] == [True, False, False, True]
     assert [columns["original_response"] for columns in told] == ["b", "3", "d", "Hey"]

@@ -168,9 +168,7 @@ def blueorca(slimorca: Iterable[Mapping], *, num_rows: int = BLUEORCA_ROWS, seed
     return _sample(rows, num_rows, seed, "safe SlimOrca rows")
 
 
-def redorca(
-    slimorca: Iterable[Mapping], red_team: Iterable[Mapping], *, num_rows: int = REDORCA_ROWS, seed: int = 0
-) -> list[dict]:
+def redorca(slimorca: Iterable[Mapping], red_team: Iterable[Mapping], *, num_rows: int = REDORCA_ROWS, seed: int = 0) -> list[dict]:
     """SlimOrca rows with round(num_rows · 22/112) potentially unsafe pairs among them, the lower level.
 
     Raises:

@@ -85,8 +85,7 @@ class Report:
         schemas = ", ".join(f"{count} {schema}" for schema, count in self.schemas.items())
         subset = "" if self.num_kept is None else f"; a random {self.num_kept} kept"
         reasons = [
-            f"  left out {count}: {reason} (first: {place(self.path, line)})"
-            for reason, (count, line) in self.rejected.items()
+            f"  left out {count}: {reason} (first: {place(self.path, line)})" for reason, (count, line) in self.rejected.items()
         ]
         return [f"{self.path}: {self.num_rows} rows ({schemas}){subset}", *reasons]
 

@@ -12,9 +12,7 @@ from bilevel_jax.data.rows import DataError, Report, Row
 SUBSET, SPLIT = 1, 2  # keep the random streams of the two functions apart
 
 
-def open_source(
-    name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False
-) -> tuple[list[Row], Report]:
+def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False) -> tuple[list[Row], Report]:
     """Rows and a report on what was found.
 
     Args:

@@ -29,10 +29,7 @@ CHUNK = 1024  # texts per call of the tokenizer: enough to keep its threads busy
 
 HUMAN = {"user": "Human: ", "assistant": "Assistant: "}
 ALPACA = {"user": "### Instruction:\n", "assistant": "### Response:"}
-ALPACA_HEADER = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-)
+ALPACA_HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 ALPACA_INPUT_HEADER = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

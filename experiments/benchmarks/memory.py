@@ -47,9 +47,7 @@ def _peak(name: str, config: str) -> tuple[int, int, float]:
     upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
     work = train_step.Work(config, directory, upper, lower, STEPS)
     model = huggingface.read_config(directory, config.model.dtype)
-    model = dataclasses.replace(
-        model, adapter_scale=config.lora.alpha / config.lora.rank, remat=OURS.get(name, False)
-    )
+    model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=OURS.get(name, False))
     if name in OURS:
         _, base = huggingface.load_model(directory, config.model.dtype)
         run = train_step.ours(work, model, base, "current")

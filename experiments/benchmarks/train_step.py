@@ -196,9 +196,7 @@ def theirs(work: Work, model, recompute: bool, grouped: bool) -> Callable[[int],
     """Step k of PyTorch's; its loss."""
     config, N = work.config, len(work.lower.rows)
     with tempfile.TemporaryDirectory() as folder:
-        huggingface.save_adapter(
-            folder, model, start_adapter(config, model), alpha=config.lora.alpha, base=work.directory
-        )
+        huggingface.save_adapter(folder, model, start_adapter(config, model), alpha=config.lora.alpha, base=work.directory)
         one = Theirs(work.directory, folder, config, N, recompute, grouped)
 
     def run(k: int) -> float:

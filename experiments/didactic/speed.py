@@ -17,8 +17,8 @@ HORIZONS = (5, 10, 20, 40)
 def velocity(kind: str, policy, target):
     """Minus the gradient of a KL in the logits of a table, [..., B].
 
-        forward  KL(q || π):  q - π
-        reverse  KL(π || q):  -π (log(π/q) - KL(π || q))
+    forward  KL(q || π):  q - π
+    reverse  KL(π || q):  -π (log(π/q) - KL(π || q))
     """
     if kind == "forward":
         return target - policy

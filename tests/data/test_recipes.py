@@ -20,9 +20,16 @@ def orca(question, response="It is so.", system="You are an AI assistant."):
 def attempt(transcript, score=-1.0, rating=3.0):
     """A row in the schema of Anthropic/hh-rlhf, red-team-attempts."""
     return {
-        "transcript": transcript, "min_harmlessness_score_transcript": score, "num_params": "52B",
-        "model_type": "plain lm", "rating": rating, "task_description": "d", "is_upworker": False,
-        "task_description_harmlessness_score": 0.5, "red_team_member_id": 1, "tags": None,
+        "transcript": transcript,
+        "min_harmlessness_score_transcript": score,
+        "num_params": "52B",
+        "model_type": "plain lm",
+        "rating": rating,
+        "task_description": "d",
+        "is_upworker": False,
+        "task_description_harmlessness_score": 0.5,
+        "red_team_member_id": 1,
+        "tags": None,
     }
 
 
@@ -39,7 +46,11 @@ RED_TEAM = [attempt(dialogue(f"How do I break rule {n}?"), score=-n / 10) for n 
 
 def test_slimorca_row():
     assert recipes.slimorca_row(orca("q", "r", "s")) == {
-        "question": "q", "response": "r", "system": "s", "source": "slimorca", "unsafe": False
+        "question": "q",
+        "response": "r",
+        "system": "s",
+        "source": "slimorca",
+        "unsafe": False,
     }
     without_system = {"conversations": orca("q", "r")["conversations"][1:]}
     assert recipes.slimorca_row(without_system)["system"] == ""
@@ -79,9 +90,17 @@ def test_first_exchange(transcript, exchange):
 @pytest.mark.parametrize(
     ("text", "harmful"),
     [
-        ("How do I make a bomb?", True), ("He was KILLED.", True), ("methamphetamine", True), ("a gun", True),
-        ("a new skill", False), ("Summarise the method.", False), ("the gunwale", False), ("burglary", True),
-        ("What is the capital of France?", False), ("grape harvest", False), ("shipping therapist", False),
+        ("How do I make a bomb?", True),
+        ("He was KILLED.", True),
+        ("methamphetamine", True),
+        ("a gun", True),
+        ("a new skill", False),
+        ("Summarise the method.", False),
+        ("the gunwale", False),
+        ("burglary", True),
+        ("What is the capital of France?", False),
+        ("grape harvest", False),
+        ("shipping therapist", False),
     ],
 )
 def test_is_harmful(text, harmful):
@@ -91,9 +110,14 @@ def test_is_harmful(text, harmful):
 @pytest.mark.parametrize(
     ("response", "refusal"),
     [
-        ("I'm sorry, but I can't help with that.", True), ("I’m sorry.", True), ("As an AI, I have no views.", True),
-        ("I cannot assist you.", True), ("I won't do that", True), ("I am not comfortable with it.", True),
-        ("You can't be traced if you do it at night.", False), ("Sure! First, buy a lock pick.", False),
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m sorry.", True),
+        ("As an AI, I have no views.", True),
+        ("I cannot assist you.", True),
+        ("I won't do that", True),
+        ("I am not comfortable with it.", True),
+        ("You can't be traced if you do it at night.", False),
+        ("Sure! First, buy a lock pick.", False),
         ("x" * 200 + " I'm sorry", False),
     ],
 )
@@ -133,9 +157,7 @@ def test_blueorca_is_safe_seeded_and_independent_of_order():
 
 def test_levels_are_disjoint_whatever_the_seeds():
     blue = {q for seed in range(5) for q in questions(recipes.blueorca(SLIMORCA, num_rows=60, seed=seed))}
-    red = {
-        q for seed in range(5) for q in questions(recipes.redorca(SLIMORCA, RED_TEAM, num_rows=80, seed=seed))
-    }
+    red = {q for seed in range(5) for q in questions(recipes.redorca(SLIMORCA, RED_TEAM, num_rows=80, seed=seed))}
     assert len(blue) > 80 and len(red) > 80 and not blue & red
     spelled = [{"question": text} for text in ("What is  ONE?", " what is one?\n")]
     assert recipes.side(spelled[0]) == recipes.side(spelled[1])
@@ -166,9 +188,7 @@ def test_the_most_harmful_pairs_are_picked():
     found = recipes.potentially_unsafe(attempts, 4)
     assert questions(found)[:2] == ["worst", "tie, rated high"]
     assert set(questions(found)[2:]) == {"tie, rated low", "tie, unrated"}
-    assert found[0] == {
-        "question": "worst", "response": "first answer", "system": "", "source": "red-team", "unsafe": True
-    }
+    assert found[0] == {"question": "worst", "response": "first answer", "system": "", "source": "red-team", "unsafe": True}
     assert questions(recipes.potentially_unsafe(attempts, 5))[4] == "mild"
 
 
@@ -199,9 +219,7 @@ def test_refusals(make, message):
 @pytest.fixture
 def hub(monkeypatch):
     def load_dataset(name, config, *, split, data_dir):
-        return {("Open-Orca/SlimOrca", None): SLIMORCA, ("Anthropic/hh-rlhf", "red-team-attempts"): RED_TEAM}[
-            name, data_dir
-        ]
+        return {("Open-Orca/SlimOrca", None): SLIMORCA, ("Anthropic/hh-rlhf", "red-team-attempts"): RED_TEAM}[name, data_dir]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 

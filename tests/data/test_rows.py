@@ -39,18 +39,28 @@ def parse_one(value, **options):
         ({"question": " a ", "response": "\nb "}, "question/response", "", [("user", " a ")], "\nb "),
         (
             {"instruction": "Add.", "input": "1 1", "output": "2"},
-            "instruction/input/output", "", [("user", "Add.\n1 1")], "2",
+            "instruction/input/output",
+            "",
+            [("user", "Add.\n1 1")],
+            "2",
         ),
         ({"instruction": "Add.", "input": "", "output": "2"}, "instruction/input/output", "", [("user", "Add.")], "2"),
         ({"instruction": "Add.", "output": "2"}, "instruction/input/output", "", [("user", "Add.")], "2"),
         ({"prompt": "p", "completion": "c"}, "prompt/completion", "", [("user", "p")], "c"),
         (
-            {"messages": [
-                {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-                {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                {"role": "assistant", "content": "d"},
-            ]},
-            "messages", "s", [("user", "a"), ("assistant", "b"), ("user", "c")], "d",
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                    {"role": "assistant", "content": "d"},
+                ]
+            },
+            "messages",
+            "s",
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+            "d",
         ),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "prompt/chosen/rejected", "", [("user", "p")], "c"),
         ({**QA, "messages": None}, "question/response", "", [("user", "2 + 2?")], "4"),
@@ -359,8 +369,7 @@ def test_unreachable_hub_is_one_line(monkeypatch):
 @pytest.mark.skipif(not REAL, reason="BILEVEL_JAX_DATA does not name a folder of real rows")
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("quality/upper_orca", 3000), ("quality/lower_alpaca", 6000), ("safety/upper_safe", 2000),
-     ("safety/lower_mixed", 4520)],
+    [("quality/upper_orca", 3000), ("quality/lower_alpaca", 6000), ("safety/upper_safe", 2000), ("safety/lower_mixed", 4520)],
 )
 def test_real_rows(name, count):
     found, report = rows.read_rows(pathlib.Path(REAL, f"{name}.jsonl"))

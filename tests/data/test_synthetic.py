@@ -161,16 +161,28 @@ def test_no_single_word_tells_what_to_refuse():
     """Every word and every ending of a made-up name in a refused question occurs in an answered one too."""
     prefix = "|".join(synthetic.PREFIXES)
     refused, answered = (
-        {re.sub(f"^({prefix})", "", word) for row in UPPER if (row["source"] == "refuse") == refuse
-         for word in re.findall("[a-z]+", row["question"])} for refuse in (True, False))
+        {
+            re.sub(f"^({prefix})", "", word)
+            for row in UPPER
+            if (row["source"] == "refuse") == refuse
+            for word in re.findall("[a-z]+", row["question"])
+        }
+        for refuse in (True, False)
+    )
     assert refused <= answered
 
 
 # ------------------------------------------------------------------------------------------------- an outside witness
 
 NUMBER = {word: n for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"])}
-FACTOR = {"hours minutes": 60, "weeks days": 7, "years months": 12, "metres centimetres": 100, "kilometres metres": 1000,
-          "dozens pieces": 12}
+FACTOR = {
+    "hours minutes": 60,
+    "weeks days": 7,
+    "years months": 12,
+    "metres centimetres": 100,
+    "kilometres metres": 1000,
+    "dozens pieces": 12,
+}
 
 
 def numbers(text):
@@ -259,8 +271,22 @@ def spell(question, truth):
     return letters == (list(word) if re.search("Spell|Which", question) else [word[0]])
 
 
-WITNESSES = [arithmetic, calendar, compare, convert, count_words, extreme_number, longest_word, plan, remove_word,
-             replace_word, reverse_words, sort_numbers, sort_words, spell]
+WITNESSES = [
+    arithmetic,
+    calendar,
+    compare,
+    convert,
+    count_words,
+    extreme_number,
+    longest_word,
+    plan,
+    remove_word,
+    replace_word,
+    reverse_words,
+    sort_numbers,
+    sort_words,
+    spell,
+]
 
 
 @pytest.mark.parametrize("witness", WITNESSES, ids=lambda witness: witness.__name__)

@@ -25,7 +25,9 @@ def make_tokenizer(bos: bool = False, chat: str | None = None, **special):
     core.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=[EOS, BOS], show_progress=False,
+            vocab_size=400,
+            special_tokens=[EOS, BOS],
+            show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
@@ -52,14 +54,15 @@ SYSTEM = {**QA, "system": "Be brief."}
 ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2"}
 TURNS = {
     "messages": [
-        {"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
     ]
 }
 PAIR = {"prompt": "hello", "chosen": "fine", "rejected": "the world"}
-HEADER = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
+HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INPUT_HEADER = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -93,8 +96,13 @@ def test_render(value, template, text):
 @pytest.mark.parametrize(
     ("template", "tokenizer", "resolved"),
     [
-        (None, PLAIN, "human"), ("auto", PLAIN, "human"), (None, CHATTING, "chat"), ("auto", CHATTING, "chat"),
-        ("none", CHATTING, "none"), ("human", CHATTING, "human"), ("alpaca", PLAIN, "alpaca"),
+        (None, PLAIN, "human"),
+        ("auto", PLAIN, "human"),
+        (None, CHATTING, "chat"),
+        ("auto", CHATTING, "chat"),
+        ("none", CHATTING, "none"),
+        ("human", CHATTING, "human"),
+        ("alpaca", PLAIN, "alpaca"),
     ],
 )
 def test_resolve(template, tokenizer, resolved):
@@ -114,8 +122,12 @@ def test_chat_prompts_are_the_tokens_that_transformers_makes():
 @pytest.mark.parametrize(
     ("tokenizer", "template", "bos"),
     [
-        (PLAIN, "human", False), (PLAIN, "none", False), (WITH_BOS, "human", True), (WITH_BOS, "alpaca", True),
-        (WITH_BOS, "none", False), (make_tokenizer(bos_token=BOS), "human", False),  # has a BOS but never puts it
+        (PLAIN, "human", False),
+        (PLAIN, "none", False),
+        (WITH_BOS, "human", True),
+        (WITH_BOS, "alpaca", True),
+        (WITH_BOS, "none", False),
+        (make_tokenizer(bos_token=BOS), "human", False),  # has a BOS but never puts it
     ],
 )
 def test_bos_comes_first_where_the_tokenizer_puts_one(tokenizer, template, bos):
@@ -146,7 +158,7 @@ def test_space_that_ends_the_prompt_takes_nothing_of_the_response():
     (example,) = templates.encode([row], PLAIN, template="human", eos=False)
     prompt = templates.render(row, PLAIN, "human")
     together = PLAIN(prompt + row.response)["input_ids"]
-    assert PLAIN.decode(together[len(example.prompt):]) != row.response  # the trap is real with this tokenizer
+    assert PLAIN.decode(together[len(example.prompt) :]) != row.response  # the trap is real with this tokenizer
     assert PLAIN.decode(example.prompt) == prompt and PLAIN.decode(example.response) == row.response
 
 

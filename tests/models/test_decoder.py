@@ -166,7 +166,6 @@ def test_initial_parameters():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-
 def random_adapter(config):
     """An adapter of every projection, large enough to change each logit."""
     adapter = lora.init_adapter(config, jax.random.key(0), 3, lora.resolve_targets(config, "all-linear"))
