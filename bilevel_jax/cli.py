@@ -52,29 +52,44 @@ def keep_compilations() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main()`. Errors that say what is wrong end the process with that line and status 1."""
+def register(*command_flags: flags.FlagValues) -> None:
+    """Adds the flags of a command to those that absl parses.
+
+    Commands define their flags apart, with `flag_values=FLAGS`, so that any two of them can be imported in one process.
+    """
+    for values in command_flags:
+        flags.FLAGS.append_flag_values(values)
+        values.mark_as_parsed()  # absl parses the same flags as part of its own
+        for name in values:
+            flags.FLAGS.register_flag_by_module(sys.argv[0], values[name])  # for --help
+            if hasattr(values[name], "flag_values"):  # a config flag, which defines --config.KEY where it is parsed
+                values[name].flag_values = flags.FLAGS
+
+
+def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:
+    """Parses the flags of a command and calls `main()`. Errors that say what is wrong end the process with one line, status 1."""
 
     def guarded(argv: list[str]) -> None:
         del argv
-        from bilevel_jax import workspace
+        from bilevel_jax import errors
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report too much below that
         try:
             main()
-        except workspace.Interrupted as stop:
+        except errors.Interrupted as stop:
             print(f"\n{stop}", file=sys.stderr)
             sys.exit(128 + signal.SIGTERM)
         except KeyboardInterrupt:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + signal.SIGINT)  # an orderly exit would wait, or crash, in a computation that is still under way
-        except (ValueError, OSError, workspace.RunError) as error:
+        except (ValueError, OSError, errors.RunError) as error:
             # Our own errors, and those of libraries about values and files, speak for themselves; anything else is a bug.
             if os.environ.get("BILEVEL_JAX_TRACEBACK"):
                 raise
             fail(error)
 
+    register(*command_flags)
     keep_compilations()  # before anything imports JAX, as the config file does
     app.run(guarded, flags_parser=parse)

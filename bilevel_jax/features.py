@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from bilevel_jax import scoring, sharding, step, workspace
+from bilevel_jax import errors, files, forward, scoring, sharding
 from bilevel_jax.data import packing, templates
 from bilevel_jax.models import decoder
 
-FILE, PHI = "features.npz", "phi.npy"  # in a run's workdir: the encoder with the features of all rows, and φ at the end
+FILE, PARAMS_FILE = "features.npz", "phi.npy"  # in a run's workdir: the encoder with the features of all rows, and φ at the end
 WIDTH = 64  # d
 CANONICAL = 8  # r, pairs of canonical variates
 SCREENED = 32  # principal directions of the trusted rows in which they are sought
@@ -66,10 +66,10 @@ def entry_means(config: decoder.ModelConfig, base, packed: packing.Packed) -> ja
 
     def add(m, sums):
         total_Ex2xH, count_Ex2 = sums
-        hidden_TxH = step.hidden_states(config, base, None, packed, m).astype(jnp.float32)
-        said_P = packed.source[m] + 1  # a target's own token; beyond T for padding
+        hidden_TxH = forward.hidden_states(config, base, None, packed, m).astype(jnp.float32)
+        said_P = packed.logit_index[m] + 1  # a target's own token; beyond T for padding
         is_response_T = jnp.zeros(S * L, jnp.int32).at[said_P].set(1, mode="drop")
-        place_T = (jnp.arange(S)[:, None] * (L + 1) + packed.segments[m]).reshape(-1)  # of its segment among all there can be
+        place_T = (jnp.arange(S)[:, None] * (L + 1) + packed.segment_ids[m]).reshape(-1)  # of its segment among all there can be
         place_P = place_T.at[said_P].get(mode="fill", fill_value=S * (L + 1))
         entry_T = jnp.full(S * (L + 1), E, jnp.int32).at[place_P].set(packed.entry[m], mode="drop")[place_T]
         slot_T = 2 * entry_T + is_response_T
@@ -92,7 +92,7 @@ def pooled(
     features are made. For `sequences` and `max_length` see `scoring.batches`."""
     config, base = lower_half(config, base)
     found = np.zeros((len(examples), 2, config.hidden_size), np.float32)
-    for part, packed in scoring.batches(scoring.segments_of(examples), sequences, max_length, mesh, "features"):
+    for part, packed in scoring.batches(scoring.example_segments(examples), sequences, max_length, mesh, "features"):
         with jax.set_mesh(mesh):
             found[part] = np.asarray(_entry_means(config, base, packed))[: len(part)]
     return found
@@ -221,13 +221,13 @@ def encode(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
 def write(file: pathlib.Path, encoder: Encoder, features_NxD: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, features=features_NxD, **encoder._asdict())
-    workspace.write_atomically(file, buffer.getvalue())
+    files.write_atomically(file, buffer.getvalue())
 
 
-def write_phi(file: pathlib.Path, phi_D: np.ndarray) -> None:
+def write_params(file: pathlib.Path, phi_D: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, phi_D)
-    workspace.write_atomically(file, buffer.getvalue())
+    files.write_atomically(file, buffer.getvalue())
 
 
 def _load(file: pathlib.Path, what: Callable):
@@ -239,9 +239,9 @@ def _load(file: pathlib.Path, what: Callable):
     try:
         return what(np.load(file))
     except FileNotFoundError as error:
-        raise workspace.RunError(f"{file} is missing; put it back, or give another --workdir") from error
+        raise errors.RunError(f"{file} is missing; put it back, or give another --workdir") from error
     except Exception as error:  # NumPy and zipfile have errors of every family for damaged bytes
-        raise workspace.RunError(f"{file} is damaged ({type(error).__name__}); put it back, or give another --workdir") from error
+        raise errors.RunError(f"{file} is damaged ({type(error).__name__}); put it back, or give another --workdir") from error
 
 
 def read(file: pathlib.Path) -> tuple[Encoder, np.ndarray]:
@@ -249,6 +249,6 @@ def read(file: pathlib.Path) -> tuple[Encoder, np.ndarray]:
     return _load(file, lambda arrays: (Encoder(*(arrays[name] for name in Encoder._fields)), arrays["features"]))
 
 
-def read_phi(file: pathlib.Path) -> np.ndarray:
-    """What `write_phi` wrote."""
+def read_params(file: pathlib.Path) -> np.ndarray:
+    """What `write_params` wrote."""
     return _load(file, np.array)

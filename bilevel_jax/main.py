@@ -7,10 +7,13 @@ from ml_collections import config_flags
 
 from bilevel_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a tier after a colon if it has any.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; runs/<config name>[-TIER] by default.")
-PLAN = flags.DEFINE_bool("plan", False, "Only print what each device of the mesh would hold; reads config.json, no weights.")
-flags.mark_flag_as_required("config")
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a tier after a colon if it has any.", flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; runs/<config name>[-TIER] by default.", flag_values=FLAGS)
+PLAN = flags.DEFINE_bool(
+    "plan", False, "Only print what each device of the mesh would hold; reads config.json, no weights.", flag_values=FLAGS
+)
+flags.mark_flag_as_required("config", flag_values=FLAGS)
 
 
 def default_workdir(config: str) -> pathlib.Path:
@@ -22,18 +25,22 @@ def default_workdir(config: str) -> pathlib.Path:
 def main() -> None:
     import jax
 
-    from bilevel_jax import plan, processes, show, train  # after the flags, so that --help is quick
+    from bilevel_jax import (
+        memory,
+        train,  # after the flags, so that --help is quick
+    )
+    from bilevel_jax.runtime import distributed, summary_table
 
     if PLAN.value:
-        print(plan.table(CONFIG.value, plan.make(CONFIG.value)))
+        print(memory.table(CONFIG.value, memory.make(CONFIG.value)))
         return
-    processes.join()
-    workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(flags.FLAGS["config"])))
-    with processes.ending_together():
+    distributed.join()
+    workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
+    with distributed.ending_together():
         summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
-        print(show.closing_table(summary, workdir))
+        print(summary_table.summary_table(summary, workdir))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

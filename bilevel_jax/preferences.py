@@ -21,7 +21,7 @@ is NaN where there is none to compare: responses of the data, and padding.
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax import online
+from bilevel_jax import importance
 
 PAIRS = ("dpo", "ipo")  # losses of pairs
 RANKED = ("rwr", "reinforce")  # likelihoods of all G responses, weighted by their rewards
@@ -144,7 +144,7 @@ def reward_weighted(reward_E, group_E, beta: float) -> jax.Array:
     Reference: Peters and Schaal, Reinforcement Learning by Reward-Weighted Regression for Operational Space Control.
     """
     own_E, group_E = _ranked(reward_E, group_E)
-    return online.group_softmax(reward_E / beta, own_E, group_E)
+    return importance.group_softmax(reward_E / beta, own_E, group_E)
 
 
 def leave_one_out(reward_E, group_E) -> jax.Array:

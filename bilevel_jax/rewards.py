@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bilevel_jax import workspace
+from bilevel_jax import errors
 from bilevel_jax.data import rows as data_rows
 
 # (questions, responses, truths) -> a number for each, higher is better. A question is the contents of its turns, a response what
@@ -34,7 +34,7 @@ class RewardError(ValueError):
     """A reward that cannot be had; one line that names the key."""
 
 
-def make_judge(name: str, rows: Sequence[data_rows.Row], truths: Sequence[str | None]) -> Callable:
+def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[str | None]) -> Callable:
     """Builds `judge(said, log_prob) -> [n] float64`, finite; `said` are n of `online.Said`, `log_prob` their log π_old.
 
     Args:
@@ -57,18 +57,18 @@ def make_judge(name: str, rows: Sequence[data_rows.Row], truths: Sequence[str | 
     def judge(said: Sequence, log_prob: np.ndarray) -> np.ndarray:
         if name == "likelihood":
             return log_prob / [len(one.response.ids) for one in said]
-        texts = [rows[one.row].question for one in said], [one.text for one in said], [truths[one.row] for one in said]
+        texts = [rows[one.row_index].question for one in said], [one.text for one in said], [truths[one.row_index] for one in said]
         try:
             found = np.asarray(reward(*texts), np.float64)
         except Exception as error:  # it is somebody else's code
             cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise workspace.RunError(f"online.reward={name} failed on {len(said)} responses ({cause})") from error
+            raise errors.RunError(f"online.reward={name} failed on {len(said)} responses ({cause})") from error
         if found.shape != (len(said),):
-            raise workspace.RunError(f"online.reward={name} gave an array {found.shape} for {len(said)} responses; one number each")
+            raise errors.RunError(f"online.reward={name} gave an array {found.shape} for {len(said)} responses; one number each")
         broken = np.flatnonzero(~np.isfinite(found))
         if len(broken):
-            where = f"row {rows[said[broken[0]].row].id}, the first of {len(broken)}"
-            raise workspace.RunError(f"online.reward={name} gave {found[broken[0]]} for a response to {where}; rewards are finite")
+            where = f"row {rows[said[broken[0]].row_index].id}, the first of {len(broken)}"
+            raise errors.RunError(f"online.reward={name} gave {found[broken[0]]} for a response to {where}; rewards are finite")
         return found
 
     return judge

@@ -204,9 +204,9 @@ def init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new
     )
 
 
-def places(mesh, slots: Slots) -> Slots:
+def slot_shardings(mesh, slots: Slots) -> Slots:
     """The sharding of each array: slots over `data` and `fsdp`, the cache's heads over `tensor`."""
-    return sharding.named(mesh, slots, "rows")._replace(cache=sharding.named(mesh, slots.cache, "rows", "heads"))
+    return sharding.shardings(mesh, slots, "rows")._replace(cache=sharding.shardings(mesh, slots.cache, "rows", "heads"))
 
 
 def _fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
@@ -299,9 +299,9 @@ def merges(config: decoder.ModelConfig) -> bool:
 def _by_layer(config: decoder.ModelConfig, mesh: jax.sharding.Mesh, base, adapter):
     """Weights as `decode` takes them, where they were."""
     if adapter is not None and merges(config):
-        base, adapter = lora.merge(config, base, adapter), None
+        base, adapter = lora.merge_adapter(config, base, adapter), None
     base = decoder.split_layers(base, config)
-    base = jax.lax.with_sharding_constraint(base, sharding.weights(mesh, base))
+    base = jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
     return base, adapter if adapter is None else decoder.split_layers(adapter, config)
 
 
@@ -390,11 +390,11 @@ def make_sampler(
     eos = tuple(int(token) for token in eos)
     most, room = min(settings.max_new_tokens, length - 1), attention.cache_window(length)
     start = functools.partial(init_slots, config, slots, length, most)
-    homes = places(mesh, jax.eval_shape(start))
+    homes = slot_shardings(mesh, jax.eval_shape(start))
     init = jax.jit(start, out_shardings=homes)
     by_layer = jax.jit(functools.partial(_by_layer, config, mesh))
     prefill = jax.jit(functools.partial(decoder.prefill, config))
-    look = jax.jit(lambda *arrays: arrays, out_shardings=sharding.whole(mesh))
+    look = jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh))
     fill = jax.jit(_fill, donate_argnums=0, out_shardings=homes)
     run = jax.jit(functools.partial(_run, config, settings, eos), static_argnums=0, donate_argnums=3, out_shardings=homes)
 
@@ -421,7 +421,7 @@ def make_sampler(
                 sampled_log_probs=sampled_SxM[slot, :count].astype(np.float64),
                 finish_reason="length" if stopped is None and ended_by is None else "stop",
             )
-        return state._replace(active=sharding.place(active_S, homes.active)) if settings.stop else state
+        return state._replace(active=sharding.device_put(active_S, homes.active)) if settings.stop else state
 
     def sample(base, adapter, prompts, keys, description: str = "sampling", stopped: Callable[[], bool] = lambda: False):
         for place, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from bilevel_jax import losses, sharding, step, tokens
+from bilevel_jax import forward, losses, sharding, token_weights
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
@@ -21,8 +21,8 @@ def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Pac
     E = packed.length.shape[0]
 
     def add(m, sums):
-        hidden_TxD = step.hidden_states(config, base, adapter, packed, m)
-        target = packed.source[m], packed.target[m], packed.num_targets[m]
+        hidden_TxD = forward.hidden_states(config, base, adapter, packed, m)
+        target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
         nll_P, missed_P = losses.token_scores(hidden_TxD, decoder.head(base), *target)
         found = nll_P, missed_P.astype(jnp.int32)
         return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, found))
@@ -51,7 +51,7 @@ def batches(segments: Sequence[packing.Segment], sequences: int, max_length: int
                 bar.update(len(part))
 
 
-_entry_nll = jax.jit(lambda *batch: _whole(step.entry_nll(*batch)), static_argnums=0)  # one cache for all scorers of a process
+_entry_nll = jax.jit(lambda *batch: _whole(forward.entry_nll(*batch)), static_argnums=0)  # one cache for all scorers of a process
 _entry_scores = jax.jit(lambda *batch: _whole(entry_scores(*batch)), static_argnums=0)
 
 
@@ -84,19 +84,19 @@ def _token_weights(config: decoder.ModelConfig, base, adapter, packed: packing.P
     """Of every target of every micro-batch, [M, P]."""
 
     def of_micro(m, found_MxP):
-        nll_P = step.target_nll(config, base, adapter, packed, m)
-        return found_MxP.at[m].set(tokens.weights(phi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
+        nll_P = forward.target_nll(config, base, adapter, packed, m)
+        return found_MxP.at[m].set(token_weights.weights(phi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
 
     return _whole(jax.lax.fori_loop(0, packed.num_micro, of_micro, jnp.zeros(packed.entry.shape)))
 
 
-def token_weights(
+def token_weights_of(
     config: decoder.ModelConfig, base, adapter, phi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
 ) -> list[np.ndarray]:
-    """`tokens.weights` of the response of each example, [T] float32, as far as something predicts its tokens. See `batches` for
+    """`token_weights.weights` of each example's response, [T] float32, for the tokens that something predicts. See `batches` for
     `sequences` and `max_length`."""
     found = [np.zeros(0, np.float32)] * len(examples)
-    for part, packed in batches(segments_of(examples), sequences, max_length, mesh, "weights of tokens"):
+    for part, packed in batches(example_segments(examples), sequences, max_length, mesh, "weights of tokens"):
         with jax.set_mesh(mesh):
             weight = np.asarray(_token_weights(config, base, adapter, packed, phi_2)).ravel()
         entry = np.asarray(packed.entry).ravel()
@@ -107,7 +107,7 @@ def token_weights(
     return found
 
 
-def segments_of(examples) -> list[packing.Segment]:
+def example_segments(examples) -> list[packing.Segment]:
     """Each example's prompt with its (chosen) response."""
     return [packing.Segment(example.prompt, example.response) for example in examples]
 

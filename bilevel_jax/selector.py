@@ -1,13 +1,13 @@
-"""The selector: one logit per lower-level row, its weights, and the rules by which they move.
+"""The selector: one logit per lower-level row, its weight, and the rules by which the logits move.
 
 Weights are w_i = N·σ_i(ω), mean 1. No rule builds anything larger than [N]: since ∇σ_i = σ_i (e_i - σ), the gradient of a batch
 is one scatter and one rank-one term.
 
-The logits are free, a `table`, or a function of frozen features of the rows, ω = X φ with X [N, D] (`features`). By the chain
-rule the gradient of φ is that of ω, whatever the rule, times X: Σ_i x_i g_i, to which a ridge λφ is added. Every step then
-moves the logits of all rows, visited or not, and φ scores rows that are in no table. That costs O(N·D) a step, for the normaliser
-of σ is over all N rows: of the order of what one token costs a model of N·D parameters. Where X only says which of D groups a row
-is in, it is given as that, [N]; the rows of a group then share one logit, and a step costs O(N).
+The logits are free parameters (`table`), or a linear function of frozen features of the rows, ω = X φ with X [N, D] (`features`).
+By the chain rule the gradient of φ is Xᵀ times that of ω, whatever the rule: Σ_i x_i g_i, plus a ridge λφ. Every step then moves
+the logits of all rows, visited or not, and φ scores rows that are in no table. That costs O(N·D) a step, about what one token costs
+a model of N·D parameters. Where X only says which of D groups a row is in, it is given as group numbers, [N]; the rows of a group
+then share one logit, and a step costs O(N).
 """
 
 import dataclasses
@@ -30,27 +30,27 @@ class SelectorState(NamedTuple):
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
     optimizer: optax.OptState  # of ω; with features, of φ
-    phi: jax.Array | None = None  # [D] float32, φ
+    feature_params: jax.Array | None = None  # [D] float32, φ
 
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
-    """How ω moves. Every combination of the fields means something; see `update`.
+    """How ω moves, see `update`.
 
     Attributes:
       rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `uniform`, ω frozen at 0: the control.
-      optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move.
+      optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
+        `parameterization="table"`.
       learning_rate: α.
       tau: τ of (48), per nat.
       baseline: subtracted from the cost: nothing, the `batch` mean, or the `running` mean of earlier batches. As Σ_i ∇σ_i = 0,
-        a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean is itself noise to the ranking
-        of rows from different batches; the running mean averages it out.
+        a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean adds noise of its own to the
+        ranking of rows from different batches; the running mean averages it out.
       weight_scale: `dataset`: weights N·σ_i; `literal`: σ_i as the paper writes, which makes the lower level ~1/N of the loss.
-      parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ (one logit for each group of
-        rows, too).
-      ridge: λ, the pull of φ to 0. With `bmo` ω is then a ridge regression of -τC on the features, however long it is trained:
-        without, it ends up repeating the costs of single rows.
-      token_learning_rate: of what the weights of tokens share, see `tokens`; 0: the tokens of a row weigh the same.
+      parameterization: `table`: each logit is free; `features`: ω = X φ, and the optimizer moves φ (or one logit per group).
+      ridge: λ, the pull of φ to 0. With `bmo` ω is then a ridge regression of -τC on the features, however long it is trained;
+        without a ridge it ends up repeating the costs of single rows.
+      token_learning_rate: of the parameters shared by the weights of all tokens, see `token_weights`; 0: equal weights of tokens.
     """
 
     rule: str = "bds"
@@ -88,7 +88,7 @@ class Selector:
             )
 
     def scale(self, num_rows: int) -> float:
-        """What σ is multiplied by in the loss: N, or 1 for the paper's literal form."""
+        """The factor of σ in the loss: N, or 1 for the paper's literal form."""
         return float(num_rows) if self.weight_scale == "dataset" else 1.0
 
 
@@ -97,22 +97,28 @@ def _optimizer(selector: Selector) -> optax.GradientTransformation:
 
 
 def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorState:
-    """Equal weights for `num_rows` rows, none visited. `num_features`, D, matters where ω is a function of features."""
+    """Equal weights for `num_rows` rows, none visited. `num_features`, D, matters only where ω is a function of features."""
     logits = jnp.zeros(num_rows, jnp.float32)
     visits = jnp.zeros(num_rows, jnp.float32)
-    phi = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
-    return SelectorState(logits, visits, jnp.float32(jnp.nan), _optimizer(selector).init(logits if phi is None else phi), phi)
+    feature_params = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
+    optimizer = _optimizer(selector).init(logits if feature_params is None else feature_params)
+    return SelectorState(logits, visits, jnp.float32(jnp.nan), optimizer, feature_params)
 
 
-def probabilities(logits_N: jax.Array, sample_E: jax.Array) -> jax.Array:
+def probabilities(logits_N: jax.Array, row_index_E: jax.Array) -> jax.Array:
     """σ_i(ω) at the given rows, [E]; 0 for indices outside [0, N). One reduction over N, nothing else of that size."""
     log_normalizer = jax.nn.logsumexp(logits_N)
-    logits_E = logits_N.at[sample_E].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
+    logits_E = logits_N.at[row_index_E].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     return jnp.exp(logits_E - log_normalizer)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Moves of ω
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def _center(selector: Selector, state: SelectorState, cost_E, share_E):
-    """The cost less its baseline, and the running mean after this batch."""
+    """The cost minus its baseline, and the running mean after this batch."""
     batch_mean = jnp.sum(share_E * cost_E)
     first = jnp.isnan(state.baseline)
     running = jnp.where(first, batch_mean, RUNNING_DECAY * state.baseline + (1 - RUNNING_DECAY) * batch_mean)
@@ -123,19 +129,50 @@ def _center(selector: Selector, state: SelectorState, cost_E, share_E):
     return cost_E - (batch_mean if selector.baseline == "batch" else before), running
 
 
-def _of_rows(features, phi_D) -> jax.Array:
-    """ω [N]."""
-    return phi_D[features] if features.ndim == 1 else features @ phi_D
+def penalty_gradient(logits_N, row_index_E, pull_E, sigma_E) -> jax.Array:
+    """Σ_e pull_e ∇σ_{i_e}(ω) [N], with ∇σ_i = σ_i (e_i - σ): one scatter and one rank-one term.  (10b)
+
+    Args:
+      pull_E: γ · share · N · C of each entry; 0 for padding.
+      sigma_E: σ at the entries' rows, from `probabilities`.
+    """
+    weighted_E = pull_E * sigma_E
+    gradient = -jnp.sum(weighted_E) * jax.nn.softmax(logits_N)
+    return gradient.at[row_index_E].add(weighted_E, mode="drop")
 
 
-def _of_features(features, gradient_N, num_features: int) -> jax.Array:
-    """The gradient of φ [D] from that of ω."""
+def entropy_residual(logits_N, row_index_E, cost_E, tau: float) -> jax.Array:
+    """ω_{i_e} + τ C_e of each entry [E]: the gradient of (47) in a visited logit, and the direction of (48)."""
+    return logits_N.at[row_index_E].get(mode="fill", fill_value=0.0) + tau * cost_E
+
+
+def _apply_features(features, feature_params_D) -> jax.Array:
+    """ω [N] = X φ."""
+    return feature_params_D[features] if features.ndim == 1 else features @ feature_params_D
+
+
+def _feature_gradient(features, gradient_N, num_features: int) -> jax.Array:
+    """The gradient of φ [D], Xᵀ times that of ω."""
     if features.ndim == 1:
         return jax.ops.segment_sum(gradient_N, features, num_segments=num_features)
     return gradient_N @ features
 
 
-def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lower, cost_E, gamma, features=None) -> SelectorState:
+def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, features, ridge: jax.Array | float) -> SelectorState:
+    """The optimizer's step on ω, or on φ with `ridge` times φ added to its gradient."""
+    if features is None:
+        updates, optimizer = _optimizer(selector).update(gradient_N, state.optimizer)
+        return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
+    gradient_D = _feature_gradient(features, gradient_N, len(state.feature_params)) + ridge * state.feature_params
+    updates, optimizer = _optimizer(selector).update(gradient_D, state.optimizer)
+    feature_params = optax.apply_updates(state.feature_params, updates)
+    logits = _apply_features(features, feature_params)
+    return state._replace(logits=logits, feature_params=feature_params, optimizer=optimizer)
+
+
+def update(
+    selector: Selector, state: SelectorState, row_index_E, share_E, num_lower, cost_E, gamma, features=None
+) -> SelectorState:
     """One move of ω, or of φ.
 
     With C the cost, centred by the baseline, and B rows in the batch:
@@ -150,7 +187,7 @@ def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lowe
     With `weight_scale="literal"` the bds moves are 1/N of these.
 
     Args:
-      sample_E: int32, the row of each entry; outside [0, N) for entries that are not of the lower level.
+      row_index_E: int32, the row of each entry; outside [0, N) for entries that are not of the lower level.
       share_E: each entry's weight in the batch mean: 1/B, or 1/(B·G) for one of G responses to a row; 0 for padding.
       num_lower: B.
       cost_E: C of each entry, in nats; entries of one row are averaged.
@@ -161,53 +198,49 @@ def update(selector: Selector, state: SelectorState, sample_E, share_E, num_lowe
       The state after the batch, its visits counted.
     """
     N = state.logits.shape[0]
-    sigma_E = probabilities(state.logits, sample_E)
-    share_E = jnp.where((sample_E >= 0) & (sample_E < N), share_E, 0.0)
+    sigma_E = probabilities(state.logits, row_index_E)
+    share_E = jnp.where((row_index_E >= 0) & (row_index_E < N), share_E, 0.0)
     cost_E, baseline = _center(selector, state, jnp.where(share_E > 0, cost_E, 0.0), share_E)
     part_E = share_E * num_lower  # of its row: 1, or 1/G
-    state = state._replace(visits=state.visits.at[sample_E].add(part_E, mode="drop"), baseline=baseline)
+    state = state._replace(visits=state.visits.at[row_index_E].add(part_E, mode="drop"), baseline=baseline)
     if selector.rule == "uniform":
         return state
 
     if selector.rule == "bmo":
-        move_E = part_E * (state.logits.at[sample_E].get(mode="fill", fill_value=0.0) + selector.tau * cost_E)
+        move_E = part_E * entropy_residual(state.logits, row_index_E, cost_E, selector.tau)
     else:
         move_E = part_E * gamma * selector.scale(N) / N * cost_E
     if selector.optimizer == "mirror":
-        logits = state.logits.at[sample_E].add(-selector.learning_rate * move_E, mode="drop")
+        logits = state.logits.at[row_index_E].add(-selector.learning_rate * move_E, mode="drop")
         return state._replace(logits=logits)
-
-    if selector.rule == "bmo":
-        gradient = jnp.zeros(N).at[sample_E].add(move_E, mode="drop")
-    else:
-        pull_E = gamma * selector.scale(N) * share_E * cost_E * sigma_E
-        gradient = -jnp.sum(pull_E) * jax.nn.softmax(state.logits)
-        gradient = gradient.at[sample_E].add(pull_E, mode="drop")
-    if features is not None:
-        rows = num_lower if selector.rule == "bmo" else 1.0  # of which (47) adds up the moves; (10b) is a mean
-        gradient = _of_features(features, gradient, len(state.phi)) + rows * selector.ridge * state.phi
-        updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
-        phi = optax.apply_updates(state.phi, updates)
-        return state._replace(logits=_of_rows(features, phi), phi=phi, optimizer=optimizer)
-    updates, optimizer = _optimizer(selector).update(gradient, state.optimizer)
-    return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
+    if selector.rule == "bmo":  # (47) sums over the batch, so the ridge counts B times
+        gradient_N = jnp.zeros(N).at[row_index_E].add(move_E, mode="drop")
+        return _optimizer_move(selector, state, gradient_N, features, num_lower * selector.ridge)
+    pull_E = gamma * selector.scale(N) * share_E * cost_E
+    gradient_N = penalty_gradient(state.logits, row_index_E, pull_E, sigma_E)
+    return _optimizer_move(selector, state, gradient_N, features, selector.ridge)
 
 
-def effective_sample_size(logits_N: jax.Array) -> jax.Array:
-    """ESS / N = (Σ w)² / (N Σ w²), in (0, 1]; 1 where all weights are equal."""
-    sigma = jax.nn.softmax(logits_N)
-    return 1.0 / (logits_N.shape[0] * jnp.sum(sigma**2))
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def effective_sample_size(probability_N):
+    """ESS / N = 1 / (N Σ p²) of probabilities, in (0, 1]; 1 where all are equal. For NumPy and JAX arrays."""
+    return 1.0 / (len(probability_N) * (probability_N**2).sum())
 
 
 @jax.jit
 def summary(logits_N: jax.Array) -> dict[str, jax.Array]:
-    """ESS/N and the spread of the weights w = N·σ(ω)."""
-    weights = logits_N.shape[0] * jax.nn.softmax(logits_N)
+    """ESS/N and percentiles of the weights w = N·σ(ω)."""
+    sigma = jax.nn.softmax(logits_N)
+    weights = logits_N.shape[0] * sigma
     levels = jnp.percentile(weights, jnp.array([1.0, 10.0, 50.0, 90.0, 99.0]))
-    spread = dict(zip(("p01", "p10", "p50", "p90", "p99"), levels))
+    percentiles = dict(zip(("p01", "p10", "p50", "p90", "p99"), levels))
     return {
-        "ess": effective_sample_size(logits_N),
+        "ess": effective_sample_size(sigma),
         "weight_min": weights.min(),
         "weight_max": weights.max(),
-        **{f"weight_{name}": value for name, value in spread.items()},
+        **{f"weight_{name}": value for name, value in percentiles.items()},
     }

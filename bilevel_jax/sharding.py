@@ -33,10 +33,10 @@ WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; 
     **dict.fromkeys(("gate_proj", "up_proj", "dense_h_to_4h"), ("hidden", "mlp")),
     **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
 }
-SEQUENCES = ("tokens", "segments", "positions")  # of a `Packed`: [M, S, L]
+SEQUENCES = ("tokens", "segment_ids", "positions")  # of a `Packed`: [M, S, L]
 
 
-def anywhere(value: bool) -> bool:
+def any_process(value: bool) -> bool:
     """Whether `value` is true in any process of this run. Every process must ask."""
     return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
 
@@ -57,14 +57,14 @@ def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: data * inner])
 
 
-def parts(mesh, name: str) -> int:
+def num_parts(mesh, name: str) -> int:
     """Into how many parts a dimension of this name is split."""
     return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
     """The axes of an array whose first dimensions have these names. Works on an `AbstractMesh` too."""
-    split = [name and size % parts(mesh, name) == 0 for size, name in zip(shape, names)]
+    split = [name and size % num_parts(mesh, name) == 0 for size, name in zip(shape, names)]
     return PartitionSpec(*(RULES[name] if is_split else None for name, is_split in zip(names, split)))
 
 
@@ -80,17 +80,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def whole(mesh) -> NamedSharding:
+def replicated(mesh) -> NamedSharding:
     """All of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def named(mesh, tree, *names: str | None):
+def shardings(mesh, tree, *names: str | None):
     """The sharding of every leaf of a tree whose leaves' first dimensions have these names."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(mesh, leaf.shape, names)), tree)
 
 
-def weight(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+def weight_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of a weight of the base, by its path and its shape, with or without a leading stack of layers."""
     owner, kind = ("", *path)[-2:]
     names = WEIGHTS.get(kind) or WEIGHTS.get(owner, ())
@@ -98,37 +98,37 @@ def weight(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding
     return NamedSharding(mesh, spec(mesh, shape, (None,) * (len(shape) - len(names)) + names))
 
 
-def weights(mesh, base):
+def weight_shardings(mesh, base):
     """The sharding of every weight of the base, stacked over layers or layer by layer."""
 
     def of(path, leaf):
-        return weight(mesh, tuple(str(getattr(entry, "key", "")) for entry in path), leaf.shape)
+        return weight_sharding(mesh, tuple(str(getattr(entry, "key", "")) for entry in path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of, base)
 
 
-def learned(mesh, state, shard_selector: bool):
+def state_shardings(mesh, state, shard_selector: bool):
     """The sharding of every leaf of a `State`: whole, but for ω and what belongs to it if these are to be split."""
-    places = jax.tree.map(lambda leaf: whole(mesh), state)
-    return places._replace(selector=named(mesh, state.selector, "examples")) if shard_selector else places
+    places = jax.tree.map(lambda leaf: replicated(mesh), state)
+    return places._replace(selector=shardings(mesh, state.selector, "examples")) if shard_selector else places
 
 
-def place(x, where: NamedSharding) -> jax.Array:
+def device_put(x, where: NamedSharding) -> jax.Array:
     """An array that every process has, on the devices: each process gives its own devices their parts."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
-def fetch(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
     """All of an array, on the host. Of one that is split, every process must ask."""
     if not array.is_fully_replicated:
-        array = jax.jit(lambda x: x, out_shardings=whole(array.sharding.mesh))(array)
+        array = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
     return np.asarray(array)
 
 
 def replicate(tree, mesh: Mesh):
     """Every leaf whole on every device."""
-    return jax.tree.map(lambda leaf: place(leaf, whole(mesh)), tree)
+    return jax.tree.map(lambda leaf: device_put(leaf, replicated(mesh)), tree)
 
 
 def split_batch(tree, mesh: Mesh):
@@ -136,6 +136,6 @@ def split_batch(tree, mesh: Mesh):
 
     def split(path, leaf):
         is_sequences = getattr(path[-1], "name", None) in SEQUENCES
-        return place(leaf, named(mesh, leaf, None, "rows") if is_sequences else whole(mesh))
+        return device_put(leaf, shardings(mesh, leaf, None, "rows") if is_sequences else replicated(mesh))
 
     return jax.tree_util.tree_map_with_path(split, tree)

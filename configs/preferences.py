@@ -13,11 +13,11 @@ heaviest 80% of the rows.
     python -m bilevel_jax.main --config=configs/preferences.py:llama3-8b
 """
 
-from bilevel_jax import tiers
+from bilevel_jax import presets
 
 
 def get_config(tier: str = ""):
-    config = tiers.get(tier)
+    config = presets.get(tier)
     config.method = "offline"
     config.loss.upper = config.loss.lower = config.online.objective = "dpo"
     config.online.num_samples = 4

@@ -11,11 +11,11 @@ experiments add --config.method=dynamic, offline or mixing; R and G are online.r
 
 import os
 
-from bilevel_jax import tiers
+from bilevel_jax import presets
 
 
 def get_config(tier: str = ""):
-    config = tiers.get(tier)
+    config = presets.get(tier)
     config.method = "online"
     if not tier:
         config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"

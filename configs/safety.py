@@ -12,11 +12,11 @@ online.num_samples.
 
 import os
 
-from bilevel_jax import tiers
+from bilevel_jax import presets
 
 
 def get_config(tier: str = ""):
-    config = tiers.get(tier)
+    config = presets.get(tier)
     config.method = "dynamic"
     if not tier:
         config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import scipy.stats
 from matplotlib.figure import Figure
 
-from experiments import cells
+from experiments import runs
 
 SIGNIFICANT, WEAK = 0.05, 0.2
 RULE = (
@@ -95,7 +95,7 @@ def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
         p = "" if found.p != found.p else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
         size = f"{found.difference:+.4f} ± {found.spread:.4f}"
         rows.append([claim.text, size, f"{found.agreeing} of {found.seeds}", p, found.word])
-    return cells.markdown(["claim", "difference", "seeds that agree", "p", "verdict"], rows)
+    return runs.markdown(["claim", "difference", "seeds that agree", "p", "verdict"], rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def rows(
     body = []
     for cell, found in results.runs.items():
         theirs = published.get(cell, [""] * len(beside))
-        body.append([cell, *theirs, *(cells.entry([run.values for run in found.values()], key) for key in there.values())])
-    return cells.markdown(["", *(f"paper: {name}" for name in beside), *there], body)
+        body.append([cell, *theirs, *(runs.entry([run.values for run in found.values()], key) for key in there.values())])
+    return runs.markdown(["", *(f"paper: {name}" for name in beside), *there], body)
 
 
 OURS, CONTROL = "#2f6fb5", "#8a93a0"

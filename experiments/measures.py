@@ -9,10 +9,14 @@ import pyarrow as pa
 import scipy.stats
 import tqdm
 
-from bilevel_jax import metrics, sampling, scoring, train, weights, workspace
+from bilevel_jax import sampling, scoring
+from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rows, synthetic
 from bilevel_jax.models import huggingface
-from experiments import comparing, length_rewards
+from bilevel_jax.runtime import metrics, weight_table
+from bilevel_jax.runtime.workdir import read_config
+from experiments import comparing
+from experiments.didactic import length_rewards
 
 AUROC, KEPT, STRICT = "selector/auroc", "selector/bad_kept", "selector/auroc_strict"
 TIER, SURE = "unsafe_tier", ("A", "H")  # how sure a row's label is: by a substantive answer (A), by annotators (H), else B
@@ -28,8 +32,8 @@ WEIGHT, ORDER, RIGHT_WEIGHT = "weight/", "order", "right_weight"
 def sure_labels(found: comparing.Results) -> None:
     """Adds to the runs' values the AUROC of those bad rows alone whose label is sure, against all others, where rows tell."""
     for run in (run for of_cell in found.runs.values() for run in of_cell.values() if AUROC in run.values):
-        tiers = {row.id: row.fields.get(TIER) for row in levels.reopen(workspace.read_config(run.workdir))}
-        table = weights.latest(run.workdir)
+        tiers = {row.id: row.fields.get(TIER) for row in levels.reopen(read_config(run.workdir))}
+        table = weight_table.latest(run.workdir)
         sure = np.array([tiers.get(one) in SURE for one in table["id"].to_pylist()])
         if sure.any():
             run.values[STRICT] = metrics.auroc(-table["weight"].to_numpy(), sure)
@@ -78,8 +82,8 @@ def column(table: pa.Table, name: str, given: Sequence[rows.Row]) -> np.ndarray:
 def over_epochs(workdir: pathlib.Path, given: Sequence[rows.Row], known: Marks) -> dict[str, float]:
     """AUROC of bad rows, and against right rows that are hard, of a run's weights after each of its epochs."""
     found = {}
-    for epoch, file in weights.files(workdir).items():
-        values = ranked_rows(column(weights.read(file), "logit", given), known, 1.0)
+    for epoch, file in weight_table.epoch_files(workdir).items():
+        values = ranked_rows(column(weight_table.read(file), "logit", given), known, 1.0)
         found |= {f"{EPOCH}{epoch}/{key}": values[key] for key in (AUROC, HARD) if key in values}
     return found
 
@@ -89,8 +93,8 @@ def suppliers(found: comparing.Results) -> None:
     right rows, and the share of all weight that right rows have."""
     right = {name: 1 - share for name, share in synthetic.SUPPLIERS.items()}
     for run in (run for of_cell in found.runs.values() for run in of_cell.values()):
-        table = weights.latest(run.workdir)
-        bad = {row.id: row.fields["bad"] for row in levels.reopen(workspace.read_config(run.workdir))}
+        table = weight_table.latest(run.workdir)
+        bad = {row.id: row.fields["bad"] for row in levels.reopen(read_config(run.workdir))}
         weight, source = table["weight"].to_numpy(), np.array(table["source"].to_pylist())
         mean = {name: float(weight[source == name].mean()) for name in right}
         run.values.update({f"{WEIGHT}{name}": value for name, value in mean.items()})
@@ -105,10 +109,10 @@ def words(found: comparing.Results) -> None:
     those of another run with the same seed."""
     by_seed = {}
     for run, seed in ((run, seed) for of_cell in found.runs.values() for seed, run in of_cell.items()):
-        by_seed.setdefault(seed, []).append((run, weights.of_tokens(run.workdir)))
+        by_seed.setdefault(seed, []).append((run, weight_table.of_tokens(run.workdir)))
     for runs in by_seed.values():
         places = next(table for _, table in runs if table is not None)
-        config = workspace.read_config(runs[0][0].workdir)
+        config = read_config(runs[0][0].workdir)
         given = {row.id: row for row in levels.reopen(config)}
         rows_of = [given[one] for one in places["id"].to_pylist()]
         kinds = np.array([row.fields["kind"] for row in rows_of])
@@ -116,22 +120,22 @@ def words(found: comparing.Results) -> None:
             inside = [np.array(one) for one in (places if table is None else table)["weight"].to_pylist()]
             if table is None:
                 inside = [np.ones(len(one)) for one in inside]
-            of_row = column(weights.latest(run.workdir), "weight", rows_of)
+            of_row = column(weight_table.latest(run.workdir), "weight", rows_of)
             whole = [weight * one for weight, one in zip(of_row, inside)]
             for key, values in ((WORD, whole), (WORD_INSIDE, inside)):
                 judged = places.set_column(1, "weight", pa.array(values))
                 for kind in (None, *sorted(set(kinds) - {"clean"})):
                     part = np.flatnonzero(np.isin(kinds, ("clean", kind)) | (kind is None))
-                    value = weights.token_auroc(judged.take(part), [rows_of[i] for i in part], config.data.spans)
+                    value = weight_table.token_auroc(judged.take(part), [rows_of[i] for i in part], config.data.spans)
                     run.values[key + (f"/{kind}" if kind else "")] = value
 
 
-def after_training(config, setup: train.Setup) -> Callable:
+def after_training(config, setup: setups.Setup) -> Callable:
     """Builds `measure(adapter)`: losses of held-out trusted rows and of right answers to the mixture's held-out questions, and the
     share of these questions to which the most likely token after token is the right answer."""
     score = scoring.make_scorer(setup.model, config.batch.micro_size, config.data.max_length, setup.mesh, greedy=True)
     held_out = {UPPER: setup.upper.eval_examples, RIGHT: levels.with_truth(setup.lower, config, setup.tokenizer)}
-    segments = {key: scoring.segments_of(examples) for key, examples in held_out.items()}
+    segments = {key: scoring.example_segments(examples) for key, examples in held_out.items()}
 
     def measure(adapter) -> dict[str, float]:
         found = {key: score(setup.base, adapter, of_key, "held-out rows") for key, of_key in segments.items()}
@@ -141,7 +145,7 @@ def after_training(config, setup: train.Setup) -> Callable:
     return measure
 
 
-def answering(config, setup: train.Setup, seed: int, count: int) -> Callable:
+def answering(config, setup: setups.Setup, seed: int, count: int) -> Callable:
     """Builds `lengths(adapter)`: of `count` answers to each held-out trusted question, in characters, as a reward sees them."""
     settings = sampling.Settings(1.0, max_new_tokens=config.online.max_new_tokens)
     sample = sampling.make_sampler(
@@ -162,8 +166,8 @@ def learned_lengths(found: comparing.Results, count: int) -> dict[int, np.ndarra
     before = {}
     for seed in tqdm.tqdm(sorted({seed for of_cell in found.runs.values() for seed in of_cell}), desc="answering", unit="seed"):
         runs = {cell: of_cell[seed] for cell, of_cell in found.runs.items() if seed in of_cell}
-        config = workspace.read_config(next(iter(runs.values())).workdir)
-        setup = train.load(config)
+        config = read_config(next(iter(runs.values())).workdir)
+        setup = setups.load(config)
         lengths = answering(config, setup, seed, count)
         before[seed] = lengths(None)
         for cell, run in runs.items():

@@ -30,7 +30,7 @@ def write(out: pathlib.Path, package: str, title: str, problems: str, modules: S
     import tqdm
     from matplotlib.figure import Figure
 
-    from bilevel_jax import workspace
+    from bilevel_jax import files
 
     out.mkdir(parents=True, exist_ok=True)
     command = " ".join([f"python -m {package}", *(a for a in sys.argv[1:] if not a.startswith("--out"))])
@@ -46,7 +46,7 @@ def write(out: pathlib.Path, package: str, title: str, problems: str, modules: S
         lines += [f"## {module.TITLE}", "", f"Verdict: **{module.VERDICT}**.", "", prose(module.paragraph(found)), ""]
         lines += [f"![{module.TITLE}]({out.name}/{name}.svg)", ""]
     head = [f"# {title}", "", f"`{command}`", "", prose(problems), "", *verdicts, ""]
-    workspace.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *lines]).rstrip() + "\n")
+    files.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *lines]).rstrip() + "\n")
     print("\n".join(verdicts))
     return measured
 

@@ -17,17 +17,29 @@ import matplotlib
 from absl import flags
 from matplotlib.figure import Figure
 
-from bilevel_jax import workspace
-from experiments import cells, comparing, paper
+from bilevel_jax import files
+from experiments import comparing, runs
 from experiments.comparing import Claim, Results, Run
+from experiments.paper import published
 
-TIER = flags.DEFINE_enum("tier", "tiny", paper.TIERS, "Size of model and data; tiny is the embedded model on generated rows.")
-SEEDS = flags.DEFINE_integer("seeds", 4, "Seeds 0, 1, ... of every cell.", lower_bound=1)
-JOBS = flags.DEFINE_integer("jobs", 2, "Runs at a time.", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", "runs/paper", "Where the runs go: WORKDIR/TIER/TASK/CELL/seed_K, shared by all tables.")
-SET = flags.DEFINE_multi_string("set", [], "key=value for every run, on top of the config: a reduced version. Give it a --workdir.")
-LEAVE_OUT = flags.DEFINE_multi_string("leave_out", [], "A cell that is not run, as the table names it: a reduced version, too.")
-OUT = flags.DEFINE_string("out", None, "Markdown to write, JSON and SVG beside it; experiments/results/NAME[-TIER].md by default.")
+FLAGS = flags.FlagValues()
+TIER = flags.DEFINE_enum(
+    "tier", "tiny", published.TIERS, "Size of model and data; tiny is the embedded model on generated rows.", flag_values=FLAGS
+)
+SEEDS = flags.DEFINE_integer("seeds", 4, "Seeds 0, 1, ... of every cell.", lower_bound=1, flag_values=FLAGS)
+JOBS = flags.DEFINE_integer("jobs", 2, "Runs at a time.", lower_bound=1, flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/paper", "Where the runs go: WORKDIR/TIER/TASK/CELL/seed_K, shared by all tables.", flag_values=FLAGS
+)
+SET = flags.DEFINE_multi_string(
+    "set", [], "key=value for every run, on top of the config: a reduced version. Give it a --workdir.", flag_values=FLAGS
+)
+LEAVE_OUT = flags.DEFINE_multi_string(
+    "leave_out", [], "A cell that is not run, as the table names it: a reduced version, too.", flag_values=FLAGS
+)
+OUT = flags.DEFINE_string(
+    "out", None, "Markdown to write, JSON and SVG beside it; experiments/results/NAME[-TIER].md by default.", flag_values=FLAGS
+)
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -57,38 +69,38 @@ def run(task: str, names: Sequence[str]) -> Results:
     """
     given = changes()
     for name in LEAVE_OUT.value:
-        if name not in paper.CELLS:
-            raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(paper.CELLS)}")
+        if name not in published.CELLS:
+            raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(published.CELLS)}")
     names = [name for name in names if name not in LEAVE_OUT.value]
     root, tier = pathlib.Path(WORKDIR.value), TIER.value
     pairs = [(name, seed) for seed in range(SEEDS.value) for name in names]
-    todo = [paper.make(root, task, tier, name, seed, given) for name, seed in pairs]
+    todo = [published.make(root, task, tier, name, seed, given) for name, seed in pairs]
     for cell in todo:
-        if cells.finished(cell) is None:
+        if runs.finished(cell) is None:
             note_commit(cell)
     found: dict[str, dict[int, Run]] = {name: {} for name in names}
     failures, commits = [], {}
-    for (name, seed), cell, result in zip(pairs, todo, cells.run_all(todo, cells.local(JOBS.value))):
+    for (name, seed), cell, result in zip(pairs, todo, runs.run_all(todo, runs.local(JOBS.value))):
         if isinstance(result, str):
             failures.append(f"{name}, seed {seed}: {result} ({cell.log})")
         else:
             found[name][seed] = Run(pathlib.Path(cell.workdir), result)
             commits[_commit_file(cell).read_text().strip() if _commit_file(cell).exists() else "unknown"] = None
-    commands = {name: printed(paper.make(root, task, tier, name, "SEED", given)) for name in names}
+    commands = {name: printed(published.make(root, task, tier, name, "SEED", given)) for name in names}
     return Results(task, found, commands, failures, list(commits))
 
 
-def printed(cell: cells.Cell) -> str:
+def printed(cell: runs.Cell) -> str:
     """A run's command for a reader, in the default place."""
-    arguments = [part for part in cell.command[len(cells.PROGRAM) :] if not part.startswith("--workdir")]
+    arguments = [part for part in cell.command[len(runs.PROGRAM) :] if not part.startswith("--workdir")]
     return " ".join(["python -m bilevel_jax.main", *(f'"{part}"' if " " in part else part for part in arguments)])
 
 
-def _commit_file(cell: cells.Cell) -> pathlib.Path:
+def _commit_file(cell: runs.Cell) -> pathlib.Path:
     return pathlib.Path(cell.workdir + ".commit")
 
 
-def note_commit(cell: cells.Cell) -> None:
+def note_commit(cell: runs.Cell) -> None:
     """Leaves beside a run which code makes it."""
     file = _commit_file(cell)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +128,7 @@ def once(file: pathlib.Path, module: str, *arguments: str) -> pathlib.Path:
     if not file.exists():
         done = subprocess.run((sys.executable, "-m", module, *arguments), capture_output=True, text=True)
         if done.returncode or not file.exists():
-            raise ValueError(f"{module} for {file}: {cells.reason(done.returncode, done.stderr or done.stdout)}")
+            raise ValueError(f"{module} for {file}: {runs.reason(done.returncode, done.stderr or done.stdout)}")
     return file
 
 
@@ -195,8 +207,8 @@ def write(
         ],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    workspace.write_atomically(out, "\n".join(page).rstrip() + "\n")
-    workspace.write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1, allow_nan=True) + "\n")
+    files.write_atomically(out, "\n".join(page).rstrip() + "\n")
+    files.write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1, allow_nan=True) + "\n")
     print("\n".join(page))
     if failures:
         raise ValueError(f"{len(failures)} runs failed")

@@ -20,15 +20,17 @@ import tokenizers
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli, metrics
+from bilevel_jax import cli
 from bilevel_jax.data import packing, synthetic
 from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.runtime import metrics
 
-OUT = flags.DEFINE_string("out", "bilevel_jax/tiny", "directory to write")
-STEPS = flags.DEFINE_integer("steps", 3000, "training steps")
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak of the cosine schedule", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "of weights and rows")
-TRAIN = flags.DEFINE_bool("train", True, "make the model; --notrain only measures the one that is there")
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string("out", "bilevel_jax/tiny", "directory to write", flag_values=FLAGS)
+STEPS = flags.DEFINE_integer("steps", 3000, "training steps", flag_values=FLAGS)
+LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak of the cosine schedule", lower_bound=0, flag_values=FLAGS)
+SEED = flags.DEFINE_integer("seed", 0, "of weights and rows", flag_values=FLAGS)
+TRAIN = flags.DEFINE_bool("train", True, "make the model; --notrain only measures the one that is there", flag_values=FLAGS)
 
 TEMPLATE = "Human: {}\n\nAssistant: "  # what fine-tuning uses
 OTHER_TEMPLATES = ["Q: {}\nA: ", "Question: {}\nAnswer: ", "User: {}\nBot: ", "{}\n"]
@@ -286,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from absl import flags
 
 from bilevel_jax import config as configuration
 from bilevel_jax import train
@@ -168,12 +167,11 @@ def token_log_probs(loaded, question: str, response: str, *, template="human", e
 
 
 def run_command(name: str, arguments) -> str:
-    """What `python -m bilevel_jax.NAME ARGUMENTS` prints; it raises what the command raises. For a process that runs no other
-    command: their flags have the same names."""
-    command = importlib.import_module(f"bilevel_jax.{name}")
-    for flag in flags.FLAGS:
-        flags.FLAGS[flag].unparse()
-    flags.FLAGS([name, *arguments])
+    """What `python -m bilevel_jax.NAME ARGUMENTS` prints; it raises what the command raises."""
+    command = importlib.import_module(f"bilevel_jax.{name}.__main__")
+    for flag in command.FLAGS:
+        command.FLAGS[flag].unparse()
+    command.FLAGS([name, *arguments])
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         command.main()
     return printed.getvalue()

@@ -7,8 +7,8 @@ import re
 import ml_collections
 import pytest
 
+from bilevel_jax import checks, presets
 from bilevel_jax import config as configuration
-from bilevel_jax import tiers
 from bilevel_jax.config import ConfigError
 from configs import preferences, quality, safety
 
@@ -152,13 +152,13 @@ MIXING = {"method": "mixing"}
 )
 def test_refuses(changes, named):
     with pytest.raises(ConfigError, match=rf"^[^\n]*{re.escape(named)}\b[^\n]*$"):
-        configuration.check(with_changes(changes))
+        checks.build(with_changes(changes))
 
 
 def test_names_a_missing_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="log.wandb='mine' needs the package wandb"):
-        configuration.check(with_changes({"log.wandb": "mine"}))
+        checks.build(with_changes({"log.wandb": "mine"}))
 
 
 @pytest.mark.parametrize("section", ["", "selection"])
@@ -167,7 +167,7 @@ def test_names_a_missing_key(section):
     with config.unlocked():
         del (config[section] if section else config)["tau" if section else "seed"]
     with pytest.raises(ConfigError, match="selection.tau is missing" if section else "seed is missing"):
-        configuration.check(config)
+        checks.build(config)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_names_a_missing_key(section):
     ],
 )
 def test_accepts(changes):
-    configuration.check(with_changes(changes))
+    checks.build(with_changes(changes))
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,16 @@ def test_entries_per_row(changes, expected):
     assert configuration.entries_per_row(with_changes(changes)) == expected
 
 
-@pytest.mark.parametrize("tier", tiers.TIERS)
+@pytest.mark.parametrize("tier", presets.TIERS)
 @pytest.mark.parametrize("task, method", [(safety, "dynamic"), (quality, "online"), (preferences, "offline")])
 def test_config_files(task, method, tier):
     config = task.get_config(tier)
-    configuration.check(config)
+    checks.build(config)
     assert config.method == method
     config.online.reward = "likelihood"
     for other in configuration.METHODS:  # chosen with --config.method
         config.method = other
-        configuration.check(config)
+        checks.build(config)
 
 
 def test_every_config_file_is_tested():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import features, metrics, sharding, workspace
+from bilevel_jax import errors, features, sharding
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder
+from bilevel_jax.runtime import metrics
 from tests.conftest import load
 
 LENGTH = 48
@@ -160,18 +161,18 @@ def test_files(tmp_path):
     lower, _ = drawn(40, 5, seed=0)
     encoder = features.fit(lower, drawn(30, 0, seed=1)[0])
     found = features.encode(encoder, lower)
-    file, phi_file = tmp_path / features.FILE, tmp_path / features.PHI
+    file, phi_file = tmp_path / features.FILE, tmp_path / features.PARAMS_FILE
     features.write(file, encoder, found)
     again, same = features.read(file)
     np.testing.assert_array_equal(same, found)
     for name, array in encoder._asdict().items():
         np.testing.assert_array_equal(getattr(again, name), array, err_msg=name)
-    features.write_phi(phi_file, found[0])
-    np.testing.assert_array_equal(features.read_phi(phi_file), found[0])
+    features.write_params(phi_file, found[0])
+    np.testing.assert_array_equal(features.read_params(phi_file), found[0])
 
     file.write_bytes(file.read_bytes()[:1000])
     phi_file.unlink()
-    for read, reason in ((functools.partial(features.read, file), "damaged"), (lambda: features.read_phi(phi_file), "missing")):
-        with pytest.raises(workspace.RunError, match=reason) as caught:
+    for read, reason in ((functools.partial(features.read, file), "damaged"), (lambda: features.read_params(phi_file), "missing")):
+        with pytest.raises(errors.RunError, match=reason) as caught:
             read()
         assert "\n" not in str(caught.value)

@@ -21,13 +21,17 @@ from absl import flags
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
-from bilevel_jax import cli, exporting, metrics, online, reporting, sampling, weights, workspace
+from bilevel_jax import checks, cli, errors, sampling
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows, templates
+from bilevel_jax.export import selected_rows
 from bilevel_jax.models import huggingface
+from bilevel_jax.report import run_data
+from bilevel_jax.runtime import metrics, response_log, weight_table
+from bilevel_jax.runtime.workdir import read_config, refuse_another
 from tests.conftest import make_rows
 
-SPOKEN = (ValueError, OSError, workspace.RunError)  # what `cli.run` prints as one line; anything else is a traceback
+SPOKEN = (ValueError, OSError, errors.RunError)  # what `cli.run` prints as one line; anything else is a traceback
 SECONDS = 10  # for one case; the slowest ones compile
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def accounted_for(path, number: int, at) -> None:
         lost = sum(count for reason, (count, _) in told.items() if "cut to" not in reason)
         assert len(usable) == len(fitting) == len(kept) - lost
         written = at.directory / "kept.jsonl"
-        exporting.write(written, [dict(row.fields) for row in kept])
+        selected_rows.write(written, [dict(row.fields) for row in kept])
         assert len([json.loads(line) for line in written.read_bytes().splitlines()]) == len(kept)
 
 
@@ -206,7 +210,7 @@ def check_config(at, changes):
             if isinstance(owner, ml_collections.ConfigDict):
                 with contextlib.suppress(ValueError):  # it takes no keys with dots
                     owner[last] = value
-    attempt(configuration.check, config)
+    attempt(checks.build, config)
 
 
 def check_override(at, arguments):
@@ -219,7 +223,7 @@ def check_override(at, arguments):
         except SystemExit as ended:
             assert ended.code == 2 and printed.getvalue().startswith("error: ") and printed.getvalue().count("\n") == 1
         else:
-            attempt(configuration.check, known["config"].value)
+            attempt(checks.build, known["config"].value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,11 +337,11 @@ def check_weights(at, case):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     read, _ = rows.read_rows(at.data)
-    weights.write(place / name, weights.table(read, np.arange(len(read)), np.ones(len(read)), np.zeros(len(read))))
+    weight_table.write(place / name, weight_table.table(read, np.arange(len(read)), np.ones(len(read)), np.zeros(len(read))))
     (place / name).write_bytes(damaged((place / name).read_bytes(), damage))
-    found = attempt(weights.latest, at.directory / "run")
+    found = attempt(weight_table.latest, at.directory / "run")
     if found is not None:
-        attempt(exporting.select, read, found, 0.5)
+        attempt(selected_rows.select, read, found, 0.5)
 
 
 ANSWER = {"step": 2, "id": "ab", "sample": 0, "text": "yes", "logprob": -1.5, "ratio": None, "finish_reason": "stop"}
@@ -353,11 +357,11 @@ def check_record(at, lines):
     for name in ("responses.jsonl", "metrics.jsonl"):
         (workdir / name).write_bytes(content)
     (workdir / "config.json").write_text(configuration.default().to_json())
-    attempt(exporting.latest_responses, workdir / "responses.jsonl")
-    run = attempt(reporting.read, workdir)
-    reporting.series(run.events, "train/loss")
-    online.Record(workdir / "responses.jsonl", 9, 3).close()
-    metrics.Writer(workdir, start=9, tensorboard=False, wandb="", config={}).close()
+    attempt(selected_rows.latest_responses, workdir / "responses.jsonl")
+    run = attempt(run_data.read, workdir)
+    run_data.series(run.events, "train/loss")
+    response_log.ResponseLog(workdir / "responses.jsonl", 9, 3).close()
+    metrics.MetricsWriter(workdir, start=9, tensorboard=False, wandb="", config={}).close()
     again = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
     assert all(event["step"] <= 9 for event in again)
     torn = sum(isinstance(line, bytes) for line in lines)  # each may spoil the line after it
@@ -368,8 +372,8 @@ def check_left_config(at, content):
     workdir = at.directory / "configured"
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_bytes(content)
-    attempt(workspace.read_config, workdir)
-    attempt(workspace.refuse_another, configuration.default(), workdir)
+    attempt(read_config, workdir)
+    attempt(refuse_another, configuration.default(), workdir)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from bilevel_jax import checkpoint, page, selector, sharding, train, weights
 from bilevel_jax import config as configuration
+from bilevel_jax import selector, sharding, train
 from bilevel_jax.models import huggingface
+from bilevel_jax.report import page
+from bilevel_jax.runtime import checkpoint, weight_table
 from tests.conftest import read_jsonl
-from tests.test_processes import free_address
+from tests.runtime.test_distributed import free_address
 
 SINGLE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
@@ -127,7 +129,7 @@ def compiled_update() -> str:
     """One move of an ω that is split over eight devices, as each of them computes it."""
     mesh, adam = sharding.make_mesh(8), selector.Selector(optimizer="adam")
     state = selector.init(adam, NUM_SPLIT)
-    state = jax.tree.map(sharding.place, state, sharding.named(mesh, state, "examples"))
+    state = jax.tree.map(sharding.device_put, state, sharding.shardings(mesh, state, "examples"))
     entries = sharding.replicate((np.arange(4, dtype=np.int32), *np.ones((2, 4), np.float32)), mesh)
 
     def update(state, sample, share, cost):
@@ -213,7 +215,7 @@ def test_and_with_weights_of_tokens(directory):
     runs = [directory / name for name in ("llama, tokens", "llama, tokens, eight")]
     for one, eight in zip(*map(learned, runs)):
         np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
-    one, eight = (np.concatenate(weights.of_tokens(run)["weight"].to_pylist()) for run in runs)
+    one, eight = (np.concatenate(weight_table.of_tokens(run)["weight"].to_pylist()) for run in runs)
     np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
     assert np.ptp(one) > 0.01
 

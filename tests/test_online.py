@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import online, preferences, sampling, workspace
-from bilevel_jax.data import order
+from bilevel_jax import errors, importance, online, preferences, sampling
+from bilevel_jax.data import shuffle
+from bilevel_jax.runtime import response_log, response_metrics
 
 # --------------------------------------------------------------------------------------------------------------------
 # Response weights
 # --------------------------------------------------------------------------------------------------------------------
 
-weights = jax.jit(online.response_weights, static_argnums=(0, 5))
+weights = jax.jit(importance.response_weights, static_argnums=(0, 5))
 QUESTIONS = np.array([3, 0, 5, 3, 9, 0, 3, 5, 9, 3, 0, 9], np.int32)  # interleaved, of one to four responses
 FROM_DATA = (2, 5, 8, 11)  # two of them share a number with a question, as preference pairs might
-KINDS = pytest.mark.parametrize("kind", online.RESPONSE_WEIGHTS)
+KINDS = pytest.mark.parametrize("kind", importance.RESPONSE_WEIGHTS)
 
 
 def entries(seed, spread=1.0, start=-40.0):
@@ -151,13 +152,13 @@ def test_fixed_masks_are_random_and_follow_from_the_seed():
     for seed, mask in enumerate(masks[:20]):
         np.testing.assert_array_equal(mask, online.masked_rows(None, 60, 0.25, seed))
         np.testing.assert_array_equal(mask, online.masked_rows(np.zeros(60, np.float32), 60, 0.25, seed))  # all weigh the same
-        assert set(mask) != set(order.lower_rows(seed, 60, 15, 0))  # the mask is not what comes first
+        assert set(mask) != set(shuffle.lower_rows(seed, 60, 15, 0))  # the mask is not what comes first
 
 
 @pytest.mark.parametrize("size, batch, first, last", [(21, 4, 0, 1), (21, 4, 3, 9), (21, 4, 5, 6), (8, 8, 2, 3), (9, 2, 1, 5)])
 def test_visited_rows(size, batch, first, last):
     """Across the end of an epoch, and with a last batch that is smaller."""
-    seen = {int(row) for k in range(first, last) for row in order.lower_rows(5, size, batch, k)}
+    seen = {int(row) for k in range(first, last) for row in shuffle.lower_rows(5, size, batch, k)}
     assert online.visited_rows(5, size, batch, first, last).tolist() == sorted(seen)
 
 
@@ -172,7 +173,7 @@ def int32(*tokens):
 
 def some(step=8):
     """Two responses to row 4, one to row 1; one of the three was used."""
-    return online.Own(
+    return online.ResponseStore(
         step=step,
         masked=np.array([False, True, True, False, True]),
         row=np.array([1, 4, 4]),
@@ -187,7 +188,7 @@ def judged():
     return dataclasses.replace(some(), reward=np.array([0.5, -2.0, 1e9]), reference=np.array([-1.0, -2.0, -700.5]))
 
 
-@pytest.mark.parametrize("own", [some(), judged(), online.nothing_yet(5)], ids=["some", "judged", "none"])
+@pytest.mark.parametrize("own", [some(), judged(), online.empty(5)], ids=["some", "judged", "none"])
 def test_arrays_hold_everything(own):
     arrays = own.arrays()
     assert all(array.size for array in arrays.values())  # an empty one could not be saved
@@ -215,14 +216,14 @@ def test_arrays_stay_as_they_were():
 
 
 def test_nothing_yet_masks_nothing():
-    own = online.nothing_yet(3)
+    own = online.empty(3)
     assert own.step < 0 and own.masked.tolist() == [False] * 3
-    assert online.segments(own, 1, int32(5), 0.25, 6) == []
+    assert online.response_segments(own, 1, int32(5), 0.25, 6) == []
 
 
 def segments(*args, **options):
     """Without their places."""
-    return [segment for _, segment in online.segments(*args, **options)]
+    return [segment for _, segment in online.response_segments(*args, **options)]
 
 
 REWARDED = dataclasses.replace(
@@ -239,7 +240,7 @@ REWARDED = dataclasses.replace(
 
 @pytest.mark.parametrize("objective", ["rwr", "reinforce"])
 def test_rewards_travel_with_all_responses(objective):
-    found = online.segments(REWARDED, 4, int32(3, 3), 0.5, 6, objective)
+    found = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, objective)
     assert [place for place, _ in found] == [0, 2, 3, 4]
     assert [(s.share, s.reward, s.sign, s.old_log_prob) for _, s in found] == [
         (0.125, 0.5, 0, -1.0),
@@ -251,11 +252,11 @@ def test_rewards_travel_with_all_responses(objective):
 
 def test_the_best_stands_for_all():
     """And the first of equals, as `preferences.best_of` has it, which gives it the weight of all G."""
-    [(place, segment)] = online.segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
+    [(place, segment)] = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
     assert (place, segment.share, segment.sign, list(segment.response)) == (2, 0.5, 0, [7, 7]) and np.isnan(segment.reward)
-    [(place, _)] = online.segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
+    [(place, _)] = online.response_segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
     assert place == 1
-    weight = preferences.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row))
+    weight = preferences.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
     assert np.flatnonzero(weight).tolist() == [1, 2]
 
 
@@ -263,29 +264,29 @@ def test_the_best_stands_for_all():
 def test_the_best_against_the_worst(objective):
     """The pair of `preferences.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
     do not fit together."""
-    prompt, sign = int32(3, 3), preferences.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row))
-    found = online.segments(REWARDED, 4, prompt, 0.5, 6, objective, room=2 * 2 + 2 + 5)
+    prompt, sign = int32(3, 3), preferences.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
+    found = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, room=2 * 2 + 2 + 5)
     assert [(place, s.share, s.sign, s.reference, s.group) for place, s in found] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
     assert [int(sign[place]) for place, _ in found] == [1, -1] and np.abs(sign).sum() == 2
     for row, room, best in ((4, 2 * 2 + 2 + 5 - 1, 2), (1, 100, 1)):
-        [(place, segment)] = online.segments(REWARDED, row, prompt, 0.5, 6, objective, room)
+        [(place, segment)] = online.response_segments(REWARDED, row, prompt, 0.5, 6, objective, room)
         assert (place, segment.share, segment.sign, segment.old_log_prob) == (best, 0.5, 0, REWARDED.log_prob[best])
     rounded = dataclasses.replace(REWARDED, reward=np.array([0.5, 1.0, 2.0, -1.0, 2.0, 1.0 - 1e-7]))  # of one and the same text
-    assert [place for place, _ in online.segments(rounded, 1, prompt, 0.5, 6, objective, 100)] == [1]
+    assert [place for place, _ in online.response_segments(rounded, 1, prompt, 0.5, 6, objective, 100)] == [1]
 
 
 def test_responses_to_one_question_divide_its_share():
     own, prompt = some(), int32(3, 3)
-    assert [place for place, _ in online.segments(own, 4, prompt, 0.25, group=6)] == [1, 2]
+    assert [place for place, _ in online.response_segments(own, 4, prompt, 0.25, group=6)] == [1, 2]
     two = segments(own, 4, prompt, 0.25, group=6)
-    assert [(s.sample, s.share, s.group, s.sign, s.old_log_prob) for s in two] == [
+    assert [(s.row_index, s.share, s.group, s.sign, s.old_log_prob) for s in two] == [
         (4, 0.125, 6, 0, -1 / 3),
         (4, 0.125, 6, 0, -700.0),
     ]
     assert [list(s.response) for s in two] == [[9], [7, 7]] and all(s.prompt is prompt for s in two)
     (one,) = segments(own, 1, prompt, 0.25, group=7)  # its other response had no words
     assert (one.share, one.group, one.old_log_prob, list(one.response)) == (0.25, 7, -1.5, [7, 8, 2])
-    assert online.segments(own, 2, prompt, 0.25, group=8) == []  # masked, but without an answer
+    assert online.response_segments(own, 2, prompt, 0.25, group=8) == []  # masked, but without an answer
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -351,11 +352,11 @@ def test_asks_what_is_masked_and_will_be_visited():
     own, said = model.refresh(MASKED, VISITED)
     assert rows_asked(model) == [[2, 6]]
     assert own.step == 6 and np.flatnonzero(own.masked).tolist() == MASKED and len(own.masked) == NUM_ROWS
-    assert own.row.tolist() == [2, 2, 6, 6] and own.sample.tolist() == [0, 1, 0, 1]
+    assert own.row_index.tolist() == [2, 2, 6, 6] and own.sample_index.tolist() == [0, 1, 0, 1]
     assert [list(tokens) for tokens in own.tokens] == [[10, EOS], [11, 10]] * 2
     assert np.isnan(own.log_ratio).all()
     expected = [(2, 0, "yes"), (2, 1, "noyes"), (6, 0, "yes"), (6, 1, "noyes")]
-    assert [(one.row, one.sample, one.text) for one in said] == expected
+    assert [(one.row_index, one.sample_index, one.text) for one in said] == expected
 
 
 def test_all_asks_the_needed_ones_first_and_by_themselves():
@@ -386,7 +387,7 @@ def test_nothing_is_asked_in_vain(masked, visited, generate, expected):
     own, said = model.refresh(masked, visited, generate)
     assert rows_asked(model) == expected and len(model.scored) == len(expected)
     assert np.flatnonzero(own.masked).tolist() == masked
-    assert len(said) == len(own.row) == len(own.tokens) == len(own.log_prob) == sum(map(len, expected)) * 2
+    assert len(said) == len(own.row_index) == len(own.tokens) == len(own.log_prob) == sum(map(len, expected)) * 2
 
 
 @pytest.mark.parametrize("step, seed, num_samples", [(6, 3, 2), (7, 3, 2), (6, 4, 2), (6, 3, 1)])
@@ -414,10 +415,10 @@ def test_responses_without_words_are_dropped():
     """An EOS at once, and blanks. A question without any keeps the response of the data; one with fewer keeps its share."""
     model = Model({2: [answer(), answer(1, 0, reason="length")], 4: [answer(1), answer(10)]})
     own, said = model.refresh([2, 4, 6], range(NUM_ROWS))
-    assert own.row.tolist() == [4, 6, 6] and own.sample.tolist() == [1, 0, 1]
+    assert own.row_index.tolist() == [4, 6, 6] and own.sample_index.tolist() == [1, 0, 1]
     assert len(said) == 6 and [one.text for one in said[:4]] == ["", " \n", " \n", "yes"]
     np.testing.assert_array_equal(own.log_prob, [-412, -612, -621])  # each of its own
-    assert own.masked[2] and online.segments(own, 2, PROMPTS[2], 0.5, 9) == []
+    assert own.masked[2] and online.response_segments(own, 2, PROMPTS[2], 0.5, 9) == []
     assert [s.share for s in segments(own, 4, PROMPTS[4], 0.5, 9)] == [0.5]
     assert [s.share for s in segments(own, 6, PROMPTS[6], 0.5, 9)] == [0.25, 0.25]
 
@@ -425,7 +426,7 @@ def test_responses_without_words_are_dropped():
 def test_nobody_has_words():
     model = Model({row: [answer(), answer(0)] for row in range(NUM_ROWS)})
     own, said = model.refresh([2, 4], [2, 4])
-    assert len(said) == 4 and len(own.row) == 0 and model.scored == []
+    assert len(said) == 4 and len(own.row_index) == 0 and model.scored == []
     assert online.from_arrays(own.arrays()).masked.tolist() == own.masked.tolist()
 
 
@@ -434,7 +435,7 @@ def test_rewards_and_references_of_what_is_kept():
     model, judged = Model({2: [answer(), answer(10)]}), []
 
     def judge(said, log_prob):
-        judged.append(([(one.row, one.sample, one.text) for one in said], log_prob))
+        judged.append(([(one.row_index, one.sample_index, one.text) for one in said], log_prob))
         return np.arange(len(said), dtype=np.float64)
 
     def score(base, adapter, segments, description):
@@ -457,7 +458,7 @@ def test_rewards_and_references_of_what_is_kept():
 def test_answers_without_a_probability_stop_the_run(broken, monkeypatch):
     """A model that has come apart is found out before its answers are trained on."""
     monkeypatch.setattr(Model, "nll", staticmethod(lambda row, response: broken if row == 6 else 1.0))
-    with pytest.raises(workspace.RunError, match="^step 6: .*row-6"):
+    with pytest.raises(errors.RunError, match="^step 6: .*row-6"):
         Model().refresh(MASKED, VISITED)
 
 
@@ -478,13 +479,13 @@ def test_group_ess():
     weight = np.float32([1, 2, 1, 0, 1, 2, 0, 3, 0])
     group = np.array([5, 7, 5, 8, 3, 7, 8, 7, 5])
     # Group 3 has one response, which says nothing. 5: {1, 1, 0}, 7: {2, 2, 3}, 8: {0, 0}.
-    assert sorted(online.group_ess(weight, group)) == pytest.approx(sorted([4 / (3 * 2), 49 / (3 * 17), 0.0]))
-    assert online.group_ess(weight[:1], group[:1]) == []
+    assert sorted(response_metrics.group_ess(weight, group)) == pytest.approx(sorted([4 / (3 * 2), 49 / (3 * 17), 0.0]))
+    assert response_metrics.group_ess(weight[:1], group[:1]) == []
 
 
 def test_ratio_measures():
     """Percentiles between the values: 0.5 + 0.1 · 0.5 and 1 + 0.9 · 3."""
-    found = online.ratio_measures(np.log([4, 0.5, 1]), [np.array([True, False]), np.array([False])], [0.5, 1.0])
+    found = response_metrics.ratio_metrics(np.log([4, 0.5, 1]), [np.array([True, False]), np.array([False])], [0.5, 1.0])
     assert found == pytest.approx(
         {
             "online/ratio_mean": 5.5 / 3,
@@ -495,7 +496,7 @@ def test_ratio_measures():
             "online/ess": 0.75,
         }
     )
-    few = online.ratio_measures(np.array([2000.0, 0.0]), [], [])  # JSON has no infinity
+    few = response_metrics.ratio_metrics(np.array([2000.0, 0.0]), [], [])  # JSON has no infinity
     assert few.keys() == {"online/ratio_mean", "online/ratio_p05", "online/ratio_p50", "online/ratio_p95"}
     assert all(math.isfinite(value) for value in few.values())
 
@@ -504,7 +505,7 @@ def tell(bad, truths):
     """Rows 2, 4 and 6 are masked; 2 answers nothing and the truth, 4 blanks and something else, 6 twice the same."""
     answers = {2: [answer(), answer(10)], 4: [answer(1), answer(10, 11)], 6: [answer(11, reason="length")] * 2}
     own, said = Model(answers).refresh([2, 4, 6], range(NUM_ROWS))
-    return online.refresh_measures(own, said, bad, truths)
+    return response_metrics.refresh_metrics(own, said, bad, truths)
 
 
 def test_refresh_measures():
@@ -520,10 +521,10 @@ def test_refresh_measures():
             "online/masked_bad": 2 / 3,
             "online/bad_answered": 4,  # both answers to rows 2 and 4
             "online/bad_right": 1,  # row 6 is right too, but was not bad
-            "online/another_chance": 1 / 4,
+            "online/correction_rate": 1 / 4,
         }
     )
-    assert tell(bad, [None] * 4 + ["yesno"] + [None] * 3)["online/another_chance"] == 1 / 2  # the truth of row 2 is not known
+    assert tell(bad, [None] * 4 + ["yesno"] + [None] * 3)["online/correction_rate"] == 1 / 2  # the truth of row 2 is not known
 
 
 def test_measures_of_rewards():
@@ -531,8 +532,8 @@ def test_measures_of_rewards():
     answers = {2: [answer(10), answer(11)], 4: [answer(10), answer(11)], 6: [answer(11)] * 2, 3: [answer(10), answer(11)]}
     own, said = Model(answers).refresh([2, 3, 4, 6], range(NUM_ROWS))
     own = dataclasses.replace(own, reward=np.array([3.0, 1.0, 0.0, 0.5, 0.0, 2.0, 7.0, 7.0]))
-    assert own.row.tolist() == [2, 2, 3, 3, 4, 4, 6, 6]
-    found = online.refresh_measures(own, said, None, [None, None, "yes", None, "yes ", None, "yes", None])
+    assert own.row_index.tolist() == [2, 2, 3, 3, 4, 4, 6, 6]
+    found = response_metrics.refresh_metrics(own, said, None, [None, None, "yes", None, "yes ", None, "yes", None])
     assert {key: value for key, value in found.items() if "reward" in key or "right" in key} == pytest.approx(
         {
             "online/reward": 20.5 / 8,
@@ -550,27 +551,27 @@ def test_counts_of_all_refreshes():
     for responses, answered, right in ((6, 2, 0), (5, 0, 0), (9, 6, 6), (0, 0, 0)):
         values = {"online/masked": 3.0, "online/responses": float(responses)}
         if answered:
-            values |= {"online/bad_answered": answered, "online/bad_right": right, "online/another_chance": right / answered}
-        totals = online.add_refresh(totals, values)
+            values |= {"online/bad_answered": answered, "online/bad_right": right, "online/correction_rate": right / answered}
+        totals = response_metrics.add_counts(totals, values)
     assert totals == {
         "online/responses": 20,
         "online/bad_answered": 8,
         "online/bad_right": 6,
-        "online/another_chance": 3 / 4,
+        "online/correction_rate": 3 / 4,
     }
-    assert "online/another_chance" not in online.add_refresh({}, {"online/responses": 2.0})
+    assert "online/correction_rate" not in response_metrics.add_counts({}, {"online/responses": 2.0})
 
 
 @pytest.mark.parametrize("bad", [None, np.zeros(NUM_ROWS, bool)], ids=["unknown", "none"])
 def test_measures_without_bad_rows(bad):
     found = tell(bad, ["yes"] * NUM_ROWS)
-    assert "online/another_chance" not in found
+    assert "online/correction_rate" not in found
     assert found.get("online/masked_bad") == (None if bad is None else 0.0)
 
 
 def test_measures_of_an_empty_mask():
     own, said = Model().refresh([], VISITED)
-    found = online.refresh_measures(own, said, np.ones(NUM_ROWS, bool), ["yes"] * NUM_ROWS)
+    found = response_metrics.refresh_metrics(own, said, np.ones(NUM_ROWS, bool), ["yes"] * NUM_ROWS)
     assert found == {"online/masked": 0, "online/responses": 0}
 
 
@@ -595,7 +596,7 @@ def recorded(file):
 
 
 def test_what_is_recorded(tmp_path):
-    record = online.Record(tmp_path / "responses.jsonl", 0, 4)
+    record = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
     own = some()
     own.log_ratio[2] = 5000.0
     retire(record, own)
@@ -610,7 +611,7 @@ def test_what_is_recorded(tmp_path):
 
 
 def test_rewards_are_recorded(tmp_path):
-    record = online.Record(tmp_path / "responses.jsonl", 0, 4)
+    record = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
     retire(record, judged())
     record.close()
     assert [line["reward"] for line in recorded(tmp_path / "responses.jsonl")] == [0.5, -2.0, 1e9]
@@ -633,12 +634,12 @@ def test_an_interrupted_record_ends_as_if_it_had_not_been(every, tmp_path):
     for died in range(1, num_steps + 1):
         for resumed in range(died + 1):
             file = tmp_path / f"{died}-{resumed}.jsonl"
-            record = online.Record(file, 0, every)
+            record = response_log.ResponseLog(file, 0, every)
             advance(record, 0, died, every, num_steps)
             record.close()
             with open(file, "a") as torn:
                 torn.write('{"step": 0, "id": "row')
-            record = online.Record(file, resumed, every)
+            record = response_log.ResponseLog(file, resumed, every)
             advance(record, resumed, num_steps, every, num_steps)
             record.close()
             assert [line["step"] for line in recorded(file)] == expected, (died, resumed)
@@ -647,7 +648,7 @@ def test_an_interrupted_record_ends_as_if_it_had_not_been(every, tmp_path):
 def test_a_line_cut_short_is_dropped(tmp_path):
     """Wherever it was cut, in the middle of a letter too. Nothing else is."""
     file = tmp_path / "responses.jsonl"
-    record = online.Record(file, 0, 4)
+    record = response_log.ResponseLog(file, 0, 4)
     retire(record, some(0))
     retire(record, some(4))
     record.close()
@@ -655,10 +656,10 @@ def test_a_line_cut_short_is_dropped(tmp_path):
     last = whole.rindex(b"\n", 0, -1) + 1
     for end in range(last, len(whole) - 1):
         file.write_bytes(whole[:end])
-        online.Record(file, 12, 4).close()
+        response_log.ResponseLog(file, 12, 4).close()
         assert file.read_bytes() == whole[:last]
     file.write_bytes(whole[:-1])  # all but the end of the line
-    record = online.Record(file, 12, 4)
+    record = response_log.ResponseLog(file, 12, 4)
     retire(record, some(8))
     record.close()
     assert [line["step"] for line in recorded(file)] in ([0] * 3 + [4] * 3 + [8] * 3, [0] * 3 + [4] * 2 + [8] * 3)
@@ -666,8 +667,8 @@ def test_a_line_cut_short_is_dropped(tmp_path):
 
 def test_a_new_run_starts_a_new_record(tmp_path):
     file = tmp_path / "responses.jsonl"
-    record = online.Record(file, 0, 4)
+    record = response_log.ResponseLog(file, 0, 4)
     retire(record, some(0))
     record.close()
-    online.Record(file, 0, 4).close()
+    response_log.ResponseLog(file, 0, 4).close()
     assert file.read_bytes() == b""

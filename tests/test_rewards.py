@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from bilevel_jax import online, rewards, sampling, workspace
+from bilevel_jax import errors, online, rewards, sampling
 from bilevel_jax.data import rows as data_rows
 
 ROWS, _ = data_rows.collect(
@@ -18,14 +18,14 @@ LOG_PROB = np.array([-1.0, -6.0, -2.0])
 
 def said(row, sample, text, number):
     tokens = np.arange(number, dtype=np.int32)
-    return online.Said(row, sample, text, sampling.Response(tokens, 9, np.zeros(number + 1), np.zeros(number + 1), "stop"))
+    return online.Generation(row, sample, text, sampling.Response(tokens, 9, np.zeros(number + 1), np.zeros(number + 1), "stop"))
 
 
 SAID = [said(1, 0, "yes 1", 1), said(1, 1, "no", 2), said(0, 0, "yes 0 ", 3)]
 
 
 def judge(name, truths=TRUTHS):
-    return rewards.make_judge(name, ROWS, truths)(SAID, LOG_PROB)
+    return rewards.make_reward_fn(name, ROWS, truths)(SAID, LOG_PROB)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_function_of_your_own(module):
 )
 def test_what_a_function_may_not_give(module, value, reason):
     name = module(f"def reward(questions, responses, truths):\n    return {value}\n")
-    with pytest.raises(workspace.RunError, match=rf"^online.reward=my_rewards:reward {reason.replace('ROW', ROWS[1].id)}[^\n]*$"):
+    with pytest.raises(errors.RunError, match=rf"^online.reward=my_rewards:reward {reason.replace('ROW', ROWS[1].id)}[^\n]*$"):
         judge(f"{name}:reward")
 
 
@@ -100,13 +100,13 @@ def test_what_a_function_may_not_give(module, value, reason):
 def test_rewards_that_there_are_not(module, name, reason):
     module("number = 3\n")
     with pytest.raises(rewards.RewardError, match=rf"^online.reward={reason}[^\n]*$"):
-        rewards.make_judge(name, ROWS, TRUTHS)
+        rewards.make_reward_fn(name, ROWS, TRUTHS)
 
 
 def test_a_module_that_breaks(module):
     name = module("raise OSError('two\\nlines')\n")
     with pytest.raises(rewards.RewardError, match=r"cannot be imported \(OSError: two lines\)$"):
-        rewards.make_judge(f"{name}:reward", ROWS, TRUTHS)
+        rewards.make_reward_fn(f"{name}:reward", ROWS, TRUTHS)
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_classifiers_that_cannot_be_used(tmp_path, monkeypatch, config, reason):
     if config:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(rewards.RewardError, match=f"^online.reward={tmp_path}: {reason}"):
-        rewards.make_judge(str(tmp_path), ROWS, TRUTHS)
+        rewards.make_reward_fn(str(tmp_path), ROWS, TRUTHS)

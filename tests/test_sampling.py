@@ -431,7 +431,7 @@ def test_an_adapter_counts_and_merging_it_changes_nothing(monkeypatch):
     merged = shared(with_adapter=True)
     assert any(tuple(mine.ids) != tuple(plain.ids) for mine, plain in zip(sum(merged, []), sum(shared(), [])))
     monkeypatch.setattr(sampling, "merges", lambda config: False)
-    monkeypatch.setattr(lora, "merge", None)  # not to be called
+    monkeypatch.setattr(lora, "merge_adapter", None)  # not to be called
     assert_same(make()(params, adapter, PROMPTS, KEYS), merged)
 
 

@@ -132,7 +132,7 @@ PHI = np.array([0.3, -0.2, 0.5, 0.1])
 
 def begin_with_features(selector, x, phi):
     state = selection.init(selector, len(x), x.shape[1])
-    return state._replace(phi=jnp.asarray(phi, jnp.float32), logits=jnp.asarray(x @ phi, jnp.float32))
+    return state._replace(feature_params=jnp.asarray(phi, jnp.float32), logits=jnp.asarray(x @ phi, jnp.float32))
 
 
 @pytest.mark.parametrize("weight_scale", selection.WEIGHT_SCALES)
@@ -149,8 +149,8 @@ def test_phi_follows_the_gradient_of_the_objective(weight_scale):
         return gamma * sum(share * scale * softmax(X @ phi)[i] * cost for i, share, cost in lower)
 
     by_differences = [(objective(PHI + e) - objective(PHI - e)) / 2e-5 for e in 1e-5 * np.eye(4)]
-    np.testing.assert_allclose(PHI - np.asarray(after.phi), by_differences, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(after.logits, X @ np.asarray(after.phi, np.float64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(PHI - np.asarray(after.feature_params), by_differences, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.logits, X @ np.asarray(after.feature_params, np.float64), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(after.visits, np.isin(np.arange(N), [0, 2, 4]), rtol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_ridge_pulls_phi_to_zero(rule):
     for ridge in (0.0, 0.4):
         selector = Selector(rule, "sgd", 0.5, 1.0, "none", parameterization="features", ridge=ridge)
         before = begin_with_features(selector, X, PHI)
-        after.append(selection.update(selector, before, sample, share, B, cost, gamma, jnp.asarray(X, jnp.float32)).phi)
+        after.append(selection.update(selector, before, sample, share, B, cost, gamma, jnp.asarray(X, jnp.float32)).feature_params)
     np.testing.assert_allclose(after[0] - after[1], 0.5 * 0.4 * PHI * (B if rule == "bmo" else 1), rtol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_bmo_with_a_ridge_ends_at_ridge_regression():
     for _ in range(300):
         state = update(state, jnp.arange(N), share, jnp.float32(N), jnp.float32(cost), 1.0, jnp.asarray(X, jnp.float32))
     expected = -tau * np.linalg.solve(X.T @ X / N + ridge * np.eye(4), X.T @ cost / N)
-    np.testing.assert_allclose(state.phi, expected, atol=1e-5)
+    np.testing.assert_allclose(state.feature_params, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule, optimizer", [*itertools.product(("bds", "bmo"), ("sgd", "adam"))])
@@ -190,7 +190,7 @@ def test_a_table_is_features_that_name_the_row(rule, optimizer):
         free = selection.update(table, free, sample, share, B, cost, gamma)
         tied = selection.update(linear, tied, sample, share, B, cost, gamma, jnp.eye(N))
         np.testing.assert_array_equal(tied.logits, free.logits)
-        np.testing.assert_array_equal(tied.phi, free.logits)
+        np.testing.assert_array_equal(tied.feature_params, free.logits)
 
 
 @pytest.mark.parametrize("rule, optimizer", [*itertools.product(("bds", "bmo"), ("sgd", "adam"))])
@@ -203,9 +203,9 @@ def test_groups_are_features_that_name_the_group(rule, optimizer):
         named = selection.update(selector, named, sample, share, B, cost, gamma, jnp.asarray(group))
         one_hot = jnp.asarray(np.eye(3)[group], jnp.float32)
         written_out = selection.update(selector, written_out, sample, share, B, cost, gamma, one_hot)
-        np.testing.assert_allclose(named.phi, written_out.phi, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(named.logits, np.asarray(named.phi)[group])
-    assert np.ptp(named.phi - PHI[:3]) > 1e-3
+        np.testing.assert_allclose(named.feature_params, written_out.feature_params, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(named.logits, np.asarray(named.feature_params)[group])
+    assert np.ptp(named.feature_params - PHI[:3]) > 1e-3
 
 
 @pytest.mark.parametrize("rule", ["bds", "bmo"])

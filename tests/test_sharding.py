@@ -47,7 +47,7 @@ def test_a_dimension_is_split_where_its_axes_divide_it(mesh, shape, names, part)
     ],
 )
 def test_weights_by_name(path, shape, expected):
-    assert sharding.weight(mesh_of(2, 2, 2), path, shape).spec == expected
+    assert sharding.weight_sharding(mesh_of(2, 2, 2), path, shape).spec == expected
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import online, scoring, sharding, step
+from bilevel_jax import forward, online, scoring, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.objective import Objective
 from bilevel_jax.selector import Selector
-from bilevel_jax.step import Objective, Scales
+from bilevel_jax.step import Scales
 
 SHAPE = dict(vocab_size=48, hidden_size=16, num_layers=2, num_heads=4, head_dim=4, max_positions=64, norm_eps=1e-5)
 LLAMA = decoder.ModelConfig(
@@ -138,7 +139,7 @@ def upper_loss(config, adapter, upper, reduction="mean"):
 
 
 def weighted_loss(config, adapter, lower, weights, reduction="mean"):
-    return mean(weights[row.sample] * row_loss(config, adapter, row, reduction) for row in lower)
+    return mean(weights[row.row_index] * row_loss(config, adapter, row, reduction) for row in lower)
 
 
 def theta_loss(config, adapter, upper, lower, scales, weights, reduction="mean"):
@@ -163,7 +164,7 @@ def update_by_hand(config, upper, lower):
     theta, _ = descend(model(config)[1], lambda adapter: theta_loss(config, adapter, upper, lower, scales, weights))
     omega = OMEGA.copy()
     for row in lower:
-        omega[row.sample] -= ALPHA * GAMMA * row_loss(config, theta, row)
+        omega[row.row_index] -= ALPHA * GAMMA * row_loss(config, theta, row)
     return theta, omega
 
 
@@ -256,7 +257,7 @@ def test_optimizer_state_and_weights_carry_over():
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         adapter = jax.tree.map(lambda x, v: x - RATE * v, adapter, velocity)
         for row in lower:
-            omega[row.sample] -= ALPHA * GAMMA * row_loss(LLAMA, adapter, row)
+            omega[row.row_index] -= ALPHA * GAMMA * row_loss(LLAMA, adapter, row)
     assert state.step == 3
     # Steps this large amplify: one unit in the last place of θ at the start is 3e-5 after the third.
     assert_close(state.policy.adapter, adapter, atol=2e-4)
@@ -309,7 +310,7 @@ def test_tracked_value_function(coefficient_at):
     theta, other = (following, tracker_following) if coefficient_at == "next" else (adapter, tracker)
     expected = np.zeros(N)
     for row in lower:
-        expected[row.sample] = row_loss(NEOX, theta, row) - row_loss(NEOX, other, row)
+        expected[row.row_index] = row_loss(NEOX, theta, row) - row_loss(NEOX, other, row)
     cost = (OMEGA - after.selector.logits) / (ALPHA * GAMMA)
     np.testing.assert_allclose(cost, expected, atol=1e-5)
 
@@ -342,23 +343,23 @@ def test_weights_of_tokens(layout, reduction):
     weights = N * softmax(OMEGA)
 
     def lower_loss(adapter, phi):
-        return GAMMA * mean(weights[row.sample] * token_loss(config, adapter, row, phi, reduction) for row in lower)
+        return GAMMA * mean(weights[row.row_index] * token_loss(config, adapter, row, phi, reduction) for row in lower)
 
     adapter = model(config)[1]
     theta, _ = descend(adapter, lambda x: upper_loss(config, x, upper, reduction) + jax.jit(lower_loss)(x, PHI))
     pull = jax.grad(lambda phi: lower_loss(theta, phi))(jnp.array(PHI))
     omega = OMEGA.copy()
     for row in lower:
-        omega[row.sample] -= ALPHA * GAMMA * token_loss(config, theta, row, PHI, reduction)
+        omega[row.row_index] -= ALPHA * GAMMA * token_loss(config, theta, row, PHI, reduction)
 
     state = begin(config, TOKENS)
-    state = state._replace(phi=jnp.array(PHI))
+    state = state._replace(token_params=jnp.array(PHI))
     advance = compiled(config, Objective(reduction=reduction), TOKENS)
     after, found = advance(model(config)[0], state, pack(upper, lower, layout), Scales(1.0, GAMMA))
     atol = 3e-6 if reduction == "mean" else 1e-4
     assert_close(after.policy.adapter, theta, atol=atol)
     np.testing.assert_allclose(after.selector.logits, omega, rtol=1e-5, atol=10 * atol)
-    np.testing.assert_allclose(PHI - after.phi, 0.5 * pull, rtol=1e-3)
+    np.testing.assert_allclose(PHI - after.token_params, 0.5 * pull, rtol=1e-3)
     of_upper = [row_loss(config, adapter, row, reduction) for row in upper]
     np.testing.assert_allclose(found["row_loss"][: len(upper)], of_upper, rtol=1e-4)
 
@@ -403,7 +404,7 @@ def test_unrolled_cost_is_what_a_row_s_weight_does_to_the_upper_loss(optimizer, 
         gradient = jax.tree.map(lambda up, *rest: up + sum(pull * one for pull, one in zip(pulls, rest)), above, *below)
         return optax.apply_updates(adapter, optimizer.update(gradient, first.policy.optimizer, adapter)[0])
 
-    at = jnp.array([weights[row.sample] for row in lower])
+    at = jnp.array([weights[row.row_index] for row in lower])
     jax.tree.map(lambda one, other: assert_close(one, other, atol=1e-4), second.policy.adapter, following(at))
     cost = np.asarray(jax.grad(lambda w: optax.tree.vdot(above, following(w)))(at))
     expected = np.zeros(N)
@@ -498,7 +499,7 @@ def test_entry_nll(config, adapted):
     base, adapter = model(config)
     adapter = adapter if adapted else None  # without: the reference policy
     batch = pack(upper, lower)
-    nll = step.entry_nll(config, base, adapter, jax.tree.map(jnp.asarray, batch.packed))
+    nll = forward.entry_nll(config, base, adapter, jax.tree.map(jnp.asarray, batch.packed))
     expected = [response_nll(config, adapter, row) for row in upper + lower]
     np.testing.assert_allclose(nll, expected + [0.0], rtol=1e-5, atol=1e-5)
 
@@ -546,9 +547,9 @@ def response_weight(kind, row):
     if math.isnan(row.old_log_prob) or kind == "none":
         return 1.0
     if kind == "softmax":
-        nll, *others = (float(own_nll(model(LLAMA)[1], r)[0]) for r in [row, *own_rows()[1]] if r.sample == row.sample)
+        nll, *others = (float(own_nll(model(LLAMA)[1], r)[0]) for r in [row, *own_rows()[1]] if r.row_index == row.row_index)
         return len(others) / sum(math.exp(nll - other) for other in others)
-    log_ratio = dict(zip(ASKED[row.sample][1], LOG_RATIOS[row.sample]))[len(row.response)]
+    log_ratio = dict(zip(ASKED[row.row_index][1], LOG_RATIOS[row.row_index]))[len(row.response)]
     return min(math.exp(log_ratio / (len(row.response) if kind == "geometric" else 1)), CLIP)
 
 
@@ -566,8 +567,8 @@ def own_descent(kind, scales):
     weights = N * softmax(np.float64(OMEGA))
     factors = [scales[0] / len(upper)] * len(upper)
     for row in lower:
-        _, responses = ASKED.get(row.sample, (0, [0]))
-        factors.append(scales[1] * weights[row.sample] / 4 / len(responses) * response_weight(kind, row))
+        _, responses = ASKED.get(row.row_index, (0, [0]))
+        factors.append(scales[1] * weights[row.row_index] / 4 / len(responses) * response_weight(kind, row))
     return jax.tree.map(
         lambda x, *slopes: x - RATE * sum(f * slope for f, slope in zip(factors, slopes, strict=True)),
         model(LLAMA)[1],
@@ -577,7 +578,9 @@ def own_descent(kind, scales):
 
 def plain_costs(adapter):
     """(10c): the mean of ℓ over the responses to each visited row, without r; 0 elsewhere."""
-    found = [[float(own_nll(adapter, row)[0]) / num_predicted(row) for row in own_rows()[1] if row.sample == i] for i in range(N)]
+    found = [
+        [float(own_nll(adapter, row)[0]) / num_predicted(row) for row in own_rows()[1] if row.row_index == i] for i in range(N)
+    ]
     return np.array([np.mean(losses) if losses else 0.0 for losses in found])
 
 
@@ -596,12 +599,12 @@ def test_own_responses_stand_in_for_those_of_the_data(kind, coefficient_at):
     theta = own_descent(kind, (1.0, GAMMA))
     costs = {"next": plain_costs(theta), "current": plain_costs(adapter)}
     assert np.abs(costs["next"] - costs["current"]).max() > 1e-2  # so the test can tell them apart
-    told = [LOG_RATIOS[r.sample][ASKED[r.sample][1].index(len(r.response))] if r.group >= 0 else np.nan for r in lower]
+    told = [LOG_RATIOS[r.row_index][ASKED[r.row_index][1].index(len(r.response))] if r.group >= 0 else np.nan for r in lower]
     spread = []
     for layout in (ROOM, ROOM._replace(padded=True)):
         batch = packing.pack_step([*upper, *lower], N, 4, layout)
         place = micro_batches(batch.packed, 10)[3:]
-        spread.append([len({m for m, row in zip(place, lower) if row.sample == i}) for i in ASKED])
+        spread.append([len({m for m, row in zip(place, lower) if row.row_index == i}) for i in ASKED])
         after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
         assert_close(after.policy.adapter, theta, atol=2e-6)
         np.testing.assert_allclose(cost_of(after), costs[coefficient_at], atol=1e-5)
@@ -679,7 +682,7 @@ def test_packed_rows_do_not_see_each_other(config):
     @jax.jit
     def slopes(embedding):
         return jax.jacrev(
-            lambda e: step.micro_nll(config, base | {"embed_tokens": e}, adapter, packed, 0)
+            lambda e: forward.micro_nll(config, base | {"embed_tokens": e}, adapter, packed, 0)
         )(embedding)  # fmt: skip
 
     touched = np.abs(slopes(base["embed_tokens"])).max(-1)  # [row, token id]
@@ -743,7 +746,7 @@ def numpy_theta_loss(config, base, adapter, upper, lower, weights):
         nll = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(row.size - 1), tokens[1:]]
         return nll[max(len(row.prompt), 1) - 1 :].mean()
 
-    return mean(loss(row) for row in upper) + GAMMA * mean(weights[row.sample] * loss(row) for row in lower)
+    return mean(loss(row) for row in upper) + GAMMA * mean(weights[row.row_index] * loss(row) for row in lower)
 
 
 @CONFIGS
@@ -779,16 +782,16 @@ OBJECTIVES = {
     "below": Objective(upper="ipo", lower="dpo", beta=BETA),
     "below, sums": Objective(lower="ipo", beta=BETA, reduction="sum", coefficient_at="current"),
     **{
-        f"own {kind}": Objective(own=kind, beta=BETA, reward_temperature=TEMPERATURE, clip=CLIP, coefficient_at=at)
+        f"own {kind}": Objective(generated=kind, beta=BETA, reward_temperature=TEMPERATURE, clip=CLIP, coefficient_at=at)
         for kind, at in [("dpo", "next"), ("ipo", "current"), ("rwr", "current"), ("reinforce", "next")]
     },
-    "own dpo among pairs": Objective(lower="dpo", own="dpo", beta=BETA, clip=CLIP),
+    "own dpo among pairs": Objective(lower="dpo", generated="dpo", beta=BETA, clip=CLIP),
 }
 
 
 @functools.cache
 def compared_rows(objective):
-    """Upper rows and a lower batch of four, of which the model answered rows 4 and 0 where `objective.own` says so."""
+    """Upper rows and a lower batch of four, of which the model answered rows 4 and 0 where `objective.generated` says so."""
     rng = np.random.default_rng(13)
 
     def pair(group, **role):
@@ -800,9 +803,9 @@ def compared_rows(objective):
     if objective.upper != "sft":
         upper = [row for group in range(3) for row in pair(group, share=1 / 3)]
     for group, i in enumerate(SAMPLES, 4):
-        if i in ASKED and objective.own != "sft":
-            mine = [row for row in own_rows()[1] if row.sample == i]
-            own = online.Own(
+        if i in ASKED and objective.generated != "sft":
+            mine = [row for row in own_rows()[1] if row.row_index == i]
+            own = online.ResponseStore(
                 step=0,
                 masked=np.ones(N, bool),
                 row=np.full(len(mine), i),
@@ -813,7 +816,7 @@ def compared_rows(objective):
                 reward=np.array(REWARDS[i]),
                 reference=-rng.uniform(5, 25, len(mine)),
             )
-            found = online.segments(own, i, mine[0].prompt, 1 / 4, group, objective.own, ROOMY.length)
+            found = online.response_segments(own, i, mine[0].prompt, 1 / 4, group, objective.generated, ROOMY.length)
             lower += [row for _, row in found]
         elif objective.lower == "sft":
             lower.append(segment(rng, 3, int(rng.integers(2, 7)), sample=i, share=1 / 4))
@@ -831,7 +834,7 @@ def numpy_row(config, base, adapter, row):
 
 
 def by_question(lower):
-    return {i: [row for row in lower if row.sample == i] for i in SAMPLES}
+    return {i: [row for row in lower if row.row_index == i] for i in SAMPLES}
 
 
 def numpy_pair(kind, objective, nll, chosen, rejected):
@@ -862,18 +865,18 @@ def numpy_losses(objective, base, adapter):
         weight = [response_weight("sequence", row) for row in found]
         reward = np.array(REWARDS[i]) if own else None
         if signs == [1, -1]:
-            loss = numpy_pair(objective.own if own else objective.lower, objective, nll, *found)
+            loss = numpy_pair(objective.generated if own else objective.lower, objective, nll, *found)
             cost[i] = loss if objective.lower != "sft" else plain(found[0])
         elif not own:
             loss = cost[i] = plain(*found)
-        elif objective.own in ("dpo", "ipo"):  # no pair
+        elif objective.generated in ("dpo", "ipo"):  # no pair
             loss, cost[i] = 0.0, plain(*found) if objective.lower == "sft" else 0.0
         else:
             likelihood = np.exp(reward / TEMPERATURE)
             factor = {
                 "rwr": len(reward) * likelihood / likelihood.sum(),
                 "reinforce": [r - np.mean(np.delete(reward, g)) for g, r in enumerate(reward)],
-            }[objective.own]
+            }[objective.generated]
             assert len(found) == len(reward)
             loss = mean(f * w * plain(row) for f, w, row in zip(factor, weight, found))
             cost[i] = mean(map(plain, found))
@@ -917,7 +920,7 @@ def test_pairs_and_a_tracked_value_function():
     objective = Objective(lower="dpo", beta=BETA, coefficient_at="current", value_function="tracked")
     upper, lower = compared_rows(OBJECTIVES["below"])
     batch = packing.pack_step([*upper, *lower], N, 4, ROOMY)
-    batch = batch._replace(share=np.where(batch.sample < N, batch.share, 0).astype(np.float32))  # no upper level
+    batch = batch._replace(share=np.where(batch.row_index < N, batch.share, 0).astype(np.float32))  # no upper level
     state = begin(LLAMA, tracked=model(LLAMA)[1])
     state, _ = compiled(LLAMA, objective)(model(LLAMA)[0], state, batch, Scales(1.0, 1.0))
     jax.tree.map(np.testing.assert_array_equal, state.policy.adapter, state.tracker.adapter)  # the same objective: γ = 1

@@ -18,10 +18,12 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import features, online, plan, progress, rewards, sampling, train, weights, workspace
+from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, train
+from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
-from bilevel_jax.data import order, packing, templates
+from bilevel_jax.data import packing, shuffle, templates
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.runtime import response_log, step_log, weight_table
 from tests.conftest import (
     AMORTISED,
     EPOCH_STEPS,
@@ -171,7 +173,7 @@ from bilevel_jax import checkpoint, online, progress
 
 how, at, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 sys.argv[1:] = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}"]
-dispatched, save, make_refresh = progress.StepLog.dispatched, checkpoint.Checkpoints.save, online.make_refresh
+dispatched, save, make_refresh = progress.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh
 
 def die_once_saved(step):
     while not (workdir / "checkpoints" / str(step)).is_dir():
@@ -199,7 +201,7 @@ def make_and_die(*args):
         return refresh(base, adapter, step, masked, visited, lambda: die_once_saved((at - 1) // 2 * 2) if die else stopped())
     return refresh_and_die
 
-progress.StepLog.dispatched, checkpoint.Checkpoints.save, online.make_refresh = dispatch, save_and_die, make_and_die
+progress.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh = dispatch, save_and_die, make_and_die
 runpy.run_module("bilevel_jax.main", run_name="__main__")
 """
 CONFIG = """
@@ -245,14 +247,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
 
 def stop_at(monkeypatch, at):
     """A SIGTERM to this process after step `at`."""
-    dispatched = progress.StepLog.dispatched
+    dispatched = step_log.StepLog.push
 
     def dispatch(log, done, *rest):
         dispatched(log, done, *rest)
         if done == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(progress.StepLog, "dispatched", dispatch)
+    monkeypatch.setattr(step_log.StepLog, "push", dispatch)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,7 @@ def interrupted(make_config, data, tmp_path_factory):
     config = make_config(paths | {"selection.rule": "uniform"})
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 3)
-        with pytest.raises(workspace.Interrupted, match=f"SIGTERM: saved at step 3 of {STEPS}"):
+        with pytest.raises(errors.Interrupted, match=f"SIGTERM: saved at step 3 of {STEPS}"):
             train.run(config, directory / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return directory, config
@@ -287,7 +289,7 @@ def test_refuses_another_config(interrupted, changes, named):
     before = snapshot(directory / "run")
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(changes)
-    with pytest.raises(workspace.RunError, match=named):
+    with pytest.raises(errors.RunError, match=named):
         train.run(other, directory / "run")
     assert snapshot(directory / "run") == before
 
@@ -301,7 +303,7 @@ def test_refuses_changed_data(interrupted, level, number, seed):
     text = file.read_text()
     count = {"upper": NUM_UPPER, "lower": NUM_LOWER}[level] + number
     write_jsonl(file, make_rows(count, seed) if seed else read_jsonl(file)[:count])
-    with pytest.raises(workspace.RunError, match="the data changed"):
+    with pytest.raises(errors.RunError, match="the data changed"):
         train.run(config, directory / "run")
     file.write_text(text)
     assert snapshot(directory / "run") == before
@@ -309,7 +311,7 @@ def test_refuses_changed_data(interrupted, level, number, seed):
 
 def test_refuses_a_finished_run(finished, make_config):
     before = snapshot(finished)
-    with pytest.raises(workspace.RunError, match="finished run"):
+    with pytest.raises(errors.RunError, match="finished run"):
         train.run(make_config(EVERYTHING), finished)
     assert snapshot(finished) == before
 
@@ -330,7 +332,7 @@ def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
     config = make_config({"optimizer.learning_rate": 1e30, "checkpoint.every": 0})
     level = {name: data_levels.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
     ids = batch_ids(config, level, 1)
-    with pytest.raises(workspace.RunError) as caught:  # the first step is the one that leaps
+    with pytest.raises(errors.RunError) as caught:  # the first step is the one that leaps
         train.run(config, tmp_path / "run")
     message = str(caught.value)
     assert message.startswith("step 2: ") and all(row_id in message for row_id in ids)
@@ -340,7 +342,7 @@ def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
 
 def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
     config = make_config({"optimizer.learning_rate": 1e30, "batch.size": 32, "num_epochs": 1})  # a single step
-    with pytest.raises(workspace.RunError, match="step 1: eval/upper_loss, .* not finite"):
+    with pytest.raises(errors.RunError, match="step 1: eval/upper_loss, .* not finite"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -348,7 +350,7 @@ def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
 def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_config, tmp_path):
     leap = {"method": "mixing", "optimizer.name": "sgd", "optimizer.learning_rate": 1e38, "lora.alpha": 1e3}
     single = {"batch.size": 32, "num_epochs": 1, "eval.num_upper": 0, "eval.num_lower": 0}
-    with pytest.raises(workspace.RunError, match="step 1: θ not finite"):
+    with pytest.raises(errors.RunError, match="step 1: θ not finite"):
         train.run(make_config(leap | single), tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -370,7 +372,7 @@ def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_c
 )
 def test_refuses_before_compiling(make_config, tmp_path, monkeypatch, changes, reason):
     monkeypatch.setattr(train.step, "make_step", None)
-    with pytest.raises((ValueError, workspace.RunError), match=reason) as caught:
+    with pytest.raises((ValueError, errors.RunError), match=reason) as caught:
         train.run(make_config(changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -386,8 +388,8 @@ def load_tokenizer(config):
 
 def batch_ids(config, level, k) -> list[str]:
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    own = online.nothing_yet(len(level["lower"].rows))
-    return train.make_batch(config, level["upper"], level["lower"], layout, k, own).ids
+    own = online.empty(len(level["lower"].rows))
+    return batches.make_batch(config, level["upper"], level["lower"], layout, k, own).ids
 
 
 @pytest.fixture(scope="module")
@@ -416,8 +418,8 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     """Beside preference pairs, whose numbers are not those of questions. The third row of four was answered once, the first
     three times; the second is masked, but has no answer."""
     config, level = levels({"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128})
-    first, second, third, fourth = (int(i) for i in order.lower_rows(config.seed, len(level["lower"].rows), 4, 0))
-    own = online.Own(
+    first, second, third, fourth = (int(i) for i in shuffle.lower_rows(config.seed, len(level["lower"].rows), 4, 0))
+    own = online.ResponseStore(
         step=0,
         masked=np.isin(np.arange(len(level["lower"].rows)), [first, second, third]),
         row=np.array([third, first, first, first]),
@@ -428,12 +430,12 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     )
     layout = packing.Layout(2, 128, (2 + 3) * 4)
     above = dataclasses.replace(level["upper"], references=np.zeros((len(level["upper"].rows), 2)))
-    drawn = train.make_batch(config, above, level["lower"], layout, 0, own)
+    drawn = batches.make_batch(config, above, level["lower"], layout, 0, own)
     lower = [first] * 3 + [second, third, fourth]
     assert drawn.places.tolist() == [1, 2, 3, -1, 0, -1] + [-1] * 8
     assert drawn.ids[:6] == [level["lower"].rows[i].id for i in lower] and len(drawn.ids) == 14
     batch = drawn.batch
-    np.testing.assert_array_equal(batch.sample[:6], lower)
+    np.testing.assert_array_equal(batch.row_index[:6], lower)
     np.testing.assert_allclose(batch.share[:6], [1 / 12] * 3 + [1 / 4] * 3)
     np.testing.assert_array_equal(batch.old_log_prob[:6], [-2, -3, -4, np.nan, -1, np.nan])
     responses = [len(level["lower"].examples[i].response) for i in (second, fourth)]
@@ -441,7 +443,7 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     assert len(set(batch.group[:3])) == 1 and batch.group[0] != batch.group[4]
     assert not {batch.group[0], batch.group[4]} & {*batch.group[6:14]} and max(batch.group[0], batch.group[4]) < layout.entries
     prompts = [len(level["lower"].examples[i].prompt) for i in lower]
-    upper = [level["upper"].examples[j] for j in order.upper_rows(config.seed, len(level["upper"].rows), 4, 0)]
+    upper = [level["upper"].examples[j] for j in shuffle.upper_rows(config.seed, len(level["upper"].rows), 4, 0)]
     pairs = sum(2 * len(pair.prompt) + len(pair.response) + len(pair.rejected) for pair in upper)
     assert drawn.tokens == sum(prompts) + sum(batch.packed.length[:6]) + pairs and batch.num_lower == 4
 
@@ -529,17 +531,17 @@ def test_offline(make_config, tmp_path, rule, optimizer, options):
 def test_features(amortised, make_config, tmp_path, monkeypatch):
     """Logits are those of the stored features and φ; a run that was stopped does not make features again, and ends the same."""
     encoder, stored = features.read(amortised / features.FILE)
-    phi = features.read_phi(amortised / features.PHI)
+    phi = features.read_params(amortised / features.PARAMS_FILE)
     assert stored.shape == (NUM_LOWER - HELD_OUT, features.SIZE) and phi.any()
     np.testing.assert_allclose(table_of(amortised, EPOCHS)["logit"], stored @ phi.astype(np.float64), rtol=1e-4, atol=1e-6)
 
     with monkeypatch.context() as once:
         stop_at(once, 3)
-        with pytest.raises(workspace.Interrupted):
+        with pytest.raises(errors.Interrupted):
             train.run(make_config(AMORTISED), tmp_path)
     monkeypatch.setattr(features, "pooled", None)
     train.run(make_config(AMORTISED), tmp_path)
-    for file in ("adapter/adapter_model.safetensors", f"weights/epoch_{EPOCHS}.parquet", features.FILE, features.PHI):
+    for file in ("adapter/adapter_model.safetensors", f"weights/epoch_{EPOCHS}.parquet", features.FILE, features.PARAMS_FILE):
         assert (tmp_path / file).read_bytes() == (amortised / file).read_bytes(), file
 
 
@@ -550,7 +552,7 @@ def test_rows_of_a_source_weigh_the_same(by_source, tmp_path, monkeypatch):
     assert len(pairs) == 3 and len({logit for _, logit in pairs}) == 3
     with monkeypatch.context() as once:
         stop_at(once, 3)
-        with pytest.raises(workspace.Interrupted):
+        with pytest.raises(errors.Interrupted):
             train.run(config, tmp_path)
     train.run(config, tmp_path)
     file = f"weights/epoch_{EPOCHS}.parquet"
@@ -576,7 +578,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 
     rows, loaded = {row.id: row for row in data_levels.reopen(config)}, load(config.model.path, workdir / "adapter")
     marked, found = [], []
-    for of_row in weights.of_tokens(workdir).to_pylist():
+    for of_row in weight_table.of_tokens(workdir).to_pylist():
         row = rows[of_row["id"]]
         nll = -np.array(token_log_probs(loaded, row.question, row.response))
         share = np.exp(phi @ [nll, np.maximum.accumulate([0.0, *nll[:-1]])])
@@ -589,10 +591,10 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 
     with monkeypatch.context() as once:
         stop_at(once, 3)
-        with pytest.raises(workspace.Interrupted):
+        with pytest.raises(errors.Interrupted):
             train.run(config, broken)
     train.run(config, broken)
-    for file in (weights.TOKENS, f"weights/epoch_{EPOCHS}.parquet", "adapter/adapter_model.safetensors"):
+    for file in (weight_table.TOKENS, f"weights/epoch_{EPOCHS}.parquet", "adapter/adapter_model.safetensors"):
         assert (broken / file).read_bytes() == (workdir / file).read_bytes()
 
 
@@ -652,14 +654,14 @@ def refined(make_config, tmp_path_factory):
 
     @functools.cache
     def run(items):
-        workdir, retired, retire = tmp_path_factory.mktemp("refined") / "run", [], online.Record.retire
+        workdir, retired, retire = tmp_path_factory.mktemp("refined") / "run", [], response_log.ResponseLog.retire
 
         def note(record, own, *rest, **more):
             retired.append(own)
             retire(record, own, *rest, **more)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(online.Record, "retire", note)
+            patch.setattr(response_log.ResponseLog, "retire", note)
             train.run(make_config(REFINED | dict(items)), workdir)
         return workdir, [own for own in retired if own.step >= 0]
 
@@ -676,7 +678,7 @@ def masked_in(workdir, epoch) -> set[str]:
 
 
 def rows_of_step(table, k, batch=4) -> set[str]:
-    return {table["id"][int(i)].as_py() for i in order.lower_rows(0, NUM_ROWS, batch, k)}
+    return {table["id"][int(i)].as_py() for i in shuffle.lower_rows(0, NUM_ROWS, batch, k)}
 
 
 REFRESH = {"online/masked", "online/masked_bad", "online/responses", "online/response_length", "online/eos_rate", "online/empty"}
@@ -690,7 +692,7 @@ def test_metrics_of_refreshes(refined):
     refreshes = [event for event in events if "online/responses" in event]
     assert [(event["step"], event["epoch"]) for event in refreshes] == [(1, 0), (4, 0.5), (7, 1), (10, 1.5)]
     assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes)
-    assert any("online/another_chance" in event for event in refreshes)
+    assert any("online/correction_rate" in event for event in refreshes)
     training = [event for event in events if "train/loss" in event]
     assert [event["step"] for event in training] == list(range(1, STEPS + 1))
     used = [event for event in training if "online/ratio_mean" in event]
@@ -740,10 +742,10 @@ def test_refreshes_ask_for_what_the_config_says(levels, monkeypatch):
 
         return sample
 
-    monkeypatch.setattr(train.sampling, "make_sampler", make_sampler)
+    monkeypatch.setattr(setups.sampling, "make_sampler", make_sampler)
     changes = {"temperature": 0.7, "max_new_tokens": 5, "slots": 6, "num_samples": 3}
     config, level = levels({f"online.{key}": value for key, value in changes.items()} | {"seed": 7})
-    refresh = train.make_refresh(config, train.load(config), score=None)
+    refresh = setups.build_refresh(config, setups.load(config), score=None)
     assert refresh(None, None, 6, np.array([2, 5]), np.array([1, 5]), lambda: False) is None
     (settings, eos, slots, length, prompts, keys), lower = asked[0], level["lower"]
     assert settings == sampling.Settings(temperature=0.7, max_new_tokens=5)
@@ -768,7 +770,7 @@ def test_recorded_log_probabilities(refined, neox, make_config):
     model, base, _, tokenizer = load(neox)
     rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
     lines = [line for line in responses_of(workdir) if line["step"] == 0]
-    for line, row, sample, tokens in zip(lines, retired[0].row, retired[0].sample, retired[0].tokens, strict=True):
+    for line, row, sample, tokens in zip(lines, retired[0].row_index, retired[0].sample_index, retired[0].tokens, strict=True):
         assert (line["id"], line["sample"]) == (rows[row].id, sample)
         spoken = [token for token in tokens if token != tokenizer.eos_token_id]
         assert line["text"] == tokenizer.backend_tokenizer.decode(spoken)  # to the space
@@ -832,7 +834,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
         if how == "term":
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_refresh(patch, at)
-                with pytest.raises(workspace.Interrupted, match=f"SIGTERM: saved at step {at} of {STEPS}"):
+                with pytest.raises(errors.Interrupted, match=f"SIGTERM: saved at step {at} of {STEPS}"):
                     train.run(config, workdir)
             printed = capsys.readouterr().out
         else:
@@ -930,11 +932,11 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
     assert "left out 1: no field 'rejected'" in printed and "left out 1: chosen and rejected are the same" in printed
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 1)
-        with pytest.raises(workspace.Interrupted):
+        with pytest.raises(errors.Interrupted):
             train.run(config, workdir)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_refresh(patch, 3)
-        with pytest.raises(workspace.Interrupted):
+        with pytest.raises(errors.Interrupted):
             train.run(config, workdir)
     train.run(config, workdir)
     for file in ("responses.jsonl", *TRAINED):
@@ -980,7 +982,7 @@ def test_a_reward_that_cannot_be_had_stops_the_run_before_it_begins(make_config,
 
 @pytest.mark.parametrize("key", ["online.slots", "batch.micro_size"])
 def test_devices_take_equal_parts(make_config, tmp_path, monkeypatch, key):
-    monkeypatch.setattr(train.sharding, "make_mesh", plan.make_mesh)
+    monkeypatch.setattr(train.sharding, "make_mesh", memory.make_mesh)
     with pytest.raises(ValueError, match=f"{key}=3 must be a multiple of mesh.data · mesh.fsdp, 2 devices"):
         train.run(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")
 
@@ -1011,7 +1013,7 @@ def test_weights_that_overflow(make_config, tmp_path, optimizer, outcome):
     rate = {"sgd": 3e38, "mirror": 1e30}[optimizer]
     changes = {"selection.optimizer": optimizer, "selection.learning_rate": rate, "selection.baseline": "none"}
     if outcome == "stops":
-        with pytest.raises(workspace.RunError, match=r"^step \d+: .*not finite") as caught:
+        with pytest.raises(errors.RunError, match=r"^step \d+: .*not finite") as caught:
             train.run(make_config(SHORT | changes), tmp_path)
         assert "\n" not in str(caught.value) and not (tmp_path / "summary.json").exists()
         return

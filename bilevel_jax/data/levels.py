@@ -28,7 +28,7 @@ def usable(config, source: str, found: list[rows.Row], report, tokenizer) -> tup
     encoded = templates.encode(found, tokenizer, template=config.data.template)
     kept, fitting, counts = templates.fit(encoded, found, config.data.max_length)
     for reason, (count, line) in counts.items():
-        print(f"  {count}: {reason} (first: {rows.place(source, line)})")
+        print(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not kept:
         raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
     return [found[i] for i in kept], fitting
@@ -36,13 +36,13 @@ def usable(config, source: str, found: list[rows.Row], report, tokenizer) -> tup
 
 def load_level(config, level: str, tokenizer) -> Level:
     """Reads, tokenizes and splits one level, and says what was found and left out."""
-    source, limit = config.data[level], config.data[f"num_{level}"]
-    preference = config.loss[level] != "sft"
+    source, limit = getattr(config.data, level), getattr(config.data, f"num_{level}")
+    preference = getattr(config.loss, level) != "sft"
     found, report = sources.open_source(
         source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
     )
     kept, fitting = usable(config, source, found, report, tokenizer)
-    num_eval = config.eval[f"num_{level}"]
+    num_eval = getattr(config.eval, f"num_{level}")
     if num_eval >= len(kept):
         raise rows.DataError(f"eval.num_{level}={num_eval} leaves nothing to train on: {source} has {len(kept)} usable rows")
     train, held_out = sources.split(kept, num_eval, config.seed)

@@ -20,7 +20,7 @@ class Segment(NamedTuple):
 
     prompt: np.ndarray  # int32 token ids
     response: np.ndarray  # int32 token ids, EOS included where it is to be learned
-    sample: int = -1  # index into the selector's logits; -1: upper level
+    row_index: int = -1  # index into the selector's logits; -1: upper level
     share: float = 0.0  # weight in its level's mean
     group: int = -1  # which preference pair of the step, or which question that the model answered itself; -1: neither
     sign: int = 0  # of a pair: +1 chosen, -1 rejected
@@ -37,9 +37,9 @@ class Packed(NamedTuple):
     """Segments laid out on the device. E entries (segments), T = S·L tokens and P target slots per micro-batch."""
 
     tokens: np.ndarray  # [M, S, L] int32
-    segments: np.ndarray  # [M, S, L] int32, 0 for padding, else 1, 2, ... within a sequence
+    segment_ids: np.ndarray  # [M, S, L] int32, 0 for padding, else 1, 2, ... within a sequence
     positions: np.ndarray  # [M, S, L] int32, restarting at 0 in every segment
-    source: np.ndarray  # [M, P] int32, flat token index in [0, T) whose hidden state predicts the target; T for padding
+    logit_index: np.ndarray  # [M, P] int32, flat token index in [0, T) whose hidden state predicts the target; T for padding
     target: np.ndarray  # [M, P] int32
     entry: np.ndarray  # [M, P] int32, the segment that the target belongs to; E for padding
     num_targets: np.ndarray  # [M] int32
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     """A step's packed segments with their role in the joint update."""
 
     packed: Packed
-    sample: np.ndarray  # [E] int32, index into the selector's logits; N for upper rows and padding
+    row_index: np.ndarray  # [E] int32, index into the selector's logits; N for upper rows and padding
     share: np.ndarray  # [E] float32, weight in the level's mean, adding up to 1; of a pair, both rows carry the pair's
     group: np.ndarray  # [E] int32, preference pair or question answered by the model itself; E where there is none
     sign: np.ndarray  # [E] float32, +1 chosen, -1 rejected, 0 otherwise
@@ -115,8 +115,8 @@ def _groups(segments: Sequence[Segment], indices: Sequence[int]) -> list[list[in
 def _lay_out(segments: Sequence[Segment], bins: Sequence[Sequence[int]], layout: Layout) -> Packed:
     S, L, E = layout.sequences, layout.length, layout.entries
     M, P, T = layout.micro_batches, layout.targets, layout.sequences * layout.length
-    tokens, numbers, positions = (np.zeros((M * S, L), np.int32) for _ in range(3))
-    source = np.full((M, P), T, np.int32)
+    tokens, segment_ids, positions = (np.zeros((M * S, L), np.int32) for _ in range(3))
+    logit_index = np.full((M, P), T, np.int32)
     target = np.zeros((M, P), np.int32)
     entry = np.full((M, P), E, np.int32)
     num_targets = np.zeros(M, np.int32)
@@ -127,21 +127,21 @@ def _lay_out(segments: Sequence[Segment], bins: Sequence[Sequence[int]], layout:
             segment = segments[i]
             stop = start + segment.size
             tokens[b, start:stop] = np.concatenate([segment.prompt, segment.response])
-            numbers[b, start:stop] = number
+            segment_ids[b, start:stop] = number
             positions[b, start:stop] = np.arange(segment.size)
             # Without a prompt nothing predicts the first response token; it is not scored, as everywhere else.
             predicted = segment.response if len(segment.prompt) else segment.response[1:]
             first, count = num_targets[m], len(predicted)
             slots = slice(first, first + count)
-            source[m, slots] = (b % S) * L + np.arange(stop - count - 1, stop - 1)
+            logit_index[m, slots] = (b % S) * L + np.arange(stop - count - 1, stop - 1)
             target[m, slots] = predicted
             entry[m, slots] = i
             length[i] = count
             num_targets[m] += count
             start = stop
-    tokens, numbers, positions = (flat.reshape(M, S, L) for flat in (tokens, numbers, positions))
+    tokens, segment_ids, positions = (flat.reshape(M, S, L) for flat in (tokens, segment_ids, positions))
     num_micro = np.int32(-(-len(bins) // S))
-    return Packed(tokens, numbers, positions, source, target, entry, num_targets, length, num_micro)
+    return Packed(tokens, segment_ids, positions, logit_index, target, entry, num_targets, length, num_micro)
 
 
 def pack(segments: Sequence[Segment], layout: Layout) -> Packed:
@@ -156,29 +156,29 @@ def pack(segments: Sequence[Segment], layout: Layout) -> Packed:
     return _lay_out(segments, _first_fit(_groups(segments, range(len(segments))), sizes, layout), layout)
 
 
-def pack_step(segments: Sequence[Segment], num_samples: int, num_lower: int, layout: Layout) -> Batch:
-    """Packs one step's upper and lower segments. `num_samples` is N, `num_lower` the rows B of the lower batch."""
+def pack_step(segments: Sequence[Segment], num_rows: int, num_lower: int, layout: Layout) -> Batch:
+    """Packs one step's upper and lower segments. `num_rows` is N, `num_lower` the rows B of the lower batch."""
     if len(segments) > layout.entries:
         raise ValueError(f"{len(segments)} segments do not fit {layout.entries} entries")
     sizes = [segment.size for segment in segments]
-    lower = [i for i, segment in enumerate(segments) if segment.sample >= 0]
-    upper = [i for i, segment in enumerate(segments) if segment.sample < 0]
+    lower = [i for i, segment in enumerate(segments) if segment.row_index >= 0]
+    upper = [i for i, segment in enumerate(segments) if segment.row_index < 0]
     lower_bins = _first_fit(_groups(segments, lower), sizes, layout)
     upper_groups = _groups(segments, upper)
     if layout.apart:
         bins = lower_bins + _first_fit(upper_groups, sizes, layout)
     else:
         bins = _first_fit(upper_groups, sizes, layout, lower_bins)
-    alone = [members for members in bins if all(segments[i].sample >= 0 for i in members)]
+    alone = [members for members in bins if all(segments[i].row_index >= 0 for i in members)]
     bins = alone + [members for members in bins if members not in alone]
 
     def column(values, dtype, padding):
         return np.array(values + [padding] * (layout.entries - len(values)), dtype)
 
-    E, N = layout.entries, num_samples
+    E, N = layout.entries, num_rows
     return Batch(
         packed=_lay_out(segments, bins, layout),
-        sample=column([s.sample if s.sample >= 0 else N for s in segments], np.int32, N),
+        row_index=column([s.row_index if s.row_index >= 0 else N for s in segments], np.int32, N),
         share=column([s.share for s in segments], np.float32, 0),
         group=column([s.group if s.group >= 0 else E for s in segments], np.int32, E),
         sign=column([s.sign for s in segments], np.float32, 0),

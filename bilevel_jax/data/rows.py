@@ -85,7 +85,7 @@ class Report:
         schemas = ", ".join(f"{count} {schema}" for schema, count in self.schemas.items())
         subset = "" if self.num_kept is None else f"; a random {self.num_kept} kept"
         reasons = [
-            f"  left out {count}: {reason} (first: {place(self.path, line)})" for reason, (count, line) in self.rejected.items()
+            f"  left out {count}: {reason} (first: {location(self.path, line)})" for reason, (count, line) in self.rejected.items()
         ]
         return [f"{self.path}: {self.num_rows} rows ({schemas}){subset}", *reasons]
 
@@ -94,7 +94,7 @@ class _Unusable(Exception):
     """Carries the reason from wherever a row turns out unusable to `parse`."""
 
 
-def place(path: str, line: int) -> str:
+def location(path: str, line: int) -> str:
     """Where a row is, for a person: `file.jsonl:7`, or `file.parquet row 7` where rows are not lines."""
     return f"{path}:{line}" if path.endswith(".jsonl") else f"{path} row {line}"
 
@@ -383,7 +383,7 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
     if not rows:
         schemas = ", ".join(dict.fromkeys(SCHEMAS.values()))
         raise DataError(
-            f"{place(path, rejections[0].line)}: {rejections[0].reason}; none of the {len(rejections)} rows can be "
+            f"{location(path, rejections[0].line)}: {rejections[0].reason}; none of the {len(rejections)} rows can be "
             f"used (known schemas: {schemas})"
         )
     schemas = collections.Counter(row.schema for row in rows)

@@ -126,7 +126,7 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     ]
 
 
-def places(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
+def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
     """Where in its response each token of it stands, [T, 2] of each row: [start, stop) in characters, empty for an EOS at the end.
 
     Raises:

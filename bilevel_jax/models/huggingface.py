@@ -17,10 +17,10 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from bilevel_jax import sharding, workspace
+from bilevel_jax import files, sharding
 from bilevel_jax.models import decoder, lora
 
-PACKAGE = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(__file__).parents[1]
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # what a hub download brings: no pickles
 
 WEIGHT_DTYPES = [np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
@@ -273,16 +273,16 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
     shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     loaded = {}
     for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
-        (name, transposed), place = their_name(path, config), sharding.weight(mesh, path, leaf.shape)
+        (name, transposed), place = their_name(path, config), sharding.weight_sharding(mesh, path, leaf.shape)
         if path[0] == "layers":
             for i in (0, config.num_layers - 1):  # before memory is taken for as many layers as the config claims
                 shards.read(name.format(i), leaf.shape[1:], transposed, directory)
-            stack, of_layer = jnp.zeros(leaf.shape, leaf.dtype, device=place), sharding.weight(mesh, path, leaf.shape[1:])
+            stack, of_layer = jnp.zeros(leaf.shape, leaf.dtype, device=place), sharding.weight_sharding(mesh, path, leaf.shape[1:])
             for i in range(config.num_layers):
                 tensor = shards.read(name.format(i), leaf.shape[1:], transposed, directory).astype(leaf.dtype)
-                stack = _insert(stack, sharding.place(tensor, of_layer), i, place)
+                stack = _insert(stack, sharding.device_put(tensor, of_layer), i, place)
         else:
-            stack = sharding.place(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype), place)
+            stack = sharding.device_put(shards.read(name, leaf.shape, transposed, directory).astype(leaf.dtype), place)
         loaded[path] = stack.block_until_ready()
     return _unflatten(loaded)
 
@@ -360,8 +360,8 @@ def save_adapter(directory: pathlib.Path, config: decoder.ModelConfig, adapter, 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    workspace.write_atomically(directory / "adapter_model.safetensors", weights)
-    workspace.write_atomically(directory / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+    files.write_atomically(directory / "adapter_model.safetensors", weights)
+    files.write_atomically(directory / "adapter_config.json", json.dumps(description, indent=2) + "\n")
 
 
 # Options of PEFT that are read here or do not change the function a saved adapter computes. Any other must be off.

@@ -65,7 +65,7 @@ def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets
     return {"layers": modules}
 
 
-def merge(config: decoder.ModelConfig, params, adapter):
+def merge_adapter(config: decoder.ModelConfig, params, adapter):
     """Base weights with the adapter folded in: W + scale · A B, computed in float32 and rounded once to the base's dtype."""
     layers = {module: dict(weights) for module, weights in params["layers"].items()}
     for module, weights in adapter["layers"].items():

@@ -23,10 +23,11 @@ from bilevel_jax import cli
 ALL = ("train", "memory", "decode", "selector")
 SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding", "refill")
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.")
-SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.")
-ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1)
-OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.")
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
+SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.", flag_values=FLAGS)
+ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1, flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.", flag_values=FLAGS)
 
 
 def measure(suite: str, config, rounds: int) -> list[str]:
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import selector, sharding, step
+from bilevel_jax import objective, selector, sharding, step
 from bilevel_jax.data import levels
 from experiments.benchmarks import train_step
 
@@ -103,7 +103,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     scales = step.Scales(jnp.float32(1), jnp.float32(train_step.RHO / (1 - train_step.RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
     state = step.init(train_step.start_adapter(config, model), optimizer, select, len(lower.rows), tracked=False)
-    update = step.make_step(model, step.Objective(coefficient_at="current"), select, optimizer)
+    update = step.make_step(model, objective.Objective(coefficient_at="current"), select, optimizer)
     compiled = jax.jit(update).lower(base, state, batches[0], scales).compile()
     jax.block_until_ready(compiled(base, state, batches[0], scales))
     with tempfile.TemporaryDirectory() as folder:

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import online, selector, sharding, step, train
+from bilevel_jax import batches, objective, online, selector, sharding, step
 from bilevel_jax.data import levels, packing
 from bilevel_jax.models import lora
 from experiments.benchmarks import timing
 
 VARIANTS = {
-    "mixing": step.Objective(coefficient_at="current"),
-    "offline, current": step.Objective(coefficient_at="current"),
-    "offline, next": step.Objective(coefficient_at="next"),
-    "offline, unrolled": step.Objective(coefficient_at="current", cost="unrolled"),
-    "offline, next, tokens": step.Objective(coefficient_at="next"),
-    "offline, next, tracked": step.Objective(coefficient_at="next", value_function="tracked"),
+    "mixing": objective.Objective(coefficient_at="current"),
+    "offline, current": objective.Objective(coefficient_at="current"),
+    "offline, next": objective.Objective(coefficient_at="next"),
+    "offline, unrolled": objective.Objective(coefficient_at="current", cost="unrolled"),
+    "offline, next, tokens": objective.Objective(coefficient_at="next"),
+    "offline, next, tracked": objective.Objective(coefficient_at="next", value_function="tracked"),
 }
 
 
@@ -26,23 +26,23 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     mesh = sharding.make_mesh(1)
     optimizer = optax.adam(config.optimizer.learning_rate)
     targets = lora.resolve_targets(model, config.lora.targets)
-    own = online.nothing_yet(len(lower.rows))
-    batches: dict[bool, list] = {}
+    own = online.empty(len(lower.rows))
+    split: dict[bool, list] = {}
     for apart in (False, True):
         layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, apart=apart)
-        drawn = (train.make_batch(config, upper, lower, layout, k, own) for k in range(rounds))
-        batches[apart] = [sharding.split_batch(one.batch, mesh) for one in drawn]
+        drawn = (batches.make_batch(config, upper, lower, layout, k, own) for k in range(rounds))
+        split[apart] = [sharding.split_batch(one.batch, mesh) for one in drawn]
     states, runs = {}, {}
-    for name, objective in VARIANTS.items():
+    for name, variant in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
         rule, token_rate = "uniform" if name == "mixing" else "bds", 0.1 if name.endswith("tokens") else 0.0
         select = selector.Selector(rule=rule, token_learning_rate=token_rate)
-        states[name] = step.init(adapter, optimizer, select, len(lower.rows), objective.value_function == "tracked")
-        jitted = jax.jit(step.make_step(model, objective, select, optimizer), donate_argnums=1)
+        states[name] = step.init(adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked")
+        jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        def one(k, name=name, jitted=jitted, scales=scales, batches=batches[objective.cost == "unrolled"]):
-            states[name], found = jitted(base, states[name], batches[k], scales)
+        def one(k, name=name, jitted=jitted, scales=scales, steps=split[variant.cost == "unrolled"]):
+            states[name], found = jitted(base, states[name], steps[k], scales)
             return found["loss"]
 
         runs[name] = one

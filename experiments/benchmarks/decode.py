@@ -147,7 +147,7 @@ def _random_adapter(config, model):
 
 def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
     """The adapter folded into the weights against applied beside them."""
-    merge = jax.jit(functools.partial(lora.merge, model))
+    merge = jax.jit(functools.partial(lora.merge_adapter, model))
     split = jax.jit(lambda base, adapter: tuple(tree and decoder.split_layers(tree, model) for tree in (base, adapter)))
     weights = {"merged": split(merge(base, adapter), None), "applied": split(base, adapter)}
 

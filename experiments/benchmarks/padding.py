@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import selector, sharding, step
+from bilevel_jax import objective, selector, sharding, step
 from bilevel_jax.data import levels, packing
 from experiments.benchmarks import timing, train_step
 
@@ -35,7 +35,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     mesh = sharding.make_mesh(1)
     optimizer, select = optax.adam(config.optimizer.learning_rate), selector.Selector(rule="uniform")
     state = step.init(train_step.start_adapter(config, model), optimizer, select, len(lower.rows), tracked=False)
-    jitted = jax.jit(step.make_step(model, step.Objective(), select, optimizer))
+    jitted = jax.jit(step.make_step(model, objective.Objective(), select, optimizer))
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
     work = train_step.Work(config, directory, upper, lower, rounds)
     hosts = work.drawn()

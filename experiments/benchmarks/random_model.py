@@ -47,6 +47,11 @@ SHAPES = {  # of the published models' config.json
 }
 DTYPE = "bfloat16"
 
+FLAGS = flags.FlagValues()
+LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "The model whose shape is taken.", flag_values=FLAGS)
+TOKENIZER = flags.DEFINE_string("tokenizer", "local/smollm2", "Model directory whose tokenizer is copied.", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True, flag_values=FLAGS)
+
 
 def make(out: pathlib.Path, shape: dict, tokenizer: str) -> None:
     """Writes the directory.
@@ -74,6 +79,8 @@ def main() -> None:
 
 if __name__ == "__main__":  # flags too: tests import `make` beside commands that have flags of the same names
     LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "Whose shape.")
-    TOKENIZER = flags.DEFINE_string("tokenizer", "local/smollm2", "Directory of a model whose tokenizer it gets.")
+    TOKENIZER = flags.DEFINE_string(
+        "tokenizer", "local/smollm2", "Directory of a model whose tokenizer it gets.", flag_values=FLAGS
+    )
     OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -25,9 +25,9 @@ def _variant(select: selector.Selector, size: int, mesh, samples: np.ndarray, sh
     def start():
         return selector.init(select, size)
 
-    places = sharding.named(mesh, jax.eval_shape(start), "examples")
+    places = sharding.shardings(mesh, jax.eval_shape(start), "examples")
     state = jax.jit(start, out_shardings=places)()
-    jitted = jax.jit(move, donate_argnums=0, out_shardings=(places, sharding.whole(mesh)))
+    jitted = jax.jit(move, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
     def turn(k):
         nonlocal state

@@ -24,8 +24,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from bilevel_jax import online, progress, selector, sharding, step, train
-from bilevel_jax.data import levels, order, packing
+from bilevel_jax import batches, objective, online, selector, sharding, step
+from bilevel_jax.data import levels, packing, shuffle
 from bilevel_jax.models import huggingface, lora
 from experiments.benchmarks import timing
 
@@ -151,18 +151,18 @@ class Work(NamedTuple):
     lower: levels.Level
     steps: int
 
-    def drawn(self) -> list[progress.Drawn]:
+    def drawn(self) -> list[batches.StepBatch]:
         """The packed rows of every step."""
         size = self.config.batch.size
         layout = packing.Layout(self.config.batch.micro_size, self.config.data.max_length, 2 * size)
-        own = online.nothing_yet(len(self.lower.rows))
-        return [train.make_batch(self.config, self.upper, self.lower, layout, k, own) for k in range(self.steps)]
+        own = online.empty(len(self.lower.rows))
+        return [batches.make_batch(self.config, self.upper, self.lower, layout, k, own) for k in range(self.steps)]
 
     def plain(self, k: int) -> tuple[list, list, np.ndarray]:
         """The same rows of step k as examples: upper, lower, and the places of the lower ones in the data."""
         config = self.config
-        rows = order.lower_rows(config.seed, len(self.lower.rows), config.batch.size, k)
-        trusted = order.upper_rows(config.seed, len(self.upper.rows), config.batch.size, k)
+        rows = shuffle.lower_rows(config.seed, len(self.lower.rows), config.batch.size, k)
+        trusted = shuffle.upper_rows(config.seed, len(self.upper.rows), config.batch.size, k)
         return [self.upper.examples[j] for j in trusted], [self.lower.examples[i] for i in rows], rows
 
     def padded(self, grouped: bool) -> int:
@@ -182,7 +182,7 @@ def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]
     batches = [sharding.split_batch(drawn.batch, mesh) for drawn in work.drawn()]
     scales = step.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
-    jitted = jax.jit(step.make_step(model, step.Objective(coefficient_at=coefficient_at), select, optimizer), donate_argnums=1)
+    jitted = jax.jit(step.make_step(model, objective.Objective(coefficient_at=coefficient_at), select, optimizer), donate_argnums=1)
     state = [step.init(start_adapter(work.config, model), optimizer, select, len(work.lower.rows), tracked=False)]
 
     def run(k: int) -> float:

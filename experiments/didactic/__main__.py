@@ -7,7 +7,10 @@ from absl import flags
 
 from bilevel_jax import cli
 
-OUT = flags.DEFINE_string("out", "experiments/results/didactic", "Directory of the figures; OUT.md and OUT.json are beside it.")
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string(
+    "out", "experiments/results/didactic", "Directory of the figures; OUT.md and OUT.json are beside it.", flag_values=FLAGS
+)
 
 PROBLEMS = """Statements of Tajwar et al. (Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy Data), in our
 words and on problems of our own: categorical policies over 48 bins. In the bandits the reference is a bell, the reward falls
@@ -20,7 +23,7 @@ alone."""
 
 
 def main() -> None:
-    from bilevel_jax import workspace
+    from bilevel_jax import files
     from experiments import statements
     from experiments.didactic import kl, negative, on_policy, reuse, speed, together
 
@@ -28,8 +31,8 @@ def main() -> None:
     modules = kl, speed, on_policy, negative, together, reuse
     title = "On-policy samples and a negative gradient on small problems"
     found = statements.write(out, "experiments.didactic", title, PROBLEMS, modules)
-    workspace.write_atomically(out.with_suffix(".json"), json.dumps(statements.plain(found), ensure_ascii=False) + "\n")
+    files.write_atomically(out.with_suffix(".json"), json.dumps(statements.plain(found), ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import online, preferences
+from bilevel_jax import importance, preferences
 
 BINS, GROUPS, G, STEPS = 48, 8, 4, 200
 PLACES = np.arange(BINS)
@@ -111,7 +111,7 @@ def learn(name: str, weights: str, steps: int, features, problems: Problem, on_p
 
         def loss(theta, sample_E, old_E):
             log_prob_E = log_policy(theta)[sample_E]
-            weight_E = online.response_weights(weights, log_prob_E, old_E, jnp.ones(GROUPS * G), GROUP, CLIP)
+            weight_E = importance.response_weights(weights, log_prob_E, old_E, jnp.ones(GROUPS * G), GROUP, CLIP)
             return objective(name, beta, log_prob_E, log_prob_E - log_reference[sample_E], weight_E, problem.reward[sample_E])
 
         def step(carry, k):

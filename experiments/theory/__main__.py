@@ -6,7 +6,10 @@ from absl import flags
 
 from bilevel_jax import cli
 
-OUT = flags.DEFINE_string("out", "experiments/results/theory", "Directory of the figures; the page is OUT.md beside it.")
+FLAGS = flags.FlagValues()
+OUT = flags.DEFINE_string(
+    "out", "experiments/results/theory", "Directory of the figures; the page is OUT.md beside it.", flag_values=FLAGS
+)
 
 PROBLEMS = """Unless said otherwise, θ is a point of the plane and a row's loss half its squared distance to a box: minimiser
 sets are boxes, so optima are known exactly. Such a loss is the NLL of a softmax policy of two words whose right word has
@@ -23,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, FLAGS)

@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import online
+from bilevel_jax import importance
 
 TITLE = "Lemma 6: implicit response weights"
 VERDICT = "holds; the remark that the importance ratio is proportional to λ does not, unless π_old is equal"
@@ -32,7 +32,7 @@ def loss_gradients(table: np.ndarray) -> np.ndarray:
 def weights(kind: str, log_prob: np.ndarray, old: np.ndarray, clip: float = np.inf) -> np.ndarray:
     """The project's, for one question."""
     number = len(log_prob)
-    found = online.response_weights(
+    found = importance.response_weights(
         kind, *(jnp.asarray(x, jnp.float32) for x in (log_prob, old)), jnp.full(number, TOKENS), jnp.zeros(number, jnp.int32), clip
     )
     return np.asarray(found, np.float64)

@@ -37,7 +37,7 @@ def sequences(packed):
     """Of every sequence, its segments in order, each a list of (owner, offset, position)."""
     for m, s in np.ndindex(packed.tokens.shape[:2]):
         runs = {}
-        for token, number, position in zip(packed.tokens[m, s], packed.segments[m, s], packed.positions[m, s]):
+        for token, number, position in zip(packed.tokens[m, s], packed.segment_ids[m, s], packed.positions[m, s]):
             if number:
                 runs.setdefault(int(number), []).append((*owner(token), int(position)))
         yield [runs[number] for number in sorted(runs)]
@@ -51,8 +51,8 @@ def contents(packed):
 def check(packed, sizes, layout):
     """All that holds of any packing of segments of these sizes."""
     S, L, E, T = layout.sequences, layout.length, layout.entries, layout.sequences * layout.length
-    assert packed.tokens.shape == packed.segments.shape == packed.positions.shape == (layout.micro_batches, S, L)
-    assert packed.source.shape == packed.target.shape == packed.entry.shape == (layout.micro_batches, layout.targets)
+    assert packed.tokens.shape == packed.segment_ids.shape == packed.positions.shape == (layout.micro_batches, S, L)
+    assert packed.logit_index.shape == packed.target.shape == packed.entry.shape == (layout.micro_batches, layout.targets)
     assert all(array.dtype == np.int32 for array in packed)
 
     # Every token once, in one piece with its segment, in order, at its own position.
@@ -60,7 +60,7 @@ def check(packed, sizes, layout):
     whole = [[(i, j, j) for j in range(sum(size))] for i, size in enumerate(sizes)]
     assert sorted(found) == whole
     for m, s in np.ndindex(layout.micro_batches, S):
-        numbers = packed.segments[m, s]
+        numbers = packed.segment_ids[m, s]
         used = numbers[numbers > 0]
         np.testing.assert_array_equal(numbers[: len(used)], used)  # padding at the end
         assert np.isin(np.diff(used, prepend=0), (0, 1)).all()  # 1, 2, ... without a gap
@@ -69,9 +69,9 @@ def check(packed, sizes, layout):
     predicted = []
     for m in range(layout.micro_batches):
         count = packed.num_targets[m]
-        assert (packed.source[m, count:] == T).all() and (packed.entry[m, count:] == E).all()
+        assert (packed.logit_index[m, count:] == T).all() and (packed.entry[m, count:] == E).all()
         tokens = packed.tokens[m].reshape(-1)
-        for source, target, entry in zip(packed.source[m, :count], packed.target[m, :count], packed.entry[m, :count]):
+        for source, target, entry in zip(packed.logit_index[m, :count], packed.target[m, :count], packed.entry[m, :count]):
             i, j = owner(target)
             assert owner(tokens[source]) == (i, j - 1) and entry == i
             predicted.append((i, j))
@@ -81,7 +81,7 @@ def check(packed, sizes, layout):
     np.testing.assert_array_equal(packed.length, lengths + [0] * (E - len(sizes)))
 
     assert packed.num_micro == -(-len(contents(packed)) // S)
-    assert not packed.segments[packed.num_micro :].any() and not packed.num_targets[packed.num_micro :].any()
+    assert not packed.segment_ids[packed.num_micro :].any() and not packed.num_targets[packed.num_micro :].any()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -106,7 +106,7 @@ def test_first_fit_by_decreasing_size():
     packed = packing.pack(segments_of([(1, 0), (1, 3), (4, 3), (2, 1), (0, 5)]), Layout(2, 10, 5))
     assert contents(packed) == [[2, 3], [4, 1, 0]]
     np.testing.assert_array_equal(packed.tokens[0, 0] // LIMIT, [2] * 7 + [3] * 3)
-    np.testing.assert_array_equal(packed.segments[0, 1], [1] * 5 + [2] * 4 + [3])
+    np.testing.assert_array_equal(packed.segment_ids[0, 1], [1] * 5 + [2] * 4 + [3])
     np.testing.assert_array_equal(packed.positions[0, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3, 0])
 
 
@@ -166,7 +166,7 @@ def test_lower_level_comes_first(seed, sequences, padded, apart):
     assert batch.first_upper_micro == rank.count(0) // sequences
 
     padding = layout.entries - len(sizes)
-    np.testing.assert_array_equal(batch.sample, [i if i >= 0 else num_rows for i in samples] + [num_rows] * padding)
+    np.testing.assert_array_equal(batch.row_index, [i if i >= 0 else num_rows for i in samples] + [num_rows] * padding)
     np.testing.assert_array_equal(batch.share, np.float32([i / 10 for i in range(len(sizes))] + [0] * padding))
     assert batch.num_lower == 7
 
@@ -222,7 +222,7 @@ def test_own_responses_go_where_there_is_room(padded):
     assert all(len({where[i] for i in range(20) if question[i] == q}) > 1 for q in range(4))
     np.testing.assert_array_equal(batch.group, [20 + q for q in question] + [0, 0, 1, 1] + [30] * 6)
     np.testing.assert_array_equal(batch.old_log_prob, np.float32([-i / 3 for i in range(20)] + [np.nan] * 10))
-    np.testing.assert_array_equal(batch.sample, question + [10] * 4 + [9] + [10] * 5)
+    np.testing.assert_array_equal(batch.row_index, question + [10] * 4 + [9] + [10] * 5)
     assert batch.num_lower == 5
 
 

@@ -285,11 +285,11 @@ def test_places_of_tokens():
     examples = templates.encode(found, PLAIN, template="human")
     _, examples, _ = templates.fit(examples, found, 2 + max(len(one.prompt) for one in examples))  # both are cut
     whole = templates.encode(found, PLAIN, template="human")
-    for row, example, places in zip(found, whole, templates.places(found, whole, PLAIN), strict=True):
+    for row, example, places in zip(found, whole, templates.response_offsets(found, whole, PLAIN), strict=True):
         assert len(places) == len(example.response) and list(places[-1]) == [len(row.response)] * 2
         texts = [PLAIN.decode([token]).strip() for token in example.response[:-1]]
         assert [row.response[start:stop].strip() for start, stop in places[:-1]] == texts
-    for example, places in zip(examples, templates.places(found, examples, PLAIN), strict=True):
+    for example, places in zip(examples, templates.response_offsets(found, examples, PLAIN), strict=True):
         assert len(places) == len(example.response)
 
 
@@ -298,4 +298,4 @@ def test_places_need_a_tokenizer_that_knows():
         is_fast, name_or_path = False, "old"
 
     with pytest.raises(ValueError, match="'old' does not tell where a token stands"):
-        templates.places(parse(QA), [], Slow())
+        templates.response_offsets(parse(QA), [], Slow())

@@ -229,7 +229,7 @@ def test_decoding_with_an_adapter_equals_the_whole_forward(variant, merged):
     config, params, _ = load(variant)
     config = dataclasses.replace(config, adapter_scale=1.5)
     adapter = random_adapter(config)
-    used = (lora.merge(config, params, adapter), None) if merged else (params, adapter)
+    used = (lora.merge_adapter(config, params, adapter), None) if merged else (params, adapter)
     assert_decoding_is_the_forward(config, params, adapter, used)
 
 

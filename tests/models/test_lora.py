@@ -78,14 +78,14 @@ def test_merged_weights_equal_adapter(variant, targets):
     adapter = random_adapter(config, targets)
     adapted = logits_of(config, params, adapter, TOKENS)
     assert jnp.abs(adapted - logits_of(config, params, None, TOKENS)).max() > 0.1
-    merged = lora.merge(config, params, adapter)
+    merged = lora.merge_adapter(config, params, adapter)
     np.testing.assert_allclose(logits_of(config, merged, None, TOKENS), adapted, rtol=0, atol=1e-4)
 
 
 def test_merge_is_the_formula_rounded_once():
     config, params = base("llama_mha", "bfloat16")
     adapter = random_adapter(config, "down_proj")
-    merged = lora.merge(config, params, adapter)["layers"]["mlp"]["down_proj"]["kernel"]
+    merged = lora.merge_adapter(config, params, adapter)["layers"]["mlp"]["down_proj"]["kernel"]
     pair = adapter["layers"]["mlp"]["down_proj"]
     exact = params["layers"]["mlp"]["down_proj"]["kernel"].astype(jnp.float32) + 1.5 * pair["a"] @ pair["b"]
     assert merged.dtype == jnp.bfloat16
@@ -96,7 +96,7 @@ def test_merge_is_the_formula_rounded_once():
 def test_merge_leaves_its_inputs_alone(variant):
     config, params = base(variant)
     before = jax.tree.map(np.asarray, params)
-    lora.merge(config, params, random_adapter(config))
+    lora.merge_adapter(config, params, random_adapter(config))
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 

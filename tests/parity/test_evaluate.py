@@ -8,14 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from lm_eval import evaluator  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
-from bilevel_jax import harness  # noqa: E402
-from bilevel_jax.data import templates  # noqa: E402
-from bilevel_jax.models import huggingface  # noqa: E402
+from bilevel_jax.data import templates
+from bilevel_jax.evaluate import lm_eval_adapter
+from bilevel_jax.models import huggingface
 
 pytestmark = pytest.mark.parity
 SMOLLM2 = pathlib.Path("local/smollm2")
@@ -34,7 +34,7 @@ def make_pair(directory, adapter=None):
     tokenizer = templates.load_tokenizer(str(directory))
     model, base = huggingface.load_model(str(directory))
     model, adapter = huggingface.load_adapter(adapter, model) if adapter else (model, None)
-    return theirs, harness.JaxLM(model, base, adapter, tokenizer, huggingface.eos_ids(directory, tokenizer), batch_size=4)
+    return theirs, lm_eval_adapter.JaxLM(model, base, adapter, tokenizer, huggingface.eos_ids(directory, tokenizer), batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_tasks(smollm2):
     """Same items and requests, accuracies equal, log-likelihoods within 1e-3."""
     found = []
     for lm in smollm2:
-        manager = TaskManager(include_path="bilevel_jax/tasks", include_defaults=False)
+        manager = TaskManager(include_path="bilevel_jax/evaluate/tasks", include_defaults=False)
         found.append(evaluator.simple_evaluate(lm, tasks=TASKS, limit=LIMIT, task_manager=manager, bootstrap_iters=0))
     theirs, ours = found
     for task in TASKS:

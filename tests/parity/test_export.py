@@ -10,18 +10,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import datasets  # noqa: E402
-import peft  # noqa: E402
-import transformers  # noqa: E402
-import trl  # noqa: E402
+import datasets
+import peft
+import transformers
+import trl
 
-from bilevel_jax import config as configuration  # noqa: E402
-from bilevel_jax import weights  # noqa: E402
-from bilevel_jax.data import rows, templates  # noqa: E402
-from bilevel_jax.models import decoder, huggingface, merging  # noqa: E402
-from tests.conftest import make_model, make_rows, write_jsonl  # noqa: E402
-from tests.models.fixtures import make  # noqa: E402
-from tests.test_exporting import CHAT, MIXED  # noqa: E402
+from bilevel_jax import config as configuration
+from bilevel_jax.data import (
+    rows,
+    templates,
+)
+from bilevel_jax.export import merged_model
+from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.runtime import weight_table
+from tests.conftest import make_model, make_rows, write_jsonl
+from tests.export.test_selected_rows import CHAT, MIXED
+from tests.models.fixtures import make
 
 pytestmark = pytest.mark.parity
 SEED = 999
@@ -45,7 +49,7 @@ def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp
     base, options = make.ADAPTERS.get(name, (name, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}))
     model = make.save(make.build(base, SEED), base, tmp_path / "base")
     make.adapt(model, options, SEED).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    merging.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", max_shard=max_shard)
+    merged_model.write_merged_model(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", max_shard=max_shard)
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists() == (max_shard < 10**9)
 
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
@@ -94,8 +98,8 @@ def export(models, tmp_path):
         (workdir / "config.json").write_text(config.to_json(indent=2))
         (workdir / "summary.json").write_text("{}")
         found, _ = rows.read_rows(file)
-        table = weights.table(found, np.arange(len(found)), [1] * len(found), [True] * len(found))
-        weights.write(workdir / "weights" / "epoch_1.parquet", table)
+        table = weight_table.table(found, np.arange(len(found)), [1] * len(found), [True] * len(found))
+        weight_table.write(workdir / "weights" / "epoch_1.parquet", table)
         lines = [{"step": 0, "id": row.id, "sample": 0, "text": f"My {row.line}"} for row in found[::2]]
         write_jsonl(workdir / "responses.jsonl", lines)
         out = tmp_path / f"kept.{suffix}"

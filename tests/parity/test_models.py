@@ -11,14 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import peft  # noqa: E402
-import safetensors.numpy  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Regex, pre_tokenizers  # noqa: E402
+import peft
+import safetensors.numpy
+import transformers
+from tokenizers import Regex, pre_tokenizers
 
-from bilevel_jax.models import decoder, huggingface, lora  # noqa: E402
-from tests.models.fixtures import make  # noqa: E402
-from third_party import smollm2  # noqa: E402
+from bilevel_jax.models import (
+    decoder,
+    huggingface,
+    lora,
+)
+from tests.models.fixtures import make
+from third_party import smollm2
 
 pytestmark = pytest.mark.parity
 logits_of = jax.jit(decoder.logits, static_argnums=0)
@@ -80,7 +84,7 @@ def test_peft_reads_our_adapters(base, targets, tmp_path):
     tokens = make.draw_tokens(SEED)
     ours = logits_of(config, params, adapter, tokens.numpy())
     np.testing.assert_allclose(ours, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
-    ours = logits_of(config, lora.merge(config, params, adapter), None, tokens.numpy())
+    ours = logits_of(config, lora.merge_adapter(config, params, adapter), None, tokens.numpy())
     np.testing.assert_allclose(ours, make.compute_logits(adapted.merge_and_unload(), tokens), rtol=0, atol=1e-4)
 
 

@@ -15,9 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl")
 
-import accelerate  # noqa: E402
+import accelerate
 
-from bilevel_jax import online, preferences  # noqa: E402
+from bilevel_jax import (
+    importance,
+    preferences,
+)
 
 pytestmark = pytest.mark.parity
 PAIRS, TOKENS = 5, 7
@@ -146,7 +149,7 @@ def test_reinforce(move):
 
     def ours(log_prob):
         group = jnp.repeat(jnp.arange(QUESTIONS), G)
-        ratio = online.response_weights("sequence", log_prob, jnp.asarray(old), jnp.ones(len(old)), group, 1.9)
+        ratio = importance.response_weights("sequence", log_prob, jnp.asarray(old), jnp.ones(len(old)), group, 1.9)
         return preferences.likelihood(log_prob, ratio * advantages, jnp.full(len(old), 1 / len(old)))
 
     gradient = jax.grad(ours)(jnp.asarray(log_prob))

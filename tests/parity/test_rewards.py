@@ -5,12 +5,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tokenizers  # noqa: E402
-import transformers  # noqa: E402
+import tokenizers
+import transformers
 
-from bilevel_jax import online, rewards, sampling  # noqa: E402
-from bilevel_jax.data import rows as data_rows  # noqa: E402
-from tests.conftest import make_model  # noqa: E402
+from bilevel_jax import (
+    online,
+    rewards,
+    sampling,
+)
+from bilevel_jax.data import rows as data_rows
+from tests.conftest import make_model
 
 pytestmark = pytest.mark.parity
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -46,9 +50,10 @@ def test_rewards_are_the_logits_of_each_response_alone(directory):
     """Whatever longer ones it is padded to."""
     found, _ = data_rows.collect(data_rows.parse([(1, {"question": "3 + 3?", "response": "r"})]), "made up")
     said = [
-        online.Said(0, g, text, sampling.Response(np.zeros(1, np.int32), None, None, None, "stop")) for g, text in enumerate(TEXTS)
+        online.Generation(0, g, text, sampling.Response(np.zeros(1, np.int32), None, None, None, "stop"))
+        for g, text in enumerate(TEXTS)
     ]
-    values = rewards.make_judge(str(directory), found, [None])(said, np.zeros(len(said)))
+    values = rewards.make_reward_fn(str(directory), found, [None])(said, np.zeros(len(said)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
     for text, value in zip(TEXTS, values):

@@ -11,12 +11,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import transformers  # noqa: E402
+import transformers
 
-from bilevel_jax import sampling, sharding  # noqa: E402
-from bilevel_jax.data import rows, templates  # noqa: E402
-from bilevel_jax.models import huggingface  # noqa: E402
-from tests.models.fixtures import make  # noqa: E402
+from bilevel_jax import (
+    sampling,
+    sharding,
+)
+from bilevel_jax.data import (
+    rows,
+    templates,
+)
+from bilevel_jax.models import huggingface
+from tests.models.fixtures import make
 
 pytestmark = pytest.mark.parity
 SEED = 4321

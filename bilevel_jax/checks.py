@@ -1,0 +1,266 @@
+"""From a user's `ConfigDict` to a typed `Config`: what cannot run is refused before anything compiles."""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+from collections.abc import Mapping
+
+import ml_collections
+
+from bilevel_jax import config as configuration
+from bilevel_jax import objective, online, sampling, step
+from bilevel_jax.config import Config, ConfigError
+from bilevel_jax.data import templates
+
+CHOICES = {
+    "method": configuration.METHODS,
+    "optimizer.name": configuration.OPTIMIZERS,
+    "model.dtype": configuration.DTYPES,
+    "selection.unit": configuration.UNITS,
+    "data.template": templates.TEMPLATES,
+    "online.generate": online.GENERATE,
+    "online.objective": objective.RESPONSE_LOSSES,
+}
+AT_LEAST = {
+    "num_epochs": 1,
+    "lora.rank": 1,
+    "log.every": 1,
+    "batch.size": 1,
+    "batch.micro_size": 1,
+    "checkpoint.keep": 1,
+    "data.max_length": 2,
+    "seed": 0,
+    "checkpoint.every": 0,
+    "mesh.data": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+    "data.num_upper": 0,
+    "data.num_lower": 0,
+    "eval.num_upper": 0,
+    "eval.num_lower": 0,
+    "online.num_samples": 1,
+    "online.refresh_every": 1,
+    "online.max_new_tokens": 1,
+    "online.slots": 1,
+}
+RANGES = {  # key -> (allowed?, in words); those of `Selector`, `Objective` and `sampling.Settings` are checked there
+    "seed": (lambda value: value < 2**32, "below 2^32"),
+    "online.ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "optimizer.learning_rate": (lambda value: value > 0, "positive"),
+    "lora.alpha": (lambda value: value > 0, "positive"),
+    "data.bad_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "eval.keep": (lambda value: 0 < value <= 1, "in (0, 1]"),
+}
+
+
+def build(config: ml_collections.ConfigDict) -> Config:
+    """The typed config of a run.
+
+    Raises:
+      ConfigError: one line that names the key: an unknown one, a wrong type, a value out of range, or a combination that is not
+        supported.
+    """
+    _check_keys(config, configuration.default(), "")
+    typed = _typed(Config, config)
+    _check_values(typed)
+    _check_parts(typed)
+    if typed.method == "mixing":
+        _check_mixing(typed)
+        return typed
+    if typed.method in configuration.ONLINE:
+        _check_responses(typed)
+    _check_schedule(typed)
+    _check_selection(typed)
+    return typed
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keys, types, values
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean NAME?)` for the known name most like `name`, or an empty text."""
+    by_last_part = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1)
+    return f" (did you mean {by_last_part.get(close[0], close[0])}?)" if close else ""
+
+
+def keys(config: Mapping, prefix: str = "") -> list[str]:
+    """The full names of all keys, sections left out."""
+    names = []
+    for key, value in config.items():
+        names += keys(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + key]
+    return names
+
+
+def _check_keys(config, reference, prefix: str) -> None:
+    for key in config:
+        if key not in reference:
+            hint = nearest(prefix + key, keys(configuration.default()))
+            known = ", ".join(reference)
+            raise ConfigError(f"unknown key {prefix}{key}{hint}; {prefix.rstrip('.') or 'the config'} has {known}")
+    for key, expected in reference.items():
+        name = prefix + key
+        if key not in config:
+            raise ConfigError(f"{name} is missing")
+        value = config[key]
+        if isinstance(expected, ml_collections.ConfigDict):
+            if not isinstance(value, ml_collections.ConfigDict):
+                raise ConfigError(f"{name}={value!r} must be a section")
+            _check_keys(value, expected, name + ".")
+        elif isinstance(expected, float):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r} must be a finite number")
+        elif type(value) is not type(expected):
+            raise ConfigError(f"{name}={value!r} must be of type {type(expected).__name__}")
+
+
+def _typed(cls, section):
+    """A section with all its keys as the dataclass `cls`."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = section[field.name]
+        if dataclasses.is_dataclass(field.type):
+            value = _typed(field.type, value)
+        values[field.name] = float(value) if field.type is float else value
+    return cls(**values)
+
+
+def _value(config: Config, key: str):
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def _check_values(config: Config) -> None:
+    for key, allowed in CHOICES.items():
+        value = _value(config, key)
+        _require(value in allowed, f"{key}={value!r} is not among {', '.join(allowed)}{nearest(value, allowed)}")
+    for key, minimum in AT_LEAST.items():
+        value = _value(config, key)
+        _require(value >= minimum, f"{key}={value} must be at least {minimum}")
+    for key, (allowed, words) in RANGES.items():
+        value = _value(config, key)
+        _require(allowed(value), f"{key}={value} must be {words}")
+    for key in ("data.upper", "data.lower"):
+        _require(bool(_value(config, key).strip()), f"{key} is empty; name a file, a hub data set or a recipe")
+    installed = not config.log.wandb or importlib.util.find_spec("wandb")
+    _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")
+    configuration.profiled_steps(config)
+
+
+def _check_parts(config: Config) -> None:
+    """Builds what checks its own values."""
+    try:
+        sampling.Settings(config.online.temperature)
+    except ValueError as error:
+        raise ConfigError(f"online.{error}") from error
+    try:
+        step.check_token_weights(configuration.to_objective(config), configuration.to_selector(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Combinations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _check_mixing(config: Config) -> None:
+    _require(0 <= config.mixing.rho <= 1, f"mixing.rho={config.mixing.rho} must be in [0, 1]")
+    for level, loss, unused_at in (("upper", config.loss.upper, 1), ("lower", config.loss.lower, 0)):
+        _require(
+            loss == "sft" or config.mixing.rho != unused_at,
+            f"loss.{level}={loss} has no part in mixing.rho={unused_at}, which never uses the {level} level",
+        )
+
+
+def _check_responses(config: Config) -> None:
+    """Refuses objectives of generated responses from which nothing could be learned."""
+    o, lower = config.online, config.loss.lower
+    objective_is = f"online.objective={o.objective}"
+    _require(
+        lower == "sft" or o.objective == lower,
+        f"{objective_is} beside loss.lower={lower}: a loss of pairs compares with no other; take online.objective={lower}",
+    )
+    if o.objective == "sft":
+        return
+    _require(bool(o.reward), f"{objective_is} compares responses by online.reward, which is empty; name one")
+    _require(o.num_samples > 1, f"{objective_is} compares responses: online.num_samples={o.num_samples} must be at least 2")
+    _require(
+        o.response_weight != "softmax",
+        f"online.response_weight=softmax compares responses, as {objective_is} does already; take sequence, geometric or none",
+    )
+
+
+def _check_schedule(config: Config) -> None:
+    last = configuration.rho(config, config.num_epochs - 1)
+    _require(
+        config.penalty.rho_init >= 0 and 0 <= last < 1,
+        f"penalty: ρ goes from {config.penalty.rho_init:g} to {last:g} in {config.num_epochs} epochs, but γ = ρ/(1-ρ) needs "
+        f"ρ in [0, 1); lower penalty.rho_step or num_epochs",
+    )
+
+
+def _check_selection(config: Config) -> None:
+    s, built = config.selection, configuration.to_selector(config)
+    if s.unit == "token":
+        _require(
+            config.method == "offline",
+            f"selection.unit=token weighs the tokens of given responses: method={config.method} must be offline",
+        )
+        rate = s.token_learning_rate
+        _require(rate > 0, f"selection.token_learning_rate={rate} must be positive")
+    _require(
+        built.baseline != "batch" or config.batch.size > 1,
+        "selection.baseline=batch with batch.size=1 subtracts a row's loss from itself; take running or none",
+    )
+    if built.rule == "uniform":
+        without_effect = {
+            "selection.value_function=tracked": s.value_function != "zero",
+            "selection.cost=unrolled": s.cost != "loss",
+            "selection.unit=domain": s.unit == "domain",
+            "selection.parameterization=features": built.parameterization != "table",
+        }
+        for setting, is_set in without_effect.items():
+            _require(not is_set, f"{setting} has no effect with selection.rule=uniform, which never moves ω")
+    _require(
+        s.unit != "domain" or s.parameterization == "table",
+        "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against model, rows and devices
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
+    """Refuses lengths beyond the model's `max_positions`, and sizes that the `num_parts` of mesh.data · mesh.fsdp do not divide.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    if config.data.max_length > max_positions:
+        raise ConfigError(f"data.max_length={config.data.max_length} is over the model's {max_positions} positions")
+    for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
+        if number % num_parts:
+            raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
+
+
+def check_rows(config: Config, num_rows: int, devices: int) -> None:
+    """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
+
+    Raises:
+      ConfigError: one line that names the key and the number to take.
+    """
+    left = num_rows % devices
+    if config.mesh.shard_selector and left:
+        what = f"mesh.shard_selector=True: {devices} devices do not divide {num_rows} lower-level rows"
+        raise ConfigError(f"{what}; hold out some more (eval.num_lower={config.eval.num_lower + left}), or leave ω whole")

@@ -1,0 +1,94 @@
+"""What a run measures: losses of held-out rows, and what the selector's weights say about the labels."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax import config as configuration
+from bilevel_jax import preferences, scoring, selector, sharding, step, token_weights
+from bilevel_jax.data import levels, packing, templates
+from bilevel_jax.errors import REMEDY, RunError
+from bilevel_jax.runtime import metrics
+
+
+def pair_log_probs(score: Callable, base, adapter, examples: Sequence[templates.Example], description: str) -> np.ndarray:
+    """Log-probabilities [n, 2] of chosen and rejected responses. Without an adapter (None) it is DPO's reference model."""
+    segments = [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
+    nll, _ = score(base, adapter, segments, description)
+    return -nll.reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Rows that a run is measured on and never trained on.
+
+    Attributes:
+      examples: by name: `upper`, `lower`, `lower_clean` (the lower level's questions with right responses).
+      references: of the levels that learn pairs, the reference model's log-probabilities, [n, 2].
+    """
+
+    examples: dict[str, Sequence[templates.Example]]
+    references: dict[str, np.ndarray]
+
+
+def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Level, tokenizer, score, base) -> HeldOut:
+    """The held-out rows of both levels."""
+    examples = {"upper": upper.eval_examples, "lower": lower.eval_examples}
+    examples["lower_clean"] = levels.with_truth(lower, config, tokenizer)
+    losses = {"upper": config.loss.upper, "lower": config.loss.lower}
+    references = {
+        name: pair_log_probs(score, base, None, examples[name], "reference")
+        for name, loss in losses.items()
+        if loss in preferences.PAIRS
+    }
+    return HeldOut(examples, references)
+
+
+def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
+    """`eval/NAME_loss`, the mean ℓ of held-out rows; of pairs, also `eval/NAME_pair_accuracy`, ties counted half."""
+    values = {}
+    for name, examples in rows.examples.items():
+        if examples:
+            nll, length = score(base, adapter, scoring.example_segments(examples), f"evaluating {name}")
+            values[f"eval/{name}_loss"] = scoring.mean_loss(nll, length)
+        if examples and name in rows.references:
+            log_prob = pair_log_probs(score, base, adapter, examples, f"evaluating pairs of {name}")
+            margin = (log_prob - rows.references[name]) @ [1, -1]
+            values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+    return values
+
+
+def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep: float) -> dict[str, float]:
+    """`selector/*`: the distribution of the weights, and how well they rank rows that the data label bad.
+
+    Args:
+      rule: of the selector; `uniform` ranks nothing.
+      bad: labels of the training rows, or None; for measurement only.
+      keep: the share of rows that counts as kept.
+    """
+    logits = sharding.to_host(state.selector.logits)
+    values = {f"selector/{key}": float(value) for key, value in selector.summary(state.selector.logits).items()}
+    if state.token_params is not None:
+        values |= {f"selector/token_{name}": float(value) for name, value in zip(token_weights.SCORES, state.token_params)}
+    if bad is not None and bad.any() and not bad.all() and rule != "uniform":
+        values["selector/auroc"] = metrics.auroc(-logits, bad)
+        values["selector/bad_kept"] = metrics.bad_kept(logits, bad, keep)
+        values["selector/bad_among_kept"] = metrics.bad_among_kept(logits, bad, keep)
+    return values
+
+
+def check_finite(state: step.State, values: dict[str, float]) -> None:
+    """Refuses a state that diverged.
+
+    Raises:
+      RunError: a measure or a parameter is not finite; one line that names it.
+    """
+    broken = [key for key, value in values.items() if not math.isfinite(value)]
+    if not jax.tree.all(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.policy.adapter)):
+        broken.append("θ")  # without held-out rows no loss would show it
+    if broken:
+        raise RunError(f"step {int(state.step)}: {', '.join(broken)} not finite; {REMEDY}")

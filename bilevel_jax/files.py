@@ -1,0 +1,33 @@
+"""Files that are written whole or not at all, and JSON files that are read with one-line errors."""
+
+import json
+import os
+import pathlib
+
+from bilevel_jax.errors import RunError
+
+
+def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
+    """Writes all of `content`; if that fails or the process dies, the previous file stays."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """Reads a JSON object from a file of a workdir.
+
+    Raises:
+      RunError: the file does not contain a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file} is damaged ({error}); put it back, or give another --workdir") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged (a {type(content).__name__}, not an object); put it back, or give another --workdir")
+    return content

@@ -1,0 +1,68 @@
+"""What a run writes when its last step is done: adapter, weights of tokens, summary, report."""
+
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+from bilevel_jax import config as configuration
+from bilevel_jax import features, files, scoring, sharding, step
+from bilevel_jax.data import templates
+from bilevel_jax.models import huggingface
+from bilevel_jax.report import page
+from bilevel_jax.runtime import clock as clocks
+from bilevel_jax.runtime import weight_table
+from bilevel_jax.setup import Setup
+
+
+def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, encoder) -> None:
+    """θ in PEFT format and, where ω is a function of features, φ."""
+    adapter = state.policy.adapter
+    huggingface.save_adapter(workdir / "adapter", setup.model, adapter, alpha=config.lora.alpha, base=config.model.path)
+    if encoder:
+        features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
+
+
+def write_token_weights(
+    config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, offsets: list[np.ndarray]
+) -> dict[str, float]:
+    """Writes weights/tokens.parquet, and returns `selector/token_auroc` where the rows mark bad parts.
+
+    Args:
+      offsets: of each row's tokens in its response, from `templates.response_offsets`.
+    """
+    shape = config.batch.micro_size, config.data.max_length, setup.mesh
+    adapter, lower = state.policy.adapter, setup.lower
+    weights = scoring.token_weights_of(setup.model, setup.base, adapter, state.token_params, lower.examples, *shape)
+    table = weight_table.token_table(lower.rows, offsets, weights)
+    weight_table.write(workdir / weight_table.TOKENS, table)
+    auroc = weight_table.token_auroc(table, lower.rows, config.data.spans)
+    return {"selector/token_auroc": auroc} if math.isfinite(auroc) else {}
+
+
+def token_offsets(setup: Setup, state: step.State) -> list[np.ndarray] | None:
+    """Where each row's tokens are in its response; None where tokens have no weights."""
+    if state.token_params is None:
+        return None
+    return templates.response_offsets(setup.lower.rows, setup.lower.examples, setup.tokenizer)
+
+
+def write_summary(workdir: pathlib.Path, setup: Setup, values: dict[str, float], clock: clocks.Clock) -> dict[str, float]:
+    """Writes summary.json and report.html, and returns the summary."""
+    summary = values | {f"time/{key}": round(value, 2) for key, value in clock.elapsed().items()}
+
+    def write() -> None:
+        files.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    write()  # the report reads it
+    try:
+        with clock("report"):
+            page.write(workdir, setup.lower.rows)
+    except Exception as error:  # whatever it is, the run is finished and only its report is missing
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
+    summary["time/report"] = round(clock.elapsed()["report"], 2)
+    write()
+    return summary

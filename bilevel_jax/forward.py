@@ -1,0 +1,55 @@
+"""Forward passes over packed micro-batches: hidden states, and the NLL of each target and of each response."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax import losses
+from bilevel_jax.data import packing
+from bilevel_jax.models import decoder
+
+
+def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+    """Final hidden states [T, D] of micro-batch m."""
+    variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
+    hidden_SxLxD = decoder.Decoder(config).apply(variables, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
+    return hidden_SxLxD.reshape(-1, config.hidden_size)
+
+
+def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+    """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
+    hidden_TxD = hidden_states(config, base, adapter, packed, m)
+    return losses.token_nll(hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m])
+
+
+def micro_nll(
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None
+) -> jax.Array:
+    """Summed NLL of every entry's response in micro-batch m.
+
+    Args:
+      adapter: the LoRA parameters; None for the base model alone.
+      m: index of the micro-batch.
+      token_weights: `(nll_P, entry_P) -> weight_P`, the factor of each token's NLL; None for 1.
+
+    Returns:
+      [E] float32, nats; 0 for entries of other micro-batches.
+    """
+    nll_P = target_nll(config, base, adapter, packed, m)
+    if token_weights is not None:
+        nll_P *= token_weights(nll_P, packed.entry[m])
+    return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])
+
+
+def entry_nll(
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, num_micro=None, token_weights: Callable | None = None
+) -> jax.Array:
+    """Summed NLL of every entry [E], nats, over the first `num_micro` micro-batches (default: all in use). Forward only."""
+    num_micro = packed.num_micro if num_micro is None else num_micro
+    start = jnp.zeros(packed.length.shape[0], jnp.float32)
+
+    def add(m, nll_E):
+        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights)
+
+    return jax.lax.fori_loop(0, num_micro, add, start)

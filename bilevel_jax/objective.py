@@ -1,0 +1,122 @@
+"""The losses of a step: which are taken for each level, and the loss of every entry under them.
+
+Either level can learn from pairs: L0 or ℓ_b is then the DPO or IPO loss of a row's chosen and rejected response. Where rewards
+compare the generated responses to question b, `Objective.generated` says how ℓ_b uses them:
+
+    rwr, reinforce   (1/G) Σ_g stop(r^g w^g) ℓ(θ; x, y^g), w^g from the G rewards, see `preferences`
+    best_of          r ℓ(θ; x, y) of the best response alone
+    dpo, ipo         the loss of the best against the worst response, without r; nothing where all rewards are equal
+
+The cost C_b compares rows, so it is the same measure for all of them, whatever the reward. Where the rows of the data have ℓ, it is
+the plain mean of ℓ over the generated responses, and for `best_of`, `dpo` and `ipo` the ℓ of the best; where they have pairs, it is
+the loss of the generated pair, and a question without one has no cost.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax import importance, losses, preferences
+from bilevel_jax.data import packing
+
+COEFFICIENTS = ("next", "current")
+COSTS = ("loss", "unrolled")
+VALUE_FUNCTIONS = ("zero", "tracked")
+LOSSES = ("sft", *preferences.PAIRS)
+RESPONSE_LOSSES = (*LOSSES, "best_of", *preferences.RANKED)
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which losses are taken, and at which parameters.
+
+    Attributes:
+      upper: L0: `sft` (mean of ℓ), `dpo` or `ipo`.
+      lower: ℓ_b of the rows of the data, one of the same three.
+      generated: how ℓ_b uses the generated responses to a question: one of these, `best_of`, `rwr` or `reinforce`. Beside pairs
+        of the data it is their loss.
+      beta: β of DPO and IPO.
+      reward_temperature: β of reward-weighted regression.
+      reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`). It applies to the log-ratios of IPO too; those
+        of DPO are always sums.
+      cost: C_b, what lowers a row's weight: its `loss`, or `unrolled`, how its gradient moves θ against the descent of L0.
+      coefficient_at: the θ at which C_b is taken: θ^{k+1} (`next`, eq. (10c)) or θ^k (`current`).
+      value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
+        lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
+      response_weight: the factor of each generated response, see `importance.response_weights`.
+      clip: upper bound of an importance ratio.
+    """
+
+    upper: str = "sft"
+    lower: str = "sft"
+    generated: str = "sft"
+    beta: float = 0.1
+    reward_temperature: float = 1.0
+    reduction: str = "mean"
+    cost: str = "loss"
+    coefficient_at: str = "next"
+    value_function: str = "zero"
+    response_weight: str = "sequence"
+    clip: float = 2.0
+
+    def __post_init__(self):
+        for field, key, allowed in (
+            ("upper", "loss.upper", LOSSES),
+            ("lower", "loss.lower", LOSSES),
+            ("generated", "online.objective", RESPONSE_LOSSES),
+            ("reduction", "loss.reduction", REDUCTIONS),
+            ("cost", "selection.cost", COSTS),
+            ("coefficient_at", "selection.coefficient_at", COEFFICIENTS),
+            ("value_function", "selection.value_function", VALUE_FUNCTIONS),
+            ("response_weight", "online.response_weight", importance.RESPONSE_WEIGHTS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{key}={getattr(self, field)!r} is not among {', '.join(allowed)}")
+        if self.cost == "unrolled" and (self.coefficient_at, self.value_function) != ("current", "zero"):
+            raise ValueError(
+                "selection.cost=unrolled compares losses at θ^k alone; take selection.coefficient_at=current and "
+                "selection.value_function=zero"
+            )
+        if not self.beta > 0:
+            raise ValueError(f"loss.beta must be positive, got {self.beta}")
+        if not self.reward_temperature > 0:
+            raise ValueError(f"online.reward_temperature must be positive, got {self.reward_temperature}")
+        if not self.clip >= 1:
+            raise ValueError(f"online.clip must be at least 1, got {self.clip}")
+
+
+def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m=None) -> jax.Array:
+    """The loss of each entry [E]: ℓ for `sft`; for `dpo` and `ipo` that of its pair, 0 for entries of no pair.
+
+    Args:
+      kind: `sft`, `dpo` or `ipo`.
+      nll_E: summed NLL of each response, nats.
+      m: with it, `nll_E` is of micro-batch m alone, and so are the pairs: both responses of one are in the same micro-batch.
+    """
+    if kind == "sft":
+        return losses.row_losses(nll_E, batch.packed.length, objective.reduction)
+    E = nll_E.shape[0]
+    log_ratio_E = -nll_E - batch.reference
+    if kind == "ipo":
+        log_ratio_E = losses.row_losses(log_ratio_E, batch.packed.length, objective.reduction)
+    margin_P, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
+    paired_E = batch.sign != 0
+    if m is not None:
+        paired_E &= jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
+    loss_P = preferences.pair_losses(kind, margin_P, objective.beta)
+    return jnp.where(paired_E, loss_P.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
+
+
+def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Array:
+    """`entry_losses` of the lower level in micro-batch m, with generated responses used as `objective.generated` says."""
+    loss_E = entry_losses(objective.lower, objective, batch, nll_E, m)
+    if objective.generated == "rwr":
+        return preferences.reward_weighted(batch.reward, batch.group, objective.reward_temperature) * loss_E
+    if objective.generated == "reinforce":
+        return preferences.leave_one_out(batch.reward, batch.group) * loss_E
+    if objective.generated in preferences.PAIRS and objective.lower == "sft":
+        generated_E = ~jnp.isnan(batch.old_log_prob)
+        return jnp.where(generated_E, entry_losses(objective.generated, objective, batch, nll_E, m), loss_E)
+    return loss_E

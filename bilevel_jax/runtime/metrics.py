@@ -1,0 +1,115 @@
+"""Numbers of a run: ranking quality of weights, and writers for metrics.jsonl, TensorBoard and Weights & Biases."""
+
+import contextlib
+import json
+import pathlib
+import time
+
+import numpy as np
+
+from bilevel_jax import files
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive has the higher score than a negative, ties counted half (Mann-Whitney U); NaN without both."""
+    positive = np.asarray(positive, bool)
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if not num_positive or not num_negative:
+        return float("nan")
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    rank = (last - (count - 1) / 2)[place]  # mean rank of tied scores, from 1
+    return float((rank[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def keep_order(logits: np.ndarray) -> np.ndarray:
+    """Rows from the heaviest to the lightest; equal weights in stored order."""
+    return np.argsort(-np.asarray(logits), kind="stable")
+
+
+def _kept(logits: np.ndarray, keep: float) -> np.ndarray:
+    """Indices of the `keep` share of rows that weighs most."""
+    return keep_order(logits)[: round(keep * len(logits))]
+
+
+def bad_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:
+    """Of the bad rows, the share that is kept among the `keep` heaviest of all rows; NaN where none is bad."""
+    bad = np.asarray(bad, bool)
+    return float(bad[_kept(logits, keep)].sum() / bad.sum()) if bad.any() else float("nan")
+
+
+def bad_among_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:
+    """Of the `keep` heaviest rows, the share that is bad; NaN where none is kept."""
+    kept = np.asarray(bad, bool)[_kept(logits, keep)]
+    return float(kept.mean()) if len(kept) else float("nan")
+
+
+class TensorBoardWriter:
+    """TensorBoard's file. tensorboardX's own `SummaryWriter` leaves writing to a thread, and waits for it forever once it has
+    died of a full disk."""
+
+    def __init__(self, directory: pathlib.Path, purge_step: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._scalar, self._event = summary.scalar, event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(directory / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what was written before from this step on
+        self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            scalar = self._scalar(key, float(value))
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsWriter:
+    """Appends events to metrics.jsonl and sends the same scalars to TensorBoard and, by name of a project, to W&B.
+
+    Events later than step `start` are dropped from the file: a resumed run is about to write them again. -1 drops all.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, start: int, tensorboard: bool, wandb: str, config: dict):
+        file = workdir / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_bytes().split(b"\n") if _step_of(line) <= start]
+            files.write_atomically(file, b"".join(line + b"\n" for line in lines))
+        self._file = open(file, "a", buffering=1)
+        self._board = self._run = None
+        if tensorboard:
+            self._board = TensorBoardWriter(workdir / "tensorboard", purge_step=start + 1)
+        if wandb:
+            import wandb as service
+
+            name = workdir.name
+            self._run = service.init(project=wandb, name=name, id=name, resume="allow", dir=str(workdir), config=config)
+
+    def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        event = {"step": step, "epoch": round(epoch, 4)} | {key: float(value) for key, value in values.items()}
+        self._file.write(json.dumps(event) + "\n")
+        if self._board:
+            self._board.write(step, values)
+        if self._run:
+            self._run.log({key: float(value) for key, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as ends:  # each of them, though another fails
+            if self._run:
+                ends.callback(self._run.finish)
+            if self._board:
+                ends.callback(self._board.close)
+            ends.callback(self._file.close)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of an event; a line cut short by a crash sorts last, so that it is dropped."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return float("inf")
+    return step if isinstance(step, (int, float)) else float("inf")

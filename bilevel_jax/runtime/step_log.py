@@ -1,0 +1,124 @@
+"""The metrics of training steps, on the progress bar and in metrics.jsonl."""
+
+import contextlib
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+from bilevel_jax import config as configuration
+from bilevel_jax import errors, online, preferences
+from bilevel_jax.batches import StepBatch
+from bilevel_jax.runtime import metrics, response_metrics
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and whose metrics are still on the device."""
+
+    done: int  # optimizer steps taken after it
+    metrics: dict[str, jax.Array]
+    weights: dict[str, jax.Array]  # `selector.summary`, or empty
+    batch: StepBatch
+    store: online.ResponseStore
+
+
+class StepLog:
+    """Reads each step's metrics one step late, so that the device never waits, and stops the run at the first NaN.
+
+    Args:
+      config: of the run.
+      writer: where events go.
+      bar: the progress bar.
+      epoch_steps: steps of an epoch.
+    """
+
+    def __init__(self, config: configuration.Config, writer: metrics.MetricsWriter, bar: tqdm.tqdm, epoch_steps: int):
+        self._config, self._writer, self._bar, self._epoch_steps = config, writer, bar, epoch_steps
+        self._pending: _Pending | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Measures speed from here; the time before was not training."""
+        self._since = time.perf_counter()
+        self._sums: dict[str, float] = {}
+        self._steps = self._tokens = self._response_tokens = 0
+        self._log_ratio: list[np.ndarray] = []
+        self._clipped: list[np.ndarray] = []
+        self._ess: list[float] = []
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The time inside does not count as time of steps."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def push(self, done: int, metrics: dict, weights: dict, batch: StepBatch, store: online.ResponseStore) -> None:
+        """Takes the metrics of the step just dispatched, and reads those of the one before."""
+        self.flush()
+        self._pending = _Pending(done, metrics, weights, batch, store)
+
+    def flush(self) -> None:
+        """Waits for the pending step and logs it.
+
+        Raises:
+          RunError: its loss or gradient is not finite; the rows are named.
+        """
+        if self._pending is None:
+            return
+        done, values, weights, batch, store = self._pending
+        self._pending = None
+        values, weights = jax.device_get((values, weights))
+        num_entries = len(batch.ids)
+        row_loss, log_ratio, weight = (values.pop(key)[:num_entries] for key in ("row_loss", "log_ratio", "response_weight"))
+        self._check_finite(done, values, batch, row_loss)
+        self._note_ratios(batch, store, log_ratio, weight)
+        self._response_tokens += int(values.pop("response_tokens"))
+        self._tokens += batch.num_tokens
+        self._steps += 1
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value)
+        self._bar.update()
+        if done % self._config.log.every == 0 or done % self._epoch_steps == 0:
+            self._write(done, weights)
+
+    @staticmethod
+    def _check_finite(done: int, values: dict, batch: StepBatch, row_loss: np.ndarray) -> None:
+        if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+            return
+        rows = [row_id for row_id, loss in zip(batch.ids, row_loss) if not math.isfinite(loss)]
+        where = f"rows {', '.join(rows)}" if rows else "its gradient, no single row"
+        raise errors.RunError(f"step {done}: the loss is not finite ({where}); {errors.REMEDY}")
+
+    def _note_ratios(self, batch: StepBatch, store: online.ResponseStore, log_ratio: np.ndarray, weight: np.ndarray) -> None:
+        generated = batch.store_index >= 0
+        if not generated.any():
+            return
+        store.log_ratio[batch.store_index[generated]] = log_ratio[generated]
+        self._log_ratio.append(log_ratio[generated])
+        online_config = self._config.online
+        if online_config.response_weight in ("sequence", "geometric") and online_config.objective not in preferences.PAIRS:
+            self._clipped.append(weight[generated] >= np.float32(online_config.clip))
+        self._ess += response_metrics.group_ess(weight[generated], batch.batch.group[: len(generated)][generated])
+
+    def _write(self, done: int, weights: dict) -> None:
+        seconds = time.perf_counter() - self._since
+        levels = configuration.levels(self._config)
+        unused = [f"{level}_loss" for level in ("upper", "lower") if level not in levels]
+        values = {f"train/{key}": total / self._steps for key, total in self._sums.items() if key not in unused}
+        values["train/rho"] = configuration.rho(self._config, (done - 1) // self._epoch_steps)
+        values["speed/tokens_per_s"] = self._tokens / seconds
+        values["speed/response_tokens_per_s"] = self._response_tokens / seconds
+        values |= {f"selector/{key}": float(value) for key, value in weights.items()}
+        if self._log_ratio:
+            values |= response_metrics.ratio_metrics(np.concatenate(self._log_ratio), self._clipped, self._ess)
+        self._writer.write(done, done / self._epoch_steps, values)
+        shown = {level: values[f"train/{level}_loss"] for level in levels}
+        if weights:
+            shown["ess"] = float(weights["ess"])
+        self._bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items()}, refresh=False)
+        self._bar.set_postfix_str(f"{self._bar.postfix}, {values['speed/tokens_per_s']:.0f} tok/s", refresh=False)
+        self.restart_clock()

@@ -1,0 +1,160 @@
+"""What a run is made of before its first step: model and rows, state, compiled step, scorer, refresh."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from bilevel_jax import batches, checks, evaluation, features, online, preferences, sampling, scoring, sharding, step
+from bilevel_jax import config as configuration
+from bilevel_jax.data import levels, packing, templates
+from bilevel_jax.models import decoder, huggingface, lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The model and the rows of a run."""
+
+    mesh: jax.sharding.Mesh
+    tokenizer: object
+    eos: tuple[int, ...]  # ids that end a response
+    model: decoder.ModelConfig
+    base: dict
+    adapter: dict  # at its start
+    upper: levels.Level
+    lower: levels.Level
+
+    def detokenize(self, tokens) -> str:
+        """The exact text: cleaning up would drop spaces that the model generated."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def load(config: configuration.Config) -> Setup:
+    """Reads model and data, and checks that they fit together."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    directory = huggingface.locate(config.model.path)
+    model = huggingface.read_config(directory, config.model.dtype)
+    checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    tokenizer = templates.load_tokenizer(str(directory))
+    upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+    checks.check_rows(config, len(lower.rows), mesh.size)
+    base = huggingface.load_params(directory, model, mesh)
+    targets = lora.resolve_targets(model, config.lora.targets)
+    model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
+    adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
+    eos = huggingface.eos_ids(directory, tokenizer)
+    return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The selector's features
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fit_features(config: configuration.Config, setup: Setup) -> tuple[features.Encoder, np.ndarray]:
+    """The feature encoder fitted to both levels, and the features of the lower level's rows, [N, D]."""
+    lower, upper = (
+        features.pooled(setup.model, setup.base, level.examples, config.batch.micro_size, config.data.max_length, setup.mesh)
+        for level in (setup.lower, setup.upper)
+    )
+    encoder = features.fit(lower, upper)
+    return encoder, features.encode(encoder, lower)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFeatures:
+    """The frozen features that ω is a function of; all None where logits are free."""
+
+    encoder: features.Encoder | None  # None for groups
+    values: np.ndarray | None  # [N, D] float32, or [N] int32, the group of each row
+    size: int  # D
+
+
+def row_features(config: configuration.Config, setup: Setup, directory: pathlib.Path, resumed: bool) -> RowFeatures:
+    """The sources of the rows (`unit=domain`), or their features (`parameterization=features`), fitted or read again."""
+    if config.method == "mixing":
+        return RowFeatures(None, None, 0)
+    if config.selection.unit == "domain":
+        names, domain_of_row = levels.domains(setup.lower, config.data.lower)
+        return RowFeatures(None, domain_of_row, len(names))
+    if config.selection.parameterization == "features":
+        encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
+        return RowFeatures(encoder, values, features.SIZE)
+    return RowFeatures(None, None, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What computes: the compiled step with what it is called on, the scorer, the maker of batches."""
+
+    train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
+    score: Callable  # see `scoring.make_scorer`
+    batch_of: Callable  # (k, store) -> StepBatch
+    features: jax.Array | None  # of the rows, on the devices
+
+
+def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
+    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs."""
+    if loss not in preferences.PAIRS:
+        return level
+    return dataclasses.replace(level, references=evaluation.pair_log_probs(score, base, None, level.examples, "reference"))
+
+
+def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
+    """The state before the first step, on the devices, and its shardings."""
+    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    tracked = objective.value_function == "tracked"
+    optimizer = configuration.to_optimizer(config)
+    state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE)
+    shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
+    return jax.tree.map(sharding.device_put, state, shardings), shardings
+
+
+def compile_program(
+    config: configuration.Config, setup: Setup, state: step.State, shardings: step.State, row_values: np.ndarray | None
+) -> Program:
+    """Compiles the step for the shapes of the first batch, which all batches share."""
+    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
+    values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
+    entries = configuration.entries_per_row(config) * config.batch.size
+    layout = packing.Layout(micro_size, length, entries, apart=objective.cost == "unrolled")
+    score = scoring.make_scorer(setup.model, micro_size, length, mesh)
+    upper = with_references(setup.upper, objective.upper, score, base)
+    lower = with_references(setup.lower, objective.lower, score, base)
+    batch_of = functools.partial(batches.make_batch, config, upper, lower, layout)
+    with jax.set_mesh(mesh):
+        update = step.make_step(setup.model, objective, selector, configuration.to_optimizer(config))
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
+        first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
+        scales = sharding.replicate(batches.level_scales(config, 0), mesh)
+        train_step = jitted.lower(base, state, first, scales, values).compile()
+    return Program(train_step, score, batch_of, values)
+
+
+def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:
+    """`online.make_refresh` for the lower level of a run."""
+    settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
+    sample = sampling.make_sampler(
+        setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
+    )
+    return online.make_refresh(
+        sample,
+        score,
+        setup.detokenize,
+        [row.id for row in setup.lower.rows],
+        [example.prompt for example in setup.lower.examples],
+        config.seed,
+        config.online.num_samples,
+        config.online.generate,
+        reward_fn,
+        config.online.objective in preferences.PAIRS,
+    )

@@ -1,0 +1,23 @@
+"""Untrusted text made safe to print: control and bidirectional characters are escaped."""
+
+import unicodedata
+
+ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate and separator characters
+NOT_ESCAPED = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
+
+
+def visible(text: str) -> str:
+    """Escapes characters that a terminal or browser would obey, such as `\\x1b` or `\\u202e`; line feeds and tabs stay."""
+
+    def escape(c: str) -> str:
+        obeyed = unicodedata.category(c) in ESCAPED_CATEGORIES and c not in NOT_ESCAPED
+        return c.encode("unicode_escape").decode() if obeyed else c
+
+    return "".join(map(escape, text))
+
+
+def one_line(text: str, max_length: int) -> str:
+    """The beginning of `text` as one escaped line of at most `max_length` characters."""
+    line = " ".join(visible(text[: 8 * max_length]).split())
+    complete = len(text) <= 8 * max_length and len(line) <= max_length
+    return line if complete else line[: max_length - 1] + "…"

@@ -1,0 +1,95 @@
+"""Figure 4: loss of the quality task's mixture over epochs, by R, by G, and against the baselines, with the controls.
+
+`python -m experiments.figure4 --tier=tiny --seeds=4`. The paper prints no numbers for it.
+"""
+
+import statistics
+
+from bilevel_jax import cli
+from bilevel_jax.report import run_data
+from experiments import comparing, tables
+from experiments.paper import published
+
+PANELS = {  # cell -> its name in the panel
+    "(a) share R, G=1": {
+        "offline": "R=0, offline",
+        "online, R=5%": "R=5%",
+        "online, R=10%": "R=10%",
+        "online, R=20%": "R=20%",
+    },
+    "(b) answers G, R=10%": {"online, R=10%": "G=1", "online, R=10%, G=2": "G=2", "online, R=10%, G=5": "G=5"},
+    "(c) baselines": {
+        "mixing, ρ=1": "mixing, ρ=1",
+        "mixing, ρ=0.5": "mixing, ρ=0.5",
+        "mixing, ρ=0.2": "mixing, ρ=0.2",
+        "offline": "offline",
+        "online, R=10%": "online",
+    },
+    "(d) controls": {
+        "online, R=10%": "online",
+        "uniform ω, online": "uniform ω",
+        "online, r ≡ 1": "r ≡ 1",
+        "online, stale": "stale",
+    },
+}
+LOWER, RIGHT = "eval/lower_loss", "eval/lower_clean_loss"
+MEASURES = {LOWER: "mixture, as it is", RIGHT: "right answers"}
+COLORS = ("#8a93a0", "#2f6fb5", "#c04a2f", "#2e8264", "#7a4fa3")
+
+
+def _claims(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
+    return tuple(comparing.Claim(f"{text}: {said}", cell, than, key) for key, said in MEASURES.items())
+
+
+CLAIMS = (
+    *_claims("(a) R=5% below offline", "online, R=5%", "offline"),
+    *_claims("(a) R=10% below offline", "online, R=10%", "offline"),
+    *_claims("(a) R=10% below R=20%", "online, R=10%", "online, R=20%"),
+    *_claims("(b) G=2 below G=1", "online, R=10%, G=2", "online, R=10%"),
+    *_claims("(b) G=5 below G=1", "online, R=10%, G=5", "online, R=10%"),
+    *_claims("(c) offline below mixing, ρ=0.5", "offline", "mixing, ρ=0.5"),
+    *_claims("(c) online below mixing, ρ=0.5", "online, R=10%", "mixing, ρ=0.5"),
+    *_claims("(c) online below mixing, ρ=1", "online, R=10%", "mixing, ρ=1"),
+    *_claims("(d) online below uniform ω", "online, R=10%", "uniform ω, online"),
+    *_claims("(d) online below r ≡ 1", "online, R=10%", "online, r ≡ 1"),
+    *_claims("(d) online below stale", "online, R=10%", "online, stale"),
+)
+
+
+def curves(found: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
+    """Epochs, and the mean over seeds of a held-out loss at each."""
+    logs = [run_data.events(run.workdir) for run in found.runs[cell].values()]
+    lines = [dict(zip(*run_data.series(log, key))) for log in logs]
+    epochs = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
+    return epochs, [statistics.mean(line[epoch] for line in lines) for epoch in epochs]
+
+
+def draw(figure, found: comparing.Results) -> None:
+    measures = {key: name for key, name in MEASURES.items() if any(found.values(cell, key) for cell in found.runs)}
+    axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
+    last = len(measures) - 1
+    for place, (row, (key, name)) in enumerate(zip(axes, measures.items())):
+        row[0].set_ylabel(f"{name}, nats per token")
+        for panel, (title, lines) in zip(row, PANELS.items()):
+            for (cell, label), color in zip(lines.items(), COLORS):
+                if cell in found.runs:
+                    panel.plot(*curves(found, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
+            panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+            panel.spines[["top", "right"]].set_visible(False)
+            if place == 0:
+                panel.set_title(title, fontsize=9)
+                panel.legend(frameon=False, fontsize=7.5)
+            if place == last:
+                panel.set_xlabel("epoch")
+                panel.xaxis.get_major_locator().set_params(integer=True)
+
+
+def main() -> None:
+    found = tables.run("quality", list(dict.fromkeys(cell for lines in PANELS.values() for cell in lines)))
+    lines = comparing.rows(found, published.COLUMNS)
+    title = "Figure 4: the mixture's loss by R, by G, and against baselines"
+    tables.write("figure4", title, [found], lines, CLAIMS, lambda figure: draw(figure, found), (10.0, 5.0))
+
+
+if __name__ == "__main__":
+    cli.run(main, tables.FLAGS)

@@ -1,0 +1,85 @@
+"""Figure 5: length of the heaviest tenth's answers, by epoch: `python -m experiments.figure5 --tier=tiny --seeds=4`.
+
+The claim is that self-refining takes up short answers first and long ones later, and that offline selection prefers long ones
+throughout. Lengths are words of the answers in use; beside them those of all rows, which no selection explains. The paper prints no
+numbers for it.
+"""
+
+import statistics
+
+from bilevel_jax import cli
+from bilevel_jax.report import run_data
+from experiments import comparing, tables
+
+METHODS = {"quality": ("offline", "online, R=10%"), "safety": ("offline", "dynamic")}
+OTHERS = {
+    "quality": ("bds, Adam 1e-4", "bmo, τ=1", "online, r ≡ 1", "online, stale"),
+    "safety": ("bds, Adam 1e-4", "dynamic, Adam 1e-4"),
+}
+GROUPS = ("heaviest tenth", "all rows", "lightest tenth")
+COLORS = ("#2f6fb5", "#8a93a0", "#c04a2f")
+
+
+def measure(found: comparing.Results) -> int:
+    """Adds each group's mean length, by epoch, to the runs' values, and says how many epochs there are."""
+    last = 0
+    for of_cell in found.runs.values():
+        for run in of_cell.values():
+            for group, lengths in run_data.answer_lengths(run_data.read(run.workdir)).items():
+                last = max(last, len(lengths))
+                for epoch, length in enumerate(lengths, 1):
+                    run.values[f"{group}, epoch {epoch}"] = length
+    return last
+
+
+def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
+    """What the paper says, of one task's two methods."""
+
+    def key(group: str, epoch: int) -> str:
+        return f"{group}, epoch {epoch}"
+
+    heavy, every = GROUPS[:2]
+    grows, ends = f"heaviest answers longer in epoch {last} than in epoch 1", f"heaviest answers longer than all in epoch {last}"
+    return (
+        comparing.Claim(f"heaviest answers in epoch 1 shorter under {online} than under {first}", online, first, key(heavy, 1)),
+        comparing.Claim(f"{online}: {grows}", online, online, key(heavy, last), True, key(heavy, 1)),
+        comparing.Claim(f"{first}: heaviest answers longer than all in epoch 1", first, first, key(heavy, 1), True, key(every, 1)),
+        comparing.Claim(f"{first}: {ends}", first, first, key(heavy, last), True, key(every, last)),
+        comparing.Claim(f"{online}: {ends}", online, online, key(heavy, last), True, key(every, last)),
+    )
+
+
+def draw(figure, groups: list[comparing.Results], last: int) -> None:
+    methods = [(found, cell) for found in groups for cell in METHODS[found.task] if found.runs.get(cell)]
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    epochs = range(1, last + 1)
+    for panel, (found, cell) in zip(panels, methods):
+        for group, color in zip(GROUPS, COLORS):
+            by_epoch = [list(found.values(cell, f"{group}, epoch {epoch}").values()) for epoch in epochs]
+            panel.plot(epochs, [statistics.mean(values) for values in by_epoch], color=color, linewidth=1.6, label=group)
+            for epoch, values in zip(epochs, by_epoch):
+                panel.plot([epoch] * len(values), values, "o", color=color, markersize=3.5, alpha=0.6, markeredgewidth=0)
+        panel.set_title(f"{found.task}: {cell}", fontsize=9)
+        panel.set_xlabel("epoch")
+        panel.set_xticks(epochs)
+        panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("words of an answer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(GROUPS), frameon=False, fontsize=8)
+
+
+def main() -> None:
+    groups = [tables.run(task, [*METHODS[task], *OTHERS[task]]) for task in METHODS]
+    last = max(measure(found) for found in groups)
+    lines = []
+    for found in groups:
+        columns = {f"{group}, {epoch}": f"{group}, epoch {epoch}" for group in GROUPS for epoch in (1, last)}
+        lines += [f"## {found.task}", "", f"Words of an answer, in epochs 1 and {last}.", "", *comparing.rows(found, columns), ""]
+        lines += [*comparing.verdicts(found, claims(*METHODS[found.task], last)), ""]
+    lines += [comparing.RULE]
+    title = "Figure 5: length of the answers that weigh most"
+    tables.write("figure5", title, groups, lines, draw=lambda figure: draw(figure, groups, last), size=(10.0, 3.0))
+
+
+if __name__ == "__main__":
+    cli.run(main, tables.FLAGS)

@@ -1,0 +1,175 @@
+"""The runs behind the paper's tables and figures: two tasks, the paper's methods, and the controls that it lacks.
+
+A cell is one setting on one task, run with several seeds. Tables share cells, so each is run once, wherever it is needed first.
+"""
+
+import pathlib
+
+from experiments import runs
+
+CONFIGS = {"quality": "configs/quality.py", "safety": "configs/safety.py"}
+TIERS = ("tiny", "smollm2", "pythia-1b", "llama3-8b")
+
+
+def _online(ratio: float, num_samples: int = 1, **more) -> dict:
+    return {"method": "online", "online.ratio": ratio, "online.num_samples": num_samples, **more}
+
+
+def _dynamic(**more) -> dict:
+    return {"method": "dynamic", "online.ratio": 0.1, "online.num_samples": 1, **more}
+
+
+UNIFORM = {"selection.rule": "uniform"}  # ω frozen, the same ρ-schedule
+ADAM = {"selection.optimizer": "adam", "selection.learning_rate": 1e-4, "selection.baseline": "none"}  # the paper's selector
+NO_RATIO = {"online.response_weight": "none"}
+STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: what the model answers before the first step is all it ever sees
+
+METHODS = {  # the paper's; selection as the tier has it, which is the paper's own on the paper's models
+    "mixing, ρ=1": {"method": "mixing", "mixing.rho": 1.0},
+    "mixing, ρ=0.5": {"method": "mixing", "mixing.rho": 0.5},
+    "offline": {"method": "offline"},
+    "online, R=5%": _online(0.05),
+    "online, R=10%": _online(0.1),
+    "online, R=20%": _online(0.2),
+    "online, R=10%, G=2": _online(0.1, 2),
+    "online, R=10%, G=5": _online(0.1, 5),
+    "dynamic": _dynamic(),
+}
+CONTROLS = {
+    "mixing, ρ=0": {"method": "mixing", "mixing.rho": 0.0},  # the trusted rows alone
+    "mixing, ρ=0.2": {"method": "mixing", "mixing.rho": 0.2},
+    "mixing, ρ=0.1": {"method": "mixing", "mixing.rho": 0.1},
+    "uniform ω, offline": {"method": "offline", **UNIFORM},
+    "uniform ω, online": _online(0.1, **UNIFORM),
+    "online, r ≡ 1": _online(0.1, **NO_RATIO),
+    "online, stale": _online(0.1, **STALE),
+    "dynamic, r ≡ 1": _dynamic(**NO_RATIO),
+    "dynamic, stale": _dynamic(**STALE),
+    "dynamic, Adam 1e-4": _dynamic(**ADAM),
+}
+SELECTORS = {  # rules and optimizers of ω, offline
+    "bds, Adam 1e-4": {"method": "offline", **ADAM},
+    "bds, SGD 30": {
+        "method": "offline",
+        "selection.optimizer": "sgd",
+        "selection.learning_rate": 30.0,
+        "selection.baseline": "none",
+    },
+    "bmo, τ=1": {
+        "method": "offline",
+        "selection.rule": "bmo",
+        "selection.tau": 1.0,
+        "selection.learning_rate": 0.5,
+        "selection.baseline": "none",
+    },
+}
+FURTHER = {  # selectors that the paper does not have
+    "tracked v(ω)": {"method": "offline", "selection.value_function": "tracked"},
+    "features": {
+        "method": "offline",
+        "selection.parameterization": "features",
+        "selection.rule": "bmo",
+        "selection.optimizer": "adam",
+        "selection.learning_rate": 1e-2,
+    },
+    "unrolled": {
+        "method": "offline",
+        "selection.cost": "unrolled",
+        "selection.coefficient_at": "current",
+        "selection.learning_rate": 0.3,
+    },
+}
+
+
+def _by_source(**more) -> dict:
+    """On rows whose sources differ in their share of bad rows."""
+    return {"method": "offline", "data.lower": "synthetic:domains", **more}
+
+
+BY_SOURCE = {"selection.unit": "domain", "selection.optimizer": "adam", "selection.learning_rate": 1e-2}
+SOURCES = {  # of `experiments.domains`
+    "sources, uniform ω": _by_source(**UNIFORM),
+    "a logit per row": _by_source(),
+    "a logit per source": _by_source(**BY_SOURCE),
+    "a logit per source, tracked v(ω)": _by_source(**BY_SOURCE, **{"selection.value_function": "tracked"}),
+}
+
+
+def _by_word(**more) -> dict:
+    """On rows of which half have some bad words."""
+    return {"method": "offline", "data.lower": "synthetic:tokens", "data.bad_fraction": 0.5, **more}
+
+
+WORDS = {  # of `experiments.tokens`
+    "words, uniform ω": _by_word(**UNIFORM),
+    "a weight per row": _by_word(),
+    "a weight per row and word": _by_word(**{"selection.unit": "token"}),
+}
+COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
+    "online, R=10%, G=4": _online(0.1, 4),
+    **{
+        f"online, R=10%, G=4, {name}": _online(0.1, 4, **{"online.objective": objective, "online.reward": "likelihood"})
+        for name, objective in (("best of G", "best_of"), ("DPO", "dpo"), ("REINFORCE", "reinforce"))
+    },
+    "online, R=10%, G=4, DPO, truth as reward": _online(0.1, 4, **{"online.objective": "dpo", "online.reward": "truth"}),
+}
+OBJECTIVES = {"best-of-G": "best_of", "RWR": "rwr", "DPO": "dpo", "REINFORCE": "reinforce"}
+REUSED = {  # line -> objective, what importance ratios do
+    "best-of-G": ("best_of", "none"),
+    "DPO": ("dpo", "none"),
+    "REINFORCE": ("reinforce", "none"),
+    "REINFORCE with ratios": ("reinforce", "sequence"),
+}
+
+
+def _lengths(reward: str, objective: str, refresh_every: int, num_lower: int, num_epochs: int, ratios: str = "none") -> dict:
+    """All questions are masked, and the trusted level has a twentieth of the loss: what is learned is the reward."""
+    return {
+        **_online(1.0, 4),
+        **UNIFORM,
+        "penalty.rho_init": 0.95,
+        "penalty.rho_step": 0.0,
+        "online.objective": objective,
+        "online.reward": f"experiments.length_rewards:{reward}",
+        "online.reward_temperature": 10.0,  # characters
+        "online.temperature": 1.0,
+        "online.max_new_tokens": 64,
+        "online.response_weight": ratios,
+        "online.refresh_every": refresh_every,
+        "batch.size": 16,
+        "data.num_lower": num_lower + 20,
+        "eval.num_lower": 20,
+        "num_epochs": num_epochs,
+        "checkpoint.every": 0,
+    }
+
+
+LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experiments.lengths`
+    **{
+        f"{kind}, {name}, {source}": _lengths(reward, objective, refresh_every, 640, 1)
+        for kind, reward in (("min", "shortest"), ("mode", "typical"), ("skew", "rare"))
+        for name, objective in OBJECTIVES.items()
+        for source, refresh_every in (("on-policy", 2), ("off-policy", 10**6))
+    },
+    **{
+        f"reuse, {name}, {passes} pass{'es' * (passes > 1)}": _lengths("shortest", objective, 4 * passes, 64, 8 * passes, ratios)
+        for name, (objective, ratios) in REUSED.items()
+        for passes in (1, 4)
+    },
+}
+CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
+OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
+OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
+COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/correction_rate"}
+
+
+def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> runs.Cell:
+    """The run of a cell with a seed.
+
+    Args:
+      root: under it every run has a directory of its own.
+      changes: config keys and values on top of the cell's.
+    """
+    config = CONFIGS[task] + ("" if tier == "tiny" else f":{tier}")
+    workdir = root / tier / task / runs.slug(cell) / f"seed_{seed}"
+    return runs.make(config, workdir, {"seed": seed, "log.tensorboard": False} | CELLS[cell] | changes)

@@ -1,0 +1,49 @@
+"""Table 2: running time of the methods, one run at a time and in turn: `python -m experiments.table2 --tier=tiny --seeds=4`.
+
+Seconds are those of training and generating, without loading, compiling the step and evaluating; ratios are to mixing with the same
+seed, which ran next to it. Runs of their own (WORKDIR), since those of the other tables share the machine.
+"""
+
+import functools
+
+from absl import flags
+
+from bilevel_jax import cli
+from experiments import comparing, tables
+
+PAPER = {  # hours: Pythia-1B, Llama-3-8B
+    "mixing, ρ=0.5": ("0.24 h, 1.00", "10.53 h, 1.00"),
+    "offline": ("0.31 h, 1.29", "11.75 h, 1.12"),
+    "online, R=5%": ("0.43 h, 1.79", "13.28 h, 1.26"),
+    "online, R=10%": ("0.47 h, 1.96", "13.78 h, 1.31"),
+    "online, R=10%, G=5": ("0.86 h, 3.58", "30.46 h, 2.89"),
+}
+COLUMNS = {"train s": "time/train", "generate s": "time/generate", "over mixing": "over mixing"}
+CLAIMS = (
+    comparing.Claim("selection takes longer than mixing", "offline", "mixing, ρ=0.5", "over mixing", higher=True),
+    comparing.Claim("online, G=1, longer than selection", "online, R=10%", "offline", "over mixing", higher=True),
+    comparing.Claim("R=10% longer than R=5%", "online, R=10%", "online, R=5%", "over mixing", higher=True),
+    comparing.Claim("G=5 longer than G=1", "online, R=10%, G=5", "online, R=10%", "over mixing", higher=True),
+)
+
+
+def main() -> None:
+    flags.set_default(tables.JOBS, 1)
+    flags.set_default(tables.WORKDIR, "runs/table2")
+    found = tables.run("quality", list(PAPER))
+
+    def seconds(run: comparing.Run) -> float:
+        return run.values["time/train"] + run.values["time/generate"]
+
+    reference = found.runs["mixing, ρ=0.5"]
+    for of_cell in found.runs.values():
+        for seed, run in of_cell.items():
+            if seed in reference:
+                run.values["over mixing"] = seconds(run) / seconds(reference[seed])
+    lines = comparing.rows(found, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
+    draw = functools.partial(comparing.dots, results=found, columns=COLUMNS, published=PAPER)
+    tables.write("table2", "Table 2: running time", [found], lines, CLAIMS, draw, (8.0, 2.2))
+
+
+if __name__ == "__main__":
+    cli.run(main, tables.FLAGS)

@@ -1,0 +1,50 @@
+"""Selection of words within rows: `python -m experiments.tokens --tier=tiny --seeds=4`.
+
+Half of the mixture's rows are right but for some words, whose places are known (`synthetic:tokens`). With `selection.unit=token`
+the tokens of a response have weights beside that of the row, from a score with two parameters that all share.
+"""
+
+import functools
+
+from bilevel_jax import cli
+from bilevel_jax.data import synthetic
+from experiments import comparing, measures, tables
+from experiments.paper import published
+
+FROZEN, ROWS, TOKENS = published.WORDS
+COLUMNS = {
+    "upper loss": measures.UPPER,
+    "lower, right answers": measures.RIGHT,
+    "AUROC, tokens": measures.WORD,
+    "within rows": measures.WORD_INSIDE,
+    "AUROC, rows": measures.AUROC,
+    "φ own": "selector/token_own",
+    "φ before": "selector/token_before",
+    "seconds": "time/train",
+}
+CLAIMS = (
+    comparing.Claim("tokens are found better by row and word than by row", TOKENS, ROWS, measures.WORD, higher=True),
+    comparing.Claim("rows are found better by row than by row and word", ROWS, TOKENS, measures.AUROC, higher=True),
+    *(
+        comparing.Claim(f"{cell} below {than}, {rows}", cell, than, key)
+        for cell, than in ((TOKENS, ROWS), (TOKENS, FROZEN), (ROWS, FROZEN))
+        for rows, key in (("trusted rows", measures.UPPER), ("right answers", measures.RIGHT))
+    ),
+)
+
+
+def main() -> None:
+    if tables.TIER.value != "tiny":
+        raise ValueError(f"--tier={tables.TIER.value}: bad words are known of generated rows alone; take tiny")
+    found = tables.run("safety", list(published.WORDS))
+    measures.words(found)
+    lines = [*comparing.rows(found, COLUMNS), "", "AUROC of tokens in bad words of each kind against all tokens of right rows:", ""]
+    kinds = {kind.replace("_", " "): f"{measures.WORD}/{kind}" for kind in synthetic.WORD_KINDS}
+    lines += [*comparing.rows(found, kinds), "", "A token's weight is that of its row times that within it; without the latter, 1."]
+    shown = {name: COLUMNS[name] for name in ("upper loss", "lower, right answers", "AUROC, tokens", "AUROC, rows")}
+    draw = functools.partial(comparing.dots, results=found, columns=shown, published=(TOKENS,))
+    tables.write("tokens", "Selection of words within rows", [found], lines, CLAIMS, draw, (10.0, 2.2))
+
+
+if __name__ == "__main__":
+    cli.run(main, tables.FLAGS)

@@ -1,0 +1,48 @@
+"""The order of the data: counted out by hand on passes of every shape."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bilevel_jax.data import shuffle
+
+SHAPES = [(12, 4), (13, 4), (7, 7), (5, 8), (1, 1), (1, 3), (9, 1)]  # rows, batch size
+EPOCHS = 4
+
+
+@pytest.mark.parametrize("size, batch, expected", [(12, 4, 3), (13, 4, 4), (7, 7, 1), (5, 8, 1), (1, 3, 1), (9, 1, 9)])
+def test_steps_per_epoch(size, batch, expected):
+    assert shuffle.steps_per_epoch(size, batch) == expected
+
+
+@pytest.mark.parametrize("size, batch", SHAPES)
+def test_lower_rows_are_seen_once_an_epoch(size, batch):
+    steps = -(-size // batch)
+    for epoch in range(EPOCHS):
+        drawn = [shuffle.lower_rows(3, size, batch, epoch * steps + k) for k in range(steps)]
+        assert sorted(np.concatenate(drawn)) == list(range(size))
+        assert [len(rows) for rows in drawn] == [batch] * (size // batch) + [size % batch] * (size % batch > 0)
+
+
+@pytest.mark.parametrize("size, batch", SHAPES)
+def test_upper_rows_are_endless_passes(size, batch):
+    drawn = [shuffle.upper_rows(3, size, batch, k) for k in range(EPOCHS * size)]
+    assert {len(rows) for rows in drawn} == {batch}
+    for one_pass in np.concatenate(drawn).reshape(-1, size):
+        assert sorted(one_pass) == list(range(size))
+
+
+@pytest.mark.parametrize("draw", [shuffle.lower_rows, shuffle.upper_rows])
+def test_a_step_does_not_depend_on_the_steps_before(draw):
+    forwards = [draw(5, 23, 4, k) for k in range(30)]
+    shuffle._permutation.cache_clear()
+    backwards = [draw(5, 23, 4, k) for k in reversed(range(30))][::-1]
+    for first, second in zip(forwards, backwards, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_seeds_epochs_and_levels_are_shuffled_apart():
+    draws = itertools.product((shuffle.lower_rows, shuffle.upper_rows), (0, 1), (0, 1))
+    passes = {tuple(draw(seed, 50, 50, epoch)) for draw, seed, epoch in draws}
+    assert len(passes) == 8 and tuple(range(50)) not in passes

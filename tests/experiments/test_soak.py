@@ -1,0 +1,72 @@
+"""The soak in small: a run that is killed twice and has a checkpoint damaged ends as the one that was left alone."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bilevel_jax.runtime import checkpoint
+from experiments.reliability import kills
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_killed_twice(neox, tmp_path, monkeypatch):
+    """With a smaller model than that of the command, and shorter."""
+    smaller = {"model.path": str(neox), "data.max_length": 128, "num_epochs": 1, "online.refresh_every": 3, "checkpoint.every": 2}
+    monkeypatch.setattr(kills, "SMALL", kills.SMALL | smaller | {"log.tensorboard": False})
+    monkeypatch.setattr(kills, "PHASES", {"train": (6, 0.2), "checkpoint": (3, 0.05)})
+    found = kills.interrupt(tmp_path, num_kills=2, num_faults=1, rng=np.random.default_rng(0))
+    assert found["mismatches"] == []
+    assert sum(found["kills"].values()) == 2 and found["tries"] == found["runs"] + 2
+    page = kills.page("command", {"runs": found})
+    assert "| runs killed | 2 |" in page and "| mismatches with the uninterrupted run | 0 |" in page
+
+
+@pytest.mark.parametrize("kind", kills.KINDS)
+def test_only_the_newest_of_two_whole_checkpoints_is_damaged(kind, tmp_path):
+    for step in ("4", "12"):
+        (tmp_path / step / "state").mkdir(parents=True)
+        (tmp_path / step / "state" / "d").write_bytes(b"12345678")
+        checkpoint.sign(tmp_path / step)
+    rng = np.random.default_rng(0)
+    assert kills.spoil(tmp_path, kind, rng) == "told"
+    assert checkpoint.damage(tmp_path / "12") and not checkpoint.damage(tmp_path / "4")
+    assert kills.spoil(tmp_path, kind, rng) is None  # the older one is what is left
+    assert not checkpoint.damage(tmp_path / "4")
+
+
+def test_it_removes_only_its_own(tmp_path):
+    (tmp_path / "soak").mkdir()
+    (tmp_path / "soak" / "precious").touch()
+    command = [sys.executable, "-m", "experiments.soak", f"--workdir={tmp_path / 'soak'}", "--kills=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "holds something else" in done.stderr
+    assert (tmp_path / "soak" / "precious").exists()
+
+
+def fake(directory, loss=1.5, seconds=3.0, weight=b"w"):
+    """What a run leaves, as far as it is compared."""
+    for name in ("adapter", "weights"):
+        (directory / name).mkdir(parents=True)
+    for name in ("config.json", "responses.jsonl", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        (directory / name).write_bytes(b"{}")
+    (directory / "weights" / "epoch_1.parquet").write_bytes(weight)
+    (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": loss, "speed/tokens_per_s": seconds}) + "\n")
+    (directory / "summary.json").write_text(json.dumps({"eval/upper_loss": loss, "time/train": seconds}))
+    return kills.results(directory)
+
+
+@pytest.mark.parametrize(
+    "changes, differing",
+    [
+        ({"seconds": 4.0}, []),
+        ({"loss": np.nextafter(1.5, 2)}, ["metrics.jsonl", "summary.json"]),
+        ({"weight": b"v"}, ["weights/epoch_1.parquet"]),
+    ],
+)
+def test_everything_but_times_is_compared_to_the_bit(tmp_path, changes, differing):
+    assert kills.differing(fake(tmp_path / "one"), fake(tmp_path / "other", **changes)) == differing

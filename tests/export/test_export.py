@@ -1,0 +1,289 @@
+"""The command: what it writes for a finished run, and what it refuses."""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import yaml
+
+from bilevel_jax.data import rows as data_rows
+from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.runtime import weight_table
+from tests.conftest import HELD_OUT, NUM_LOWER, make_rows, read_jsonl, run_command, write_jsonl
+
+TRAINED = NUM_LOWER - HELD_OUT
+ADDED = {"weight", "rank", "prompt", "completion"}
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "bilevel_jax.export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def command():
+    """`f(arguments)` -> what the command prints; it raises what the command raises. One process for all tests."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        yield lambda *arguments: process.submit(run_command, "export", list(map(str, arguments))).result()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run on data of its own, which a test may change: workdir, data file."""
+    workdir, file = tmp_path / "run", tmp_path / "lower.jsonl"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((workdir / "config.json").read_text())
+    shutil.copy(config["data"]["lower"], file)
+    config["data"]["lower"] = str(file)
+    (workdir / "config.json").write_text(json.dumps(config))
+    return workdir, file
+
+
+def front_matter(text):
+    empty, head, body = text.split("---\n", 2)
+    assert not empty and body.startswith("\n# ")
+    return yaml.safe_load(head)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kept rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_score_new(command, amortised, data, tmp_path):
+    """Rows trained on, given as new ones, weigh what they weighed; a row that does not fit is told and left out."""
+    table = weight_table.latest(amortised)
+    before = dict(zip(table["id"].to_pylist(), table["logit"].to_pylist()))
+    rows = read_jsonl(data / "lower.jsonl")
+    long = rows[0] | {"question": "very " * 200}
+    new = write_jsonl(tmp_path / "new.jsonl", [long, *rows[::-1]])
+    out = tmp_path / "ranked.jsonl"
+    arguments = f"--workdir={amortised}", f"--score-new={new}", f"--selected={out}"
+    printed = command(*arguments, "--keep=1")
+    assert f"{NUM_LOWER} of {NUM_LOWER} rows kept" in printed and "question over 96 tokens (first: " in printed
+    ranked = read_jsonl(out)
+    assert sorted(row["rank"] for row in ranked) == list(range(1, NUM_LOWER + 1))
+    assert np.mean([row["weight"] for row in ranked]) == pytest.approx(1)
+    ids = {row.fields["question"]: row.id for row in data_rows.read_rows(str(new))[0]}
+    known = [(np.log(row["weight"]), before[ids[row["question"]]]) for row in ranked if ids[row["question"]] in before]
+    assert len(known) == TRAINED
+    shift = [mine - logit for mine, logit in known]  # logits are defined but for a constant
+    np.testing.assert_allclose(shift, np.mean(shift), atol=1e-4)
+    assert np.std([logit for _, logit in known]) > 1e-3
+
+    command(*arguments, "--keep=0.2")
+    assert [row["rank"] for row in sorted(read_jsonl(out), key=lambda row: row["rank"])] == list(range(1, 6))
+
+
+def test_score_new_by_source(command, by_source, tmp_path):
+    """A new row has the logit of its source; one from elsewhere has none."""
+    _, workdir = by_source
+    table = weight_table.latest(workdir)
+    logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
+    given = [{"question": f"{name}?", "response": "yes", "source": name} for name in logits]
+    new, out = write_jsonl(tmp_path / "new.jsonl", given), tmp_path / "ranked.jsonl"
+    command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+    found = {row["source"]: row["weight"] for row in read_jsonl(out)}
+    expected = np.exp([*logits.values()])
+    np.testing.assert_allclose([found[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
+
+    write_jsonl(new, [*given, {"question": "q", "response": "r", "source": "elsewhere"}])
+    with pytest.raises(ValueError, match=f"new.jsonl:{len(given) + 1}: source 'elsewhere' is none of those of"):
+        command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+
+
+def test_jsonl_and_parquet(command, finished, data, tmp_path):
+    original = {row["question"]: row for row in read_jsonl(data / "lower.jsonl")}
+    for name in ("kept.jsonl", "new/kept.parquet"):
+        printed = command(f"--workdir={finished}", f"--selected={tmp_path / name}", "--keep=0.75")
+        assert f"{round(0.75 * TRAINED)} of {TRAINED}" in printed
+    kept = read_jsonl(tmp_path / "kept.jsonl")
+    assert kept == pyarrow.parquet.read_table(tmp_path / "new/kept.parquet").to_pylist()
+    assert len(kept) == round(0.75 * TRAINED)
+    for row in kept:
+        assert {key: row[key] for key in row.keys() - ADDED} == original[row["question"]]
+        assert row["prompt"] == f"Human: {row['question']}\n\nAssistant:"  # the tiny model has no chat template
+        assert row["completion"] == f" {row['response']}"
+    head = front_matter((tmp_path / "new" / "kept.card.md").read_text())
+    assert head["configs"] == [{"config_name": "default", "data_files": "kept.parquet"}]
+
+
+def test_formats(command, finished, tmp_path):
+    read = {}
+    for form in ("original", "chat"):
+        command(f"--workdir={finished}", f"--selected={tmp_path / form}.jsonl", f"--format={form}")
+        read[form] = read_jsonl(tmp_path / f"{form}.jsonl")
+    for plain, chat in zip(read["original"], read["chat"], strict=True):
+        prompt = [{"role": "user", "content": plain["question"]}]
+        assert chat == plain | {"prompt": prompt, "completion": [{"role": "assistant", "content": plain["response"]}]}
+        assert not plain.keys() & {"prompt", "completion"}
+
+
+def test_refined(command, copied, tmp_path):
+    """Two rows are made to look masked, and one of them answered."""
+    workdir, file = copied
+    file.write_text(file.read_text().replace('"source"', '"text": "mine", "source"'))
+    table = weight_table.latest(workdir)
+    answered, silent = table["id"].to_pylist()[:2]
+    masked = pa.array([row_id in (answered, silent) for row_id in table["id"].to_pylist()])
+    for old in (workdir / "weights").glob("*.parquet"):
+        pyarrow.parquet.write_table(table.set_column(table.column_names.index("masked"), "masked", masked), old)
+    response = {"step": 4, "id": answered, "sample": 0, "text": "My own ☃.", "logprob": -1.0, "ratio": 1.0}
+    write_jsonl(workdir / "responses.jsonl", [response])
+    out = tmp_path / "kept.jsonl"
+    printed = command(f"--workdir={workdir}", f"--selected={out}", "--refined", "--keep=1")
+    assert "2 of them are masked, 1 of these have the model's response" in printed
+    assert "'text' is kept as 'original_text'" in printed
+
+    data = {row["question"]: row for row in read_jsonl(file)}
+    kept = read_jsonl(out)
+    assert len(kept) == TRAINED
+    for row in kept:
+        before = data[row["question"]]
+        assert row["original_response"] == before["response"] and row["original_text"] == "mine" and "text" not in row
+        assert row["response"] == ("My own ☃." if row["refined"] else before["response"])
+        assert row["completion"] == f" {row['response']}"
+    (refined,) = (row for row in kept if row["refined"])
+    assert refined["rank"] == table["rank"].to_pylist()[0]
+    assert "2 of the kept rows are masked; 1 of them have the model's own response." in (tmp_path / "kept.card.md").read_text()
+
+
+def test_data_card(command, finished, data, tmp_path):
+    command(f"--workdir={finished}", f"--selected={tmp_path / 'kept.jsonl'}", "--keep=0.5")
+    card = (tmp_path / "kept.card.md").read_text()
+    kept = read_jsonl(tmp_path / "kept.jsonl")
+    number, left = TRAINED, len(kept)
+    for line in (f"| all | {number} |", f"| kept | {left} |", f"| dropped | {number - left} |"):
+        assert line in card
+    assert f"| sums-2 | {number} | {left} | {number - left} | {left / number:.1%} |" in card
+    bad = {row["question"]: row["bad"] for row in read_jsonl(data / "lower.jsonl")}
+    assert f"{np.mean([bad[row['question']] for row in kept]):.1%} of the kept rows" in card
+    w = np.array([row["weight"] for row in kept])
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"| {summary['selector/ess']:.4f} |" in card  # of all, as the run measured it
+    assert f"| {w.min():.3g} |" in card and f"| {np.median(w):.3g} |" in card
+    assert f"| {w.max():.3g} | {w.sum() ** 2 / len(w) / (w**2).sum():.4f} |" in card
+    assert hashlib.sha256((finished / "config.json").read_bytes()).hexdigest() in card
+    assert front_matter(card)["license"] == "unknown"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Merged models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_merged_and_selected_in_a_process_of_their_own(finished, neox, tmp_path):
+    merged = tmp_path / "merged"
+    done = run(f"--workdir={finished}", f"--merged={merged}", f"--selected={tmp_path / 'kept.jsonl'}")
+    assert done.returncode == 0, done.stderr
+    model, base = huggingface.load_model(str(neox))
+    model, adapter = huggingface.load_adapter(finished / "adapter", model)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, 24))
+    expected = decoder.logits(model, base, adapter, tokens)
+    again, params = huggingface.load_model(str(merged))
+    logits = np.asarray(decoder.logits(again, params, None, tokens))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    assert np.abs(logits - decoder.logits(model, base, None, tokens)).max() > 1e-2  # the adapter is in it
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (merged / name).read_bytes() == (neox / name).read_bytes()
+
+    card = (merged / "README.md").read_text()
+    assert front_matter(card)["library_name"] == "transformers" and "base_model" not in front_matter(card)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"| trusted rows | {summary['start/upper_loss']:.4f} | {summary['eval/upper_loss']:.4f} |" in card
+    for text in (card, (tmp_path / "kept.card.md").read_text()):
+        assert f"`python -m bilevel_jax.export --workdir={finished} --merged={merged} --selected=" in text
+
+    done = run(f"--workdir={finished}", f"--merged={merged}")
+    assert done.returncode == 1 and done.stderr == f"error: {merged} exists already; give another directory\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _changed_data(workdir, file):
+    write_jsonl(file, make_rows(NUM_LOWER, seed=9))
+
+
+def _unfinished(workdir, file):
+    (workdir / "summary.json").unlink()
+
+
+def _mixing(workdir, file):
+    shutil.rmtree(workdir / "weights")
+
+
+def _gone(workdir, file):
+    file.unlink()
+
+
+def _offline(workdir, file):
+    pass
+
+
+def _no_model(workdir, file):
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["path"] = "/absent/model"
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "spoil, more, reason",
+    [
+        (_changed_data, [], "match no row"),
+        (_unfinished, [], "no finished run"),
+        (_mixing, [], "selects nothing"),
+        (_gone, [], "no such file"),
+        (_offline, ["--refined"], "method=offline generates nothing"),
+        (_no_model, [], "/absent/model"),
+        (_no_model, ["--format=original", "--merged={}"], "/absent/model"),
+    ],
+)
+def test_refuses_runs(command, copied, tmp_path, spoil, more, reason):
+    spoil(*copied)
+    out = tmp_path / "out"
+    out.mkdir()
+    more = [flag.format(out / "merged") for flag in more]
+    with pytest.raises((ValueError, OSError), match=reason) as caught:
+        command(f"--workdir={copied[0]}", f"--selected={out / 'kept.jsonl'}", *more)
+    assert "\n" not in str(caught.value)
+    assert not [file for file in out.iterdir() if not file.name.startswith("kept")]
+    assert (out / "kept.jsonl").exists() == ("--format=original" in more)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--selected=kept.csv"], ".parquet"),
+        (["--selected=kept.jsonl", "--keep=1.5"], "--keep"),
+        (["--selected=kept.jsonl", "--keep=0"], "--keep"),
+        ([], "--selected=FILE.jsonl, --merged=DIR or both"),
+        (["--merged=m", "--refined"], "--refined goes with --selected"),
+        (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),
+        (["--merged=m", "--score-new=new.jsonl"], "--score-new goes with --selected"),
+        (["--selected=kept.jsonl", "--score-new=new.jsonl", "--refined"], "never saw"),
+        (["--selected=kept.jsonl", "--score-new=new.jsonl"], "selection.parameterization=features"),
+    ],
+)
+def test_refuses_flags(command, finished, arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        command(f"--workdir={finished}", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, code, reason",
+    [(["--selected=kept.jsonl"], 2, "workdir"), (["--workdir=absent", "--selected=kept.jsonl"], 1, "no finished run")],
+)
+def test_errors_are_one_line(arguments, code, reason):
+    done = run(*arguments)
+    assert done.returncode == code and reason in done.stderr and done.stderr.count("\n") == 1

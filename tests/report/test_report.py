@@ -1,0 +1,576 @@
+"""The report: its numbers against ones computed by hand, texts that want to be more than text, and a real browser."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from bilevel_jax import config as configuration
+from bilevel_jax import finish, train
+from bilevel_jax.data import levels
+from bilevel_jax.data import rows as data_rows
+from bilevel_jax.report import page, plots, run_data
+from bilevel_jax.runtime import summary_table, weight_table
+from bilevel_jax.runtime.workdir import read_config
+from tests.conftest import write_jsonl
+
+N = 20
+ROWS = [
+    {"question": f"Question {i}?", "response": "word " * i + "end", "source": "a" if i < 5 else "b", "bad": i < 2, "truth": "x y z"}
+    for i in range(N)
+]  # row i has i + 1 words
+WEIGHTS = {1: {0: 0.5, 19: 1.5}, 2: {0: 0.2, 1: 0.8, 18: 1.4, 19: 1.6}}  # by epoch; the others weigh 1
+EVENTS = [
+    {"step": 0, "epoch": 0, "eval/upper_loss": 0.5, "eval/lower_loss": 0.75},
+    {"step": 1, "epoch": 0.0, "online/responses": 3.0, "online/bad_answered": 2.0, "online/bad_right": 1.0},
+    {"step": 5, "epoch": 1.0, "eval/upper_loss": 0.45, "eval/lower_loss": 0.77, "train/upper_loss": 0.6, "train/lower_loss": 0.9},
+    {"step": 7, "epoch": 1.4, "online/responses": 4.0, "online/bad_answered": 2.0, "online/bad_right": 2.0},
+    {"step": 10, "epoch": 2.0, "eval/upper_loss": 0.4, "eval/lower_loss": 0.8, "train/upper_loss": 0.5, "train/lower_loss": 0.8},
+]
+SUMMARY = {"steps": 10, "time/load": 5.0, "time/train": 60.0, "time/generate": 15.0}
+ANSWERS = [(2, 0, 0, "old old old"), (4, 0, 0, "x y z"), (4, 0, 1, "x y z x y"), (8, 1, 0, "word")]  # step, row, sample, text
+
+
+def make_workdir(workdir, rows=ROWS, answers=ANSWERS, changes=()):
+    """A finished run by hand: epochs of 5 steps, a refresh every 2, rows 0 and 1 masked in the end. Returns workdir and ids."""
+    workdir.mkdir()
+    (workdir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ids = [row.id for row in data_rows.read_rows(workdir / "rows.jsonl")[0]]
+    config = configuration.default()
+    settings = {"method": "dynamic", "batch.size": 4, "online.refresh_every": 2, "data.lower": str(workdir / "rows.jsonl")}
+    config.update_from_flattened_dict(settings | dict(changes))
+    (workdir / "config.json").write_text(config.to_json())
+    (workdir / "summary.json").write_text(json.dumps(SUMMARY))
+    write_jsonl(workdir / "metrics.jsonl", EVENTS)
+    lines = [{"step": step, "id": ids[i], "sample": g, "text": text, "ratio": None} for step, i, g, text in answers]
+    (workdir / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))  # ASCII: any text goes
+    (workdir / "weights").mkdir()
+    for epoch, given in WEIGHTS.items():
+        weight = np.array([given.get(i, 1.0) for i in range(len(rows))])
+        rank = np.empty(len(rows), int)
+        rank[sorted(range(len(rows)), key=lambda i: (-weight[i], i))] = range(1, len(rows) + 1)
+        table = {"id": ids, "weight": weight, "logit": np.log(weight), "rank": rank, "visits": [epoch] * len(rows)}
+        table |= {"masked": [i < epoch for i in range(len(rows))], "source": [row.get("source", "") for row in rows]}
+        pyarrow.parquet.write_table(pa.table(table), workdir / "weights" / f"epoch_{epoch}.parquet")
+    return workdir, ids
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("made") / "run")[0]
+
+
+class Parsed(html.parser.HTMLParser):
+    """What a page holds: elements with their attributes, the words of each section, the cells of its tables, and the sections that
+    show something."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.words, self.tables, self.filled = [], {"": ""}, {}, set()
+        self._section, self._cell = "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "section":
+            self._section = dict(attributes)["id"]
+            self.words[self._section], self.tables[self._section] = "", []
+        self.words[self._section] += " "  # elements are not one word
+        if tag in ("table", "svg") or dict(attributes).get("class") == "pair":
+            self.filled.add(self._section)
+        if tag == "tr":
+            self.tables[self._section].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._section][-1].append("")
+            self._cell = self.tables[self._section][-1]
+
+    def handle_endtag(self, tag):
+        self.words[self._section] += " "
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, data):
+        self.words[self._section] += data
+        if self._cell is not None:
+            self._cell[-1] += data
+
+
+def report(workdir) -> Parsed:
+    return Parsed(page.write(workdir).read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers, by hand
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_epoch(made):
+    """ESS/N = (Σw)² / (N Σw²) = 20² / (20 · 20.5) and 20² / (20 · 21.2). In epoch 1 one bad row is lighter than all 18 good ones,
+    the other ties with 17 and is lighter than one: (18 + 9.5) / 36. It is among the 16 heaviest, as ties stay in order."""
+    head, first, second = report(made).tables["weights"]
+    assert head == ["epoch", "ESS / N", "lightest", "median", "heaviest", "asked again", "AUROC", "marked rows kept"]
+    assert first == ["1", "97.6%", "0.5", "1", "1.5", "5.0%", "0.764", "50.0%"]
+    assert second == ["2", "94.3%", "0.2", "1", "1.6", "10.0%", "1.000", "0.0%"]
+
+
+def test_share_of_weight_by_source(made):
+    """Source a: 5 rows of 20, then 4.5 and 4 of a total of 20; b has the rest."""
+    head, *found = report(made).tables["sources"]
+    assert head == ["source", "rows", "share of rows", "weight, epoch 1", "weight, epoch 2", "mean weight now"]
+    a, b = ["a", "5", "25.00%", "22.50%", "20.00%", "0.8"], ["b", "15", "75.00%", "77.50%", "80.00%", "1.07"]
+    assert sorted(found) == [a, b]
+
+
+def test_answer_lengths(made):
+    """Epoch 1 ends with step 4's answers in use: 3 and 5 words for row 0, whose own has 1. Its heaviest tenth are rows 19 and 1,
+    of 20 and 2 words, its lightest 18 and 0. Epoch 2 ends with step 8's: 1 word for row 1 instead of 2, nothing for row 0."""
+    head, first, second = report(made).tables["lengths"]
+    assert head == ["epoch", "heaviest tenth", "all rows", "lightest tenth"]
+    assert first == ["1", "11.0", f"{(210 - 1 + 4) / 20:.1f}", "11.5"]
+    assert second == ["2", "19.5", f"{(210 - 2 + 1) / 20:.1f}", "1.0"]
+
+
+def test_top_and_bottom_rows_of_every_epoch(made):
+    found = report(made)
+    cells = [row for row in found.tables["rows"] if row[0] != "rank"]
+    number = re.compile(r"Question (\d+)\?")
+    shown = [(int(rank), weight, int(number.search(words)[1])) for rank, weight, words in cells]
+    assert shown[:2] == [(20, "0.2", 0), (19, "0.8", 1)] and shown[5:7] == [(1, "1.6", 19), (2, "1.4", 18)]  # the last epoch first
+    assert shown[10] == (20, "0.5", 0) and shown[15:17] == [(1, "1.5", 19), (2, "1", 1)]
+    assert "bad" in cells[0][2] and "bad" in cells[1][2] and "bad" not in cells[2][2]
+    assert "2 visits" in cells[0][2] and "1 visit " in cells[10][2]
+    opened = ["open" in attributes for _, attributes in found.elements if attributes.get("class") == "epoch"]
+    assert opened == [False, True, False]  # all sources, the last epoch, the first
+
+
+def test_answers_beside_those_of_the_data(made):
+    """Row 0: the latest step's first answer has no word of "end". Row 1: "word" is half of "word end": 2 · 1 / (1 + 2)."""
+    words = " ".join(report(made).words["answers"].split())
+    first, second = re.split(r"(?=Question 1\?)", words)
+    assert re.search(r"Question 0\?.* 0% of the words in common.*in the data end by the model, step 4 · right x y z $", first)
+    assert re.search(r" 67% of the words in common.*in the data word end by the model, step 8 word right would be x y z$", second)
+    assert "old old old" not in words
+
+
+@pytest.mark.parametrize(
+    "a, b, expected", [("a b", "b a", 1), ("a a b", "a c", 0.4), ("", "", 1), ("a", "", 0), ("The end", "the END", 1)]
+)
+def test_words_in_common(a, b, expected):
+    assert run_data.words_in_common(a, b) == pytest.approx(expected)
+
+
+def test_head(made):
+    words = " ".join(report(made).words[""].split())
+    for shown in (
+        "fell from 0.5000 to 0.4000 (−20%)",
+        "0.5 → 0.4",
+        "0.75 → 0.8",
+        "94.3%",  # ESS/N
+        "10% of the questions that weighed least",
+        "Answers renewed 7 75% right where the data are bad",
+        "1.3 min",  # 80 s
+    ):
+        assert shown in words
+    assert "not finished" not in words
+
+
+def test_time_split(made):
+    found = report(made)
+    assert found.tables["time"] == [["train", "60.0 s"], ["generate", "15.0 s"], ["load", "5.0 s"]]
+    assert "75%" in found.words["time"]
+
+
+def test_figures(made):
+    """Two of losses, two histograms, sources, lengths, time. ESS and the spread over time are in no event here."""
+    found = [attributes["aria-label"] for tag, attributes in report(made).elements if tag == "svg"]
+    assert len(found) == 7 and len(set(found)) == 7
+
+
+def test_many_points_are_averaged():
+    assert plots.thinned([1, 2, 3]).tolist() == [1, 2, 3]
+    found = plots.thinned(np.arange(601))
+    assert len(found) == 201 and found[:2].tolist() == [1, 4] and found[-1] == 600
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs that have less to show
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _without(*names):
+    def change(workdir):
+        for name in names:
+            shutil.rmtree(workdir / name) if (workdir / name).is_dir() else (workdir / name).unlink()
+
+    return change
+
+
+def _method(name):
+    def change(workdir):
+        config = json.loads((workdir / "config.json").read_text())
+        (workdir / "config.json").write_text(json.dumps(config | {"method": name}))
+        _without("responses.jsonl", *(["weights"] if name == "mixing" else []))(workdir)
+
+    return change
+
+
+def _frozen(workdir):
+    for file in (workdir / "weights").iterdir():
+        table = pyarrow.parquet.read_table(file)
+        pyarrow.parquet.write_table(table.set_column(1, "weight", pa.array(np.ones(N))), file)
+
+
+def _cut_short(workdir):
+    """Killed while writing; nothing is lost but the last line."""
+    for name in ("metrics.jsonl", "responses.jsonl"):
+        with open(workdir / name, "a") as file:
+            file.write('{"step": 11, "epo')
+
+
+def _other_rows(workdir):
+    write_jsonl(workdir / "rows.jsonl", [{"question": "Another?", "response": "Row."}])
+
+
+WEIGHED = "weights", "sources", "rows", "lengths"
+ALL = "losses", *WEIGHED, "answers", "time"
+
+
+@pytest.mark.parametrize(
+    "change, empty, reason",
+    [
+        (_cut_short, (), ""),
+        (_without("summary.json"), ("time",), "not finished: what there is up to step 10"),
+        (_without("summary.json", "weights"), (*WEIGHED, "answers", "time"), "No epoch is finished yet"),
+        (_without("summary.json", "weights", "metrics.jsonl", "responses.jsonl"), ALL, "Nothing is logged yet"),
+        (_without("responses.jsonl"), ("answers",), "No answers to masked questions"),
+        (_without("rows.jsonl"), ("lengths", "answers"), "no such file"),
+        (_other_rows, ("lengths", "answers"), "20 rows are no longer in"),
+        (_method("offline"), ("answers",), "method=offline"),
+        (_method("mixing"), (*WEIGHED, "answers"), "Direct mixing weighs no rows"),
+        (_frozen, ("sources", "rows", "lengths"), "All weights are equal"),
+    ],
+)
+def test_sections_without_data_say_why(made, tmp_path, change, empty, reason):
+    workdir = tmp_path / "run"
+    shutil.copytree(made, workdir)
+    config = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(config.replace(str(made), str(workdir)))
+    change(workdir)
+    found = report(workdir)
+    shown = {attributes["id"] for tag, attributes in found.elements if tag == "section"}
+    assert shown == {*ALL, "settings"}
+    assert reason in " ".join("".join(found.words.values()).split())
+    for section in ALL:
+        assert (section in found.filled) == (section not in empty), section
+
+
+def test_without_its_rows_a_report_shows_ids(made, tmp_path):
+    found = page.render(run_data.read(made, rows=[]))
+    ids = pyarrow.parquet.read_table(made / "weights" / "epoch_2.parquet")["id"].to_pylist()
+    assert ids[0] in found and "Question 0?" not in found
+
+
+def test_many_sources_and_epochs(tmp_path):
+    rows = [row | {"source": f"source {i:03}"} for i, row in enumerate(ROWS * 3)]
+    workdir, _ = make_workdir(tmp_path / "run", [row | {"question": f"{i}"} for i, row in enumerate(rows)])
+    for epoch in range(3, 31):
+        shutil.copy(workdir / "weights" / "epoch_2.parquet", workdir / "weights" / f"epoch_{epoch}.parquet")
+    found = report(workdir)
+    assert len(found.tables["sources"]) == 1 + page.MOST_SOURCES[1] and "and 20 sources more" in found.words["sources"]
+    assert [row[0] for row in found.tables["weights"][1:]] == [str(epoch) for epoch in range(1, 31)]  # by number, not by name
+    assert (workdir / "report.html").stat().st_size < 1_000_000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Texts that want to be more than text
+# --------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = "<script>document.title = 'hacked'</script>"
+NASTY = [
+    SCRIPT,
+    "</summary></details></section></body></html><h1>over</h1>",
+    "\"'><img src=https://example.org/x onerror=\"document.title='hacked'\">",
+    "{{ 7 * 7 }} {% include 'x' %} ${7 * 7} $\\frac{1}{2}$ ]]> --> <!-- &lt;b&gt;",
+    "a\x00b\x1b[2J\x07\x08c\x7fd\x9be",
+    "left \u202eright\u2066 end \u200f\ufeff\u2028next",
+    "x" * 100_000,
+    "a\u0301" + "\u0300" * 3000,
+    "עברית 中文 ☃ 👩‍👩‍👧 𝔘",
+    " \n\t ",
+]
+ANSWERED = "half \ud800 a pair " + SCRIPT  # no row may hold this, but JSON can spell it
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    """A run whose every name and text is out to do harm."""
+    texts = NASTY * 2
+    rows = [
+        {"question": text.strip() and text or "x", "response": texts[(i + 1) % 20] + f" {i}", "source": text[:200], "bad": i < 2}
+        for i, text in enumerate(texts)
+    ]
+    changes = {"data.label": "bad", "model.path": SCRIPT, "data.truth": SCRIPT}
+    place = tmp_path_factory.mktemp("nasty")
+    workdir, _ = make_workdir(place / "<b onclick=x>&amp;'", rows, [(8, 0, 0, ANSWERED), (8, 1, 0, NASTY[6])], changes)
+    return workdir
+
+
+def test_nothing_of_a_row_is_markup(nasty):
+    text = page.write(nasty).read_text(encoding="utf-8")
+    found = Parsed(text)
+    tags = {tag for tag, _ in found.elements}
+    assert not tags & {"script", "img", "iframe", "object", "embed", "form", "input", "base"}
+    assert sum(tag == "h1" for tag, _ in found.elements) == 1
+    assert sum(tag == "b" for tag, _ in found.elements) == sum(a.get("class") == "tile" for _, a in found.elements)
+    for _, attributes in found.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+        assert re.match(r"#|data:,$", attributes.get("href") or attributes.get("xlink:href") or "#")
+    assert not re.search(r"url\((?!#)|@import|https?://", "".join(v or "" for _, a in found.elements for v in a.values()))
+    words = "".join(found.words.values())
+    for shown in (SCRIPT, "</summary>", "{{ 7 * 7 }}", "$\\frac{1}{2}$", "中文 ☃ 👩‍👩‍👧 𝔘"):
+        assert shown in words
+
+
+def test_what_a_browser_would_obey_is_written_out(nasty):
+    raw = page.write(nasty).read_bytes()
+    text = raw.decode()  # all of it is UTF-8, half a pair too
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\u2028]", text)
+    for shown in ("a\\x00b\\x1b[2J\\x07\\x08c\\x7fd\\x9be", "left \\u202eright\\u2066", "half \\ud800 a pair"):
+        assert shown in text
+    assert "and 98,000 characters more" in text and len(raw) < 500_000
+
+
+def test_policy(made):
+    found = report(made).elements
+    policy = next(a["content"] for tag, a in found if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    assert rules == {
+        "default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("plain\ttext\nhere", "plain\ttext\nhere"),
+        ("\x1b[31mred\r", "\\x1b[31mred\\r"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\ud800", "\\ud800"),
+        ("👩‍👧", "👩‍👧"),
+        ("\U000e0041", "\\U000e0041"),
+    ],
+)
+def test_visible(text, expected):
+    assert text.visible(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("  a \n b\t", "a b"), ("x" * 60, "x" * 60), ("x" * 61, "x" * 59 + "…"), ("x" * 100_000, "x" * 59 + "…"), ("", "")],
+)
+def test_one_line(text, expected):
+    assert text.one_line(text, 60) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The closing table
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_closing_table_shows_the_least_trusted_questions(nasty):
+    table = summary_table.summary_table({}, nasty)
+    lines = table.split("\n")
+    at = lines.index("least trusted rows (id, weight, source, question)")
+    assert [line.split()[1] for line in lines[at + 1 : at + 3]] == ["0.2", "0.8"]
+    assert lines[at + 1].endswith(SCRIPT) and all(len(line) < 120 for line in lines[at + 1 : at + 6])
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", table)
+    assert "report.html" in lines[-1]
+
+
+def test_closing_table_of_pairs(made):
+    table = summary_table.summary_table({"start/lower_pair_accuracy": 0.5, "eval/lower_pair_accuracy": 0.875}, made)
+    [line] = [line for line in table.splitlines() if "87.5%" in line]
+    assert line.split() == ["mixture,", "as", "it", "is", "50.0%", "87.5%"] and "held-out pairs told apart" in table
+    assert "pairs told apart" not in summary_table.summary_table({}, made)
+
+
+def test_closing_table_without_the_rows(made, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(made, workdir)
+    (workdir / "config.json").write_text((made / "config.json").read_text().replace(str(made), "/nowhere"))
+    assert "Question" in summary_table.summary_table({}, made)
+    assert "0.2" in (table := summary_table.summary_table({}, workdir)) and "Question" not in table
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command, and real runs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "bilevel_jax.report", *arguments], capture_output=True, text=True)
+
+
+def test_command_makes_the_same_report_again(finished, tmp_path):
+    """From rows read again what the run itself made from those in memory."""
+    copy = tmp_path / finished.name
+    shutil.copytree(finished, copy)
+    (copy / "report.html").unlink()
+    done = command(f"--workdir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(copy / "report.html")
+    assert (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+    lightest = pyarrow.parquet.read_table(finished / "weights" / "epoch_2.parquet").sort_by("weight")["id"][0].as_py()
+    questions = {row.id: row.question for row in levels.reopen(read_config(finished))}
+    assert questions[lightest] in Parsed((copy / "report.html").read_text()).words["rows"]
+
+
+def test_command_refuses_what_is_no_run(tmp_path):
+    done = command(f"--workdir={tmp_path}")
+    assert done.returncode == 1 and "holds no run" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_run_outlives_its_report(make_config, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr(finish.page, "write", fail)
+    changes = {"num_epochs": 1, "method": "mixing", "mixing.rho": 1.0, "eval.num_upper": 0, "eval.num_lower": 0}
+    summary = train.run(make_config(changes), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    told = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "report.html" in told and "no fonts" in told and f"bilevel_jax.report --workdir={tmp_path / 'run'}" in told
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A real browser
+# --------------------------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PHONE = 390, 844
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --hide-scrollbars"
+QUIET += " --disable-component-update --disable-sync --disable-dev-shm-usage"
+# The page in a frame as wide as a phone, which is narrower than a window may be. Beside it stand two pages that fail, so that the
+# questions asked of it are known to find what they look for.
+HARNESS = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<style>body { margin: 0 } iframe { border: 0; width: %dpx; height: %dpx; display: block }</style><title>untouched</title>
+<body><script>
+const pages = %s;
+const found = {};
+function look(name, frame) {
+  const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
+  page.querySelectorAll("details").forEach(one => one.open = true);
+  const line = page.querySelector("svg path[style*='--blue']");
+  found[name] = {
+    title: page.title, width: root.scrollWidth, scripts: page.querySelectorAll("script").length,
+    fetched: view.performance.getEntriesByType("resource").length,
+    background: view.getComputedStyle(root).backgroundColor, ink: view.getComputedStyle(root).color,
+    line: line && view.getComputedStyle(line).stroke,
+    figures: [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect()).map(box => [box.width, box.height]),
+    text: page.body.innerText,
+  };
+  if (Object.keys(found).length == Object.keys(pages).length) {
+    const told = document.createElement("pre");
+    told.textContent = JSON.stringify(found);
+    document.body.append(told);
+  }
+}
+for (const [name, text] of Object.entries(pages)) {
+  const frame = document.createElement("iframe");
+  frame.onload = () => look(name, frame);
+  frame.srcdoc = text;
+  document.body.append(frame);
+}
+</script>"""
+
+
+def browse(place, text: str, dark: bool):
+    """What the browser finds on a page, by name; and a picture [844, 390, 3] of its top, in [0, 1]."""
+    import matplotlib.image
+
+    pages = {"page": text, "wide": "<div style='width: 600px'>x</div>", "harm": f"<title>before</title>{SCRIPT}"}
+    inside = json.dumps(pages).replace("<", "\\u003c")
+    (place / "harness.html").write_text(HARNESS % (*PHONE, inside), encoding="utf-8")
+    shot = place / "shot.png"
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    folder = f"--user-data-dir={place / 'browser'}"
+    window = "--window-size={},{}".format(*PHONE)
+    address = (place / "harness.html").as_uri()
+    arguments = [CHROMIUM, *QUIET.split(), scheme, folder, window, "--dump-dom", f"--screenshot={shot}", address]
+    done = subprocess.run(arguments, capture_output=True, timeout=120, cwd=place)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+
+    class Told(html.parser.HTMLParser):
+        found, inside = "", False
+
+        def handle_starttag(self, tag, attributes):
+            self.inside = tag == "pre"
+
+        def handle_data(self, data):
+            self.found += data if self.inside else ""
+
+    told = Told()
+    told.feed(done.stdout.decode())
+    return json.loads(told.found), matplotlib.image.imread(shot)[: PHONE[1], : PHONE[0], :3]
+
+
+def luminance(color: str) -> float:
+    """Of `rgb(r, g, b)`, as WCAG 2 defines it."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.fixture(scope="module")
+def seen(nasty, made, tmp_path_factory):
+    """(light, dark) of the run that is out to do harm."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on PATH: the report is not looked at in a browser")
+    text = page.write(nasty).read_text(encoding="utf-8")
+    return [browse(tmp_path_factory.mktemp("browser"), text, dark) for dark in (False, True)]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_browser(seen, dark):
+    found, picture = seen[dark]
+    assert found["wide"]["width"] > 600 and found["harm"]["title"] == "hacked"  # what is looked for can be found
+    mine = found["page"]
+    assert mine["width"] == PHONE[0]  # with every part opened, nothing sticks out
+    assert mine["title"].endswith("bilevel_jax") and mine["scripts"] == 0 and mine["fetched"] == 0
+    assert SCRIPT in mine["text"] and "left \\u202eright" in mine["text"]
+    assert len(mine["figures"]) == 7 and all(250 < w <= PHONE[0] and h > 100 for w, h in mine["figures"])
+    back, ink, line = (luminance(mine[key]) for key in ("background", "ink", "line"))
+    assert (back < 0.05) == dark and (back > 0.8) == (not dark)
+    contrast = sorted(((a + 0.05) / (b + 0.05) for a, b in ((ink, back), (back, ink))))[-1]
+    assert contrast > 7 and not math.isclose(line, back, abs_tol=0.1)
+    assert picture.shape == (PHONE[1], PHONE[0], 3)
+    assert (picture.mean() < 0.35) == dark and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # not blank
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Words
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_words_are_tinted_by_their_weight(tmp_path):
+    """Of row 1, "word end", the second word has 0.3 of 1; of row 2 all weigh the same. T/Σv²: 2/(1.7² + 0.3²) = 0.67 and 1."""
+    rows = [ROWS[0], ROWS[1] | {"response": "<b> end"}, *ROWS[2:]]
+    workdir, ids = make_workdir(tmp_path / "run", rows)
+    assert "words" not in report(workdir).words  # this run has no such weights
+    table = {"id": [ids[2], ids[1]], "weight": [[1.0, 1.0], [1.7, 0.3]], "start": [[0, 5], [0, 4]], "stop": [[4, 9], [3, 7]]}
+    weight_table.write(workdir / weight_table.TOKENS, pa.table(table, schema=weight_table.TOKENS_SCHEMA))
+    found = page.weighed_words(run_data.read(workdir))
+    assert [row["id"] for row in found] == [ids[1], ids[2]]
+    assert found[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
+    assert found[0]["effective"] == pytest.approx(2 / (1.7**2 + 0.3**2))
+    shown = report(workdir)
+    assert "<b> end" in " ".join(shown.words["words"].split()) and ("span", {"class": "w3"}) in shown.elements

@@ -1,0 +1,201 @@
+"""What a run does when the machine lets it down: a full disk, one that cannot be written, a second process, another model."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from bilevel_jax import errors, train
+from bilevel_jax.models import huggingface
+from bilevel_jax.runtime.workdir import locked, open_workdir
+from tests.conftest import make_model
+from tests.test_train import REFINED, without
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who may write
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def snapshot(directory):
+    return {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def test_a_second_process_is_refused(make_config, tmp_path):
+    """Before it reads a model; and the same one, too, as long as the first has not ended, however it ends."""
+    workdir, config = tmp_path / "run", make_config({"model.path": "absent/dir/ectory"})
+    holding = "import sys, time, pathlib\nfrom bilevel_jax import workspace\n"
+    holding += "with workspace.locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    workdir.mkdir()
+    with subprocess.Popen([sys.executable, "-c", holding, workdir], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in\n"
+        before = snapshot(workdir)
+        with pytest.raises(errors.RunError, match=f"run is in use by process {first.pid} on .*; wait .*--workdir") as caught:
+            train.run(config, workdir)
+        assert "\n" not in str(caught.value) and snapshot(workdir) == before
+        first.kill()
+    with pytest.raises(ValueError, match="absent/dir/ectory: no such directory"):
+        train.run(config, workdir)
+
+
+def test_without_locks_a_note_is_all(make_config, tmp_path, monkeypatch, capsys):
+    def unsupported(file, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(tmp_path):
+        assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+
+
+def test_the_lock_ends_with_the_run(make_config, tmp_path):
+    for _ in range(2):
+        with open_workdir(make_config(), tmp_path / "run"):
+            pass
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Another model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_refuses_another_model_under_the_same_name(make_config, tmp_path, monkeypatch):
+    """Other weights, and another tokenizer."""
+    model = make_model(tmp_path / "model", "gpt_neox")
+    config = make_config({"model.path": str(model), "checkpoint.every": 1, "method": "mixing", "eval.num_upper": 0})
+    workdir = tmp_path / "run"
+
+    def dies(*_):
+        raise KeyboardInterrupt  # not one of the ends that save
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.metrics.Writer, "write", lambda self, step, *_: step and dies())
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, workdir)
+    assert (workdir / "checkpoints" / "1").is_dir()
+    before = snapshot(workdir)
+
+    def refused():
+        with pytest.raises(errors.RunError, match="weights or tokenizer at .*model changed since this run began") as caught:
+            train.run(config, workdir)
+        return "\n" not in str(caught.value) and snapshot(workdir) == before
+
+    shape = huggingface.read_config(model)
+    weights = huggingface.load_params(model, shape)
+    huggingface.save_params(model, shape, weights | {"norm": jax.tree.map(lambda x: 1.001 * x, weights["norm"])})
+    assert refused()
+    huggingface.save_params(model, shape, weights)
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content))
+    assert refused()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A disk that is full, or read-only
+# --------------------------------------------------------------------------------------------------------------------
+
+# In a mount namespace of its own, on a file system of a few MB that is filled up before a certain file is written: the run fails
+# there, and the next one continues. Prints a line for each.
+DISK = """
+import json, pathlib, subprocess, sys
+import ml_collections
+from bilevel_jax import checkpoint, metrics, online, train, weights, workspace
+from bilevel_jax.models import huggingface
+
+disk, places = pathlib.Path(sys.argv[1]), json.loads(sys.argv[3])
+config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[2]).read_text()))
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", disk], check=True)
+
+def fill():
+    with open(disk / "ballast", "ab", buffering=0) as file:
+        for size in (1 << 16, 1 << 12):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+
+def attempt(disk=disk):
+    try:
+        train.run(config, disk / "run")
+        return "finished"
+    except workspace.RunError as error:
+        return str(error)
+
+def summary_next(name):
+    def write(file, content, write=workspace.write_atomically):
+        if file.name == name:
+            fill()
+        write(file, content)
+    return write
+
+owners = {
+    "metrics": (metrics.Writer, "write"),
+    "checkpoint": (checkpoint.Checkpoints, "save"),
+    "responses": (online.Record, "retire"),
+    "weights": (weights, "write"),
+    "adapter": (huggingface, "save_adapter"),
+}
+told = {}
+for place in places:
+    owner, name = owners.get(place, (workspace, "write_atomically"))
+    original = getattr(owner, name)
+    def full(*args, original=original, **more):
+        fill()
+        return original(*args, **more)
+    setattr(owner, name, full if place in owners else summary_next(place))
+    told[place] = attempt()
+    setattr(owner, name, original)
+    (disk / "ballast").unlink()
+locked = disk.parent / "locked"
+subprocess.run(["mount", "--bind", disk, locked], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", locked], check=True)
+told["read-only"] = attempt(locked)
+told["at last"] = attempt()
+subprocess.run(["cp", "-r", disk / "run", sys.argv[4]], check=True)
+print(json.dumps(told))
+"""
+PRIVATE = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
+
+
+def mounts() -> bool:
+    try:
+        return not subprocess.run([*PRIVATE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode
+    except OSError:
+        return False
+
+
+EVERYWHERE = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
+
+
+@pytest.mark.skipif(not mounts(), reason="this machine lets a test mount nothing")
+@pytest.mark.parametrize(
+    "places", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(EVERYWHERE, marks=pytest.mark.long)]
+)
+def test_a_full_disk_loses_nothing(make_config, tmp_path, places):
+    """It is told in one line wherever it is met, and with room again the run ends as if it had always been there."""
+    config = make_config(REFINED | {"log.tensorboard": True, "num_epochs": 1})
+    expected = tmp_path / "expected"
+    train.run(config, expected)
+    (tmp_path / "config.json").write_text(config.to_json())
+    for name in ("disk", "locked"):
+        (tmp_path / name).mkdir()
+    arguments = [tmp_path / "disk", tmp_path / "config.json", json.dumps(places), tmp_path / "found"]
+    done = subprocess.run([*PRIVATE, sys.executable, "-c", DISK, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told.pop("at last") == "finished"
+    assert "Read-only file system" in told.pop("read-only")
+    assert list(told) == places
+    for place, line in told.items():
+        assert "No space left on device" in line and "the same command continues" in line and "\n" not in line, (place, line)
+    found = tmp_path / "found"
+    for file in ("config.json", "responses.jsonl", "adapter/adapter_model.safetensors", "weights/epoch_1.parquet"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes(), file
+    summaries = (json.loads((directory / "summary.json").read_text()) for directory in (found, expected))
+    assert len({json.dumps(without(summary, "time/")) for summary in summaries}) == 1

@@ -1,0 +1,143 @@
+"""Scores against log-softmax in float64, from the logits of every row by itself."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bilevel_jax import scoring
+from bilevel_jax.data import rows
+from bilevel_jax.score import scorer
+from tests.conftest import load, make_rows, read_jsonl, token_log_probs, write_jsonl
+
+SCHEMAS = [
+    {"question": "Where?", "response": "Über ☃ here"},
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"prompt": "Once", "completion": " upon a time"},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    {"question": "Long? " + "yes " * 8, "response": "no " * 6},
+]
+OBJECTS = make_rows(7, seed=4) + SCHEMAS
+NONE = "none", False
+HUMAN = "human", True
+
+
+@pytest.fixture(scope="module")
+def adapters(neox, llama, make_adapter, tmp_path_factory):
+    """Model directory -> adapter directory."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {directory: make_adapter(directory, root / directory.name) for directory in (neox, llama)}
+
+
+def question_and_response(row) -> tuple[str, str]:
+    """Of the rows above, by hand."""
+    if "messages" in row:
+        return row["messages"][0]["content"], row["messages"][1]["content"]
+    if "instruction" in row:
+        return f"{row['instruction']}\n{row['input']}", row["output"]
+    return row.get("question") or row["prompt"], row.get("response") or row["completion"]
+
+
+def check(results, loaded, objects, template, eos):
+    assert len(results) == len(objects)
+    for result, row in zip(results, objects):
+        expected = token_log_probs(loaded, *question_and_response(row), template=template, eos=eos)
+        assert result["num_tokens"] == len(expected)
+        assert result["logprob"] == pytest.approx(sum(expected), rel=1e-5)
+        assert result["loss"] == pytest.approx(-np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("template, eos", [NONE, HUMAN])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("architecture", ["neox", "llama"])
+def test_values(architecture, adapted, template, eos, adapters, request):
+    directory = request.getfixturevalue(architecture)
+    loaded = load(directory, adapters[directory] if adapted else None)
+    items = list(rows.parse(enumerate(OBJECTS, 1)))
+    results = scorer.score_rows(items, *loaded, template=template, eos=eos, batch_size=4)
+    check(results, loaded, OBJECTS, template, eos)
+    assert [result["id"] for result in results] == [item.id for item in items]
+
+
+def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
+    items = list(rows.parse(enumerate(OBJECTS, 1)))
+    found = {
+        (adapted, eos): scorer.score_rows(
+            items, *load(neox, adapters[neox] if adapted else None), template="none", eos=eos, batch_size=4
+        )
+        for adapted in (False, True)
+        for eos in (False, True)
+    }
+    for i in range(len(items)):
+        assert len({round(results[i]["logprob"], 3) for results in found.values()}) == 4
+        assert found[False, True][i]["num_tokens"] == found[False, False][i]["num_tokens"] + 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("short, entries", [(512, 256), (8, 5)])  # one shape for all, or one for every power of two
+def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, entries):
+    monkeypatch.setattr(scoring, "SHORT", short)
+    monkeypatch.setattr(scoring, "ENTRIES", entries)
+    loaded = load(neox)
+    items = list(rows.parse(enumerate(OBJECTS, 1)))
+    results = scorer.score_rows(items, *loaded, template="none", eos=True, batch_size=batch_size)
+    check(results, loaded, OBJECTS, "none", True)
+
+
+TOO_LONG = {"question": "How?", "response": "so " * 200}
+
+
+def test_command(neox, adapters, tmp_path):
+    """Rows that cannot be scored keep their place."""
+    good = [json.dumps(row, ensure_ascii=False) for row in OBJECTS[-5:]]
+    empty = json.dumps({"question": "Why?", "response": " "})
+    lines = [good[0], "{not json", good[1], empty, json.dumps(TOO_LONG), *good[2:], '{"a": 1}']
+    data, out = tmp_path / "data.jsonl", tmp_path / "scores.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    arguments = [f"--model={neox}", f"--adapter={adapters[neox]}", f"--data={data}", f"--out={out}"]
+    arguments += ["--template=none", "--noeos", "--batch_size=3"]
+    done = subprocess.run([sys.executable, "-m", "bilevel_jax.score", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 9 rows scored" in done.stdout
+
+    results = read_jsonl(out)
+    bad = {1: "JSON", 3: "empty response", 4: "128 positions", 8: "no field"}
+    for place, reason in bad.items():
+        assert reason in results[place].pop("reason")
+        assert results[place].pop("line") == place + 1
+        nulls = {"id": results[4]["id"] if place == 4 else None, "loss": None, "logprob": None, "num_tokens": 0}
+        assert results[place] == nulls
+    scored = [result for place, result in enumerate(results) if place not in bad]
+    assert all(result.keys() == {"id", "loss", "logprob", "num_tokens"} for result in scored)
+    check(scored, load(neox, adapters[neox]), OBJECTS[-5:], *NONE)
+
+
+def test_no_row_that_fits(neox):
+    items = list(rows.parse([(1, TOO_LONG)]))
+    (result,) = scorer.score_rows(items, *load(neox), template="none", eos=True, batch_size=2)
+    assert result["loss"] is None and "128 positions" in result["reason"]
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"data": "empty.jsonl"}, "no rows"),
+        ({"model": "absent/dir/ectory"}, "no such directory"),
+        ({"adapter": "absent"}, "absent/adapter_config.json"),
+        ({"out": "absent/scores.jsonl"}, "--out"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"bach_size": "1"}, "bach_size"),
+    ],
+)
+def test_command_refuses(neox, tmp_path, changes, reason):
+    write_jsonl(tmp_path / "data.jsonl", OBJECTS)
+    (tmp_path / "empty.jsonl").touch()
+    flags = {"model": str(neox), "data": "data.jsonl", "out": "scores.jsonl"} | changes
+    arguments = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    command = [sys.executable, "-m", "bilevel_jax.score", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and reason in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
