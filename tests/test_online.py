@@ -176,8 +176,8 @@ def some(step=8):
     return online.ResponseStore(
         step=step,
         masked=np.array([False, True, True, False, True]),
-        row=np.array([1, 4, 4]),
-        sample=np.array([1, 0, 1]),
+        row_index=np.array([1, 4, 4]),
+        sample_index=np.array([1, 0, 1]),
         tokens=[int32(7, 8, 2), int32(9), int32(7, 7)],
         log_prob=np.array([-1.5, -1 / 3, -700.0]),
         log_ratio=np.array([np.nan, 0.25, np.nan]),
@@ -228,8 +228,8 @@ def segments(*args, **options):
 
 REWARDED = dataclasses.replace(
     some(),
-    row=np.array([4, 1, 4, 4, 4, 1]),
-    sample=np.array([0, 0, 1, 2, 3, 1]),
+    row_index=np.array([4, 1, 4, 4, 4, 1]),
+    sample_index=np.array([0, 0, 1, 2, 3, 1]),
     tokens=[int32(*[7] * n) for n in (3, 1, 2, 5, 4, 1)],
     log_prob=np.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]),
     log_ratio=np.full(6, np.nan),

@@ -76,7 +76,7 @@ def segment(rng, prompt, response, **role):
 def rows(upper_sizes=tuple(UPPER_SIZES), lower_sizes=tuple(LOWER_SIZES), samples=SAMPLES):
     rng = np.random.default_rng(3)
     upper = [segment(rng, *size, share=1 / len(upper_sizes)) for size in upper_sizes]
-    lower = [segment(rng, *size, sample=i, share=1 / len(samples)) for size, i in zip(lower_sizes, samples)]
+    lower = [segment(rng, *size, row_index=i, share=1 / len(samples)) for size, i in zip(lower_sizes, samples)]
     return upper, lower
 
 
@@ -182,7 +182,7 @@ def test_a_batch_without_a_token_to_predict_moves_nothing():
     rng = np.random.default_rng(0)
     upper = [segment(rng, 0, 1, share=1.0)]
     own = {"group": 2, "old_log_prob": 0.0}
-    lower = [segment(rng, 0, 1, sample=4, share=0.5), *(segment(rng, 0, 1, sample=1, share=0.25, **own) for _ in range(2))]
+    lower = [segment(rng, 0, 1, row_index=4, share=0.5), *(segment(rng, 0, 1, row_index=1, share=0.25, **own) for _ in range(2))]
     batch = packing.pack_step([*upper, *lower], N, 2, LAYOUT)
     advance = compiled(LLAMA, Objective(response_weight="geometric"))
     state, found = advance(model(LLAMA)[0], begin(LLAMA), batch, Scales(1.0, GAMMA))
@@ -444,7 +444,7 @@ def test_lemma_9_with_a_real_model():
     """(45), by running the step for each i_k = m: B = 1, σ as the paper writes it. Derived in test_selector."""
     upper, _ = rows()
     rng = np.random.default_rng(5)
-    lower = [segment(rng, 3, 4, sample=m, share=1.0) for m in range(N)]
+    lower = [segment(rng, 3, 4, row_index=m, share=1.0) for m in range(N)]
     literal = Selector("bds", "sgd", ALPHA, baseline="none", weight_scale="literal")
     advance, base, scales = compiled(LLAMA, selector=literal), model(LLAMA)[0], Scales(1.0, GAMMA)
     outcomes = [advance(base, begin(LLAMA, literal), pack(upper, [row]), scales)[0] for row in lower]
@@ -536,7 +536,7 @@ def own_rows():
         question = segment(rng, prompt, 0).prompt
         for size, log_ratio in zip(sizes, LOG_RATIOS[i], strict=True):
             response = segment(rng, 0, size).response
-            row = Segment(question, response, sample=i, share=1 / 4 / len(sizes), group=group)
+            row = Segment(question, response, row_index=i, share=1 / 4 / len(sizes), group=group)
             nll, _ = own_nll(model(LLAMA)[1], row)
             answers.append(row._replace(old_log_prob=-float(nll) - log_ratio))
     return upper, [answers[0], first, *answers[3:0:-1], second, answers[4]]  # answers to one question are no neighbours
@@ -808,8 +808,8 @@ def compared_rows(objective):
             own = online.ResponseStore(
                 step=0,
                 masked=np.ones(N, bool),
-                row=np.full(len(mine), i),
-                sample=np.arange(len(mine)),
+                row_index=np.full(len(mine), i),
+                sample_index=np.arange(len(mine)),
                 tokens=[row.response for row in mine],
                 log_prob=np.array([row.old_log_prob for row in mine]),
                 log_ratio=np.full(len(mine), np.nan),
@@ -819,9 +819,9 @@ def compared_rows(objective):
             found = online.response_segments(own, i, mine[0].prompt, 1 / 4, group, objective.generated, ROOMY.length)
             lower += [row for _, row in found]
         elif objective.lower == "sft":
-            lower.append(segment(rng, 3, int(rng.integers(2, 7)), sample=i, share=1 / 4))
+            lower.append(segment(rng, 3, int(rng.integers(2, 7)), row_index=i, share=1 / 4))
         else:
-            lower += pair(group, sample=i, share=1 / 4)
+            lower += pair(group, row_index=i, share=1 / 4)
     return upper, lower
 
 

@@ -422,8 +422,8 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     own = online.ResponseStore(
         step=0,
         masked=np.isin(np.arange(len(level["lower"].rows)), [first, second, third]),
-        row=np.array([third, first, first, first]),
-        sample=np.array([1, 0, 1, 2]),
+        row_index=np.array([third, first, first, first]),
+        sample_index=np.array([1, 0, 1, 2]),
         tokens=[np.arange(1, 2 + n, dtype=np.int32) for n in range(4)],
         log_prob=np.array([-1.0, -2.0, -3.0, -4.0]),
         log_ratio=np.full(4, np.nan),

@@ -190,7 +190,7 @@ def test_pairs_share_a_sequence():
     order = rng.permutation(2 * count)  # the two of a pair need not be neighbours
     roles = [dict(group=int(k) // 2, sign=1 - 2 * (int(k) % 2), reference=-float(k)) for k in order]
     segments = [segment(i, *sizes[i], **roles[i]) for i in range(2 * count)]
-    lower = [segment(2 * count, 3, 4, sample=2), segment(2 * count + 1, 1, 6, sample=0)]
+    lower = [segment(2 * count, 3, 4, row_index=2), segment(2 * count + 1, 1, 6, row_index=0)]
     batch = packing.pack_step(segments + lower, 5, 2, layout)
     check(batch.packed, sizes + [(3, 4), (1, 6)], layout)
     sequence_of = {i: b for b, members in enumerate(contents(batch.packed)) for i in members}
@@ -211,11 +211,11 @@ def test_own_responses_go_where_there_is_room(padded):
     sizes = [(8, int(response)) for response in rng.integers(1, 33, 20)]
     question = [int(q) for q in rng.integers(0, 4, 20)]
     segments = [
-        segment(i, *size, sample=q, share=1 / 8, group=20 + q, old_log_prob=-i / 3)
+        segment(i, *size, row_index=q, share=1 / 8, group=20 + q, old_log_prob=-i / 3)
         for i, (size, q) in enumerate(zip(sizes, question))
     ]
     pairs = [segment(20 + i, 4, 5, group=i // 2, sign=1 - 2 * (i % 2)) for i in range(4)]
-    others = [segment(24, 5, 5, sample=9), segment(25, 5, 5, sample=-1)]
+    others = [segment(24, 5, 5, row_index=9), segment(25, 5, 5, row_index=-1)]
     batch = packing.pack_step(segments + pairs + others, 10, 5, layout)
     check(batch.packed, sizes + [(4, 5)] * 4 + [(5, 5)] * 2, layout)
     where = {i: b for b, members in enumerate(contents(batch.packed)) for i in members}

@@ -58,8 +58,8 @@ def make_responses(number):
     return online.ResponseStore(
         step=30,
         masked=np.array([True, False, True, True, False, False, True]),
-        row=np.arange(number, dtype=np.int64),
-        sample=np.arange(number, dtype=np.int64) % 2,
+        row_index=np.arange(number, dtype=np.int64),
+        sample_index=np.arange(number, dtype=np.int64) % 2,
         tokens=[rng.integers(0, 2**31 - 1, 1 + i, dtype=np.int32) for i in range(number)],
         log_prob=-100 * rng.random(number),
         log_ratio=np.where(np.arange(number) % 3 == 1, np.nan, rng.normal(size=number)),
