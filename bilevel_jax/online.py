@@ -168,6 +168,51 @@ class Generation(NamedTuple):
     response: sampling.Response
 
 
+class Generator(NamedTuple):
+    """What a refresh generates and scores with; see `make_refresh` for the fields."""
+
+    sample: Callable
+    score: Callable
+    detokenize: Callable
+    ids: Sequence[str]
+    prompts: Sequence[np.ndarray]
+    seed: int
+    num_samples: int
+    paired: bool
+
+
+def _generate(generator: Generator, base, adapter, step: int, rows, stopped) -> list[Generation] | None:
+    """G responses to each row's question; None if `stopped()` became true meanwhile."""
+    keys = sampling.row_keys(generator.seed, (generator.ids[i] for i in rows), step, generator.num_samples)
+    prompts = [generator.prompts[i] for i in rows]
+    responses = generator.sample(base, adapter, prompts, keys, "answering masked questions", stopped)
+    if responses is None:
+        return None
+    return [
+        Generation(int(i), g, generator.detokenize(response.tokens), response)
+        for i, group in zip(rows, responses, strict=True)
+        for g, response in enumerate(group)
+    ]
+
+
+def _score(
+    generator: Generator, base, adapter, step: int, generations: Sequence[Generation]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """log π_old of each response and, for pairs, its log-probability under the reference model.
+
+    Raises:
+      RunError: a response has no finite log-probability.
+    """
+    segments = [packing.Segment(generator.prompts[one.row_index], one.response.ids) for one in generations]
+    nll, _ = generator.score(base, adapter, segments, "scoring answers")
+    broken = [generator.ids[one.row_index] for one, value in zip(generations, nll, strict=True) if not np.isfinite(value)]
+    if broken:
+        raise errors.RunError(f"step {step}: the answer to row {broken[0]} has no probability; {errors.REMEDY}")
+    if not generator.paired:
+        return -nll, None
+    return -nll, -generator.score(base, None, segments, "scoring answers by the reference")[0]
+
+
 def make_refresh(
     sample: Callable,
     score: Callable,
@@ -195,26 +240,7 @@ def make_refresh(
       reward_fn: from `rewards.make_reward_fn`; None for no rewards.
       paired: whether the responses need log-probabilities under the reference model, the base without its adapter.
     """
-
-    def generate_responses(base, adapter, step, rows, stopped) -> list[Generation] | None:
-        keys = sampling.row_keys(seed, (ids[i] for i in rows), step, num_samples)
-        responses = sample(base, adapter, [prompts[i] for i in rows], keys, "answering masked questions", stopped)
-        if responses is None:
-            return None
-        return [
-            Generation(int(i), g, detokenize(response.tokens), response)
-            for i, group in zip(rows, responses, strict=True)
-            for g, response in enumerate(group)
-        ]
-
-    def score_responses(base, adapter, step, generations) -> tuple[np.ndarray, np.ndarray | None]:
-        """log π_old and, for pairs, the reference's log-probability of each response."""
-        segments = [packing.Segment(prompts[one.row_index], one.response.ids) for one in generations]
-        nll, _ = score(base, adapter, segments, "scoring answers")
-        broken = [ids[one.row_index] for one, value in zip(generations, nll, strict=True) if not np.isfinite(value)]
-        if broken:
-            raise errors.RunError(f"step {step}: the answer to row {broken[0]} has no probability; {errors.REMEDY}")
-        return -nll, -score(base, None, segments, "scoring answers by the reference")[0] if paired else None
+    generator = Generator(sample, score, detokenize, ids, prompts, seed, num_samples, paired)
 
     def refresh(base, adapter, step: int, masked, visited, stopped: Callable[[], bool]):
         needed = np.intersect1d(masked, visited)
@@ -224,28 +250,33 @@ def make_refresh(
         for rows in parts:
             if not len(rows):
                 continue
-            part = generate_responses(base, adapter, step, rows, stopped)
+            part = _generate(generator, base, adapter, step, rows, stopped)
             if part is None:
                 return None
             not_blank = [one for one in part if one.text.strip()]
             if not_blank:
-                log_prob, reference = score_responses(base, adapter, step, not_blank)
+                log_prob, reference = _score(generator, base, adapter, step, not_blank)
                 log_probs.extend(log_prob)
-                references.extend(reference if paired else ())
+                references.extend(() if reference is None else reference)
             generations, stored = generations + part, stored + not_blank
-        mask = np.zeros(len(prompts), bool)
-        mask[masked] = True
-        store = ResponseStore(
-            step=step,
-            masked=mask,
-            row_index=np.array([one.row_index for one in stored], np.int64),
-            sample_index=np.array([one.sample_index for one in stored], np.int64),
-            tokens=[one.response.ids for one in stored],
-            log_prob=np.array(log_probs, np.float64),
-            log_ratio=np.full(len(stored), np.nan),
-            reward=reward_fn(stored, np.array(log_probs)) if reward_fn and stored else None,
-            reference=np.array(references) if references else None,
-        )
-        return store, generations
+        rewards = reward_fn(stored, np.array(log_probs)) if reward_fn and stored else None
+        return _store(step, len(prompts), masked, stored, log_probs, references, rewards), generations
 
     return refresh
+
+
+def _store(step: int, num_rows: int, masked, generations: Sequence[Generation], log_probs, references, rewards) -> ResponseStore:
+    """The store of new responses, none of them used yet."""
+    mask = np.zeros(num_rows, bool)
+    mask[masked] = True
+    return ResponseStore(
+        step=step,
+        masked=mask,
+        row_index=np.array([one.row_index for one in generations], np.int64),
+        sample_index=np.array([one.sample_index for one in generations], np.int64),
+        tokens=[one.response.ids for one in generations],
+        log_prob=np.array(log_probs, np.float64),
+        log_ratio=np.full(len(generations), np.nan),
+        reward=rewards,
+        reference=np.array(references) if references else None,
+    )

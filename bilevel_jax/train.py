@@ -51,18 +51,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: f
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with; none of it changes from step to step, but for what it logs and counts.
-
-    `workdir` takes the files of this process, `shared` the checkpoints, which all processes write together.
-    """
+    """What the loop works with. Nothing here changes from step to step, except for what is logged and counted."""
 
     config: configuration.Config
-    workdir: pathlib.Path
-    shared: pathlib.Path
+    workdir: pathlib.Path  # for the files of this process
     clock: clocks.Clock
     setup: setups.Setup
     program: setups.Program
+    encoder: features.Encoder | None  # of the rows' features
+    token_offsets: list[np.ndarray] | None  # where each row's tokens are in its response, if tokens have weights
     held_out: evaluation.HeldOut
+    start: int  # steps taken before this process
     epoch_steps: int
     bad: np.ndarray | None  # labels of the training rows, for measurement only
     truths: Sequence[str | None]  # their right responses, for measurement only
@@ -84,6 +83,10 @@ class Run:
     def refresh_due(self, k: int) -> bool:
         return self.refresh is not None and k % self.config.online.refresh_every == 0
 
+    def save_due(self, done: int) -> bool:
+        every = self.config.checkpoint.every
+        return done % self.epoch_steps == 0 or bool(every and done % every == 0)
+
 
 def _run(
     config: configuration.Config,
@@ -92,62 +95,12 @@ def _run(
     shared: pathlib.Path,
     began: float | None,
 ) -> dict[str, float]:
-    """Prepares, restores, trains and finishes."""
+    """Prepares, trains and finishes. Checkpoints, which all processes write together, go to `shared`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
     clock = clocks.Clock(began)
-    with clock("load"):
-        setup = setups.load(config)
-    epoch_steps = shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
-    traced = _traced_steps(config, config.num_epochs * epoch_steps)
-    bad, truths = levels.labels(setup.lower, config.data.label), levels.truths(setup.lower, config.data.truth)
-    generates = config.method in configuration.ONLINE
-    reward_fn = (
-        rewards.make_reward_fn(config.online.reward, setup.lower.rows, truths) if generates and config.online.reward else None
-    )
-    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
-    start = checkpoints.latest() or 0
-    identity, counters = _identify(config, setup, shared, checkpoints, start)
-
-    with clock("load"):
-        row_features = setups.row_features(config, setup, shared, resumed=bool(start))
-    state, shardings = setups.init_state(config, setup, row_features.size)
-    offsets = finish.token_offsets(setup, state)
-    with clock("compile"):
-        program = setups.compile_program(config, setup, state, shardings, row_features.values)
-
-    # The workdir belongs to this config now that the config has proved to run.
-    files.write_atomically(workdir / "config.json", config_dict.to_json(indent=2, sort_keys=True) + "\n")
-    if row_features.encoder and not start:
-        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
-    store = online.empty(len(setup.lower.rows))
-    if start:
-        state, store = checkpoints.restore(start, state)
-        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        print(f"resuming {workdir} at step {start} of {config.num_epochs * epoch_steps}")
-    run = Run(
-        config=config,
-        workdir=workdir,
-        shared=shared,
-        clock=clock,
-        setup=setup,
-        program=program,
-        held_out=evaluation.held_out(config, setup.upper, setup.lower, setup.tokenizer, program.score, setup.base),
-        epoch_steps=epoch_steps,
-        bad=bad,
-        truths=truths,
-        checkpoints=checkpoints,
-        identity=identity,
-        writer=_open_writer(config, config_dict, workdir, start),
-        refresh=setups.build_refresh(config, setup, program.score, reward_fn) if generates else None,
-        at_start=dict(counters.get("at_start", {})),
-        refresh_counts=dict(counters.get("refreshed", {})),
-    )
-    if not start:
-        with clock("eval"):
-            run.at_start.update(evaluation.losses(run.held_out, program.score, setup.base, state.policy.adapter))
-        run.writer.write(0, 0, run.at_start)
-    state, final = _train(run, state, store, start, traced)
-    return _finish(run, state, final, row_features, offsets)
+    run, state, store = _prepare(config, config_dict, workdir, shared, clock)
+    state, final = _train(run, state, store)
+    return _finish(run, state, final)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -155,10 +108,8 @@ def _run(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _train(
-    run: Run, state: step.State, store: online.ResponseStore, start: int, traced: tuple[int, int] | None
-) -> tuple[step.State, dict[str, float]]:
-    """The steps from `start` to the end.
+def _train(run: Run, state: step.State, store: online.ResponseStore) -> tuple[step.State, dict[str, float]]:
+    """The steps from `run.start` to the end.
 
     Returns:
       The last state, and what the last epoch measured; empty if there was no step.
@@ -166,70 +117,100 @@ def _train(
     Raises:
       Interrupted: a signal arrived; the state is saved.
     """
-    config, clock, mesh = run.config, run.clock, run.setup.mesh
-    ids = [row.id for row in run.setup.lower.rows]
     final: dict[str, float] = {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(clock("checkpoint"))
-        stack.enter_context(contextlib.closing(run.checkpoints))  # at the end, waits until everything is on disk
-        stack.enter_context(contextlib.closing(run.writer))
-        responses = None
-        if run.refresh is not None:
-            file = run.workdir / "responses.jsonl"
-            responses = response_log.ResponseLog(file, start, config.online.refresh_every)
-            stack.enter_context(contextlib.closing(responses))
-        stack.enter_context(clock("train"))
-        profile = stack.enter_context(clocks.Profile(run.workdir / "profile", traced))
-        signals = stack.enter_context(interruption.catch_signals())
-        prefetcher = stack.enter_context(batches.Prefetcher(run.program.batch_of, run.num_steps, run.refresh_due))
-        bar = tqdm.tqdm(total=run.num_steps, initial=start, desc=config.method, unit="step", smoothing=0.05)
-        log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps)
-
-        def stopped() -> bool:
-            return sharding.any_process(bool(signals))
-
-        for k in range(start, run.num_steps):
+    with _open_outputs(run) as out:
+        for k in range(run.start, run.num_steps):
             if run.refresh_due(k):
-                log.flush()  # writes the last ratios of the responses that are replaced
-                with clock("generate"), log.paused():
-                    refreshed = _refresh(run, state, k, stopped)
+                refreshed = _refresh(run, state, k, out)
                 if refreshed is None:
                     _save(run, state, store, k)
                     break
-                responses.write(store, ids, run.setup.detokenize, run.setup.eos)
+                out.write_responses(store)
                 store = refreshed
-            batch = prefetcher.get(k, store)
-            scales = sharding.replicate(batches.level_scales(config, k // run.epoch_steps), mesh)
-            with log.paused():
-                profile.before(k, state)
-            with jax.profiler.StepTraceAnnotation("step", step_num=k):
-                packed = sharding.split_batch(batch.batch, mesh)
-                state, step_metrics = run.program.train_step(run.setup.base, state, packed, scales, run.program.features)
+            batch = out.prefetcher.get(k, store)
+            state = _step(run, state, k, batch, store, out)
             done = k + 1
-            log_weights = run.selects and done % config.log.every == 0
-            log.push(done, step_metrics, selector.summary(state.selector.logits) if log_weights else {}, batch, store)
-            ends_epoch = done % run.epoch_steps == 0
-            stops = done < run.num_steps and stopped()  # asked once: a signal may arrive at any moment
-            saves = ends_epoch or stops or bool(config.checkpoint.every and done % config.checkpoint.every == 0)
-            if saves:
-                log.flush()  # nothing is evaluated or saved before its step is known to be finite
-            if ends_epoch:
-                final = _finish_epoch(run, state, store, done // run.epoch_steps)
-                log.restart_clock()
-            if saves:
+            stops = done < run.num_steps and out.stopped()  # asked once: a signal may arrive at any moment
+            if run.save_due(done) or stops:
+                out.log.flush()  # nothing is evaluated or saved before its step is known to be finite
+                if done % run.epoch_steps == 0:
+                    final = _finish_epoch(run, state, store, done // run.epoch_steps)
+                    out.log.restart_clock()
                 _save(run, state, store, done)
             if stops:
                 break
-        if responses and int(state.step) == run.num_steps:
-            responses.write(store, ids, run.setup.detokenize, run.setup.eos)
+        if int(state.step) == run.num_steps:
+            out.write_responses(store)
     if int(state.step) < run.num_steps:
-        name = signal.Signals(signals[0]).name if signals else "a signal to another process"
+        name = signal.Signals(out.signals[0]).name if out.signals else "a signal to another process"
         raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues")
     return state, final
 
 
-def _refresh(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) -> online.ResponseStore | None:
-    """New responses to the masked questions that steps k ... will visit (Algorithm 1, lines 5-8); None if `stopped()`."""
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What is open while the steps run."""
+
+    log: step_log.StepLog
+    prefetcher: batches.Prefetcher
+    profile: clocks.Profile
+    signals: list[int]  # SIGTERM and SIGINT received so far
+    write_responses: Callable[[online.ResponseStore], None]  # appends to responses.jsonl; does nothing without generation
+
+    def stopped(self) -> bool:
+        """Whether any process of the run received a signal."""
+        return sharding.any_process(bool(self.signals))
+
+
+@contextlib.contextmanager
+def _open_outputs(run: Run):
+    """Opens files, signal handlers and the progress bar, and closes them in the reverse order."""
+    config = run.config
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.clock("checkpoint"))
+        stack.enter_context(contextlib.closing(run.checkpoints))  # at the end, waits until everything is on disk
+        stack.enter_context(contextlib.closing(run.writer))
+        write_responses = _open_responses(run, stack)
+        stack.enter_context(run.clock("train"))
+        profile = stack.enter_context(clocks.Profile(run.workdir / "profile", configuration.profiled_steps(config)))
+        signals = stack.enter_context(interruption.catch_signals())
+        prefetcher = stack.enter_context(batches.Prefetcher(run.program.batch_of, run.num_steps, run.refresh_due))
+        bar = tqdm.tqdm(total=run.num_steps, initial=run.start, desc=config.method, unit="step", smoothing=0.05)
+        log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps)
+        yield Outputs(log, prefetcher, profile, signals, write_responses)
+
+
+def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.ResponseStore], None]:
+    if run.refresh is None:
+        return lambda store: None
+    log = response_log.ResponseLog(run.workdir / "responses.jsonl", run.start, run.config.online.refresh_every)
+    stack.enter_context(contextlib.closing(log))
+    ids = [row.id for row in run.setup.lower.rows]
+    return lambda store: log.write(store, ids, run.setup.detokenize, run.setup.eos)
+
+
+def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs) -> step.State:
+    """One joint update of θ and ω (lines 9-12), dispatched; its metrics are logged one step later."""
+    mesh, done = run.setup.mesh, k + 1
+    scales = sharding.replicate(batches.level_scales(run.config, k // run.epoch_steps), mesh)
+    with out.log.paused():
+        out.profile.before(k, state)
+    with jax.profiler.StepTraceAnnotation("step", step_num=k):
+        packed = sharding.split_batch(batch.batch, mesh)
+        state, values = run.program.train_step(run.setup.base, state, packed, scales, run.program.features)
+    log_weights = run.selects and done % run.config.log.every == 0
+    out.log.push(done, values, selector.summary(state.selector.logits) if log_weights else {}, batch, store)
+    return state
+
+
+def _refresh(run: Run, state: step.State, k: int, out: Outputs) -> online.ResponseStore | None:
+    """New responses to the masked questions that steps k ... will visit (lines 5-8); None if a signal arrived meanwhile."""
+    out.log.flush()  # notes the last ratios of the responses that are replaced
+    with run.clock("generate"), out.log.paused():
+        return _generate(run, state, k, out.stopped)
+
+
+def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) -> online.ResponseStore | None:
     config, began, num_rows = run.config, time.perf_counter(), len(run.setup.lower.rows)
     logits = sharding.to_host(state.selector.logits) if config.method == "dynamic" else None
     masked = online.masked_rows(logits, num_rows, config.online.ratio, config.seed)
@@ -284,11 +265,82 @@ def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> N
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _traced_steps(config: configuration.Config, num_steps: int) -> tuple[int, int] | None:
+def _prepare(
+    config: configuration.Config,
+    config_dict: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    shared: pathlib.Path,
+    clock: clocks.Clock,
+) -> tuple[Run, step.State, online.ResponseStore]:
+    """Loads, compiles and restores."""
+    with clock("load"):
+        setup = setups.load(config)
+    lower = setup.lower
+    epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
+    num_steps = config.num_epochs * epoch_steps
+    _check_profile(config, num_steps)
+    truths = levels.truths(lower, config.data.truth)
+    reward_fn = _reward_fn(config, lower, truths)
+    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    identity, counters = _identify(config, setup, shared, checkpoints, start)
+    with clock("load"):
+        row_features = setups.row_features(config, setup, shared, resumed=bool(start))
+    state, shardings = setups.init_state(config, setup, row_features.size)
+    token_offsets = finish.token_offsets(setup, state)
+    with clock("compile"):
+        program = setups.compile_program(config, setup, state, shardings, row_features.values)
+
+    # The workdir belongs to this config now that the config has proved to run.
+    files.write_atomically(workdir / "config.json", config_dict.to_json(indent=2, sort_keys=True) + "\n")
+    if row_features.encoder and not start:
+        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+    store = online.empty(len(lower.rows))
+    if start:
+        state, store = checkpoints.restore(start, state)
+        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
+        print(f"resuming {workdir} at step {start} of {num_steps}")
+    run = Run(
+        config=config,
+        workdir=workdir,
+        clock=clock,
+        setup=setup,
+        program=program,
+        encoder=row_features.encoder,
+        token_offsets=token_offsets,
+        held_out=evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base),
+        start=start,
+        epoch_steps=epoch_steps,
+        bad=levels.labels(lower, config.data.label),
+        truths=truths,
+        checkpoints=checkpoints,
+        identity=identity,
+        writer=_open_writer(config, config_dict, workdir, start),
+        refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
+        at_start=dict(counters.get("at_start", {})),
+        refresh_counts=dict(counters.get("refreshed", {})),
+    )
+    if not start:
+        _measure_start(run, state)
+    return run, state, store
+
+
+def _measure_start(run: Run, state: step.State) -> None:
+    with run.clock("eval"):
+        run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
+    run.writer.write(0, 0, run.at_start)
+
+
+def _check_profile(config: configuration.Config, num_steps: int) -> None:
     traced = configuration.profiled_steps(config)
     if traced and traced[1] > num_steps:
         raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
-    return traced
+
+
+def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:
+    if config.method not in configuration.ONLINE or not config.online.reward:
+        return None
+    return rewards.make_reward_fn(config.online.reward, lower.rows, truths)
 
 
 def _identify(
@@ -320,15 +372,13 @@ def _open_writer(
     )
 
 
-def _finish(
-    run: Run, state: step.State, final: dict[str, float], row_features: setups.RowFeatures, offsets: list[np.ndarray] | None
-) -> dict[str, float]:
+def _finish(run: Run, state: step.State, final: dict[str, float]) -> dict[str, float]:
     """Writes what a finished run leaves, and returns its summary."""
-    finish.write_parameters(run.config, run.workdir, run.setup, state, row_features.encoder)
+    finish.write_parameters(run.config, run.workdir, run.setup, state, run.encoder)
     final = final or _measure(run, state)  # the latter if resumed after the last step
-    if offsets is not None:
+    if run.token_offsets is not None:
         with run.clock("eval"):
-            final |= finish.write_token_weights(run.config, run.workdir, run.setup, state, offsets)
+            final |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
     values: dict[str, float] = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
     return finish.write_summary(run.workdir, run.setup, values | final | run.refresh_counts, run.clock)
