@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, features, forward, losses, preferences, sampling, sharding, step
+from bilevel_jax import checks, decoding, features, forward, losses, preferences, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
@@ -201,8 +201,8 @@ def make(config) -> Plan:
     if config.method in configuration.ONLINE:
         slots, length = config.online.slots, config.data.max_length
         most = min(config.online.max_new_tokens, length - 1)
-        held = jax.eval_shape(lambda: sampling.init_slots(model, slots, length, most))
-        places = sampling.slot_shardings(mesh, held)
+        held = jax.eval_shape(lambda: decoding.init_slots(model, slots, length, most))
+        places = decoding.slot_shardings(mesh, held)
         add("base by layer, a copy", base_size, SAMPLING)
         cache = size_of(held.cache, places.cache)
         add("KV cache", cache, SAMPLING)

@@ -9,7 +9,6 @@ breakdown where the joint step's time goes, by a trace (--config=configs/quality
 dtype     the joint step in bfloat16 over float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection over one of direct mixing
 padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
-refill    sampling with slot refill over without (--config=configs/safety.py:smollm2 --rounds=1)
 """
 
 import pathlib
@@ -21,7 +20,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding", "refill")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding")
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
@@ -36,7 +35,7 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, refill, selector_cost, train_step
+    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, selector_cost, train_step
 
     if suite == "selector":
         return selector_cost.measure(rounds)
@@ -52,8 +51,6 @@ def measure(suite: str, config, rounds: int) -> list[str]:
     prompts, eos = [example.prompt for example in lower.examples], huggingface.eos_ids(directory, tokenizer)
     if suite == "decode":
         return decode.measure(config, model, base, directory, prompts, eos, rounds)
-    if suite == "refill":
-        return refill.measure(model, base, prompts, eos, rounds)
     if suite == "cost":
         return cost.measure(config, model, base, upper, lower, rounds)
     steps = {"train": train_step, "breakdown": breakdown, "padding": padding}
