@@ -1,4 +1,4 @@
-"""Losses against float64 NumPy and against `jax.grad` of the same loss with all logits written out."""
+"""Losses against float64 NumPy and against `jax.grad` of the same loss with all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +12,32 @@ CASES = [(20, 4, 0), (20, 4, 9), (20, 4, 20), (20, 20, 13), (12, 256, 11), (32, 
 
 
 def problem(P, num_targets, seed=0, tokens=T):
-    """Random hidden states, head, sources (repeated ones among them) and targets; padding behind `num_targets`."""
+    """Random hidden states, output matrix, logit indices (some repeated) and targets; padding after `num_targets`."""
     rng = np.random.default_rng(seed)
-    source = np.full(P, tokens, np.int32)
-    source[:num_targets] = rng.integers(0, tokens, num_targets)
-    source[1:num_targets:5] = source[0]
+    index = np.full(P, tokens, np.int32)
+    index[:num_targets] = rng.integers(0, tokens, num_targets)
+    index[1:num_targets:5] = index[0]
     target = np.zeros(P, np.int32)
     target[:num_targets] = rng.integers(0, V, num_targets)
     hidden, head = rng.normal(size=(tokens, D)), rng.normal(size=(V, D))
-    return tuple(map(jnp.asarray, (np.float32(hidden), np.float32(head), source, target, np.int32(num_targets))))
+    return tuple(map(jnp.asarray, (np.float32(hidden), np.float32(head), index, target, np.int32(num_targets))))
 
 
-def numpy_nll(hidden, head, source, target, num_targets):
-    """Written out in float64, one target at a time."""
+def numpy_nll(hidden, head, index, target, num_targets):
+    """In float64, one target at a time."""
     hidden, head = np.float64(hidden), np.float64(head)
-    nll = np.zeros(len(source))
+    nll = np.zeros(len(index))
     for p in range(num_targets):
-        logits = head @ hidden[source[p]]
+        logits = head @ hidden[index[p]]
         nll[p] = np.log(np.sum(np.exp(logits - logits.max()))) + logits.max() - logits[target[p]]
     return nll
 
 
-def full_logits_nll(hidden, head, source, target, num_targets):
-    """The same with all logits at once, float32, for `jax.grad`."""
+def full_logits_nll(hidden, head, index, target, num_targets):
+    """The same with all logits at once, in float32, for `jax.grad`."""
     log_probs = jax.nn.log_softmax(hidden.astype(jnp.float32) @ head.astype(jnp.float32).T)
     used = slice(0, int(num_targets))
-    return -log_probs[source[used], target[used]]
+    return -log_probs[index[used], target[used]]
 
 
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
@@ -53,20 +53,20 @@ def test_token_nll(monkeypatch, P, chunk, num_targets):
 def test_token_nll_of_extreme_logits():
     hidden, head = jnp.array([[1e4], [-1e4]]), jnp.array([[1.0], [-1.0], [0.0]])
     nll = losses.token_nll(hidden, head, jnp.array([0, 1]), jnp.array([0, 2]), jnp.int32(2))
-    np.testing.assert_allclose(nll, [0.0, 1e4], rtol=1e-6)  # the best token, and one that is 10^4 nats behind it
+    np.testing.assert_allclose(nll, [0.0, 1e4], rtol=1e-6)  # the most likely token, and one with 10^4 nats more
 
 
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
 def test_token_scores(monkeypatch, intermediate_shapes, P, chunk, num_targets):
-    """Targets that are the most likely token, and others; padding is neither missed nor scored."""
+    """Some targets are the most likely token, others are not; padding is neither missed nor scored."""
     monkeypatch.setattr(losses, "CHUNK", chunk)
-    hidden, head, source, target, count = problem(P, num_targets)
-    best = np.argmax(np.float64(hidden)[np.minimum(source, T - 1)] @ np.float64(head).T, axis=-1)
+    hidden, head, index, target, count = problem(P, num_targets)
+    best = np.argmax(np.float64(hidden)[np.minimum(index, T - 1)] @ np.float64(head).T, axis=-1)
     target = jnp.asarray(np.where(np.arange(P) % 2, target, best), jnp.int32)
-    nll, missed = losses.token_scores(hidden, head, source, target, count)
-    np.testing.assert_allclose(nll, numpy_nll(hidden, head, source, target, count), rtol=1e-5, atol=1e-5)
-    assert np.asarray(missed).tolist() == [place < num_targets and best[place] != target[place] for place in range(P)]
-    shapes = intermediate_shapes(lambda *args: losses.token_scores(*args), hidden, head, source, target, count)
+    nll, missed = losses.token_scores(hidden, head, index, target, count)
+    np.testing.assert_allclose(nll, numpy_nll(hidden, head, index, target, count), rtol=1e-5, atol=1e-5)
+    assert np.asarray(missed).tolist() == [p < num_targets and best[p] != target[p] for p in range(P)]
+    shapes = intermediate_shapes(lambda *args: losses.token_scores(*args), hidden, head, index, target, count)
     assert (min(chunk, P), V) in shapes and (chunk >= P or (P, V) not in shapes)
 
 
@@ -88,9 +88,9 @@ def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
 
 
 def test_cotangents_of_padding_are_ignored():
-    hidden, head, source, target, count = problem(12, 5)
-    source = source.at[5:].set(3)  # a real token: the count alone says what is padding
-    nll, pull = jax.vjp(lambda hidden: losses.token_nll(hidden, head, source, target, count), hidden)
+    hidden, head, index, target, count = problem(12, 5)
+    index = index.at[5:].set(3)  # a real token: only the count defines padding
+    nll, pull = jax.vjp(lambda hidden: losses.token_nll(hidden, head, index, target, count), hidden)
     assert (np.asarray(nll)[5:] == 0).all()
     only_padding = np.where(np.arange(12) < 5, 0.0, np.inf).astype(np.float32)
     assert (np.asarray(pull(only_padding)[0]) == 0).all()
@@ -106,11 +106,11 @@ def test_logits_exist_for_one_chunk_at_a_time(monkeypatch, intermediate_shapes):
 
     shapes = intermediate_shapes(jax.value_and_grad(loss), hidden)
     with_vocabulary = {shape for shape in shapes if V in shape}
-    assert (chunk, V) in with_vocabulary  # the inspection does see into the loop
+    assert (chunk, V) in with_vocabulary  # the inspection sees the inside of the loop
     assert all(np.prod(shape) <= chunk * V for shape in with_vocabulary)
 
-    whole = intermediate_shapes(jax.grad(lambda hidden: full_logits_nll(hidden, head, *rest).sum()), hidden)
-    assert (T, V) in whole  # and would see all logits if they were there
+    full = intermediate_shapes(jax.grad(lambda hidden: full_logits_nll(hidden, head, *rest).sum()), hidden)
+    assert (T, V) in full  # and it finds all logits where they exist
 
 
 def test_compiled_memory_is_that_of_one_chunk():
@@ -122,7 +122,7 @@ def test_compiled_memory_is_that_of_one_chunk():
         return losses.token_nll(*args).sum()
 
     memory = jax.jit(jax.value_and_grad(loss)).lower(hidden, head, index, index, count).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < P * V * 4 / 2  # all logits would be twice that, a chunk is an eighth of them
+    assert memory.temp_size_in_bytes < P * V * 4 / 2  # all logits would take twice that, a chunk an eighth of them
 
 
 @pytest.mark.parametrize("reduction, expected", [("mean", [2.0, 0.5, 0.0]), ("sum", [6.0, 0.5, 0.0])])
