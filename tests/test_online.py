@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import errors, importance, online, preferences, sampling
+from bilevel_jax import errors, importance, online, sampling
 from bilevel_jax.data import shuffle
 from bilevel_jax.runtime import response_log, response_metrics
+from experiments.didactic import objectives
 
 # --------------------------------------------------------------------------------------------------------------------
 # Response weights
@@ -251,20 +252,20 @@ def test_rewards_travel_with_all_responses(objective):
 
 
 def test_the_best_stands_for_all():
-    """And the first of equals, as `preferences.best_of` has it, which gives it the weight of all G."""
+    """And the first of equals, as `objectives.best_of` has it, which gives it the weight of all G."""
     [(place, segment)] = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
     assert (place, segment.share, segment.sign, list(segment.response)) == (2, 0.5, 0, [7, 7]) and np.isnan(segment.reward)
     [(place, _)] = online.response_segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
     assert place == 1
-    weight = preferences.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
+    weight = objectives.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
     assert np.flatnonzero(weight).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo"])
 def test_the_best_against_the_worst(objective):
-    """The pair of `preferences.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
+    """The pair of `objectives.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
     do not fit together."""
-    prompt, sign = int32(3, 3), preferences.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
+    prompt, sign = int32(3, 3), objectives.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
     found = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, room=2 * 2 + 2 + 5)
     assert [(place, s.share, s.sign, s.reference, s.group) for place, s in found] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
     assert [int(sign[place]) for place, _ in found] == [1, -1] and np.abs(sign).sum() == 2

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import importance, preferences
+from experiments.didactic import objectives
 
 BINS, GROUPS, G, STEPS = 48, 8, 4, 200
 PLACES = np.arange(BINS)
@@ -74,14 +75,14 @@ def objective(name: str, beta, log_prob_E, log_ratio_E, weight_E, reward_E) -> j
     Losses of pairs are divided by their slope at margin 0, β/2 and 1/β, so that one grid of learning rates suits all.
     """
     if name in ("DPO", "IPO"):
-        pairs = preferences.pairs(log_ratio_E, preferences.best_against_worst(reward_E, GROUP), G * SHARE, GROUP)
-        return 2 / beta * preferences.dpo(*pairs, beta) if name == "DPO" else beta * preferences.ipo(*pairs, beta)
+        pairs = preferences.pairs(log_ratio_E, objectives.best_against_worst(reward_E, GROUP), G * SHARE, GROUP)
+        return 2 / beta * objectives.dpo(*pairs, beta) if name == "DPO" else beta * objectives.ipo(*pairs, beta)
     weight = {
-        "best-of-G": lambda: preferences.best_of(reward_E, GROUP),
+        "best-of-G": lambda: objectives.best_of(reward_E, GROUP),
         "RWR": lambda: preferences.reward_weighted(reward_E, GROUP, beta),
         "REINFORCE": lambda: preferences.leave_one_out(reward_E, GROUP),
     }[name]()
-    return preferences.likelihood(log_prob_E, weight * weight_E, SHARE)
+    return objectives.likelihood(log_prob_E, weight * weight_E, SHARE)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "weights", "steps"))

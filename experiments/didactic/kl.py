@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from bilevel_jax import preferences
-from experiments.didactic import bandits
+from experiments.didactic import bandits, objectives
 
 TITLE = "Forward and reverse KL: covering and seeking modes"
 VERDICT = (
@@ -44,7 +44,7 @@ def loss(kind: str, log_policy, log_target, sample) -> jax.Array:
     else:
         reward = log_target[sample] - jax.lax.stop_gradient(log_policy[sample])
         weight = preferences.leave_one_out(reward, group)
-    return preferences.likelihood(log_policy[sample], weight, share)
+    return objectives.likelihood(log_policy[sample], weight, share)
 
 
 @functools.partial(jax.jit, static_argnames="kind")

@@ -98,7 +98,7 @@ def rankings(config, setup: setups.Setup, runs: dict[str, comparing.Run]) -> dic
         return measures.column(weight_table.latest(runs[cell].workdir), "logit", setup.lower.rows)
 
     def trust():
-        return setups.fit_features(config, setup)[1][:, features.TRUST]
+        return setups.fit_features(config, setup)[1][:, features.CCA_SCORE]
 
     how = {name: ((cell,), functools.partial(selected, cell)) for name, cell in SELECTORS.items() if cell in runs}
     how |= {  # the runs that a ranking takes, and what it makes of them

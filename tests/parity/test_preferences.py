@@ -1,7 +1,7 @@
 """Preference objectives against the loss code of `trl`, recomputed live with PyTorch: `make parity`.
 
-Its trainers are made without `__init__`, which wants a model and rows; what runs is their own code from log-probabilities or
-rewards to the loss.
+The trainers are created without `__init__`, which requires a model and rows. Their own code computes the loss from
+log-probabilities or rewards.
 """
 
 import collections
@@ -17,10 +17,8 @@ trl = pytest.importorskip("trl")
 
 import accelerate
 
-from bilevel_jax import (
-    importance,
-    preferences,
-)
+from bilevel_jax import importance, preferences
+from experiments.didactic import objectives
 
 pytestmark = pytest.mark.parity
 PAIRS, TOKENS = 5, 7
@@ -28,28 +26,28 @@ QUESTIONS, G = 4, 3
 
 
 def bare(trainer, **attributes):
-    """A trainer that has these attributes and no others."""
-    found = object.__new__(trainer)
-    vars(found).update(
+    """A trainer that has only these attributes."""
+    instance = object.__new__(trainer)
+    vars(instance).update(
         accelerator=accelerate.Accelerator(cpu=True),
         model=types.SimpleNamespace(training=True),
         _metrics={"train": collections.defaultdict(list)},
         aux_loss_enabled=False,
         **attributes,
     )
-    return found
+    return instance
 
 
-def their_pairs(loss_type, beta, chosen, rejected, lengths):
-    """DPOTrainer's loss of summed log-ratios, and its gradient in them; a response's tokens share its sum."""
+def trl_pair_loss(loss_type, beta, chosen, rejected, lengths):
+    """The loss of DPOTrainer for summed log-ratios, and its gradient. The tokens of a response share its sum equally."""
     logs = torch.tensor(np.concatenate([chosen, rejected]), dtype=torch.float64, requires_grad=True)
     length = torch.tensor(lengths)
     mask = (torch.arange(TOKENS) < length[:, None]).long()
     per_token = logs[:, None] / length[:, None] * mask
-    still = torch.zeros(2 * PAIRS, TOKENS, dtype=torch.float64)
+    zeros = torch.zeros(2 * PAIRS, TOKENS, dtype=torch.float64)
 
     def model(**_):
-        return types.SimpleNamespace(log_probs=per_token, entropy=still, mean_logits=still, is_top1=still.bool())
+        return types.SimpleNamespace(log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
     trainer = bare(
         trl.DPOTrainer,
@@ -77,7 +75,7 @@ def their_pairs(loss_type, beta, chosen, rejected, lengths):
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("loss_type, objective", [("sigmoid", preferences.dpo), ("ipo", preferences.ipo)])
+@pytest.mark.parametrize("loss_type, objective", [("sigmoid", objectives.dpo), ("ipo", objectives.ipo)])
 def test_dpo_and_ipo(loss_type, objective, beta):
     rng = np.random.default_rng(0)
     chosen, rejected = rng.normal(0, 5, (2, PAIRS))
@@ -86,20 +84,20 @@ def test_dpo_and_ipo(loss_type, objective, beta):
     group = jnp.tile(jnp.arange(PAIRS), 2)
 
     def ours(log_ratio):
-        if loss_type == "ipo":  # their means over tokens
+        if loss_type == "ipo":  # trl averages over tokens
             log_ratio = log_ratio / lengths
         return objective(*preferences.pairs(log_ratio, sign, jnp.full(2 * PAIRS, 1 / PAIRS), group), beta)
 
     value, gradient = jax.value_and_grad(ours)(jnp.asarray(np.concatenate([chosen, rejected]), jnp.float32))
-    expected, slope = their_pairs(loss_type, beta, chosen, rejected, lengths)
+    expected, slope = trl_pair_loss(loss_type, beta, chosen, rejected, lengths)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-7)
 
 
-def their_advantages(rewards):
-    """RLOOTrainer's, from its code that generates and scores; what it generates is one token each."""
+def trl_advantages(rewards):
+    """The advantages of RLOOTrainer, from its code that generates and scores; every response has one token."""
     number = len(rewards)
-    nothing = torch.zeros(number, 1)
+    zeros = torch.zeros(number, 1)
     trainer = bare(
         trl.RLOOTrainer,
         args=types.SimpleNamespace(per_device_train_batch_size=number, gradient_checkpointing_kwargs=None),
@@ -107,7 +105,7 @@ def their_advantages(rewards):
         _tokenizer=types.SimpleNamespace(pad_token_id=0),
         pad_to_multiple_of=None,
         mask_truncated_completions=False,
-        _get_per_token_logps_and_entropies=lambda *_, **__: (nothing, None, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (zeros, None, None),
         _calculate_rewards=lambda *_: torch.tensor(rewards)[:, None],
         num_generations=G,
         reward_weights=torch.ones(1),
@@ -125,13 +123,13 @@ def their_advantages(rewards):
 
 def test_leave_one_out():
     rewards = np.random.default_rng(1).normal(size=QUESTIONS * G)
-    found = preferences.leave_one_out(jnp.asarray(rewards), jnp.repeat(jnp.arange(QUESTIONS), G))
-    np.testing.assert_allclose(found, their_advantages(rewards), rtol=1e-5, atol=1e-6)
+    weight = preferences.leave_one_out(jnp.asarray(rewards), jnp.repeat(jnp.arange(QUESTIONS), G))
+    np.testing.assert_allclose(weight, trl_advantages(rewards), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("move", [0.0, 0.1])
 def test_reinforce(move):
-    """Their loss has r·A, of gradient r A ∇log π, ours the weight r A: one gradient, where neither clips r."""
+    """The loss of trl has r·A, with gradient r A ∇log π; ours has the weight r A. The gradients are equal where r is not clipped."""
     rng = np.random.default_rng(2)
     advantages, old, moves = rng.normal(size=(3, QUESTIONS * G))
     log_prob = old + move * moves
@@ -150,7 +148,7 @@ def test_reinforce(move):
     def ours(log_prob):
         group = jnp.repeat(jnp.arange(QUESTIONS), G)
         ratio = importance.response_weights("sequence", log_prob, jnp.asarray(old), jnp.ones(len(old)), group, 1.9)
-        return preferences.likelihood(log_prob, ratio * advantages, jnp.full(len(old), 1 / len(old)))
+        return objectives.likelihood(log_prob, ratio * advantages, jnp.full(len(old), 1 / len(old)))
 
     gradient = jax.grad(ours)(jnp.asarray(log_prob))
     np.testing.assert_allclose(gradient, logs.grad.numpy(), rtol=1e-4, atol=1e-7)
