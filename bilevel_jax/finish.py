@@ -35,7 +35,7 @@ def write_token_weights(
     """
     shape = config.batch.micro_size, config.data.max_length, setup.mesh
     adapter, lower = state.policy.adapter, setup.lower
-    weights = scoring.token_weights_of(setup.model, setup.base, adapter, state.token_params, lower.examples, *shape)
+    weights = scoring.example_token_weights(setup.model, setup.base, adapter, state.token_params, lower.examples, *shape)
     table = weight_table.token_table(lower.rows, offsets, weights)
     weight_table.write(workdir / weight_table.TOKENS, table)
     auroc = weight_table.token_auroc(table, lower.rows, config.data.spans)

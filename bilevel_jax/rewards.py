@@ -1,15 +1,14 @@
-"""Rewards of the model's own responses: numbers by which those to one question are compared.
+"""Rewards of generated responses, which compare the responses to one question.
 
-`online.reward` names where they come from:
+`online.reward` selects the source:
 
-    truth              1 for the right response of the data, else 0: it uses what training otherwise never sees
-    likelihood         mean log-probability of the response's tokens under the model that gave it: what it is surest of
-    MODULE:CALLABLE    a function of your own, see `Reward`
-    DIRECTORY          a sequence-classification model of one label, in Hugging Face format; it needs PyTorch
+    truth              1 for the right response of the data, else 0; training itself never uses these responses
+    likelihood         mean log-probability of the tokens of the response under the model that generated it
+    MODULE:CALLABLE    a user function, see `Reward`
+    DIRECTORY          a sequence-classification model with one label, in Hugging Face format; requires PyTorch
 
-Only differences between responses to one question count, in units that `online.reward_temperature` divides where weights hang on
-their size. They are computed on the host once per refresh, all at a time, by every process of a run: take a function of its
-arguments alone.
+Only differences between responses to one question matter. `online.reward_temperature` divides them where weights depend on their
+size. Every process of a run computes all rewards of a refresh on the host, in one call, so a reward function must be deterministic.
 """
 
 import importlib
@@ -23,55 +22,65 @@ import numpy as np
 from bilevel_jax import errors
 from bilevel_jax.data import rows as data_rows
 
-# (questions, responses, truths) -> a number for each, higher is better. A question is the contents of its turns, a response what
-# the model said, a truth the right response, None where the row does not say. All three are lists of the same length.
+# (questions, responses, truths) -> one number per response, higher is better. The three lists have the same length. A question is
+# the content of its turns, a response the generated text, a truth the right response, or None if the row has none.
 Reward = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
 
-BATCH = 16  # responses that go through a classification model at once
+BATCH = 16  # responses per forward pass of a classification model
 
 
 class RewardError(ValueError):
-    """A reward that cannot be had; one line that names the key."""
+    """An unusable `online.reward`. The message is one line that names the key."""
 
 
 def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[str | None]) -> Callable:
-    """Builds `judge(said, log_prob) -> [n] float64`, finite; `said` are n of `online.Said`, `log_prob` their log π_old.
+    """Builds `reward_fn(generations, log_prob) -> rewards`.
+
+    `generations` are n `online.Generation`s, `log_prob` [n] is their log π_old, the rewards are [n] float64 and finite.
 
     Args:
       name: the value of `online.reward`.
-      rows, truths: of the lower level, each row with its right response or None.
+      rows, truths: of the lower level; the right response of each row, or None.
 
     Raises:
-      RewardError: there is no such reward, or it does not go with these rows.
+      RewardError: there is no such reward, or these rows do not support it. `reward_fn` raises RunError if a user function fails.
     """
     if name == "truth":
-        without = next((row for row, truth in zip(rows, truths) if truth is None), None)
-        if without:
-            raise RewardError(f"online.reward=truth: row {without.id} has no right response; name its field with data.truth")
+        missing = next((row for row, truth in zip(rows, truths) if truth is None), None)
+        if missing:
+            raise RewardError(f"online.reward=truth: row {missing.id} has no right response; name its field with data.truth")
         reward = _truth
     elif pathlib.Path(name).is_dir():
         reward = classifier(pathlib.Path(name))
     elif name != "likelihood":
         reward = load(name)
 
-    def judge(said: Sequence, log_prob: np.ndarray) -> np.ndarray:
+    def reward_fn(generations: Sequence, log_prob: np.ndarray) -> np.ndarray:
         if name == "likelihood":
-            return log_prob / [len(one.response.ids) for one in said]
-        texts = [rows[one.row_index].question for one in said], [one.text for one in said], [truths[one.row_index] for one in said]
+            return log_prob / [len(one.response.ids) for one in generations]
+        indices = [one.row_index for one in generations]
+        texts = [rows[i].question for i in indices], [one.text for one in generations], [truths[i] for i in indices]
         try:
-            found = np.asarray(reward(*texts), np.float64)
-        except Exception as error:  # it is somebody else's code
+            values = np.asarray(reward(*texts), np.float64)
+        except Exception as error:  # a user function may raise anything
             cause = " ".join(f"{type(error).__name__}: {error}".split())
-            raise errors.RunError(f"online.reward={name} failed on {len(said)} responses ({cause})") from error
-        if found.shape != (len(said),):
-            raise errors.RunError(f"online.reward={name} gave an array {found.shape} for {len(said)} responses; one number each")
-        broken = np.flatnonzero(~np.isfinite(found))
-        if len(broken):
-            where = f"row {rows[said[broken[0]].row_index].id}, the first of {len(broken)}"
-            raise errors.RunError(f"online.reward={name} gave {found[broken[0]]} for a response to {where}; rewards are finite")
-        return found
+            raise errors.RunError(f"online.reward={name} failed on {len(indices)} responses ({cause})") from error
+        _check_values(name, values, [rows[i].id for i in indices])
+        return values
 
-    return judge
+    return reward_fn
+
+
+def _check_values(name: str, values: np.ndarray, row_ids: Sequence[str]) -> None:
+    """Checks that there is one finite reward per response."""
+    if values.shape != (len(row_ids),):
+        raise errors.RunError(
+            f"online.reward={name} returned an array of shape {values.shape} for {len(row_ids)} responses; expected one number each"
+        )
+    broken = np.flatnonzero(~np.isfinite(values))
+    if len(broken):
+        first = f"{values[broken[0]]} for a response to row {row_ids[broken[0]]}, the first of {len(broken)}"
+        raise errors.RunError(f"online.reward={name} returned {first}; rewards must be finite")
 
 
 def _truth(questions, responses, truths) -> list[float]:
@@ -79,56 +88,37 @@ def _truth(questions, responses, truths) -> list[float]:
 
 
 def load(name: str) -> Reward:
-    """The function that `MODULE:CALLABLE` names.
+    """Imports the function `MODULE:CALLABLE`.
 
     Raises:
-      RewardError: there is none.
+      RewardError: the name has another form, or there is no such function.
     """
     module, _, attribute = name.partition(":")
     if not re.fullmatch(r"[\w.]+:[\w.]+", name):
         raise RewardError(f"online.reward={name!r} is neither truth, likelihood, MODULE:CALLABLE nor a directory")
     try:
-        found = importlib.import_module(module)
+        function = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever a module raises on the way
+            function = getattr(function, part)
+    except Exception as error:  # a module may raise anything while it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RewardError(f"online.reward={name}: cannot be imported ({cause})") from error
-    if not callable(found):
-        raise RewardError(f"online.reward={name}: {attribute} is a {type(found).__name__}, not a function")
-    return found
+    if not callable(function):
+        raise RewardError(f"online.reward={name}: {attribute} has type {type(function).__name__}, it is not a function")
+    return function
 
 
 def classifier(directory: pathlib.Path) -> Reward:
-    """The logit of a sequence-classification model for each question with its response: as chats where its tokenizer has a chat
-    template, else as two texts.
+    """Builds a reward from a sequence-classification model: its logit for a question with a response.
+
+    The input is a chat if the tokenizer has a chat template, else a pair of texts.
 
     Raises:
-      RewardError: no PyTorch, or no such model.
+      RewardError: PyTorch is not installed, or there is no such model.
     """
-    where = f"online.reward={directory}"
-    try:
-        labels = len(json.loads((directory / "config.json").read_text()).get("id2label", [0, 1]))
-    except (OSError, ValueError, AttributeError) as error:
-        raise RewardError(f"{where}: no readable config.json in it ({error})") from error
-    if labels != 1:
-        raise RewardError(f"{where}: a model of {labels} labels; a reward model has one")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise RewardError(f"{where}: a classification model needs PyTorch: pip install torch") from error
-    import tqdm
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=False).eval()
-    except Exception as error:  # missing and broken files surface as errors of every family
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RewardError(f"{where}: not a model that can be read ({reason})") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    prefix = f"online.reward={directory}"
+    _check_one_label(directory, prefix)
+    tokenizer, model = _load_classifier(directory, prefix)
 
     def texts(question: str, response: str) -> tuple[str, ...]:
         if not tokenizer.chat_template:
@@ -137,14 +127,45 @@ def classifier(directory: pathlib.Path) -> Reward:
         return (tokenizer.apply_chat_template(turns, tokenize=False),)
 
     def reward(questions, responses, truths) -> list[float]:
-        found: list[float] = []
+        import torch
+        import tqdm
+
+        values: list[float] = []
         pairs = [texts(*pair) for pair in zip(questions, responses)]
         options = {"padding": True, "truncation": True, "return_tensors": "pt", "add_special_tokens": not tokenizer.chat_template}
         with torch.inference_mode(), tqdm.tqdm(total=len(pairs), desc="rewards", unit="row", delay=2, leave=False) as bar:
             for first in range(0, len(pairs), BATCH):
                 part = pairs[first : first + BATCH]
-                found += model(**tokenizer(*(list(side) for side in zip(*part)), **options)).logits[:, 0].tolist()
+                values += model(**tokenizer(*(list(side) for side in zip(*part)), **options)).logits[:, 0].tolist()
                 bar.update(len(part))
-        return found
+        return values
 
     return reward
+
+
+def _check_one_label(directory: pathlib.Path, prefix: str) -> None:
+    try:
+        num_labels = len(json.loads((directory / "config.json").read_text()).get("id2label", [0, 1]))
+    except (OSError, ValueError, AttributeError) as error:
+        raise RewardError(f"{prefix}: no readable config.json in it ({error})") from error
+    if num_labels != 1:
+        raise RewardError(f"{prefix}: the model has {num_labels} labels; a reward model has one")
+
+
+def _load_classifier(directory: pathlib.Path, prefix: str):
+    """Tokenizer and PyTorch model, with a padding token."""
+    try:
+        import torch  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise RewardError(f"{prefix}: a classification model needs PyTorch: pip install torch") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=False).eval()
+    except Exception as error:  # missing and broken files raise many kinds of errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RewardError(f"{prefix}: not a readable model ({reason})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model

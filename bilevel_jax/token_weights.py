@@ -1,30 +1,32 @@
-"""Weights of the tokens within a response, from a score whose parameters all tokens share (`selection.unit=token`).
+"""Weights of the tokens within a response, a softmax of a score whose two parameters are shared (`selection.unit=token`).
 
-Beside its own weight w_i = N·σ_i(ω), row i has one for each of the T_i tokens of its response, with mean 1:
+Row i has the weight w_i = N·σ_i(ω), and each of the T_i tokens of its response has a weight with mean 1:
 
-    v_t = T_i · softmax_t(φ·z_t),    ℓ_i = mean_t [ v_t ℓ_t ],
+    v_t = T_i · softmax_t(φ·z_t)                                                             (1)
+    ℓ_i = mean_t [ v_t ℓ_t ]                                                                 (2)
+    z_t = (ℓ_t, max_{s<t} ℓ_s)                                                               (3)
 
-so that σ_i(ω) · v_t/T_i is a distribution over all tokens of the lower level. One logit for each of them would be visited as often
-as there are epochs; φ has two entries, and learns from every token. Its score z_t is of the losses that θ has at hand, in nats:
+so that σ_i(ω) · v_t/T_i is a distribution over all tokens of the lower level. A separate logit per token would be updated once per
+epoch; φ has two entries and learns from every token. The scores (3) use the losses of θ, in nats. The softmax only compares tokens
+of one response. The first score compares a token's loss with theirs. The second detects an error before t: the tokens after it
+continue a wrong prefix, so they may have a small loss but are not good.
 
-    z_t = (ℓ_t, max_{s<t} ℓ_s).
+θ has no gradient through v. φ descends the same penalty as ω in (10b):
 
-The first says by how much a token's loss exceeds that of others in its response, for the softmax sees differences alone. The second
-says whether the response has gone astray before t: what follows there continues from what is bad, easy to predict and no better for
-it. θ gets no gradient through v. φ moves against the gradient of the same penalty as ω does, (10b), which vanishes as v leaves what
-is surprising:
+    dφ = γ · mean_b [ w_b · dℓ_b/dφ ]                                                        (4)
+    dℓ_b/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ]    at θ^{k+1}                      (5)
 
-    dφ = γ · mean_b [ w_b · dℓ_b/dφ ],    dℓ_b/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ]    at θ^{k+1}.
+Axes: P targets of a micro-batch, E entries (responses).
 """
 
 import jax
 import jax.numpy as jnp
 
-SCORES = ("own", "before")  # what φ weighs
+SCORES = ("own", "before")  # the two entries of z_t
 
 
 def largest_before(nll_P, entry_P) -> jax.Array:
-    """The largest loss of earlier tokens of the same response, [P]; 0 at its first."""
+    """The largest loss among the earlier tokens of the same response, [P]; 0 for its first token."""
     first_P = jnp.concatenate([jnp.array([True]), entry_P[1:] != entry_P[:-1]])
     previous_P = jnp.where(first_P, 0.0, jnp.roll(nll_P, 1))
 
@@ -36,23 +38,23 @@ def largest_before(nll_P, entry_P) -> jax.Array:
 
 
 def weights(phi_2, nll_P, entry_P, weighed_E) -> jax.Array:
-    """v of each token, [P]. No gradient flows into `nll_P`.
+    """v of each token (1), [P]. No gradient flows into `nll_P`.
 
     Args:
-      phi_2: φ, per nat; 0 where all tokens weigh the same.
-      nll_P: the tokens' losses, in nats; those of one response side by side, in their order.
-      entry_P: int32, the response that each belongs to; E or more for padding.
-      weighed_E: bool, the responses to whose tokens this applies; tokens of others have weight 1.
+      phi_2: φ, per nat; 0 gives all tokens weight 1.
+      nll_P: losses of the tokens, in nats; tokens of one response are consecutive and in order.
+      entry_P: int32, the response of each token; E or more for padding.
+      weighed_E: bool, the responses to which the weights apply; tokens of other responses have weight 1.
     """
     E = weighed_E.shape[0]
     nll_P = jax.lax.stop_gradient(nll_P)
     logit_P = jnp.stack([nll_P, largest_before(nll_P, entry_P)], axis=-1) @ phi_2
 
-    def of_its_response(values_E):
+    def gather(values_E):
         return values_E.at[entry_P].get(mode="fill", fill_value=1)
 
-    top_E = jax.lax.stop_gradient(jax.ops.segment_max(logit_P, entry_P, num_segments=E))
-    share_P = jnp.exp(logit_P - of_its_response(top_E))
+    highest_E = jax.lax.stop_gradient(jax.ops.segment_max(logit_P, entry_P, num_segments=E))
+    share_P = jnp.exp(logit_P - gather(highest_E))
     total_E, number_E = (jax.ops.segment_sum(part, entry_P, num_segments=E) for part in (share_P, jnp.ones_like(share_P)))
-    weight_P = of_its_response(number_E) * share_P / of_its_response(total_E)
-    return jnp.where(of_its_response(weighed_E), weight_P, 1.0)
+    weight_P = gather(number_E) * share_P / gather(total_E)
+    return jnp.where(gather(weighed_E), weight_P, 1.0)

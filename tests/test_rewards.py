@@ -1,4 +1,4 @@
-"""Rewards: what they are, and one clear line for whatever somebody's function does."""
+"""Rewards: their values, and one clear line of error for every failure of a user function."""
 
 import importlib
 import sys
@@ -10,27 +10,29 @@ from bilevel_jax import errors, online, rewards, sampling
 from bilevel_jax.data import rows as data_rows
 
 ROWS, _ = data_rows.collect(
-    data_rows.parse(enumerate([{"question": f"q{i}", "response": "r", "truth": f"yes {i}"} for i in range(3)], 1)), "made up"
+    data_rows.parse(enumerate([{"question": f"q{i}", "response": "r", "truth": f"yes {i}"} for i in range(3)], 1)), "test"
 )
 TRUTHS = ["yes 0", " yes 1\n", "yes 2"]
 LOG_PROB = np.array([-1.0, -6.0, -2.0])
 
 
-def said(row, sample, text, number):
+def generation(row, sample_index, text, number):
     tokens = np.arange(number, dtype=np.int32)
-    return online.Generation(row, sample, text, sampling.Response(tokens, 9, np.zeros(number + 1), np.zeros(number + 1), "stop"))
+    return online.Generation(
+        row, sample_index, text, sampling.Response(tokens, 9, np.zeros(number + 1), np.zeros(number + 1), "stop")
+    )
 
 
-SAID = [said(1, 0, "yes 1", 1), said(1, 1, "no", 2), said(0, 0, "yes 0 ", 3)]
+GENERATIONS = [generation(1, 0, "yes 1", 1), generation(1, 1, "no", 2), generation(0, 0, "yes 0 ", 3)]
 
 
-def judge(name, truths=TRUTHS):
-    return rewards.make_reward_fn(name, ROWS, truths)(SAID, LOG_PROB)
+def compute(name, truths=TRUTHS):
+    return rewards.make_reward_fn(name, ROWS, truths)(GENERATIONS, LOG_PROB)
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """`f(code) -> name` of a module with that code."""
+    """`f(code) -> name` writes a module with this code."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(code):
@@ -43,19 +45,19 @@ def module(tmp_path, monkeypatch):
 
 
 def test_truth():
-    np.testing.assert_array_equal(judge("truth"), [1, 0, 1])
+    np.testing.assert_array_equal(compute("truth"), [1, 0, 1])
 
 
-def test_truth_needs_one_of_every_row():
+def test_truth_requires_a_right_response_for_every_row():
     with pytest.raises(rewards.RewardError, match=f"^online.reward=truth: row {ROWS[1].id} has no right response.*data.truth$"):
-        judge("truth", ["yes 0", None, "yes 2"])
+        compute("truth", ["yes 0", None, "yes 2"])
 
 
 def test_likelihood_is_per_token_with_the_eos():
-    np.testing.assert_allclose(judge("likelihood"), [-1 / 2, -6 / 3, -2 / 4])
+    np.testing.assert_allclose(compute("likelihood"), [-1 / 2, -6 / 3, -2 / 4])
 
 
-def test_a_function_of_your_own(module):
+def test_a_user_function(module):
     name = module(
         "class Mine:\n"
         "    @staticmethod\n"
@@ -63,27 +65,27 @@ def test_a_function_of_your_own(module):
         "        assert questions == ['q1', 'q1', 'q0'] and truths == [' yes 1\\n', ' yes 1\\n', 'yes 0']\n"
         "        return [len(response) for response in responses]\n"
     )
-    found = judge(f"{name}:Mine.reward")
-    np.testing.assert_array_equal(found, [5, 2, 6])
-    assert found.dtype == np.float64
+    values = compute(f"{name}:Mine.reward")
+    np.testing.assert_array_equal(values, [5, 2, 6])
+    assert values.dtype == np.float64
 
 
 @pytest.mark.parametrize(
     "value, reason",
     [
-        ("[1.0, 2.0]", r"gave an array \(2,\) for 3 responses"),
-        ("1.0", r"gave an array \(\) for 3 responses"),
-        ("[[1.0]] * 3", r"gave an array \(3, 1\) for 3 responses"),
-        ("[1.0, float('nan'), 0.0]", "gave nan for a response to row ROW, the first of 1; rewards are finite"),
-        ("[float('inf')] * 3", "gave inf for a response to row ROW, the first of 3"),
+        ("[1.0, 2.0]", r"returned an array of shape \(2,\) for 3 responses"),
+        ("1.0", r"returned an array of shape \(\) for 3 responses"),
+        ("[[1.0]] * 3", r"returned an array of shape \(3, 1\) for 3 responses"),
+        ("[1.0, float('nan'), 0.0]", "returned nan for a response to row ROW, the first of 1; rewards must be finite"),
+        ("[float('inf')] * 3", "returned inf for a response to row ROW, the first of 3"),
         ("['a', 'b', 'c']", r"failed on 3 responses \(ValueError: could not convert"),
         ("questions.none", r"failed on 3 responses \(AttributeError: "),
     ],
 )
-def test_what_a_function_may_not_give(module, value, reason):
+def test_invalid_values_of_a_user_function(module, value, reason):
     name = module(f"def reward(questions, responses, truths):\n    return {value}\n")
     with pytest.raises(errors.RunError, match=rf"^online.reward=my_rewards:reward {reason.replace('ROW', ROWS[1].id)}[^\n]*$"):
-        judge(f"{name}:reward")
+        compute(f"{name}:reward")
 
 
 @pytest.mark.parametrize(
@@ -94,16 +96,16 @@ def test_what_a_function_may_not_give(module, value, reason):
         ("my_rewards:", "'my_rewards:' is neither"),
         ("my_rewards:absent", r"my_rewards:absent: cannot be imported \(AttributeError: .*'absent'"),
         ("nowhere_at_all:reward", r"nowhere_at_all:reward: cannot be imported \(ModuleNotFoundError: "),
-        ("my_rewards:number", "my_rewards:number: number is a int, not a function"),
+        ("my_rewards:number", "my_rewards:number: number has type int, it is not a function"),
     ],
 )
-def test_rewards_that_there_are_not(module, name, reason):
+def test_unknown_rewards(module, name, reason):
     module("number = 3\n")
     with pytest.raises(rewards.RewardError, match=rf"^online.reward={reason}[^\n]*$"):
         rewards.make_reward_fn(name, ROWS, TRUTHS)
 
 
-def test_a_module_that_breaks(module):
+def test_a_module_that_fails_to_import(module):
     name = module("raise OSError('two\\nlines')\n")
     with pytest.raises(rewards.RewardError, match=r"cannot be imported \(OSError: two lines\)$"):
         rewards.make_reward_fn(f"{name}:reward", ROWS, TRUTHS)
@@ -114,13 +116,13 @@ def test_a_module_that_breaks(module):
     [
         (None, "no readable config.json"),
         ("{", "no readable config.json"),
-        ("{}", "a model of 2 labels"),
-        ('{"id2label": {"0": "A", "1": "B", "2": "C"}}', "a model of 3 labels"),
+        ("{}", "the model has 2 labels"),
+        ('{"id2label": {"0": "A", "1": "B", "2": "C"}}', "the model has 3 labels"),
         ('{"id2label": {"0": "A"}}', "a classification model needs PyTorch: pip install torch"),
     ],
 )
-def test_classifiers_that_cannot_be_used(tmp_path, monkeypatch, config, reason):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+def test_unusable_classifiers(tmp_path, monkeypatch, config, reason):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if PyTorch were not installed
     if config:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(rewards.RewardError, match=f"^online.reward={tmp_path}: {reason}"):

@@ -1,4 +1,4 @@
-"""Weights of tokens against their definition, response by response in float64."""
+"""Token weights against their definition, response by response in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,20 @@ import pytest
 from bilevel_jax import token_weights
 
 PHI = np.array([-0.7, -0.3])
-LENGTHS = {2: 5, 0: 1, 3: 4}  # entry -> tokens, in the order in which they stand
-ENTRY = np.array([entry for entry, length in LENGTHS.items() for _ in range(length)] + [4, 4])  # two of padding
+LENGTHS = {2: 5, 0: 1, 3: 4}  # entry -> number of tokens, in packed order
+ENTRY = np.array([entry for entry, length in LENGTHS.items() for _ in range(length)] + [4, 4])  # two padding targets
 NLL = np.abs(np.random.default_rng(0).normal(2, 2, len(ENTRY))) * (ENTRY < 4)
 WEIGHED = np.array([True, True, True, False])
 
 
-def of_response(phi, nll):
+def response_weights(phi, nll):
     """v of the tokens of one response, by hand."""
     before = [max(nll[:t], default=0.0) for t in range(len(nll))]
     share = np.exp(phi[0] * nll + phi[1] * np.array(before))
     return len(nll) * share / share.sum()
 
 
-def found(phi, nll=NLL):
+def batch_weights(phi, nll=NLL):
     return token_weights.weights(jnp.float32(phi), jnp.float32(nll), jnp.array(ENTRY), jnp.array(WEIGHED))
 
 
@@ -33,41 +33,41 @@ def test_largest_before():
 
 def test_weights():
     expected = np.ones(len(ENTRY))
-    for entry in (2, 0):  # those of entry 3 are not weighed
-        expected[ENTRY == entry] = of_response(PHI, NLL[ENTRY == entry])
-    actual = np.asarray(found(PHI))
+    for entry in (2, 0):  # the weights do not apply to entry 3
+        expected[ENTRY == entry] = response_weights(PHI, NLL[ENTRY == entry])
+    actual = np.asarray(batch_weights(PHI))
     np.testing.assert_allclose(actual[ENTRY < 4], expected[ENTRY < 4], rtol=1e-5)
-    assert actual[ENTRY == 2].mean() == pytest.approx(1, rel=1e-6) and actual[ENTRY == 0] == 1  # one token alone
+    assert actual[ENTRY == 2].mean() == pytest.approx(1, rel=1e-6) and actual[ENTRY == 0] == 1  # a single token
     assert np.ptp(actual[ENTRY == 2]) > 0.5
 
 
-def test_no_phi_is_no_difference():
-    np.testing.assert_allclose(found([0.0, 0.0])[ENTRY < 4], 1, rtol=1e-6)
+def test_phi_of_zero_gives_equal_weights():
+    np.testing.assert_allclose(batch_weights([0.0, 0.0])[ENTRY < 4], 1, rtol=1e-6)
 
 
 def test_losses_far_apart_stay_finite():
-    actual = np.asarray(found([-5.0, -5.0], NLL * 100))
+    actual = np.asarray(batch_weights([-5.0, -5.0], NLL * 100))
     assert np.isfinite(actual).all() and actual[ENTRY == 2].sum() == pytest.approx(5)
 
 
-def test_theta_gets_no_gradient():
-    slope = jax.grad(
+def test_no_gradient_flows_into_losses():
+    gradient = jax.grad(
         lambda nll: jnp.sum(token_weights.weights(jnp.float32(PHI), nll, jnp.array(ENTRY), jnp.array(WEIGHED)) * ENTRY)
     )
-    np.testing.assert_array_equal(slope(jnp.float32(NLL)), 0)
+    np.testing.assert_array_equal(gradient(jnp.float32(NLL)), 0)
 
 
-def test_slope_of_a_response():
-    """dℓ/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ], the module's own formula, against differences in float64."""
+def test_gradient_of_a_response():
+    """Equation (5) of the module against finite differences in float64, and against automatic differentiation."""
     nll = NLL[ENTRY == 2]
     z = np.stack([nll, [max(nll[:t], default=0.0) for t in range(len(nll))]], axis=1)
-    v = of_response(PHI, nll)[:, None]
+    v = response_weights(PHI, nll)[:, None]
     formula = (v * (z - (v * z).mean(axis=0)) * nll[:, None]).mean(axis=0)
 
     def loss(phi):
-        return (of_response(phi, nll) * nll).mean()
+        return (response_weights(phi, nll) * nll).mean()
 
     step = 1e-6 * np.eye(2)
     np.testing.assert_allclose(formula, [(loss(PHI + d) - loss(PHI - d)) / 2e-6 for d in step], rtol=1e-6)
-    own = jax.jacfwd(lambda phi: jnp.mean((found(phi) * NLL)[ENTRY == 2]))(jnp.float32(PHI))
-    np.testing.assert_allclose(own, formula, rtol=1e-4)
+    gradient = jax.jacfwd(lambda phi: jnp.mean((batch_weights(phi) * NLL)[ENTRY == 2]))(jnp.float32(PHI))
+    np.testing.assert_allclose(gradient, formula, rtol=1e-4)

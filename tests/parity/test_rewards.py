@@ -8,11 +8,7 @@ torch = pytest.importorskip("torch")
 import tokenizers
 import transformers
 
-from bilevel_jax import (
-    online,
-    rewards,
-    sampling,
-)
+from bilevel_jax import online, rewards, sampling
 from bilevel_jax.data import rows as data_rows
 from tests.conftest import make_model
 
@@ -23,7 +19,7 @@ TEXTS = ["It is six.", "No", "A far longer answer, which says the same again and
 
 @pytest.fixture(scope="module", params=["gpt_neox", "bert"])
 def directory(request, tmp_path_factory):
-    """A random reward model: a decoder with a chat template, which reads its last token, or an encoder of two texts."""
+    """A random reward model: a decoder with a chat template that reads the last token, or an encoder of a pair of texts."""
     out = tmp_path_factory.mktemp("reward") / "model"
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 1}
@@ -46,14 +42,14 @@ def directory(request, tmp_path_factory):
     return out
 
 
-def test_rewards_are_the_logits_of_each_response_alone(directory):
-    """Whatever longer ones it is padded to."""
-    found, _ = data_rows.collect(data_rows.parse([(1, {"question": "3 + 3?", "response": "r"})]), "made up")
-    said = [
+def test_rewards_are_the_logits_of_single_responses(directory):
+    """Padding to the length of longer responses has no effect."""
+    row, _ = data_rows.collect(data_rows.parse([(1, {"question": "3 + 3?", "response": "r"})]), "test")
+    generations = [
         online.Generation(0, g, text, sampling.Response(np.zeros(1, np.int32), None, None, None, "stop"))
         for g, text in enumerate(TEXTS)
     ]
-    values = rewards.make_reward_fn(str(directory), found, [None])(said, np.zeros(len(said)))
+    values = rewards.make_reward_fn(str(directory), row, [None])(generations, np.zeros(len(generations)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
     for text, value in zip(TEXTS, values):
@@ -64,7 +60,7 @@ def test_rewards_are_the_logits_of_each_response_alone(directory):
         with torch.no_grad():
             if not tokenizer.chat_template:
                 expected = model(**tokens).logits
-            else:  # the head on the last token's state
+            else:  # the score head on the state of the last token
                 expected = model.score(model.gpt_neox(**tokens).last_hidden_state[:, -1])
         assert value == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     assert np.ptp(values) > 0.1
