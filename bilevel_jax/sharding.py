@@ -1,12 +1,12 @@
-"""Where arrays live: a mesh of three axes, and one table from the names of dimensions to these axes.
+"""Sharding: a mesh with three axes, and one table from names of dimensions to these axes.
 
-`data` and `fsdp` together split what there are many of: the sequences of a batch, the slots of the sampler. `fsdp` splits the
-base's weights along their hidden dimension, too, and `tensor` along the other: heads, feed-forward, vocabulary. The adapter and its
-optimizer are whole on every device; so is ω, unless it is to be split over all of them. One rule holds for all: a dimension stays
-whole where its axes do not divide it.
+`data` and `fsdp` together split rows: the sequences of a batch, the slots of the sampler. `fsdp` also splits the weights of the
+base along their hidden dimension, and `tensor` along the other one: heads, feed-forward, vocabulary. The adapter and its optimizer
+are replicated. ω is replicated, or sharded over all devices (`mesh.shard_selector`). A dimension that its axes do not divide is
+not split.
 
-XLA does the rest (GSPMD): inputs come with a `NamedSharding`, `constrain` repeats in the middle what must not be lost, and the
-same program runs on one device, where all axes have length 1.
+XLA partitions the programs (GSPMD): inputs have a `NamedSharding`, and `constrain` repeats the shardings that XLA must not lose
+inside a program. The same program runs on one device, where all axes have length 1.
 """
 
 import math
@@ -18,70 +18,72 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {
-    "rows": ("data", "fsdp"),  # sequences, slots, positions that go through the head
-    "stripes": ("data",),  # rows where `fsdp` has another dimension to split
-    "hidden": ("fsdp",),  # of weights alone: activations keep it whole
+    "rows": ("data", "fsdp"),  # sequences, slots, positions that need logits
+    "stripes": ("data",),  # rows, if `fsdp` splits another dimension
+    "hidden": ("fsdp",),  # of weights; activations do not split it
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "examples": AXES,  # of the lower level, in ω
+    "examples": AXES,  # rows of the lower level, in ω
 }
-WEIGHTS = {  # the dimensions of the base's matrices, less the stack of layers; a bias has the last one, a norm stays whole
+WEIGHTS = {  # dimensions of the matrices of the base, without the stack of layers; a bias has the last one, a norm is replicated
     **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query_key_value"), ("hidden", "heads")),
     **dict.fromkeys(("o_proj", "dense"), ("heads", "hidden")),
     **dict.fromkeys(("gate_proj", "up_proj", "dense_h_to_4h"), ("hidden", "mlp")),
     **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
 }
-SEQUENCES = ("tokens", "segment_ids", "positions")  # of a `Packed`: [M, S, L]
+SEQUENCES = ("tokens", "segment_ids", "positions")  # fields of `Packed` with shape [M, S, L]
 
 
 def any_process(value: bool) -> bool:
-    """Whether `value` is true in any process of this run. Every process must ask."""
+    """Whether `value` is true in any process of this run. Every process must call this function."""
     return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over the first data·fsdp·tensor devices; `data=0` takes all that `fsdp` and `tensor` leave.
+    """A mesh over the first data·fsdp·tensor devices; with `data=0`, over all devices.
 
     Raises:
-      ValueError: there are fewer devices, or `data=0` and fsdp·tensor does not divide them.
+      ValueError: there are fewer devices, or `data=0` and fsdp·tensor does not divide the number of devices.
     """
     devices, inner = jax.devices(), fsdp * tensor
-    asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    axes = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
     if not data and len(devices) >= inner and len(devices) % inner:
-        raise ValueError(f"{asked}: {inner} does not divide the {len(devices)} devices; give mesh.data")
+        raise ValueError(f"{axes}: {inner} does not divide the {len(devices)} devices; set mesh.data")
     data = data or len(devices) // inner
     if not 0 < data * inner <= len(devices):
-        raise ValueError(f"{asked}, but there are {len(devices)} devices")
+        raise ValueError(f"{axes}, but there are {len(devices)} devices")
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: data * inner])
 
 
 def num_parts(mesh, name: str) -> int:
-    """Into how many parts a dimension of this name is split."""
+    """Number of parts into which a dimension of this name is split."""
     return math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
 def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
-    """The axes of an array whose first dimensions have these names. Works on an `AbstractMesh` too."""
+    """The partition of an array whose first dimensions have these names. Also works for an `AbstractMesh`."""
     split = [name and size % num_parts(mesh, name) == 0 for size, name in zip(shape, names)]
     return PartitionSpec(*(RULES[name] if is_split else None for name, is_split in zip(names, split)))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out by the names of its first dimensions over the mesh of `jax.set_mesh`, and whole without names. As it is where
-    no mesh is set."""
+    """Constrains the sharding of `x` by the names of its first dimensions; replicates it without names.
+
+    The mesh is that of `jax.set_mesh`; without a mesh, `x` is unchanged.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, names))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What goes where
+# Shardings of arrays
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def replicated(mesh) -> NamedSharding:
-    """All of an array on every device."""
+    """The sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -91,48 +93,48 @@ def shardings(mesh, tree, *names: str | None):
 
 
 def weight_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a weight of the base, by its path and its shape, with or without a leading stack of layers."""
-    owner, kind = ("", *path)[-2:]
-    names = WEIGHTS.get(kind) or WEIGHTS.get(owner, ())
-    names = names[-1:] if kind == "bias" else names
+    """The sharding of a weight of the base, by its path and shape, with or without a leading stack of layers."""
+    module, parameter = ("", *path)[-2:]
+    names = WEIGHTS.get(parameter) or WEIGHTS.get(module, ())
+    names = names[-1:] if parameter == "bias" else names
     return NamedSharding(mesh, spec(mesh, shape, (None,) * (len(shape) - len(names)) + names))
 
 
 def weight_shardings(mesh, base):
     """The sharding of every weight of the base, stacked over layers or layer by layer."""
 
-    def of(path, leaf):
+    def leaf_sharding(path, leaf):
         return weight_sharding(mesh, tuple(str(getattr(entry, "key", "")) for entry in path), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(of, base)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, base)
 
 
 def state_shardings(mesh, state, shard_selector: bool):
-    """The sharding of every leaf of a `State`: whole, but for ω and what belongs to it if these are to be split."""
-    places = jax.tree.map(lambda leaf: replicated(mesh), state)
-    return places._replace(selector=shardings(mesh, state.selector, "examples")) if shard_selector else places
+    """The sharding of every leaf of a `State`: replicated, except for the selector state if `shard_selector` is set."""
+    result = jax.tree.map(lambda leaf: replicated(mesh), state)
+    return result._replace(selector=shardings(mesh, state.selector, "examples")) if shard_selector else result
 
 
-def device_put(x, where: NamedSharding) -> jax.Array:
-    """An array that every process has, on the devices: each process gives its own devices their parts."""
+def device_put(x, target: NamedSharding) -> jax.Array:
+    """Puts an array on the devices. Every process has the full array and fills its own devices."""
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """All of an array, on the host. Of one that is split, every process must ask."""
+    """The full array on the host. If the array is sharded, every process must call this function."""
     if not array.is_fully_replicated:
         array = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
     return np.asarray(array)
 
 
 def replicate(tree, mesh: Mesh):
-    """Every leaf whole on every device."""
+    """Replicates every leaf on all devices."""
     return jax.tree.map(lambda leaf: device_put(leaf, replicated(mesh)), tree)
 
 
 def split_batch(tree, mesh: Mesh):
-    """A `Packed`, or what holds one, with its sequences split over the devices and everything else whole on each."""
+    """Puts a `Packed`, or a tree that contains one, on the devices: sequences are sharded, everything else is replicated."""
 
     def split(path, leaf):
         is_sequences = getattr(path[-1], "name", None) in SEQUENCES

@@ -1,4 +1,4 @@
-"""The rule by which dimensions go to axes, and meshes that cannot be."""
+"""The rule that maps dimensions to mesh axes, shardings of weights, and invalid meshes."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from bilevel_jax import sharding
 from bilevel_jax.models import decoder, lora
 
 
-def mesh_of(data, fsdp, tensor):
+def abstract_mesh(data, fsdp, tensor):
     return AbstractMesh((data, fsdp, tensor), sharding.AXES)
 
 
@@ -26,10 +26,10 @@ def mesh_of(data, fsdp, tensor):
         ((1, 1, 1), (7, 5), ("rows", "mlp"), (7, 5)),
     ],
 )
-def test_a_dimension_is_split_where_its_axes_divide_it(mesh, shape, names, part):
-    mesh = mesh_of(*mesh)
-    found = jax.sharding.NamedSharding(mesh, sharding.spec(mesh, shape, names))
-    assert found.shard_shape(shape) == part
+def test_a_dimension_is_split_if_its_axes_divide_it(mesh, shape, names, part):
+    mesh = abstract_mesh(*mesh)
+    result = jax.sharding.NamedSharding(mesh, sharding.spec(mesh, shape, names))
+    assert result.shard_shape(shape) == part
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_dimension_is_split_where_its_axes_divide_it(mesh, shape, names, part)
     [
         (("embed_tokens",), (8, 8), P(("tensor",), ("fsdp",))),
         (("layers", "self_attn", "q_proj", "kernel"), (2, 8, 8), P(None, ("fsdp",), ("tensor",))),
-        (("layers", "", "self_attn", "q_proj", "kernel"), (8, 8), P(("fsdp",), ("tensor",))),  # one layer's
+        (("layers", "", "self_attn", "q_proj", "kernel"), (8, 8), P(("fsdp",), ("tensor",))),  # a single layer
         (("layers", "self_attn", "o_proj", "kernel"), (2, 8, 8), P(None, ("tensor",), ("fsdp",))),
         (("layers", "mlp", "down_proj", "kernel"), (2, 8, 8), P(None, ("tensor",), ("fsdp",))),
         (("layers", "mlp", "dense_h_to_4h", "bias"), (2, 8), P(None, ("tensor",))),
@@ -47,29 +47,29 @@ def test_a_dimension_is_split_where_its_axes_divide_it(mesh, shape, names, part)
     ],
 )
 def test_weights_by_name(path, shape, expected):
-    assert sharding.weight_sharding(mesh_of(2, 2, 2), path, shape).spec == expected
+    assert sharding.weight_sharding(abstract_mesh(2, 2, 2), path, shape).spec == expected
 
 
 @pytest.mark.parametrize(
-    "asked, devices, shape",
+    "axes, devices, shape",
     [((0, 1, 1), 8, (8, 1, 1)), ((0, 2, 2), 8, (2, 2, 2)), ((3, 1, 2), 8, (3, 1, 2)), ((0, 8, 1), 8, (1, 8, 1))],
 )
-def test_data_takes_what_is_left(monkeypatch, asked, devices, shape):
+def test_data_takes_the_remaining_devices(monkeypatch, axes, devices, shape):
     monkeypatch.setattr(jax, "devices", lambda: list(range(devices)))
     monkeypatch.setattr(jax, "make_mesh", lambda shape, names, axis_types, devices: (shape, len(devices)))
-    found, used = sharding.make_mesh(*asked)
-    assert found == shape and used == shape[0] * shape[1] * shape[2]
+    actual, used = sharding.make_mesh(*axes)
+    assert actual == shape and used == shape[0] * shape[1] * shape[2]
 
 
-@pytest.mark.parametrize("asked, reason", [((0, 3, 1), "3 does not divide"), ((9, 1, 1), "8 devices"), ((0, 8, 2), "8 devices")])
-def test_meshes_that_cannot_be(monkeypatch, asked, reason):
+@pytest.mark.parametrize("axes, reason", [((0, 3, 1), "3 does not divide"), ((9, 1, 1), "8 devices"), ((0, 8, 2), "8 devices")])
+def test_invalid_meshes(monkeypatch, axes, reason):
     monkeypatch.setattr(jax, "devices", lambda: list(range(8)))
-    with pytest.raises(ValueError, match=f"mesh.data={asked[0]}, mesh.fsdp={asked[1]}, mesh.tensor={asked[2]}.*{reason}"):
-        sharding.make_mesh(*asked)
+    with pytest.raises(ValueError, match=f"mesh.data={axes[0]}, mesh.fsdp={axes[1]}, mesh.tensor={axes[2]}.*{reason}"):
+        sharding.make_mesh(*axes)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_hidden_is_where_the_hidden_width_is(architecture):
+def test_hidden_names_the_dimensions_of_hidden_width(architecture):
     """Hidden 64, heads 8·16 = 128, feed-forward 96."""
     config = decoder.ModelConfig(architecture, 32, 64, 96, 1, 8, 8, 16, 16, 64, "silu", 1e-5, 1e4)
     for name, (_, *widths) in lora.projections(config).items():
