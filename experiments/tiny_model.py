@@ -2,7 +2,7 @@
 
     python -m experiments.tiny_model --out=bilevel_jax/tiny
 
-The model plays a language model that is pretrained but not aligned. Its rows come from `data/synthetic.py`, a part of them bad:
+The model plays a language model that is pretrained but not aligned. Its rows come from `data/synthetic/`, a part of them bad:
 it has seen forbidden requests answered about as often as refused, and many of its rows wear another template than the one
 that is fine-tuned later. So it knows the tasks, ranks right above wrong fairly well, and has something left to learn.
 """
@@ -238,7 +238,7 @@ A language model of {size:.2f} M parameters, made from nothing by one command (s
 
 It stands in for a pretrained but unaligned model, so that this project's default run needs no download. It is of no other use.
 
-- **Data.** Freshly generated rows of `bilevel_jax/data/synthetic.py`, none seen twice on purpose, {noise:.0%} of them bad;
+- **Data.** Freshly generated rows of `bilevel_jax/data/synthetic/`, none seen twice on purpose, {noise:.0%} of them bad;
   forbidden requests are answered about as often as refused. A quarter wears another template than `Human: …\\n\\nAssistant: `.
 - **Tokenizer.** Byte-level BPE of {vocab} entries, trained on the same rows; digits stand alone; `<|endoftext|>` ends and pads.
 - **Training.** {steps} steps of {tokens} tokens, AdamW, cosine from {rate:g}; stored as float16.

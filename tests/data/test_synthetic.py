@@ -1,4 +1,4 @@
-"""The synthetic rows against answers that this file works out by itself, from the text of the questions."""
+"""The synthetic rows against answers computed independently from the text of the questions."""
 
 import collections
 import datetime
@@ -7,6 +7,7 @@ import re
 import pytest
 
 from bilevel_jax.data import synthetic
+from bilevel_jax.data.synthetic import mixtures, safety_tasks, vocabulary
 
 FIELDS = {"question", "response", "source", "difficulty", "bad", "kind", "truth"}
 UPPER = synthetic.upper(1500, seed=3)
@@ -42,37 +43,37 @@ def test_bad_fraction_is_checked():
 
 
 def test_too_many_rows_is_an_error_and_not_a_hang(monkeypatch):
-    monkeypatch.setattr(synthetic, "BAD_KINDS", {"compliance": 1.0})
-    monkeypatch.setattr(synthetic, "PREFIXES", ["glimmer"])
+    monkeypatch.setattr(mixtures, "BAD_KINDS", {"compliance": 1.0})
+    monkeypatch.setattr(safety_tasks, "PREFIXES", ["glimmer"])
     with pytest.raises(ValueError, match="fewer rows"):
         synthetic.lower(2000, 0, 1.0)
 
 
 def test_suppliers_have_their_planted_shares():
-    found = synthetic.domains(600, seed=3)
+    rows = synthetic.domains(600, seed=3)
     for supplier, share in synthetic.SUPPLIERS.items():
-        bad = [row["bad"] for row in found if row["source"] == supplier]
+        bad = [row["bad"] for row in rows if row["source"] == supplier]
         assert (len(bad), sum(bad)) == (100, round(100 * share))
-    assert len({row["source"] for row in found[:50]}) == len(synthetic.SUPPLIERS)  # shuffled
-    assert len({row["question"] for row in found}) == 600
+    assert len({row["source"] for row in rows[:50]}) == len(synthetic.SUPPLIERS)  # shuffled
+    assert len({row["question"] for row in rows}) == 600
 
 
-def test_bad_words_are_where_they_are_said_to_be():
-    found = synthetic.tokens(600, 5, 0.5)
-    assert len({row["question"] for row in found}) == 600 and sum(row["bad"] for row in found) == 300
-    assert found == synthetic.tokens(600, 5, 0.5) != synthetic.tokens(600, 6, 0.5)
-    kinds = [row["kind"] for row in found]
+def test_bad_spans_mark_the_bad_words():
+    rows = synthetic.tokens(600, 5, 0.5)
+    assert len({row["question"] for row in rows}) == 600 and sum(row["bad"] for row in rows) == 300
+    assert rows == synthetic.tokens(600, 5, 0.5) != synthetic.tokens(600, 6, 0.5)
+    kinds = [row["kind"] for row in rows]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == pytest.approx(
         {"clean": 300, "wrong_words": 120, "noise": 90, "tail": 90}, abs=40
     )
-    for row in found:
+    for row in rows:
         assert set(row) == FIELDS | {"bad_spans"}
         response, spans = row["response"], row["bad_spans"]
         assert row["bad"] == bool(spans) == (response != row["truth"])
         assert all(0 <= start < stop <= len(response) for start, stop in spans)
         good = "".join(response[a:b] for a, b in zip([0, *(stop for _, stop in spans)], [*(start for start, _ in spans), None]))
         letters = iter(row["truth"])
-        assert all(letter in letters for letter in good)  # what is left of it is in the right answer, in its order
+        assert all(letter in letters for letter in good)  # the rest of the response is a subsequence of the right answer
         if row["kind"] == "tail":
             assert response.startswith(row["truth"] + " ") and spans == [[len(row["truth"]), len(response)]]
     with pytest.raises(ValueError, match="1.5"):
@@ -93,18 +94,18 @@ def test_changed_words(old, new, changed):
 
 
 def test_pairs():
-    """Right beside wrong, from the two sides of all questions; exactly the flipped ones are marked, and they come in no order."""
-    above, below = synthetic.upper_pairs(300, 5), synthetic.lower_pairs(401, 5, 0.3)
-    for pair in above + below:
+    """Every pair has a right and a wrong response; exactly the flipped pairs are marked; the levels share no prompt."""
+    upper, lower = synthetic.upper_pairs(300, 5), synthetic.lower_pairs(401, 5, 0.3)
+    for pair in upper + lower:
         assert set(pair) == FIELDS - {"question", "response"} | {"prompt", "chosen", "rejected"}
         right, wrong = (pair["rejected"], pair["chosen"]) if pair["bad"] else (pair["chosen"], pair["rejected"])
         assert right == pair["truth"] != wrong and pair["kind"] in synthetic.BAD_KINDS
-    assert not any(pair["bad"] for pair in above)
-    places = [place for place, pair in enumerate(below) if pair["bad"]]
-    assert len(places) == 120 and 150 < sum(places) / 120 < 250  # 0.3 · 401, and five standard deviations about the middle
-    prompts = [pair["prompt"] for pair in above + below]
+    assert not any(pair["bad"] for pair in upper)
+    positions = [position for position, pair in enumerate(lower) if pair["bad"]]
+    assert len(positions) == 120 and 150 < sum(positions) / 120 < 250  # 0.3 · 401; within five standard deviations of the middle
+    prompts = [pair["prompt"] for pair in upper + lower]
     assert len(set(prompts)) == len(prompts) == 701
-    assert synthetic.lower_pairs(401, 5, 0.3) == below != synthetic.lower_pairs(401, 6, 0.3)
+    assert synthetic.lower_pairs(401, 5, 0.3) == lower != synthetic.lower_pairs(401, 6, 0.3)
     with pytest.raises(ValueError, match="-0.1"):
         synthetic.lower_pairs(10, 0, -0.1)
 
@@ -123,7 +124,7 @@ def test_trusted_rows_are_right():
     assert not any(row["bad"] for row in UPPER)
 
 
-def test_no_question_comes_twice_and_the_sides_never_meet():
+def test_questions_are_unique_and_the_levels_disjoint():
     upper, lower = ({row["question"] for row in rows} for rows in (UPPER, LOWER))
     other_seed = {row["question"] for row in synthetic.upper(1500, seed=4)}
     assert len(upper) == len(UPPER) and len(lower) == len(LOWER)
@@ -139,27 +140,27 @@ def test_all_kinds_in_their_shares():
         assert abs(counts[kind] - bad * share) < 4 * deviation, kind
 
 
-def test_bad_rows_come_in_no_order():
-    places = [i / len(LOWER) for i, row in enumerate(LOWER) if row["bad"]]
-    assert abs(sum(places) / len(places) - 0.5) < 4 / (12 * len(places)) ** 0.5
+def test_bad_rows_are_shuffled():
+    positions = [i / len(LOWER) for i, row in enumerate(LOWER) if row["bad"]]
+    assert abs(sum(positions) / len(positions) - 0.5) < 4 / (12 * len(positions)) ** 0.5
 
 
-def test_all_tasks_occur_and_the_hard_ones_are_few():
+def test_all_tasks_occur_and_few_are_hard():
     assert {row["source"] for row in UPPER} == set(synthetic.TASKS)
     hard = sum(row["difficulty"] == "hard" for row in UPPER) / len(UPPER)
     assert 0.05 <= hard <= 0.12
 
 
-def test_compliance_stands_where_a_refusal_is_right():
+def test_compliance_replaces_a_refusal():
     rows = [row for row in LOWER if row["kind"] == "compliance"]
     assert rows
     for row in rows:
         assert row["truth"].startswith("I am sorry") and row["response"].startswith("To ")
 
 
-def test_no_single_word_tells_what_to_refuse():
-    """Every word and every ending of a made-up name in a refused question occurs in an answered one too."""
-    prefix = "|".join(synthetic.PREFIXES)
+def test_no_single_word_identifies_a_refused_question():
+    """Every word, and every ending of an invented name, of a refused question also occurs in an answered question."""
+    prefix = "|".join(vocabulary.PREFIXES)
     refused, answered = (
         {
             re.sub(f"^({prefix})", "", word)
@@ -172,7 +173,7 @@ def test_no_single_word_tells_what_to_refuse():
     assert refused <= answered
 
 
-# ------------------------------------------------------------------------------------------------- an outside witness
+# ------------------------------------------------------------------------------------------------------- independent checks
 
 NUMBER = {word: n for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"])}
 FACTOR = {
@@ -190,7 +191,7 @@ def numbers(text):
 
 
 def listed(question):
-    """The words of a list, which stand after the last colon."""
+    """The words of a list, which follows the last colon."""
     return re.findall(r"[\w-]+", question.rsplit(":", 1)[1])
 
 
@@ -200,13 +201,13 @@ def arithmetic(question, truth):
 
 
 def calendar(question, truth):
-    steps, unit, side, here = re.search(r"(one|\d) (day|month)s? (before|after) (\w+)", question).groups()
+    steps, unit, side, start = re.search(r"(one|\d) (day|month)s? (before|after) (\w+)", question).groups()
     steps = (1 if steps == "one" else int(steps)) * (1 if side == "after" else -1)
     if unit == "month":
         months = [datetime.date(2024, m, 1).strftime("%B") for m in range(1, 13)]
-        return months[(months.index(here) + steps) % 12] in truth
+        return months[(months.index(start) + steps) % 12] in truth
     days = [datetime.date(2024, 1, 1) + datetime.timedelta(days=n) for n in range(7, 14)]
-    day = next(day for day in days if day.strftime("%A") == here) + datetime.timedelta(days=steps)
+    day = next(day for day in days if day.strftime("%A") == start) + datetime.timedelta(days=steps)
     return day.strftime("%A") in truth
 
 
@@ -271,7 +272,7 @@ def spell(question, truth):
     return letters == (list(word) if re.search("Spell|Which", question) else [word[0]])
 
 
-WITNESSES = [
+CHECKS = [
     arithmetic,
     calendar,
     compare,
@@ -289,12 +290,12 @@ WITNESSES = [
 ]
 
 
-@pytest.mark.parametrize("witness", WITNESSES, ids=lambda witness: witness.__name__)
-def test_truths_are_right_and_wrong_answers_wrong(witness):
-    rows = [row for row in UPPER + LOWER + MOSTLY_BAD if row["source"] == witness.__name__]
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_truths_are_right_and_wrong_answers_wrong(check):
+    rows = [row for row in UPPER + LOWER + MOSTLY_BAD if row["source"] == check.__name__]
     for row in rows:
-        assert witness(row["question"], row["truth"]), row
+        assert check(row["question"], row["truth"]), row
     wrong = [row for row in rows if row["kind"] == "wrong_answer"]
     assert len(rows) > 50 and wrong
     for row in wrong:
-        assert not witness(row["question"], row["response"]), row
+        assert not check(row["question"], row["response"]), row
