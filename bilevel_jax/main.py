@@ -32,7 +32,7 @@ def main() -> None:
     from bilevel_jax.runtime import distributed, summary_table
 
     if PLAN.value:
-        print(memory.table(CONFIG.value, memory.make(CONFIG.value)))
+        print(memory.table(CONFIG.value, memory.make_plan(CONFIG.value)))
         return
     distributed.join()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))

@@ -1,4 +1,4 @@
-"""The memory plan: against numbers worked out by hand for published models, and against what XLA says after compiling."""
+"""The memory plan against numbers by hand for published models, and against the memory analysis of a compiled step."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ CACHE_8B = 2 * 32 * 16 * 2048 * 8 * 128 * 2  # keys and values, layers, slots, p
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """`f(sizes, mesh, changes) -> Plan, {item: bytes}` of the 8B tier with a model of these sizes."""
+    """`f(sizes, mesh, changes) -> Plan, {item: bytes}` of the 8B tier, for a model with these sizes."""
     root = tmp_path_factory.mktemp("models")
 
     @functools.cache
@@ -47,8 +47,8 @@ def planned(tmp_path_factory):
         config = presets.get("llama3-8b")
         settings = {"model.path": str(directory), "method": "dynamic", "batch.micro_size": 8, "online.slots": 16}
         config.update_from_flattened_dict(settings | dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh)) | dict(changes))
-        found = memory.make(config)
-        return found, {item.name: item.size for item in found.items}
+        plan = memory.make_plan(config)
+        return plan, {item.name: item.size for item in plan.items}
 
     return lambda sizes, mesh, changes=(): make(tuple(sizes.items()), mesh, tuple(dict(changes).items()))
 
@@ -62,10 +62,10 @@ def test_parameters(planned, sizes, number, billions):
     "sizes, mesh, base",
     [
         (EIGHT, (1, 1, 1), 2 * NUM_8B),
-        (EIGHT, (8, 1, 1), 2 * NUM_8B),  # data splits no weights
+        (EIGHT, (8, 1, 1), 2 * NUM_8B),  # `data` does not split weights
         (EIGHT, (1, 8, 1), 2 * ((NUM_8B - NORMS_8B) // 8 + NORMS_8B)),
         (EIGHT, (2, 2, 2), 2 * ((NUM_8B - NORMS_8B) // 4 + NORMS_8B)),
-        (EIGHT, (1, 1, 3), 2 * (NUM_8B - 2 * 128256 * 4096 * 2 // 3)),  # of all widths 3 divides the vocabulary alone
+        (EIGHT, (1, 1, 3), 2 * (NUM_8B - 2 * 128256 * 4096 * 2 // 3)),  # 3 divides only the vocabulary
         (SEVENTY, (1, 8, 1), 2 * ((NUM_70B - NORMS_70B) // 8 + NORMS_70B)),
         (SEVENTY, (1, 4, 4), 2 * ((NUM_70B - NORMS_70B) // 16 + NORMS_70B)),
     ],
@@ -75,32 +75,32 @@ def test_base_on_a_device(planned, sizes, mesh, base):
     assert planned(sizes, mesh)[1]["base parameters"] == base
 
 
-def test_what_learns_is_whole_on_every_device(planned):
+def test_trained_parameters_are_replicated(planned):
     for mesh in ((1, 1, 1), (1, 4, 2)):
-        found, items = planned(EIGHT, mesh)
-        assert found.num_rows == 56000 - 1000
+        plan, items = planned(EIGHT, mesh)
+        assert plan.num_rows == 56000 - 1000
         assert items["adapter θ"] == 4 * ADAPTER_8B
-        assert items["its optimizer"] == 2 * 4 * ADAPTER_8B + 4  # Adam's two moments and its count
-        assert items["ω, its optimizer, visits"] == (2 + 2) * 4 * 55000 + 4 + 4  # its own Adam's too; the running baseline
+        assert items["its optimizer"] == 2 * 4 * ADAPTER_8B + 4  # two moments and the count of Adam
+        assert items["ω, its optimizer, visits"] == (2 + 2) * 4 * 55000 + 4 + 4  # the count of its Adam; the running baseline
 
 
-def test_omega_over_all_devices(planned):
-    """Logits, visits and both moments; θ and the few scalars stay whole."""
+def test_sharded_omega(planned):
+    """Logits, visits and both moments are sharded; θ and the scalars are replicated."""
     name, copy = "ω, its optimizer, visits", "copy of all these but the base, for a checkpoint"
-    (_, whole), (_, split) = (planned(EIGHT, (2, 2, 2), {"mesh.shard_selector": flag}) for flag in (False, True))
+    (_, replicated), (_, split) = (planned(EIGHT, (2, 2, 2), {"mesh.shard_selector": flag}) for flag in (False, True))
     assert split[name] == (2 + 2) * 4 * 55000 // 8 + 4 + 4
-    assert whole[copy] - split[copy] == whole[name] - split[name] and whole["adapter θ"] == split["adapter θ"]
+    assert replicated[copy] - split[copy] == replicated[name] - split[name] and replicated["adapter θ"] == split["adapter θ"]
 
 
 @pytest.mark.parametrize("mesh, parts", [((1, 1, 1), 1), ((2, 2, 1), 4), ((1, 4, 2), 8), ((1, 1, 16), 1)], ids=str)
 def test_cache(planned, mesh, parts):
-    """16 devices cannot share 8 heads of keys: each has all of them."""
+    """16 devices cannot share 8 key heads, so each device has all of them."""
     assert planned(EIGHT, mesh)[1]["KV cache"] == CACHE_8B // parts
 
 
 @pytest.mark.parametrize("mesh, rows, columns", [((1, 1, 1), 256, 128256), ((2, 2, 2), 64, 64128)], ids=str)
 def test_logits(planned, mesh, rows, columns):
-    """Logits and their exponentials in float32, these in bfloat16 too, of 256 positions shared by the rows' devices."""
+    """Logits and exponentials in float32, and exponentials in bfloat16, for 256 positions that the devices share."""
     assert planned(EIGHT, mesh)[1]["logits chunk: logits, exp, exp rounded"] == rows * columns * 10
 
 
@@ -109,27 +109,25 @@ def test_response_store(planned):
     _, needed = planned(EIGHT, (1, 1, 1), changes)
     _, every = planned(EIGHT, (1, 1, 1), changes | {"online.generate": "all"})
     one = 100 * 4 + 4 * 8  # tokens; row, sample, two log-probabilities
-    assert needed["response store"] == 10 * 32 * 3 * one + 55000  # what ten batches of 32 visit
+    assert needed["response store"] == 10 * 32 * 3 * one + 55000  # rows in ten batches of 32
     assert every["response store"] == 5500 * 3 * one + 55000
 
 
-def test_no_refresh_no_cache(planned):
+def test_offline_selection_has_no_cache(planned):
     _, items = planned(EIGHT, (1, 1, 1), {"method": "offline"})
     assert "KV cache" not in items and "response store" not in items
 
 
 def test_activations_with_remat(planned):
-    """Kept: the input of each of the 32 layers; and of one layer everything, attention's [S, H, L, L] in float32 among it."""
-    whole, part = (
-        planned(EIGHT, mesh, {"model.remat": True})[1]["activations of a micro-batch"] for mesh in ((1, 1, 1), (2, 2, 2))
-    )
+    """The input of each of the 32 layers, and all activations of one layer, with [S, H, L, L] of attention in float32."""
+    full, part = (planned(EIGHT, mesh, {"model.remat": True})[1]["activations of a micro-batch"] for mesh in ((1, 1, 1), (2, 2, 2)))
     inputs, attention = 32 * 8 * 2048 * 4096 * 2, 8 * 32 * 2048 * 2048 * 4
-    assert inputs + attention < whole < inputs + 4 * attention
-    assert whole / 8 < part < whole / 4  # heads and feed-forward are in eight parts, the inputs of layers in four
+    assert inputs + attention < full < inputs + 4 * attention
+    assert full / 8 < part < full / 4  # heads and feed-forward have eight parts, the inputs of layers four
 
 
 def test_8b_fits_a_card_of_80_gb(planned):
-    """As the tier has it, and the paper's micro-batch of 8 with layers recomputed; each with the refresh."""
+    """With the micro-batch of the tier, and with 8 and `remat`, as in the paper; both with a refresh."""
     for changes in ({"batch.micro_size": presets.get("llama3-8b").batch.micro_size}, {"model.remat": True}):
         assert planned(EIGHT, (1, 1, 1), changes)[0].peak < (1 - memory.FREE) * 80e9
 
@@ -138,9 +136,9 @@ SMALL = decoder.ModelConfig("llama", 4096, 256, 1024, 4, 8, 4, 32, 32, 512, "sil
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def test_kept_of_a_layer():
-    """Of a token: the layer's input; q, k, v; what attention gives, its maximum and sum; what `o_proj`, `gate_proj` and
-    `up_proj` give; and x A of all seven. With `remat` its input alone."""
+def test_residuals_of_a_layer():
+    """Per token: the input of the layer; q, k, v; the output of attention, its maximum and sum; the outputs of `o_proj`,
+    `gate_proj` and `up_proj`; and x A of all seven. With `remat`, only the input."""
     sequences, length, rank = 2, 512, 8
     by_hand = 256 + (256 + 128 + 128) + 256 + 2 * 8 + 256 + 2 * 1024 + 7 * rank
     for remat, floats in ((False, by_hand), (True, 256)):
@@ -152,8 +150,8 @@ def test_kept_of_a_layer():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_xla_says_the_same(remat):
-    """Of a compiled step: arguments to the byte, temporaries within what the plan leaves free."""
+def test_plan_agrees_with_xla(remat):
+    """For a compiled step: arguments to the byte, temporaries within the free share of the plan."""
     sequences, length, rank, num_rows, targets = 2, 512, 8, 10, ALL_LINEAR
     model = dataclasses.replace(SMALL, remat=remat)
     layout = packing.Layout(sequences, length, sequences)
@@ -161,25 +159,25 @@ def test_xla_says_the_same(remat):
     batch = packing.pack_step([packing.Segment(one, one, i, 0.5) for i in range(2)], num_rows, 2, layout)
     config = configuration.default()
     config.selection.coefficient_at = "current"
-    optimizer, select = configuration.to_optimizer(config), configuration.to_selector(config)
+    optimizer, selector = configuration.to_optimizer(config), configuration.to_selector(config)
     adapter, base = memory.adapter_shapes(model, rank, targets), memory.base_shapes(model)
-    state = jax.eval_shape(lambda start: step.init(start, optimizer, select, num_rows, False), adapter)
-    update = step.make_step(model, configuration.to_objective(config), select, optimizer)
+    state = jax.eval_shape(lambda start: step.init(start, optimizer, selector, num_rows, False), adapter)
+    update = step.make_step(model, configuration.to_objective(config), selector, optimizer)
     scales = step.Scales(jnp.float32(1), jnp.float32(1))
-    found = jax.jit(update, donate_argnums=1).lower(base, state, batch, scales).compile().memory_analysis()
+    compiled = jax.jit(update, donate_argnums=1).lower(base, state, batch, scales).compile().memory_analysis()
     held = memory.size_of(base) + memory.size_of(state)
-    assert held <= found.argument_size_in_bytes <= held + 1.01 * sum(leaf.nbytes for leaf in jax.tree.leaves((batch, scales)))
+    assert held <= compiled.argument_size_in_bytes <= held + 1.01 * sum(leaf.nbytes for leaf in jax.tree.leaves((batch, scales)))
     planned = memory.activations(model, rank, targets, sequences, length, layout.targets)
     planned += losses.chunk(layout.targets) * model.vocab_size * 12 + 2 * memory.size_of(adapter)
-    assert (1 - memory.FREE) * found.temp_size_in_bytes < planned < 1.05 * found.temp_size_in_bytes
+    assert (1 - memory.FREE) * compiled.temp_size_in_bytes < planned < 1.05 * compiled.temp_size_in_bytes
 
 
-def test_rows_that_the_mesh_does_not_divide(planned):
+def test_slots_that_the_mesh_does_not_divide(planned):
     with pytest.raises(ValueError, match="online.slots=12 must be a multiple of mesh.data · mesh.fsdp, 8 devices"):
         planned(EIGHT, (1, 8, 1), {"online.slots": 12})
 
 
-def test_rows_that_all_devices_together_do_not_divide(planned):
+def test_rows_that_the_number_of_devices_does_not_divide(planned):
     rows = {"data.num_lower": 1007, "eval.num_lower": 4, "mesh.shard_selector": True}  # 1003 = 8 · 125 + 3
     reason = "8 devices do not divide 1003 lower-level rows; hold out some more .eval.num_lower=7."
     with pytest.raises(ValueError, match=f"^mesh.shard_selector=True: {reason}"):
@@ -188,7 +186,7 @@ def test_rows_that_all_devices_together_do_not_divide(planned):
 
 
 def test_command(tmp_path):
-    """A directory with nothing but config.json, eight devices that are not there, and no trace of a run."""
+    """With only a config.json and eight absent devices; the command writes no files."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | SEVENTY))
     changes = [f"--config.model.path={tmp_path}", "--config.mesh.fsdp=8", "--config.batch.micro_size=8"]
     changes.append("--config.model.remat=True")
@@ -200,6 +198,6 @@ def test_command(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_the_number_of_rows_is_assumed_aloud():
+def test_an_assumed_number_of_rows_is_printed():
     config = presets.get("")
-    assert "lower-level rows: 100000 (assumed: data.num_lower=0" in memory.table(config, memory.make(config))
+    assert "lower-level rows: 100000 (assumed: data.num_lower=0" in memory.table(config, memory.make_plan(config))
