@@ -1,6 +1,8 @@
-"""A run on one page: `python -m bilevel_jax.report --workdir=DIR` writes DIR/report.html anew, of an unfinished run too.
+"""Writes the report of a run again, also of an unfinished one.
 
-The rows are read again from where the config says, to show their text; where they are gone, their ids stand in for it.
+    python -m bilevel_jax.report --workdir=DIR [--screenshot=FILE.png]
+
+Writes DIR/report.html. `--screenshot` also takes a picture of it with headless Chromium.
 """
 
 import pathlib
@@ -11,12 +13,24 @@ from bilevel_jax import cli
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A run, finished or not.", required=True, flag_values=FLAGS)
+SCREENSHOT = flags.DEFINE_string("screenshot", None, "PNG file for a picture of the report.", flag_values=FLAGS)
 
 
 def main() -> None:
-    from bilevel_jax.report import page
+    from bilevel_jax.report import page, screenshot
 
-    print(page.write(pathlib.Path(WORKDIR.value)))
+    if SCREENSHOT.value is not None:
+        picture = pathlib.Path(SCREENSHOT.value)
+        if picture.suffix != ".png":
+            raise ValueError(f"--screenshot={picture} must end in .png")
+        if not picture.parent.is_dir():
+            raise FileNotFoundError(f"--screenshot: there is no directory {picture.parent}")
+        screenshot.find_browser()
+    report = page.write(pathlib.Path(WORKDIR.value))
+    print(report)
+    if SCREENSHOT.value is not None:
+        screenshot.take(report, picture)
+        print(picture)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The figures of a report: inline SVG of phone width, its colours named by the style sheet of the page, so light or dark.
+"""The figures of a report: inline SVG, one small panel each, as wide as a phone.
 
-Every figure is one small panel. The page puts as many side by side as there is room for. Names that come from rows are never read
-as mathematics, and matplotlib escapes them.
+Colours are variables of the page's style sheet, so figures follow its light and dark scheme. Names from rows are never parsed as
+mathematics, and matplotlib escapes them.
 """
 
 import io
@@ -17,20 +17,20 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID, BLUE, RED, GREEN = "#1d2430", "#5d6675", "#e3e6ea", "#2f6fb5", "#c04a2f", "#2e8264"
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", BLUE: "--blue", RED: "--red", GREEN: "--green"}
 WIDTH, HEIGHT = 4.4, 2.6  # inches of 72 points; a point is about a pixel on a phone
-MOST_POINTS = 300  # of a line; more are averaged in groups
+MAX_POINTS = 300  # of a line; more points are averaged in groups
 BINS = 40
 PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.linewidth": 0.8}
-styled = matplotlib.rc_context(STYLE)  # decorates what draws; pyplot and its global figures are never touched
+styled = matplotlib.rc_context(STYLE)  # a decorator; pyplot and its global figures are not used
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# From a figure to SVG
+# SVG
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def _panel(x: str = "", y: str = "", height: float = HEIGHT):
-    """A figure of one panel with a quiet grid, and its axes."""
+    """A figure of one panel, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -44,27 +44,30 @@ def _panel(x: str = "", y: str = "", height: float = HEIGHT):
 
 
 def _svg(figure: Figure, label: str) -> str:
-    """The figure as an `<svg>` element; the same figure gives the same text.
+    """The figure as an `<svg>` element. The same figure always gives the same text.
 
     Args:
-      label: what it shows, for those who do not see it; plain words, no markup.
+      label: description for screen readers, without markup.
     """
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": label}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the letters are drawn by the browser, which has more of them
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _for_the_page(buffer.getvalue(), label)
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, and has more fonts
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    return _embed(buffer.getvalue(), label)
 
 
-def _for_the_page(text: str, label: str) -> str:
-    """A file of matplotlib as an element of a page. Whatever is looked for holds a `<`, which no name from a row does by now."""
+def _embed(text: str, label: str) -> str:
+    """Turns an SVG file of matplotlib into an element of a page.
+
+    Every pattern contains a `<`. Names from rows contain none here, because matplotlib has escaped them.
+    """
     head, body = re.fullmatch(r".*?(<svg.*?>)(.*)", text, re.DOTALL).groups()
     view = re.search(r'viewBox="[^"]*"', head)[0]
     body = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them, and several figures share a page
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # unused, and not unique on a page with several figures
     body = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*;? ?', r"\1", body)
-    body = re.sub(r"<(?:path|use|text)[^<>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)  # hundredths of a point
+    body = re.sub(r"<(?:path|use|text)[^<>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)  # 0.01 points
     body = re.sub(r"\s*\n\s*", " ", body)
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var({variable})")
@@ -72,13 +75,13 @@ def _for_the_page(text: str, label: str) -> str:
 
 
 def _epochs(axes, last: float) -> None:
-    """Whole epochs where there are several."""
+    """Integer ticks, if there are several epochs."""
     if last >= 2:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=8, integer=True))
 
 
 def _legend(axes) -> None:
-    """Above the panel, where it hides nothing."""
+    """A legend above the panel."""
     legend = axes.legend(
         loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, labelcolor=INK,
         handlelength=1.4, columnspacing=1.2, borderaxespad=0.2, handletextpad=0.5,
@@ -88,9 +91,9 @@ def _legend(axes) -> None:
 
 
 def thinned(values: Sequence[float]) -> np.ndarray:
-    """At most MOST_POINTS values, means of equal groups of neighbours (the last group may be smaller)."""
+    """At most MAX_POINTS values: means of groups of neighbours of equal size (the last group may be smaller)."""
     values = np.asarray(values, float)
-    group = -(-len(values) // MOST_POINTS)
+    group = -(-len(values) // MAX_POINTS)
     return np.array([values[i : i + group].mean() for i in range(0, len(values), group)]) if group > 1 else values
 
 
@@ -103,7 +106,7 @@ Line = tuple[Sequence[float], Sequence[float]]  # epochs, values
 
 @styled
 def losses(label: str, train: Line, held_out: Mapping[str, Line]) -> str:
-    """The loss of a level: as logged in training, and the held-out ones by name."""
+    """The losses of a level: of training, and held-out ones by name."""
     figure, axes = _panel("epoch", "nats per token")
     if len(train[0]):
         axes.plot(thinned(train[0]), thinned(train[1]), color=MUTED, linewidth=1, alpha=0.55, label="in training")
@@ -116,6 +119,7 @@ def losses(label: str, train: Line, held_out: Mapping[str, Line]) -> str:
 
 @styled
 def ess(label: str, line: Line) -> str:
+    """ESS/N over time."""
     figure, axes = _panel("epoch", "ESS / N")
     axes.plot(thinned(line[0]), thinned(line[1]), color=BLUE, linewidth=1.8)
     axes.set_ylim(min(0.5, min(line[1]) - 0.05), 1.02)
@@ -129,9 +133,9 @@ def spread(label: str, x: Sequence[float], quantiles: Mapping[str, Sequence[floa
     """Percentiles of the weights over time; `quantiles` has p01, p10, p50, p90 and p99."""
     figure, axes = _panel("epoch", "weight")
     x, q = thinned(x), {name: thinned(values) for name, values in quantiles.items()}
-    axes.fill_between(x, q["p01"], q["p99"], color=BLUE, alpha=0.15, linewidth=0, label="98% of the rows")
+    axes.fill_between(x, q["p01"], q["p99"], color=BLUE, alpha=0.15, linewidth=0, label="98% of rows")
     axes.fill_between(x, q["p10"], q["p90"], color=BLUE, alpha=0.3, linewidth=0, label="80%")
-    axes.plot(x, q["p50"], color=BLUE, linewidth=1.8, label="the median row")
+    axes.plot(x, q["p50"], color=BLUE, linewidth=1.8, label="median")
     axes.set_ylim(bottom=0)
     _epochs(axes, max(x))
     _legend(axes)
@@ -140,9 +144,13 @@ def spread(label: str, x: Sequence[float], quantiles: Mapping[str, Sequence[floa
 
 @styled
 def histogram(label: str, groups: Mapping[str, np.ndarray], kinds: bool = False) -> str:
-    """Weights of groups of rows, each group's shares adding up to 1: the epochs of a run, the last one boldest, or two kinds of
-    rows. What is heavier than nearly all rows counts in the last bar."""
-    figure, axes = _panel("weight (1 = as much as the average row)", "share of these rows" if kinds else "share of rows")
+    """Histograms of the weights of groups of rows, each normalised to 1. The last bin includes outliers.
+
+    Args:
+      groups: weights by name: of epochs, or of two kinds of rows.
+      kinds: draws two kinds of rows, filled; otherwise epochs, the last one boldest.
+    """
+    figure, axes = _panel("weight (mean 1)", "share of these rows" if kinds else "share of rows")
     heaviest = max(2.0, *(np.quantile(weights, 0.999) for weights in groups.values()))
     edges = np.linspace(0, heaviest, BINS + 1)
     strength = np.linspace(0.3, 1, len(groups)) if len(groups) > 1 else [1.0]
@@ -161,8 +169,8 @@ def histogram(label: str, groups: Mapping[str, np.ndarray], kinds: bool = False)
 
 @styled
 def sources(label: str, names: Sequence[str], shares: np.ndarray) -> str:
-    """Each source's share of all weight [S, 1 + epochs], from its share of rows (a ring) to the last epoch (a dot)."""
-    figure, axes = _panel("share of all weight", height=0.75 + 0.27 * len(names))
+    """Each source's share of the total weight [S, 1 + epochs], from its share of rows (a ring) to the last epoch (a dot)."""
+    figure, axes = _panel("share of the total weight", height=0.75 + 0.27 * len(names))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     for y, row in enumerate(shares):
@@ -179,7 +187,7 @@ def sources(label: str, names: Sequence[str], shares: np.ndarray) -> str:
 
 @styled
 def lengths(label: str, epochs: Sequence[int], means: Mapping[str, Sequence[float]]) -> str:
-    """Mean length of the answers of several groups of rows, by epoch."""
+    """Mean length of the responses of several groups of rows, by epoch."""
     figure, axes = _panel("epoch", "words")
     for (name, values), color in zip(means.items(), (BLUE, MUTED, RED)):
         axes.plot(epochs, values, color=color, linewidth=1.8, marker="o", markersize=4.5, label=name)
@@ -190,16 +198,16 @@ def lengths(label: str, epochs: Sequence[int], means: Mapping[str, Sequence[floa
 
 @styled
 def times(label: str, seconds: Mapping[str, float]) -> str:
-    """Where the time went, the longest first."""
+    """Seconds by activity, the longest first."""
     figure, axes = _panel("seconds", height=0.7 + 0.27 * len(seconds))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    places = range(len(seconds))
-    axes.barh(places, list(seconds.values()), height=0.6, color=BLUE)
+    positions = range(len(seconds))
+    axes.barh(positions, list(seconds.values()), height=0.6, color=BLUE)
     total = sum(seconds.values()) or 1.0
-    for y, value in zip(places, seconds.values()):
+    for y, value in zip(positions, seconds.values()):
         axes.annotate(f"{value / total:.0%}", (value, y), (5, 0), textcoords="offset points", va="center", color=MUTED)
-    axes.set_yticks(places, list(seconds), color=INK)
+    axes.set_yticks(positions, list(seconds), color=INK)
     axes.set_ylim(len(seconds) - 0.5, -0.5)
     axes.margins(x=0.12)
     return _svg(figure, label)

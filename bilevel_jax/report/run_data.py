@@ -1,4 +1,4 @@
-"""What a run left in its workdir, finished or not, and what a report measures of it."""
+"""Reads the files in a workdir, of a finished or unfinished run, and computes the numbers of the report."""
 
 import collections
 import json
@@ -10,60 +10,61 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax import files
+from bilevel_jax import files, selector
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a run left
+# Files
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    """What there is of a run so far."""
+    """The content of a workdir."""
 
     name: str
     config: ml_collections.ConfigDict
-    summary: dict[str, float]  # empty before the end
+    summary: dict[str, float]  # empty before the end of the run
     events: list[dict]  # of metrics.jsonl
-    tables: dict[int, dict[str, np.ndarray]]  # epoch -> columns of its weights
-    answers: list[dict]  # of responses.jsonl
-    rows: dict[str, data_rows.Row]  # by id, as far as they are at hand
+    tables: dict[int, dict[str, np.ndarray]]  # epoch -> columns of its weight table
+    responses: list[dict]  # of responses.jsonl, in the order of steps
+    rows: dict[str, data_rows.Row]  # by id; incomplete where the data changed since the run
     notice: str  # why rows are missing, or ""
-    tokens: pa.Table | None = None  # weights of tokens, where they have any
+    tokens: pa.Table | None = None  # weights of tokens, or None
 
 
 def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> Run:
     """Reads a workdir.
 
     Args:
-      rows: the lower level's, where they are at hand; otherwise they are read again, and matched by id.
+      rows: the rows of the lower level. None reads them again and matches them by id.
 
     Raises:
-      FileNotFoundError: if there is no run.
+      FileNotFoundError: the directory holds no run.
     """
     config = read_config(workdir)
     summary = workdir / "summary.json"
     tables = {epoch: _columns(weight_table.read(file)) for epoch, file in weight_table.epoch_files(workdir).items()}
-    found, notice = {}, ""
+    by_id, notice = {}, ""
     if tables:
         try:
             ids = set(tables[max(tables)]["id"])
-            found = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
-            if len(found) < len(ids):
-                notice = f"{len(ids) - len(found)} rows are no longer in {config.data.lower}; only their ids are shown."
+            by_id = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
+            if len(by_id) < len(ids):
+                missing = len(ids) - len(by_id)
+                notice = f"{missing} rows are no longer in {config.data.lower}. Their ids are shown instead of their texts."
         except (ValueError, OSError) as error:
-            notice = f"The rows could not be read again, so only their ids are shown ({error})."
+            notice = f"The rows cannot be read, so their ids are shown instead of their texts ({error})."
     return Run(
         name=workdir.resolve().name,
         config=config,
         summary=files.read_json(summary) if summary.exists() else {},
         events=events(workdir),
         tables=tables,
-        answers=_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
-        rows=found,
+        responses=_read_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
+        rows=by_id,
         notice=notice,
         tokens=weight_table.of_tokens(workdir),
     )
@@ -74,106 +75,118 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def events(workdir: pathlib.Path) -> list[dict]:
-    """What a run logged."""
-    return _lines(workdir / "metrics.jsonl", step=int, epoch=(int, float))
+    """The events that a run logged."""
+    return _read_lines(workdir / "metrics.jsonl", step=int, epoch=(int, float))
 
 
-def _lines(file: pathlib.Path, **kinds) -> list[dict]:
-    """The objects of a file of lines with fields of these kinds, but for what is damaged or still being written."""
-    found = []
+def _read_lines(file: pathlib.Path, **types) -> list[dict]:
+    """The objects in a JSONL file whose fields have these types. Damaged and unfinished lines are skipped."""
+    objects = []
     for line in file.read_bytes().split(b"\n") if file.exists() else ():
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
-            found.append(value)
-    return found
+        if isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items()):
+            objects.append(value)
+    return objects
 
 
 def series(events: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of one measure."""
-    held = [event for event in events if key in event]
-    return [event["epoch"] for event in held], [event[key] for event in held]
+    """Epochs and values of one metric."""
+    with_key = [event for event in events if key in event]
+    return [event["epoch"] for event in with_key], [event[key] for event in with_key]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is measured of it
+# Numbers
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ranked(run: Run) -> bool:
-    """Whether the weights say anything: frozen ones are all equal, and their order means nothing."""
+def has_ranking(run: Run) -> bool:
+    """Whether the weights differ. A frozen selector leaves all weights equal, and their order means nothing."""
     return any(np.ptp(table["weight"]) > 0 for table in run.tables.values())
 
 
-def marks(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Which rows of a table the data mark as bad; None where they do not say."""
+def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Which rows of a table are marked bad in the data; None if no row has the label."""
     field = run.config.data.label
-    found = [run.rows[row_id].fields.get(field) if row_id in run.rows else None for row_id in table["id"]]
-    return np.array([bool(mark) for mark in found]) if any(mark is not None for mark in found) else None
+    values = [run.rows[row_id].fields.get(field) if row_id in run.rows else None for row_id in table["id"]]
+    return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
 
 
-def epoch_measures(run: Run, epoch: int) -> dict[str, float]:
-    """ESS/N, spread, masked share and, where the data carry labels, AUROC and the share of bad rows that is kept."""
+def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
+    """ESS/N, range and masked share of an epoch's weights. With labels also AUROC and the two shares of bad rows.
+
+    `bad_kept` is the share of the bad rows that are kept; `bad_among_kept` is the share of the kept rows that are bad.
+    """
     table = run.tables[epoch]
-    w, bad = table["weight"], marks(run, table)
-    found = {"ess": w.sum() ** 2 / (len(w) * (w**2).sum()), "low": w.min(), "median": np.median(w), "high": w.max()}
-    found["masked"] = table["masked"].mean() if "masked" in table else 0.0
+    weight, bad = table["weight"], labels(run, table)
+    values = {
+        "ess": selector.effective_sample_size(weight / weight.sum()),
+        "low": weight.min(),
+        "median": np.median(weight),
+        "high": weight.max(),
+        "masked": table["masked"].mean() if "masked" in table else 0.0,
+    }
     if bad is not None and bad.any() and not bad.all():
-        found["auroc"] = metrics.auroc(-w, bad)
-        found["bad_kept"] = metrics.bad_kept(-table["rank"], bad, run.config.eval.keep)
-    return {name: float(value) for name, value in found.items()}
+        values["auroc"] = metrics.auroc(-weight, bad)
+        values["bad_kept"] = metrics.bad_kept(-table["rank"], bad, run.config.eval.keep)
+        values["bad_among_kept"] = metrics.bad_among_kept(-table["rank"], bad, run.config.eval.keep)
+    return {name: float(value) for name, value in values.items()}
 
 
 def source_shares(run: Run) -> list[tuple[str, int, np.ndarray]]:
-    """(source, rows, share of all weight [1 + epochs], first that of rows), those that moved most first."""
+    """(source, number of rows, shares [1 + epochs]) of each source, the largest change first.
+
+    The first share is that of the rows, the others are shares of the total weight after each epoch.
+    """
     tables = list(run.tables.values())
-    names, place, count = np.unique(tables[0]["source"], return_inverse=True, return_counts=True)
+    names, source_index, count = np.unique(tables[0]["source"], return_inverse=True, return_counts=True)
     shares = [count / count.sum()]
-    shares += [np.bincount(place, table["weight"], len(names)) / table["weight"].sum() for table in tables]
-    moved = np.stack(shares, 1)
-    found = [(str(name), int(rows), share) for name, rows, share in zip(names, count, moved)]
-    return sorted(found, key=lambda item: -abs(item[2][-1] - item[2][0]))
+    shares += [np.bincount(source_index, table["weight"], len(names)) / table["weight"].sum() for table in tables]
+    sources = [(str(name), int(number), share) for name, number, share in zip(names, count, np.stack(shares, 1))]
+    return sorted(sources, key=lambda item: -abs(item[2][-1] - item[2][0]))
 
 
-def in_use(run: Run, epoch: int) -> dict[str, list[str]]:
-    """The model's own answers that stood for those of the data when an epoch ended, by row."""
-    if not run.answers:
+def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:
+    """The generated responses that replaced those of the data at the end of an epoch, by row id."""
+    if not run.responses:
         return {}
     last_step = epoch * shuffle.steps_per_epoch(len(run.tables[epoch]["id"]), run.config.batch.size) - 1
     every = run.config.online.refresh_every
-    found = collections.defaultdict(list)
-    for answer in run.answers:
-        if answer["step"] == last_step // every * every:
-            found[answer["id"]].append(answer["text"])
-    return found
+    texts = collections.defaultdict(list)
+    for response in run.responses:
+        if response["step"] == last_step // every * every:
+            texts[response["id"]].append(response["text"])
+    return texts
 
 
-def answer_lengths(run: Run, share: float = 0.1) -> dict[str, list[float]]:
-    """Mean number of words of the answers in use, by epoch: of the `share` heaviest rows, of all, of the `share` lightest."""
-    found = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
+def response_lengths(run: Run, share: float = 0.1) -> dict[str, list[float]]:
+    """Mean words of the responses in use, by epoch: of the `share` heaviest rows, of all rows, of the `share` lightest rows."""
+    means = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
     of_data = {row_id: float(len(row.response.split())) for row_id, row in run.rows.items()}
     for epoch, table in run.tables.items():
-        own = {row_id: float(np.mean([len(text.split()) for text in texts])) for row_id, texts in in_use(run, epoch).items()}
-        length = np.array([own.get(row_id, of_data.get(row_id, np.nan)) for row_id in table["id"]])
+        in_use = responses_in_use(run, epoch)
+        generated = {row_id: float(np.mean([len(text.split()) for text in texts])) for row_id, texts in in_use.items()}
+        length = np.array([generated.get(row_id, of_data.get(row_id, np.nan)) for row_id in table["id"]])
         length = length[np.argsort(table["rank"])]
         number = max(1, round(share * len(length)))
-        for name, part in zip(found, (length[:number], length, length[-number:])):
-            known = part[~np.isnan(part)]
-            found[name].append(float(known.mean()) if len(known) else float("nan"))
-    return found
+        for name, part in zip(means, (length[:number], length, length[-number:])):
+            values = part[~np.isnan(part)]
+            means[name].append(float(values.mean()) if len(values) else float("nan"))
+    return means
 
 
 def words_in_common(a: str, b: str) -> float:
-    """Share of words that two texts have in common, as often as both have them: 2 |A ∩ B| / (|A| + |B|), in [0, 1]."""
+    """Share of the words that two texts have in common, as multisets: 2 |A ∩ B| / (|A| + |B|), in [0, 1]."""
     first, second = (collections.Counter(text.lower().split()) for text in (a, b))
     total = first.total() + second.total()
     return 2 * (first & second).total() / total if total else 1.0
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds by activity, the longest first; without those of the report, which is to be the same when it is made again."""
+    """Seconds by activity, the longest first. The report's own time is left out, so that a report can be reproduced exactly."""
     seconds = {key.removeprefix("time/"): value for key, value in run.summary.items() if key.startswith("time/")}
     seconds.pop("report", None)
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))

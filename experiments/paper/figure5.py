@@ -25,7 +25,7 @@ def measure(found: comparing.Results) -> int:
     last = 0
     for of_cell in found.runs.values():
         for run in of_cell.values():
-            for group, lengths in run_data.answer_lengths(run_data.read(run.workdir)).items():
+            for group, lengths in run_data.response_lengths(run_data.read(run.workdir)).items():
                 last = max(last, len(lengths))
                 for epoch, length in enumerate(lengths, 1):
                     run.values[f"{group}, epoch {epoch}"] = length

@@ -1,8 +1,9 @@
-"""The report: its numbers against ones computed by hand, texts that want to be more than text, and a real browser."""
+"""The report: numbers against values by hand, hostile texts, and a real browser."""
 
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,17 +18,19 @@ from bilevel_jax import config as configuration
 from bilevel_jax import finish, train
 from bilevel_jax.data import levels
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.report import page, plots, run_data
+from bilevel_jax.errors import RunError
+from bilevel_jax.report import page, plots, run_data, screenshot
 from bilevel_jax.runtime import summary_table, weight_table
 from bilevel_jax.runtime.workdir import read_config
-from tests.conftest import write_jsonl
+from bilevel_jax.text import one_line, visible
+from tests.conftest import run_command, write_jsonl
 
 N = 20
 ROWS = [
     {"question": f"Question {i}?", "response": "word " * i + "end", "source": "a" if i < 5 else "b", "bad": i < 2, "truth": "x y z"}
     for i in range(N)
 ]  # row i has i + 1 words
-WEIGHTS = {1: {0: 0.5, 19: 1.5}, 2: {0: 0.2, 1: 0.8, 18: 1.4, 19: 1.6}}  # by epoch; the others weigh 1
+WEIGHTS = {1: {0: 0.5, 19: 1.5}, 2: {0: 0.2, 1: 0.8, 18: 1.4, 19: 1.6}}  # by epoch; all others are 1
 EVENTS = [
     {"step": 0, "epoch": 0, "eval/upper_loss": 0.5, "eval/lower_loss": 0.75},
     {"step": 1, "epoch": 0.0, "online/responses": 3.0, "online/bad_answered": 2.0, "online/bad_right": 1.0},
@@ -36,11 +39,11 @@ EVENTS = [
     {"step": 10, "epoch": 2.0, "eval/upper_loss": 0.4, "eval/lower_loss": 0.8, "train/upper_loss": 0.5, "train/lower_loss": 0.8},
 ]
 SUMMARY = {"steps": 10, "time/load": 5.0, "time/train": 60.0, "time/generate": 15.0}
-ANSWERS = [(2, 0, 0, "old old old"), (4, 0, 0, "x y z"), (4, 0, 1, "x y z x y"), (8, 1, 0, "word")]  # step, row, sample, text
+RESPONSES = [(2, 0, 0, "old old old"), (4, 0, 0, "x y z"), (4, 0, 1, "x y z x y"), (8, 1, 0, "word")]  # step, row, sample, text
 
 
-def make_workdir(workdir, rows=ROWS, answers=ANSWERS, changes=()):
-    """A finished run by hand: epochs of 5 steps, a refresh every 2, rows 0 and 1 masked in the end. Returns workdir and ids."""
+def make_workdir(workdir, rows=ROWS, responses=RESPONSES, changes=()):
+    """A finished run: epochs of 5 steps, a refresh every 2 steps, rows 0 and 1 masked at the end. Returns workdir and ids."""
     workdir.mkdir()
     (workdir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids = [row.id for row in data_rows.read_rows(workdir / "rows.jsonl")[0]]
@@ -50,11 +53,11 @@ def make_workdir(workdir, rows=ROWS, answers=ANSWERS, changes=()):
     (workdir / "config.json").write_text(config.to_json())
     (workdir / "summary.json").write_text(json.dumps(SUMMARY))
     write_jsonl(workdir / "metrics.jsonl", EVENTS)
-    lines = [{"step": step, "id": ids[i], "sample": g, "text": text, "ratio": None} for step, i, g, text in answers]
-    (workdir / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))  # ASCII: any text goes
+    lines = [{"step": step, "id": ids[i], "sample": g, "text": text, "ratio": None} for step, i, g, text in responses]
+    (workdir / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))  # ASCII: any text
     (workdir / "weights").mkdir()
-    for epoch, given in WEIGHTS.items():
-        weight = np.array([given.get(i, 1.0) for i in range(len(rows))])
+    for epoch, weights in WEIGHTS.items():
+        weight = np.array([weights.get(i, 1.0) for i in range(len(rows))])
         rank = np.empty(len(rows), int)
         rank[sorted(range(len(rows)), key=lambda i: (-weight[i], i))] = range(1, len(rows) + 1)
         table = {"id": ids, "weight": weight, "logit": np.log(weight), "rank": rank, "visits": [epoch] * len(rows)}
@@ -64,13 +67,12 @@ def make_workdir(workdir, rows=ROWS, answers=ANSWERS, changes=()):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_workdir(tmp_path_factory.mktemp("made") / "run")[0]
+def run_dir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("by_hand") / "run")[0]
 
 
 class Parsed(html.parser.HTMLParser):
-    """What a page holds: elements with their attributes, the words of each section, the cells of its tables, and the sections that
-    show something."""
+    """The content of a page: elements, words and table cells of each section, and the sections with content."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -112,34 +114,41 @@ def report(workdir) -> Parsed:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_by_epoch(made):
-    """ESS/N = (Σw)² / (N Σw²) = 20² / (20 · 20.5) and 20² / (20 · 21.2). In epoch 1 one bad row is lighter than all 18 good ones,
-    the other ties with 17 and is lighter than one: (18 + 9.5) / 36. It is among the 16 heaviest, as ties stay in order."""
-    head, first, second = report(made).tables["weights"]
-    assert head == ["epoch", "ESS / N", "lightest", "median", "heaviest", "asked again", "AUROC", "marked rows kept"]
-    assert first == ["1", "97.6%", "0.5", "1", "1.5", "5.0%", "0.764", "50.0%"]
-    assert second == ["2", "94.3%", "0.2", "1", "1.6", "10.0%", "1.000", "0.0%"]
+def test_weights_by_epoch(run_dir):
+    """ESS/N = (Σw)² / (N Σw²) = 20² / (20 · 20.5) and 20² / (20 · 21.2).
+
+    In epoch 1 one bad row is lighter than all 18 good rows, the other ties with 17 and is lighter than one: (18 + 9.5) / 36. It is
+    among the 16 heaviest, because ties stay in order: one of 2 bad rows is kept, and one of 16 kept rows is bad.
+    """
+    head, first, second = report(run_dir).tables["weights"]
+    assert head[:7] == ["epoch", "ESS / N", "lightest", "median", "heaviest", "masked", "AUROC"]
+    assert head[7:] == ["bad rows that are kept, of all bad", "kept rows that are bad"]
+    assert first == ["1", "97.6%", "0.5", "1", "1.5", "5.0%", "0.764", "50.0%", "6.2%"]
+    assert second == ["2", "94.3%", "0.2", "1", "1.6", "10.0%", "1.000", "0.0%", "0.0%"]
 
 
-def test_share_of_weight_by_source(made):
+def test_share_of_weight_by_source(run_dir):
     """Source a: 5 rows of 20, then 4.5 and 4 of a total of 20; b has the rest."""
-    head, *found = report(made).tables["sources"]
+    head, *found = report(run_dir).tables["sources"]
     assert head == ["source", "rows", "share of rows", "weight, epoch 1", "weight, epoch 2", "mean weight now"]
     a, b = ["a", "5", "25.00%", "22.50%", "20.00%", "0.8"], ["b", "15", "75.00%", "77.50%", "80.00%", "1.07"]
     assert sorted(found) == [a, b]
 
 
-def test_answer_lengths(made):
-    """Epoch 1 ends with step 4's answers in use: 3 and 5 words for row 0, whose own has 1. Its heaviest tenth are rows 19 and 1,
-    of 20 and 2 words, its lightest 18 and 0. Epoch 2 ends with step 8's: 1 word for row 1 instead of 2, nothing for row 0."""
-    head, first, second = report(made).tables["lengths"]
+def test_response_lengths(run_dir):
+    """Epoch 1 ends with the responses of step 4 in use: 3 and 5 words for row 0, which has 1 word in the data.
+
+    The heaviest tenth is rows 19 and 1, with 20 and 2 words, the lightest rows 18 and 0. Epoch 2 ends with the responses of step 8:
+    1 word for row 1 instead of 2, none for row 0.
+    """
+    head, first, second = report(run_dir).tables["lengths"]
     assert head == ["epoch", "heaviest tenth", "all rows", "lightest tenth"]
     assert first == ["1", "11.0", f"{(210 - 1 + 4) / 20:.1f}", "11.5"]
     assert second == ["2", "19.5", f"{(210 - 2 + 1) / 20:.1f}", "1.0"]
 
 
-def test_top_and_bottom_rows_of_every_epoch(made):
-    found = report(made)
+def test_top_and_bottom_rows_of_every_epoch(run_dir):
+    found = report(run_dir)
     cells = [row for row in found.tables["rows"] if row[0] != "rank"]
     number = re.compile(r"Question (\d+)\?")
     shown = [(int(rank), weight, int(number.search(words)[1])) for rank, weight, words in cells]
@@ -151,12 +160,12 @@ def test_top_and_bottom_rows_of_every_epoch(made):
     assert opened == [False, True, False]  # all sources, the last epoch, the first
 
 
-def test_answers_beside_those_of_the_data(made):
-    """Row 0: the latest step's first answer has no word of "end". Row 1: "word" is half of "word end": 2 · 1 / (1 + 2)."""
-    words = " ".join(report(made).words["answers"].split())
+def test_responses_of_the_data_and_of_the_model(run_dir):
+    """Row 0: the first response of the latest step has no word of "end". Row 1: "word" is half of "word end": 2 · 1 / (1 + 2)."""
+    words = " ".join(report(run_dir).words["responses"].split())
     first, second = re.split(r"(?=Question 1\?)", words)
-    assert re.search(r"Question 0\?.* 0% of the words in common.*in the data end by the model, step 4 · right x y z $", first)
-    assert re.search(r" 67% of the words in common.*in the data word end by the model, step 8 word right would be x y z$", second)
+    assert re.search(r"Question 0\?.* 0% of the words in common.*data end model, step 4 · right x y z $", first)
+    assert re.search(r" 67% of the words in common.*data word end model, step 8 word right response x y z$", second)
     assert "old old old" not in words
 
 
@@ -167,30 +176,30 @@ def test_words_in_common(a, b, expected):
     assert run_data.words_in_common(a, b) == pytest.approx(expected)
 
 
-def test_head(made):
-    words = " ".join(report(made).words[""].split())
+def test_head(run_dir):
+    words = " ".join(report(run_dir).words[""].split())
     for shown in (
         "fell from 0.5000 to 0.4000 (−20%)",
         "0.5 → 0.4",
         "0.75 → 0.8",
         "94.3%",  # ESS/N
-        "10% of the questions that weighed least",
-        "Answers renewed 7 75% right where the data are bad",
+        "10% of the rows with the smallest weights",
+        "Responses generated 7 75% right where the data are bad",
         "1.3 min",  # 80 s
     ):
         assert shown in words
     assert "not finished" not in words
 
 
-def test_time_split(made):
-    found = report(made)
+def test_time_split(run_dir):
+    found = report(run_dir)
     assert found.tables["time"] == [["train", "60.0 s"], ["generate", "15.0 s"], ["load", "5.0 s"]]
     assert "75%" in found.words["time"]
 
 
-def test_figures(made):
-    """Two of losses, two histograms, sources, lengths, time. ESS and the spread over time are in no event here."""
-    found = [attributes["aria-label"] for tag, attributes in report(made).elements if tag == "svg"]
+def test_figures(run_dir):
+    """Two of losses, two histograms, sources, lengths, time. No event has the ESS or the percentiles."""
+    found = [attributes["aria-label"] for tag, attributes in report(run_dir).elements if tag == "svg"]
     assert len(found) == 7 and len(set(found)) == 7
 
 
@@ -240,29 +249,29 @@ def _other_rows(workdir):
 
 
 WEIGHED = "weights", "sources", "rows", "lengths"
-ALL = "losses", *WEIGHED, "answers", "time"
+ALL = "losses", *WEIGHED, "responses", "time"
 
 
 @pytest.mark.parametrize(
     "change, empty, reason",
     [
         (_cut_short, (), ""),
-        (_without("summary.json"), ("time",), "not finished: what there is up to step 10"),
-        (_without("summary.json", "weights"), (*WEIGHED, "answers", "time"), "No epoch is finished yet"),
+        (_without("summary.json"), ("time",), "not finished. The report covers it up to step 10"),
+        (_without("summary.json", "weights"), (*WEIGHED, "responses", "time"), "No epoch is finished yet"),
         (_without("summary.json", "weights", "metrics.jsonl", "responses.jsonl"), ALL, "Nothing is logged yet"),
-        (_without("responses.jsonl"), ("answers",), "No answers to masked questions"),
-        (_without("rows.jsonl"), ("lengths", "answers"), "no such file"),
-        (_other_rows, ("lengths", "answers"), "20 rows are no longer in"),
-        (_method("offline"), ("answers",), "method=offline"),
-        (_method("mixing"), (*WEIGHED, "answers"), "Direct mixing weighs no rows"),
+        (_without("responses.jsonl"), ("responses",), "No responses to masked rows"),
+        (_without("rows.jsonl"), ("lengths", "responses"), "no such file"),
+        (_other_rows, ("lengths", "responses"), "20 rows are no longer in"),
+        (_method("offline"), ("responses",), "method=offline"),
+        (_method("mixing"), (*WEIGHED, "responses"), "Direct mixing has no weights"),
         (_frozen, ("sources", "rows", "lengths"), "All weights are equal"),
     ],
 )
-def test_sections_without_data_say_why(made, tmp_path, change, empty, reason):
+def test_sections_without_data_say_why(run_dir, tmp_path, change, empty, reason):
     workdir = tmp_path / "run"
-    shutil.copytree(made, workdir)
+    shutil.copytree(run_dir, workdir)
     config = (workdir / "config.json").read_text()
-    (workdir / "config.json").write_text(config.replace(str(made), str(workdir)))
+    (workdir / "config.json").write_text(config.replace(str(run_dir), str(workdir)))
     change(workdir)
     found = report(workdir)
     shown = {attributes["id"] for tag, attributes in found.elements if tag == "section"}
@@ -272,9 +281,9 @@ def test_sections_without_data_say_why(made, tmp_path, change, empty, reason):
         assert (section in found.filled) == (section not in empty), section
 
 
-def test_without_its_rows_a_report_shows_ids(made, tmp_path):
-    found = page.render(run_data.read(made, rows=[]))
-    ids = pyarrow.parquet.read_table(made / "weights" / "epoch_2.parquet")["id"].to_pylist()
+def test_without_its_rows_a_report_shows_ids(run_dir, tmp_path):
+    found = page.render(run_data.read(run_dir, rows=[]))
+    ids = pyarrow.parquet.read_table(run_dir / "weights" / "epoch_2.parquet")["id"].to_pylist()
     assert ids[0] in found and "Question 0?" not in found
 
 
@@ -284,13 +293,13 @@ def test_many_sources_and_epochs(tmp_path):
     for epoch in range(3, 31):
         shutil.copy(workdir / "weights" / "epoch_2.parquet", workdir / "weights" / f"epoch_{epoch}.parquet")
     found = report(workdir)
-    assert len(found.tables["sources"]) == 1 + page.MOST_SOURCES[1] and "and 20 sources more" in found.words["sources"]
+    assert len(found.tables["sources"]) == 1 + page.MAX_TABLE_SOURCES and "and 20 more sources" in found.words["sources"]
     assert [row[0] for row in found.tables["weights"][1:]] == [str(epoch) for epoch in range(1, 31)]  # by number, not by name
     assert (workdir / "report.html").stat().st_size < 1_000_000
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Texts that want to be more than text
+# Hostile texts
 # --------------------------------------------------------------------------------------------------------------------
 
 SCRIPT = "<script>document.title = 'hacked'</script>"
@@ -306,20 +315,20 @@ NASTY = [
     "עברית 中文 ☃ 👩‍👩‍👧 𝔘",
     " \n\t ",
 ]
-ANSWERED = "half \ud800 a pair " + SCRIPT  # no row may hold this, but JSON can spell it
+GENERATED = "half \ud800 a pair " + SCRIPT  # not valid in a row, but JSON can spell it
 
 
 @pytest.fixture(scope="module")
 def nasty(tmp_path_factory):
-    """A run whose every name and text is out to do harm."""
+    """A run whose names and texts are all hostile."""
     texts = NASTY * 2
     rows = [
         {"question": text.strip() and text or "x", "response": texts[(i + 1) % 20] + f" {i}", "source": text[:200], "bad": i < 2}
         for i, text in enumerate(texts)
     ]
     changes = {"data.label": "bad", "model.path": SCRIPT, "data.truth": SCRIPT}
-    place = tmp_path_factory.mktemp("nasty")
-    workdir, _ = make_workdir(place / "<b onclick=x>&amp;'", rows, [(8, 0, 0, ANSWERED), (8, 1, 0, NASTY[6])], changes)
+    directory = tmp_path_factory.mktemp("nasty")
+    workdir, _ = make_workdir(directory / "<b onclick=x>&amp;'", rows, [(8, 0, 0, GENERATED), (8, 1, 0, NASTY[6])], changes)
     return workdir
 
 
@@ -339,17 +348,17 @@ def test_nothing_of_a_row_is_markup(nasty):
         assert shown in words
 
 
-def test_what_a_browser_would_obey_is_written_out(nasty):
+def test_control_characters_are_escaped(nasty):
     raw = page.write(nasty).read_bytes()
-    text = raw.decode()  # all of it is UTF-8, half a pair too
+    text = raw.decode()  # all valid UTF-8, also the half pair
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\u2028]", text)
     for shown in ("a\\x00b\\x1b[2J\\x07\\x08c\\x7fd\\x9be", "left \\u202eright\\u2066", "half \\ud800 a pair"):
         assert shown in text
-    assert "and 98,000 characters more" in text and len(raw) < 500_000
+    assert "and 98,000 more characters" in text and len(raw) < 500_000
 
 
-def test_policy(made):
-    found = report(made).elements
+def test_policy(run_dir):
+    found = report(run_dir).elements
     policy = next(a["content"] for tag, a in found if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
     assert rules == {
@@ -369,7 +378,7 @@ def test_policy(made):
     ],
 )
 def test_visible(text, expected):
-    assert text.visible(text) == expected
+    assert visible(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -377,7 +386,7 @@ def test_visible(text, expected):
     [("  a \n b\t", "a b"), ("x" * 60, "x" * 60), ("x" * 61, "x" * 59 + "…"), ("x" * 100_000, "x" * 59 + "…"), ("", "")],
 )
 def test_one_line(text, expected):
-    assert text.one_line(text, 60) == expected
+    assert one_line(text, 60) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -395,18 +404,18 @@ def test_closing_table_shows_the_least_trusted_questions(nasty):
     assert "report.html" in lines[-1]
 
 
-def test_closing_table_of_pairs(made):
-    table = summary_table.summary_table({"start/lower_pair_accuracy": 0.5, "eval/lower_pair_accuracy": 0.875}, made)
+def test_closing_table_of_pairs(run_dir):
+    table = summary_table.summary_table({"start/lower_pair_accuracy": 0.5, "eval/lower_pair_accuracy": 0.875}, run_dir)
     [line] = [line for line in table.splitlines() if "87.5%" in line]
     assert line.split() == ["mixture,", "as", "it", "is", "50.0%", "87.5%"] and "held-out pairs told apart" in table
-    assert "pairs told apart" not in summary_table.summary_table({}, made)
+    assert "pairs told apart" not in summary_table.summary_table({}, run_dir)
 
 
-def test_closing_table_without_the_rows(made, tmp_path):
+def test_closing_table_without_the_rows(run_dir, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(made, workdir)
-    (workdir / "config.json").write_text((made / "config.json").read_text().replace(str(made), "/nowhere"))
-    assert "Question" in summary_table.summary_table({}, made)
+    shutil.copytree(run_dir, workdir)
+    (workdir / "config.json").write_text((run_dir / "config.json").read_text().replace(str(run_dir), "/nowhere"))
+    assert "Question" in summary_table.summary_table({}, run_dir)
     assert "0.2" in (table := summary_table.summary_table({}, workdir)) and "Question" not in table
 
 
@@ -420,7 +429,7 @@ def command(*arguments):
 
 
 def test_command_makes_the_same_report_again(finished, tmp_path):
-    """From rows read again what the run itself made from those in memory."""
+    """The command, which reads the rows again, writes the same bytes as the run."""
     copy = tmp_path / finished.name
     shutil.copytree(finished, copy)
     (copy / "report.html").unlink()
@@ -439,7 +448,32 @@ def test_command_refuses_what_is_no_run(tmp_path):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_a_run_outlives_its_report(make_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "file, path, reason",
+    [
+        ("report.jpg", os.environ["PATH"], "must end in .png"),
+        ("absent/report.png", os.environ["PATH"], "--screenshot: there is no directory .*/absent"),
+        ("report.png", "", "--screenshot needs Chromium, but none of chromium, .* is on PATH"),
+    ],
+)
+def test_screenshots_that_are_refused(run_dir, tmp_path, monkeypatch, file, path, reason):
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises((ValueError, OSError), match=reason) as error:
+        run_command("report", [f"--workdir={run_dir}", f"--screenshot={tmp_path / file}"])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_browser_that_fails(run_dir, tmp_path, monkeypatch):
+    browser = tmp_path / "chromium"
+    browser.write_text("#!/bin/sh\necho one >&2\necho no display >&2\nexit 3\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(RunError, match="chromium took no picture of .*report.html: no display$"):
+        run_command("report", [f"--workdir={run_dir}", f"--screenshot={tmp_path / 'report.png'}"])
+    assert list(tmp_path.iterdir()) == [browser]
+
+
+def test_a_failing_report_does_not_fail_the_run(make_config, tmp_path, monkeypatch, capsys):
     def fail(*arguments):
         raise RuntimeError("no\nfonts")
 
@@ -455,22 +489,22 @@ def test_a_run_outlives_its_report(make_config, tmp_path, monkeypatch, capsys):
 # A real browser
 # --------------------------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, screenshot.NAMES)), None)
 PHONE = 390, 844
 QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --hide-scrollbars"
 QUIET += " --disable-component-update --disable-sync --disable-dev-shm-usage"
-# The page in a frame as wide as a phone, which is narrower than a window may be. Beside it stand two pages that fail, so that the
-# questions asked of it are known to find what they look for.
+# The page in a frame as wide as a phone, which is narrower than the smallest window. Two bad pages next to it prove that the
+# measurements detect failures.
 HARNESS = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <style>body { margin: 0 } iframe { border: 0; width: %dpx; height: %dpx; display: block }</style><title>untouched</title>
 <body><script>
 const pages = %s;
-const found = {};
-function look(name, frame) {
+const results = {};
+function measure(name, frame) {
   const page = frame.contentDocument, view = frame.contentWindow, root = page.documentElement;
   page.querySelectorAll("details").forEach(one => one.open = true);
   const line = page.querySelector("svg path[style*='--blue']");
-  found[name] = {
+  results[name] = {
     title: page.title, width: root.scrollWidth, scripts: page.querySelectorAll("script").length,
     fetched: view.performance.getEntriesByType("resource").length,
     background: view.getComputedStyle(root).backgroundColor, ink: view.getComputedStyle(root).color,
@@ -478,38 +512,38 @@ function look(name, frame) {
     figures: [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect()).map(box => [box.width, box.height]),
     text: page.body.innerText,
   };
-  if (Object.keys(found).length == Object.keys(pages).length) {
-    const told = document.createElement("pre");
-    told.textContent = JSON.stringify(found);
-    document.body.append(told);
+  if (Object.keys(results).length == Object.keys(pages).length) {
+    const output = document.createElement("pre");
+    output.textContent = JSON.stringify(results);
+    document.body.append(output);
   }
 }
 for (const [name, text] of Object.entries(pages)) {
   const frame = document.createElement("iframe");
-  frame.onload = () => look(name, frame);
+  frame.onload = () => measure(name, frame);
   frame.srcdoc = text;
   document.body.append(frame);
 }
 </script>"""
 
 
-def browse(place, text: str, dark: bool):
-    """What the browser finds on a page, by name; and a picture [844, 390, 3] of its top, in [0, 1]."""
+def browse(directory, text: str, dark: bool):
+    """Measurements of the pages in a browser, by name, and a picture [844, 390, 3] of the top, in [0, 1]."""
     import matplotlib.image
 
     pages = {"page": text, "wide": "<div style='width: 600px'>x</div>", "harm": f"<title>before</title>{SCRIPT}"}
     inside = json.dumps(pages).replace("<", "\\u003c")
-    (place / "harness.html").write_text(HARNESS % (*PHONE, inside), encoding="utf-8")
-    shot = place / "shot.png"
+    (directory / "harness.html").write_text(HARNESS % (*PHONE, inside), encoding="utf-8")
+    shot = directory / "shot.png"
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    folder = f"--user-data-dir={place / 'browser'}"
+    folder = f"--user-data-dir={directory / 'browser'}"
     window = "--window-size={},{}".format(*PHONE)
-    address = (place / "harness.html").as_uri()
+    address = (directory / "harness.html").as_uri()
     arguments = [CHROMIUM, *QUIET.split(), scheme, folder, window, "--dump-dom", f"--screenshot={shot}", address]
-    done = subprocess.run(arguments, capture_output=True, timeout=120, cwd=place)
+    done = subprocess.run(arguments, capture_output=True, timeout=120, cwd=directory)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
 
-    class Told(html.parser.HTMLParser):
+    class Output(html.parser.HTMLParser):
         found, inside = "", False
 
         def handle_starttag(self, tag, attributes):
@@ -518,9 +552,9 @@ def browse(place, text: str, dark: bool):
         def handle_data(self, data):
             self.found += data if self.inside else ""
 
-    told = Told()
-    told.feed(done.stdout.decode())
-    return json.loads(told.found), matplotlib.image.imread(shot)[: PHONE[1], : PHONE[0], :3]
+    output = Output()
+    output.feed(done.stdout.decode())
+    return json.loads(output.found), matplotlib.image.imread(shot)[: PHONE[1], : PHONE[0], :3]
 
 
 def luminance(color: str) -> float:
@@ -531,24 +565,35 @@ def luminance(color: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def seen(nasty, made, tmp_path_factory):
-    """(light, dark) of the run that is out to do harm."""
+def seen(nasty, run_dir, tmp_path_factory):
+    """(light, dark) of the hostile run."""
     if CHROMIUM is None:
-        pytest.skip("no chromium on PATH: the report is not looked at in a browser")
+        pytest.skip("no Chromium on PATH")
     text = page.write(nasty).read_text(encoding="utf-8")
     return [browse(tmp_path_factory.mktemp("browser"), text, dark) for dark in (False, True)]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_screenshot(run_dir, tmp_path):
+    import matplotlib.image
+
+    file = tmp_path / "report.png"
+    assert run_command("report", [f"--workdir={run_dir}", f"--screenshot={file}"]) == f"{run_dir / 'report.html'}\n{file}\n"
+    picture = matplotlib.image.imread(file)[:, :, :3]
+    assert picture.shape == (screenshot.HEIGHT, screenshot.WIDTH, 3)
+    assert picture.mean() > 0.8 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50  # light, and not blank
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser(seen, dark):
     found, picture = seen[dark]
-    assert found["wide"]["width"] > 600 and found["harm"]["title"] == "hacked"  # what is looked for can be found
-    mine = found["page"]
-    assert mine["width"] == PHONE[0]  # with every part opened, nothing sticks out
-    assert mine["title"].endswith("bilevel_jax") and mine["scripts"] == 0 and mine["fetched"] == 0
-    assert SCRIPT in mine["text"] and "left \\u202eright" in mine["text"]
-    assert len(mine["figures"]) == 7 and all(250 < w <= PHONE[0] and h > 100 for w, h in mine["figures"])
-    back, ink, line = (luminance(mine[key]) for key in ("background", "ink", "line"))
+    assert found["wide"]["width"] > 600 and found["harm"]["title"] == "hacked"  # failures are detected
+    page_results = found["page"]
+    assert page_results["width"] == PHONE[0]  # nothing overflows, with all parts unfolded
+    assert page_results["title"].endswith("bilevel_jax") and page_results["scripts"] == 0 and page_results["fetched"] == 0
+    assert SCRIPT in page_results["text"] and "left \\u202eright" in page_results["text"]
+    assert len(page_results["figures"]) == 7 and all(250 < w <= PHONE[0] and h > 100 for w, h in page_results["figures"])
+    back, ink, line = (luminance(page_results[key]) for key in ("background", "ink", "line"))
     assert (back < 0.05) == dark and (back > 0.8) == (not dark)
     contrast = sorted(((a + 0.05) / (b + 0.05) for a, b in ((ink, back), (back, ink))))[-1]
     assert contrast > 7 and not math.isclose(line, back, abs_tol=0.1)
@@ -565,12 +610,12 @@ def test_words_are_tinted_by_their_weight(tmp_path):
     """Of row 1, "word end", the second word has 0.3 of 1; of row 2 all weigh the same. T/Σv²: 2/(1.7² + 0.3²) = 0.67 and 1."""
     rows = [ROWS[0], ROWS[1] | {"response": "<b> end"}, *ROWS[2:]]
     workdir, ids = make_workdir(tmp_path / "run", rows)
-    assert "words" not in report(workdir).words  # this run has no such weights
+    assert "words" not in report(workdir).words  # this run has no token weights
     table = {"id": [ids[2], ids[1]], "weight": [[1.0, 1.0], [1.7, 0.3]], "start": [[0, 5], [0, 4]], "stop": [[4, 9], [3, 7]]}
     weight_table.write(workdir / weight_table.TOKENS, pa.table(table, schema=weight_table.TOKENS_SCHEMA))
-    found = page.weighed_words(run_data.read(workdir))
+    found = page.token_weighted_responses(run_data.read(workdir))
     assert [row["id"] for row in found] == [ids[1], ids[2]]
     assert found[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
-    assert found[0]["effective"] == pytest.approx(2 / (1.7**2 + 0.3**2))
+    assert found[0]["ess"] == pytest.approx(2 / (1.7**2 + 0.3**2))
     shown = report(workdir)
     assert "<b> end" in " ".join(shown.words["words"].split()) and ("span", {"class": "w3"}) in shown.elements
