@@ -129,7 +129,7 @@ def test_leave_one_out():
 
 @pytest.mark.parametrize("move", [0.0, 0.1])
 def test_reinforce(move):
-    """The loss of trl has r·A, with gradient r A ∇log π; ours has the weight r A. The gradients are equal where r is not clipped."""
+    """The loss of trl has r·A, with gradient r A ∇log π; ours has the weight r A. Without clipping, the gradients are equal."""
     rng = np.random.default_rng(2)
     advantages, old, moves = rng.normal(size=(3, QUESTIONS * G))
     log_prob = old + move * moves
