@@ -1,4 +1,4 @@
-"""Sampling: whole responses against NumPy in float64, what a response may depend on, where it ends, and the amount of work."""
+"""Sampling: complete responses against NumPy in float64, what a response may depend on, where it ends, and the amount of work."""
 
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ def next_logits(model, prompt, ids, adapter=None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_frequencies_of_whole_responses(architecture):
+def test_frequencies_of_complete_responses(architecture):
     """Two tokens of a vocabulary of seven with one EOS: 6 · 7 + 1 outcomes, each with its probability from a full forward pass.
     4000 samples of one prompt."""
     settings, end, number = Settings(temperature=1.4, top_k=4, top_p=0.75, max_new_tokens=2), 2, 4000
@@ -295,13 +295,13 @@ def test_without_eos_responses_reach_the_limit():
 def test_a_response_ends_with_its_first_eos(eos):
     """The log-probabilities include the EOS, the tokens do not."""
     reasons = set()
-    for response, whole in zip(sum(shared(WARM, eos), []), sum(unending(), [])):
-        ends = np.flatnonzero(np.isin(whole.tokens, eos))
+    for response, full in zip(sum(shared(WARM, eos), []), sum(unending(), [])):
+        ends = np.flatnonzero(np.isin(full.tokens, eos))
         count = ends[0] if len(ends) else NEW
-        expected = whole.tokens[: count + 1]
-        np.testing.assert_array_equal(response.tokens, whole.tokens[:count])
+        expected = full.tokens[: count + 1]
+        np.testing.assert_array_equal(response.tokens, full.tokens[:count])
         np.testing.assert_array_equal(response.ids, expected)
-        np.testing.assert_allclose(response.log_probs, whole.log_probs[: count + 1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(response.log_probs, full.log_probs[: count + 1], rtol=0, atol=1e-5)
         assert len(response.sampled_log_probs) == len(response.log_probs) == len(expected)
         assert response.eos == (expected[-1] if len(ends) else None)
         assert response.finish_reason == ("stop" if len(ends) else "length")
@@ -312,20 +312,20 @@ def test_a_response_ends_with_its_first_eos(eos):
 @pytest.mark.parametrize("max_new_tokens, length", [(1, 64), (5, 36), (500, 33)])
 def test_a_response_ends_at_the_limits(max_new_tokens, length):
     sample = make(dataclasses.replace(WARM, max_new_tokens=max_new_tokens), (), length=length)
-    for prompt, row, wholes in zip(PROMPTS, sample(model()[1], None, PROMPTS[:4], KEYS[:4]), unending()):
-        for response, whole in zip(row, wholes):
+    for prompt, row, full_row in zip(PROMPTS, sample(model()[1], None, PROMPTS[:4], KEYS[:4]), unending()):
+        for response, full in zip(row, full_row):
             count = min(max_new_tokens, length - len(prompt))
             assert len(response.tokens) == count and response.finish_reason == "length"
             common = min(count, NEW)
-            np.testing.assert_array_equal(response.tokens[:common], whole.tokens[:common])
+            np.testing.assert_array_equal(response.tokens[:common], full.tokens[:common])
 
 
 def test_an_eos_as_last_token_ends_a_response():
-    whole = unending()[0][0].tokens
-    last = [i for i in range(1, NEW) if whole[i] not in whole[:i]][-1]  # the last first occurrence of a token
+    full = unending()[0][0].tokens
+    last = [i for i in range(1, NEW) if full[i] not in full[:i]][-1]  # the last first occurrence of a token
     settings = dataclasses.replace(WARM, max_new_tokens=last + 1)
-    ((response,),) = make(settings, (whole[last],))(model()[1], None, PROMPTS[:1], KEYS[:1, :1])
-    assert (len(response.tokens), response.eos, response.finish_reason) == (last, whole[last], "stop")
+    ((response,),) = make(settings, (full[last],))(model()[1], None, PROMPTS[:1], KEYS[:1, :1])
+    assert (len(response.tokens), response.eos, response.finish_reason) == (last, full[last], "stop")
 
 
 def letters(tokens) -> str:
@@ -347,29 +347,29 @@ def test_stop_strings_cut_a_response_as_soon_as_they_are_complete(eos):
     stop, counts = stops_of_every_kind(), set()
     settings = dataclasses.replace(WARM, stop=stop)
     responses = make(settings, eos, detokenize=letters)(model()[1], None, PROMPTS, KEYS)
-    for response, whole in zip(sum(responses, []), sum(shared(WARM, eos), [])):
-        text = letters(whole.tokens)
+    for response, full in zip(sum(responses, []), sum(shared(WARM, eos), [])):
+        text = letters(full.tokens)
         ends = [text.index(end) + len(end) for end in stop if end in text]
         if not ends:
-            assert_same([[response]], [[whole]])
+            assert_same([[response]], [[full]])
             continue
         counts.add(min(ends))
-        np.testing.assert_array_equal(response.tokens, whole.tokens[: min(ends)])
+        np.testing.assert_array_equal(response.tokens, full.tokens[: min(ends)])
         assert (response.eos, response.finish_reason) == (None, "stop")
-        np.testing.assert_allclose(response.log_probs, whole.log_probs[: min(ends)], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(response.log_probs, full.log_probs[: min(ends)], rtol=0, atol=1e-5)
         assert len(response.sampled_log_probs) == len(response.log_probs)
     if not eos:
         assert counts >= set(ENDS)
 
 
 def test_a_stop_string_wins_over_an_eos_after_it_and_loses_to_one_before():
-    whole = unending()[0][0].tokens
-    first = [i for i in range(NEW) if whole[i] not in whole[:i]]
+    full = unending()[0][0].tokens
+    first = [i for i in range(NEW) if full[i] not in full[:i]]
     at = next(i for i in first if 4 <= i < sampling.STEPS_TO_STOP - 2)  # index of the EOS, before the host checks
-    text = letters(whole)
-    for end, count, eos in ((text[1:3], 3, None), (text[at : at + 2], at, whole[at])):
+    text = letters(full)
+    for end, count, eos in ((text[1:3], 3, None), (text[at : at + 2], at, full[at])):
         settings = dataclasses.replace(WARM, stop=(end,))
-        sample = make(settings, (whole[at],), detokenize=letters)
+        sample = make(settings, (full[at],), detokenize=letters)
         ((response,),) = sample(model()[1], None, PROMPTS[:1], KEYS[:1, :1])
         assert (len(response.tokens), response.eos, response.finish_reason) == (count, eos, "stop")
 

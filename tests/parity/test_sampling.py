@@ -152,9 +152,8 @@ def test_bfloat16_responses_under_an_adapter(pairs):
         reference_errors += [*np.abs(log_probs(near, response.ids) - truth)]
         gaps += [*(log_probs(exact, exact.argmax(-1).tolist()) - truth)]
     quantile, reference_quantile, gap_quantile = (np.quantile(values, 0.99) for values in (errors, reference_errors, gaps))
-    print(
-        f"mean error {np.mean(errors):.4f} (PEFT {np.mean(reference_errors):.4f}), 99% below {quantile:.3f} ({reference_quantile:.3f})"
-    )
+    print(f"mean error {np.mean(errors):.4f} (PEFT {np.mean(reference_errors):.4f})")
+    print(f"99% of errors below {quantile:.3f} (PEFT {reference_quantile:.3f})")
     print(f"{np.mean(np.array(gaps) == 0):.3f} of {len(gaps)} tokens are the most likely, 99% of gaps below {gap_quantile:.3f}")
     assert np.mean(errors) < 1.3 * np.mean(reference_errors) and quantile < 1.3 * reference_quantile
     assert np.mean(np.array(gaps) == 0) > 0.9 and gap_quantile < reference_quantile
