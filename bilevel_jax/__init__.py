@@ -1,0 +1,20 @@
+"""Bilevel data selection and online self-refining fine-tuning of language models.
+
+Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means the same axis in every module:
+
+    N  rows of the lower level                        L  positions of a sequence
+    E  entries of a step, one per response            T  tokens of a micro-batch, S·L
+    J  groups of entries: pairs, or questions         P  target slots of a micro-batch
+    M  micro-batches of a step                        Z  targets of a chunk
+    S  sequences side by side, or decoding slots      X  tokens of a response
+    G  responses to a question                        V  vocabulary
+
+    D  hidden width                                   Q  positions of a block of queries
+    F  feed-forward width                             U  positions that a block of queries attends to
+    H  query heads                                    B  blocks of a key/value cache
+    K  key/value heads                                W  positions of a cache block
+    R  query heads per key/value head, H/K            I, O  input and output width of a matrix
+    C  width of a head                                A  features of a row that the selector reads
+
+Lower-case letters are local to the function that uses them.
+"""
