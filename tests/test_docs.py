@@ -79,8 +79,8 @@ def test_every_relative_link_and_anchor_exists(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(linked), f"{page.name}: {target} is no heading of {linked.name}"
+        assert linked.exists(), f"{page.relative_to(ROOT)}: {target}"
+        assert not anchor or anchor in anchors(linked), f"{page.relative_to(ROOT)}: {target} is no heading of {linked.name}"
 
 
 @pages
@@ -88,12 +88,12 @@ def test_every_command_exists_and_has_the_flags_that_are_shown(page):
     for module, words in commands(page):
         if module == "pytest":
             continue
-        assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
+        assert importlib.util.find_spec(module), f"{page.relative_to(ROOT)}: python -m {module}"
         names = [re.match(r"--([\w-]+)", word)[1] for word in words]
         if names:
             known = flags_of(module) | NOT_FLAGS
             known |= {"no" + name for name in known}
-            assert set(names) <= known, f"{page.name}: python -m {module}: {sorted(set(names) - known)}"
+            assert set(names) <= known, f"{page.relative_to(ROOT)}: python -m {module}: {sorted(set(names) - known)}"
 
 
 @pages
@@ -104,7 +104,7 @@ def test_every_configuration_key_exists(page):
     spans = re.findall(r"`([a-z_]+\.[a-z_]+)(?:=[^`]*)?`", text)
     named += [span for span in spans if span.split(".")[0] in SECTIONS and not is_code(span)]
     unknown = set(named) - KEYS - PLACEHOLDERS
-    assert not unknown, f"{page.name}: {sorted(unknown)}"
+    assert not unknown, f"{page.relative_to(ROOT)}: {sorted(unknown)}"
 
 
 def is_code(span: str) -> bool:
@@ -114,6 +114,13 @@ def is_code(span: str) -> bool:
     if importlib.util.find_spec(path) is None:
         return False
     return name == "py" or hasattr(importlib.import_module(path), name)
+
+
+@pages
+def test_every_make_target_exists(page):
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z][\w-]*)", page.read_text(), flags=re.M))
+    assert named <= targets, f"{page.relative_to(ROOT)}: {sorted(named - targets)}"
 
 
 def test_the_configuration_page_is_current():
