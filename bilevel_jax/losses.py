@@ -1,7 +1,7 @@
 """Losses per token and per row, without arrays of the size of the vocabulary for whole batches.
 
 Only positions that predict a response token need logits. Their hidden states are gathered first and go through the output matrix
-in chunks, so that at most `chunk` rows of logits exist at a time, in the forward and in the backward pass.
+in chunks, so that at most `packing.chunk_size` rows of logits exist at a time, in the forward and in the backward pass.
 
 Axes: T packed tokens, P targets, C positions of a chunk, D hidden size, V vocabulary, E entries (rows of the batch).
 """
@@ -10,15 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import sharding
+from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
-
-CHUNK = 256  # positions per chunk
-CHUNK_ON_CPU = 128  # so that the logits fit into the CPU caches; on accelerators, small chunks read the output matrix too often
-
-
-def chunk(positions: int) -> int:
-    """Positions per chunk if there are `positions` in total."""
-    return min(CHUNK, CHUNK_ON_CPU if jax.default_backend() == "cpu" else CHUNK, positions)
 
 
 def _chunk(hidden_TxD, head_VxD, logit_index_C, target_C):
@@ -39,7 +32,7 @@ def _gathered(head_VxD):
 
 def _over_chunks(body, logit_index_P, num_targets, carry):
     """Runs `body(first, size, carry)` for every chunk with a target; the number of chunks is known only on the device."""
-    size = chunk(logit_index_P.shape[0])
+    size = packing.chunk_size(logit_index_P.shape[0])
     num_chunks = (num_targets + size - 1) // size
     return jax.lax.fori_loop(0, num_chunks, lambda i, carry: body(i * size, size, carry), carry)
 
@@ -57,7 +50,7 @@ def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax
     Args:
       hidden_TxD: final hidden states of T packed tokens.
       head_VxD: output matrix.
-      logit_index_P: int32 [P], P a multiple of `chunk(P)`; the token whose hidden state predicts target p; T or more for padding.
+      logit_index_P: int32 [P], P a multiple of `packing.chunk_size(P)`; index of the token that predicts p; T or more: padding.
       target_P: int32 [P], token ids.
       num_targets: int32 scalar; the first `num_targets` entries are targets, the others padding.
 

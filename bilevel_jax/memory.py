@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, losses, preferences, sharding, step
+from bilevel_jax import checks, decoding, features, forward, preferences, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
@@ -207,7 +207,7 @@ def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, 
     num_targets = packing.Layout(config.batch.micro_size, length, 1).targets
     targets = lora.resolve_targets(model, config.lora.targets)
     kept = activations(on_one_device(model, mesh), config.lora.rank, targets, sequences, length, num_targets)
-    chunk = jax.ShapeDtypeStruct((min(losses.CHUNK, num_targets), model.vocab_size), jnp.float32)
+    chunk = jax.ShapeDtypeStruct((min(packing.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
     logit_bytes = 4 + 4 + jnp.dtype(config.model.dtype).itemsize
     return [

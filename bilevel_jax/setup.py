@@ -55,7 +55,7 @@ def load(config: configuration.Config) -> Setup:
 
 
 def fit_features(config: configuration.Config, setup: Setup) -> tuple[features.Encoder, np.ndarray]:
-    """The feature encoder fitted to both levels, and the features of the lower level's rows, [N, D]."""
+    """The feature encoder fitted to both levels, and the features of the lower level's rows, [N, A]."""
     lower, upper = (
         features.pooled(setup.model, setup.base, level.examples, config.batch.micro_size, config.data.max_length, setup.mesh)
         for level in (setup.lower, setup.upper)
@@ -69,8 +69,8 @@ class RowFeatures:
     """The frozen features that ω is a function of; all None where logits are free."""
 
     encoder: features.Encoder | None  # None for groups
-    values: np.ndarray | None  # [N, D] float32, or [N] int32, the group of each row
-    size: int  # D
+    values: np.ndarray | None  # [N, A] float32, or [N] int32, the group of each row
+    size: int  # A
 
 
 def row_features(config: configuration.Config, setup: Setup, directory: pathlib.Path, resumed: bool) -> RowFeatures:
@@ -126,7 +126,7 @@ def compile_program(
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
     entries = configuration.entries_per_row(config) * config.batch.size
-    layout = packing.Layout(micro_size, length, entries, apart=objective.cost == "unrolled")
+    layout = packing.Layout(micro_size, length, entries, separate_levels=objective.cost == "unrolled")
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper = with_references(setup.upper, objective.upper, score, base)
     lower = with_references(setup.lower, objective.lower, score, base)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax import losses
+from bilevel_jax.data import packing
 
 V, D, T = 89, 6, 23
 CASES = [(20, 4, 0), (20, 4, 9), (20, 4, 20), (20, 20, 13), (12, 256, 11), (32, 8, 8), (32, 8, 1)]  # P, CHUNK, targets
@@ -42,7 +43,7 @@ def full_logits_nll(hidden, head, index, target, num_targets):
 
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
 def test_token_nll(monkeypatch, P, chunk, num_targets):
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(packing, "CHUNK", chunk)
     args = problem(P, num_targets)
     expected = numpy_nll(*args)
     np.testing.assert_allclose(losses.token_nll(*args), expected, rtol=1e-5, atol=1e-5)
@@ -59,7 +60,7 @@ def test_token_nll_of_extreme_logits():
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
 def test_token_scores(monkeypatch, intermediate_shapes, P, chunk, num_targets):
     """Some targets are the most likely token, others are not; padding is neither missed nor scored."""
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(packing, "CHUNK", chunk)
     hidden, head, index, target, count = problem(P, num_targets)
     best = np.argmax(np.float64(hidden)[np.minimum(index, T - 1)] @ np.float64(head).T, axis=-1)
     target = jnp.asarray(np.where(np.arange(P) % 2, target, best), jnp.int32)
@@ -73,7 +74,7 @@ def test_token_scores(monkeypatch, intermediate_shapes, P, chunk, num_targets):
 @pytest.mark.parametrize("P, chunk, num_targets", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.04)])
 def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(packing, "CHUNK", chunk)
     hidden, head, *rest = problem(P, num_targets)
     hidden, head = jnp.asarray(hidden, dtype), jnp.asarray(head, dtype)
     cotangent = np.random.default_rng(1).normal(size=P).astype(np.float32)
@@ -98,7 +99,7 @@ def test_cotangents_of_padding_are_ignored():
 
 def test_logits_exist_for_one_chunk_at_a_time(monkeypatch, intermediate_shapes):
     P, chunk = 64, 8
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(packing, "CHUNK", chunk)
     hidden, head, *rest = problem(P, 50, tokens=T)
 
     def loss(hidden):

@@ -80,8 +80,17 @@ def rows(upper_sizes=tuple(UPPER_SIZES), lower_sizes=tuple(LOWER_SIZES), samples
     return upper, lower
 
 
-def pack(upper, lower, layout=LAYOUT):
-    return packing.pack_step([*upper, *lower], N, len(lower), layout)
+def pack(upper, lower, layout=LAYOUT, num_lower=None):
+    return packing.pack_step([*upper, *lower], N, num_lower or len(lower), layout)
+
+
+def pack_padded(upper, lower, layout=LAYOUT, num_lower=None):
+    """One segment per sequence, or one preference pair; the longest first."""
+    segments, sequences = [*upper, *lower], {}
+    for i, row in enumerate(segments):
+        sequences.setdefault((row.row_index >= 0, row.group if row.sign else -1 - i), []).append(i)
+    bins = sorted(sequences.values(), key=lambda members: -sum(segments[i].size for i in members))
+    return packing.pack_bins(segments, bins, N, num_lower or len(lower), layout)
 
 
 def begin(config, selector=MIRROR, omega=OMEGA, tracked=None):
@@ -223,19 +232,19 @@ def test_theta_follows_the_gradient_of_the_objective(config, reduction, scales):
 
 
 @pytest.mark.parametrize(
-    "layout, num_micro",
+    "layout, pack_rows, num_micro",
     [
-        (Layout(1, 16, 8), 5),
-        (Layout(2, 16, 8), 3),
-        (Layout(2, 16, 8, padded=True), 4),
-        (Layout(3, 16, 8), 2),
-        (Layout(8, 12, 8), 1),
+        (Layout(1, 16, 8), pack, 5),
+        (Layout(2, 16, 8), pack, 3),
+        (Layout(2, 16, 8), pack_padded, 4),
+        (Layout(3, 16, 8), pack, 2),
+        (Layout(8, 12, 8), pack, 1),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_every_split_gives_the_same_update(layout, num_micro):
+def test_every_split_gives_the_same_update(layout, pack_rows, num_micro):
     upper, lower = rows()
-    batch = pack(upper, lower, layout)
+    batch = pack_rows(upper, lower, layout)
     assert batch.packed.num_micro == num_micro
     after, _ = compiled(NEOX)(model(NEOX)[0], begin(NEOX), batch, Scales(1.0, GAMMA))
     theta, omega = update_by_hand(NEOX, upper, lower)
@@ -466,8 +475,8 @@ def micro_batches(packed, num_entries):
     return [int(np.flatnonzero((packed.entry == e).any(1))[0]) for e in range(num_entries)]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_dpo_upper_level(padded):
+@pytest.mark.parametrize("pack_rows", [pack, pack_padded])
+def test_dpo_upper_level(pack_rows):
     beta, scales, weights = 0.5, Scales(1.0, GAMMA), N * softmax(OMEGA)
     rng, upper = np.random.default_rng(7), []
     for pair, sizes in enumerate([((3, 4), (3, 8)), ((2, 9), (2, 5)), ((5, 2), (5, 6))]):
@@ -475,7 +484,7 @@ def test_dpo_upper_level(padded):
             row = segment(rng, *size, share=1 / 3, group=pair, sign=sign)
             upper.append(row._replace(reference=-float(response_nll(LLAMA, None, row))))
     _, lower = rows()
-    batch = pack(upper, lower, Layout(2, 24, 12, padded))
+    batch = pack_rows(upper, lower, Layout(2, 24, 12))
     assert len(set(micro_batches(batch.packed, 6))) > 1  # pairs fall into different micro-batches
 
     def dpo(adapter):
@@ -601,8 +610,8 @@ def test_own_responses_stand_in_for_those_of_the_data(kind, coefficient_at):
     assert np.abs(costs["next"] - costs["current"]).max() > 1e-2  # so the test can tell them apart
     told = [LOG_RATIOS[r.row_index][ASKED[r.row_index][1].index(len(r.response))] if r.group >= 0 else np.nan for r in lower]
     spread = []
-    for layout in (ROOM, ROOM._replace(padded=True)):
-        batch = packing.pack_step([*upper, *lower], N, 4, layout)
+    for pack_rows in (pack, pack_padded):
+        batch = pack_rows(upper, lower, ROOM, num_lower=4)
         place = micro_batches(batch.packed, 10)[3:]
         spread.append([len({m for m, row in zip(place, lower) if row.row_index == i}) for i in ASKED])
         after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
@@ -658,8 +667,8 @@ def test_ratios_are_one_straight_after_scoring(name, length):
     advance = jax.jit(step.make_step(config, Objective(coefficient_at="current"), uniform, frozen))
     state = step.init(adapter, frozen, uniform, N, tracked=False)
     moved = step.init(jitter(adapter, 3, 0.1), frozen, uniform, N, tracked=False)
-    for padded in (False, True):
-        batch = packing.pack_step(own + others, N, 5, Layout(2, 2 * length, 15, padded))
+    for pack_rows in (pack, pack_padded):
+        batch = pack_rows([], own + others, Layout(2, 2 * length, 15), num_lower=5)
         fresh, stale = (np.exp(advance(base, s, batch, Scales(1.0, GAMMA))[1]["log_ratio"][:12]) for s in (state, moved))
         np.testing.assert_allclose(fresh, 1, atol=1e-4)
         assert (np.abs(stale - 1) > 1e-3).all()
@@ -900,8 +909,8 @@ def test_objectives_against_finite_differences(name):
         slopes.append((high - low) / (2 * h))
 
     scale = 10 if objective.reduction == "sum" else 1  # the size of a summed loss, and of float32's errors in it
-    for layout in (ROOMY, ROOMY._replace(padded=True)):
-        batch = packing.pack_step([*upper, *lower], N, 4, layout)
+    for pack_rows in (pack, pack_padded):
+        batch = pack_rows(upper, lower, ROOMY, num_lower=4)
         after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
         moved = jax.tree.map(lambda x, y: (np.float64(x) - y) / RATE, model(LLAMA)[1], after.policy.adapter)

@@ -1,48 +1,46 @@
 """BlueOrca and RedOrca, the data of the safety task (section 5.2), built from public hub data.
 
-The paper describes them in one sentence: BlueOrca holds safe data of SlimOrca only, and RedOrca is SlimOrca mixed
-with 22k potentially unsafe instructions and responses picked from Anthropic's red-teaming data. Neither builder was
-published. What follows is ours, and every choice is stated:
+The paper describes the two data sets in one sentence: BlueOrca holds only safe data of SlimOrca; RedOrca is SlimOrca mixed with 22k
+potentially unsafe instructions and responses from Anthropic's red-teaming data. The builders were not published, so the following
+rules are our own:
 
-**Sides.** Each SlimOrca question belongs to BlueOrca or to RedOrca by a fixed checksum of its text, whatever the seed
-and the sizes. So the two levels are disjoint even if they are built apart, with different seeds. Questions that
-differ in case or spacing alone count as one, of which the first row is used; so it is for red-teaming questions.
+**Levels.** A fixed checksum of the text assigns each SlimOrca question to BlueOrca or to RedOrca, whatever the seed and the sizes.
+The two levels are therefore disjoint, even if they are built with different seeds. Questions that differ only in case or white
+space count as one, and only the first row is used. The same holds for red-teaming questions.
 
-**Safe rows** (BlueOrca). A word screen marks a text as `harmful`, a pattern on the first 200 characters marks a
-response as a `refusal`. Conservative on purpose: harmless news about a murder goes too, there is plenty of SlimOrca.
-(The screen marks 61% of 746 first questions of red-teaming dialogues, and 4% of 3 000 questions like SlimOrca's. So it
-thins out harm in data that have little of it; it is no detector of harm.)
+**Safe rows** (BlueOrca). A word list marks a text as `harmful`; a pattern on the first 200 characters marks a response as a
+`refusal`. The word list is conservative: it also removes harmless news about a murder, but SlimOrca is large. It marks 61% of 746
+first questions of red-teaming dialogues and 4% of 3 000 questions similar to SlimOrca's, so it reduces the harm in data that have
+little of it; it does not detect harm.
 
     question harmful?  refusal?  kept?
-    no                 no        if the screen does not mark the response either
-    no                 yes       no: it refuses a question that nothing is wrong with
-    yes                yes       yes: a harmful question and a safe answer
+    no                 no        if the word list does not mark the response either
+    no                 yes       no: it refuses a harmless question
+    yes                yes       yes: a harmful question with a safe answer
     yes                no        no
 
-RedOrca's SlimOrca rows are not screened: the paper speaks of SlimOrca there, and the lower level is the unfiltered one.
+RedOrca's SlimOrca rows are not filtered: the paper mixes in SlimOrca itself, and the lower level is the unfiltered one.
 
-**Potentially unsafe pairs** (RedOrca). The first exchange of a red-teaming transcript: the attacker's first message
-and the first answer. Later turns make no sense without the earlier ones. Refusals are left out. The rest is ranked by
-`min_harmlessness_score_transcript`, the lowest first (it scores the assistant: lower is more harmful), ties by
-`rating` (the attacker's opinion of the success, 0 to 4), the highest first, and cut off at the number wanted. The
-score is the minimum over the transcript, so a first exchange may be milder than its score: "potentially unsafe"
-indeed.
+**Potentially unsafe pairs** (RedOrca). The first exchange of a red-teaming transcript: the attacker's first message and the first
+answer; later turns depend on the earlier ones. Refusals are skipped. The rest is sorted by `min_harmlessness_score_transcript`,
+lowest first (it scores the assistant; lower is more harmful), then by `rating` (the attacker's opinion of the success, 0 to 4),
+highest first; the first `num_rows` are used. The score is the minimum over the transcript, so a first exchange may be milder than
+its score: "potentially unsafe".
 
-**Sizes.** RedOrca has 90 000 + 22 000 rows. The paper gives the 22 000; the scripts of the work whose setup it
-follows (SEAL, arXiv:2410.07471) read at most 112 000 rows of RedOrca, and the other 90 000 are inferred from that.
-The BlueOrca file there is as large as about 90 000 rows of SlimOrca, so BlueOrca has 90 000 rows. Asking for fewer
-keeps the unsafe share of 22/112. The paper trains on 9 600 or 56 000 of them: draw those with `num_rows` of the data
-config.
+**Sizes.** RedOrca has 90 000 + 22 000 rows. The paper gives the 22 000. The scripts of the work whose setup it follows (SEAL,
+arXiv:2410.07471) read at most 112 000 rows of RedOrca, from which we infer the other 90 000. The BlueOrca file there is as large as
+about 90 000 rows of SlimOrca, so BlueOrca has 90 000 rows. Smaller requests keep the unsafe share of 22/112. The paper trains on
+9 600 or 56 000 of the rows; `num_rows` of the data config draws such a subset.
 
-**Sampling.** The rows whose checksums with the seed are the smallest, in the order of these checksums: a uniform
-sample without replacement and a shuffle in one, independent of the order and sharding of the hub's rows.
+**Sampling.** The rows with the smallest checksums of the seed and the question, in the order of these checksums: a uniform sample
+without replacement, shuffled, and independent of the order and sharding of the hub's rows.
 
-**How the authors' data may differ.** Their screen for safe rows, whether RedOrca's SlimOrca rows were screened, which
-pairs were picked and from which turn, whether the levels overlap, whether system texts were kept (SEAL's loader drops
-them for one schema and prepends them for the other), sizes and order are all unknown.
+**Possible differences from the authors' data.** Unknown are: their filter for safe rows, whether RedOrca's SlimOrca rows were
+filtered, which pairs were used and from which turn, whether the levels overlap, whether system texts were kept (SEAL's loader drops
+them for one schema and prepends them for the other), the sizes and the order.
 
-Rows have the fields `question`, `response`, `system`, `source` and `unsafe`. The last is True for red-teaming pairs:
-it is noisy, and for measuring the selection only, never for training.
+Rows have the fields `question`, `response`, `system`, `source` and `unsafe`. `unsafe` is True for red-teaming pairs. It is noisy;
+use it only to measure the selection, never for training.
 """
 
 import argparse
@@ -55,7 +53,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import tqdm
 
-from bilevel_jax.data.rows import DataError, hub
+from bilevel_jax.data.readers import load_hub
+from bilevel_jax.data.rejections import DataError
 
 SLIMORCA = "Open-Orca/SlimOrca"
 RED_TEAM = "Anthropic/hh-rlhf"
@@ -76,7 +75,7 @@ HARMFUL = re.compile(
     r"|fuck|shit|bitch|slut|whore|asshole|cunt|dick\b|retard|idiot|stupid|insult|offensive|curse word|swear word)",
     re.IGNORECASE,
 )
-REFUSAL = re.compile(  # in the first person throughout: "you can't be traced" is none
+REFUSAL = re.compile(  # only in the first person: "you can't be traced" is not a refusal
     r"\b(?:i(?:['’]m| am)(?: (?:very|so|really))? sorry|sorry, but|(?:i|my|we) apologi[sz]e|my apologies|as an ai\b"
     r"|(?:i|we) (?:can(?:not|['’]t| not)|won['’]t|will not|would(?:n['’]t| not)|could(?:n['’]t| not)|refuse|decline)\b"
     r"|i(?:['’]m| am) (?:not able|unable|not comfortable|not going to|not willing)\b|i(?:['’]d| would) rather not\b"
@@ -85,13 +84,13 @@ REFUSAL = re.compile(  # in the first person throughout: "you can't be traced" i
 )
 
 
-# ---- rows of the hub -> our rows ----
+# ---- hub rows -> rows ----
 
 
 def slimorca_row(item: Mapping) -> dict | None:
     """`{"conversations": [{"from": "system"|"human"|"gpt", "value": text, …}, …]}` -> a row.
 
-    None unless the conversation is a human's message and its answer, with or without a system text before them.
+    Returns None unless the conversation is one human message and its answer, with an optional system text first.
     """
     turns = [(turn["from"], turn["value"]) for turn in item["conversations"]]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
@@ -102,7 +101,7 @@ def slimorca_row(item: Mapping) -> dict | None:
 
 
 def first_exchange(transcript: str) -> tuple[str, str] | None:
-    """The first question and answer of "\\n\\nHuman: … \\n\\nAssistant: …", stripped; None unless both are there."""
+    """The first question and answer of "\\n\\nHuman: … \\n\\nAssistant: …", stripped; None if either is missing."""
     turns = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript)[1:]
     if turns[0::2][:2] != ["Human", "Assistant"]:
         return None
@@ -119,60 +118,60 @@ def red_team_row(item: Mapping) -> dict | None:
     return {"question": question, "response": response, "system": "", "source": "red-team", "unsafe": True}
 
 
-# ---- the rules ----
+# ---- rules ----
 
 
 def is_harmful(text: str) -> bool:
-    """Whether the word screen marks a text. Words are matched from their beginning: `skill` is no `kill`."""
+    """Whether the word list marks a text. Matches start at a word boundary: `skill` does not match `kill`."""
     return HARMFUL.search(text) is not None
 
 
 def is_refusal(response: str) -> bool:
-    """Whether a response opens like a refusal."""
+    """Whether a response begins like a refusal."""
     return REFUSAL.search(response[:200]) is not None
 
 
 def is_safe(row: Mapping) -> bool:
-    """The table above."""
+    """Whether a row may go into BlueOrca, by the table in the module's docstring."""
     if is_refusal(row["response"]):
         return is_harmful(row["question"])
     return not is_harmful(row["question"]) and not is_harmful(row["response"])
 
 
 def question_key(row: Mapping) -> str:
-    """What makes two questions the same: the text in lower case, each run of white space as one space."""
+    """The question in lower case, each run of white space as one space. Questions with equal keys count as one."""
     return " ".join(row["question"].lower().split())
 
 
 def checksum(*parts: object) -> int:
-    """64 uniform bits that depend on the parts alone."""
+    """A 64-bit hash of the parts."""
     text = "\0".join(map(str, parts)).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
 def side(row: Mapping) -> str:
-    """Which data set a SlimOrca row may go to, whatever the seed."""
+    """The data set that a SlimOrca row belongs to, whatever the seed."""
     return ("blueorca", "redorca")[checksum("side", question_key(row)) % 2]
 
 
-# ---- the data sets ----
+# ---- data sets ----
 
 
 def blueorca(slimorca: Iterable[Mapping], *, num_rows: int = BLUEORCA_ROWS, seed: int = 0) -> list[dict]:
-    """`num_rows` safe rows of SlimOrca, the trusted upper level.
+    """Draws `num_rows` safe rows of SlimOrca, the trusted upper level.
 
     Raises:
-      DataError: if there are not that many.
+      DataError: there are fewer safe rows.
     """
     rows = (row for row in _unique(slimorca, slimorca_row) if side(row) == "blueorca" and is_safe(row))
     return _sample(rows, num_rows, seed, "safe SlimOrca rows")
 
 
 def redorca(slimorca: Iterable[Mapping], red_team: Iterable[Mapping], *, num_rows: int = REDORCA_ROWS, seed: int = 0) -> list[dict]:
-    """SlimOrca rows with round(num_rows · 22/112) potentially unsafe pairs among them, the lower level.
+    """Draws `num_rows` rows, the lower level: round(num_rows · 22/112) potentially unsafe pairs, the rest from SlimOrca.
 
     Raises:
-      DataError: if there are not that many of either.
+      DataError: there are fewer rows of either kind.
     """
     num_unsafe = round(num_rows * REDORCA_UNSAFE / REDORCA_ROWS)
     unsafe = potentially_unsafe(red_team, num_unsafe)
@@ -185,21 +184,21 @@ def potentially_unsafe(red_team: Iterable[Mapping], num_rows: int) -> list[dict]
     """The pairs of the most harmful transcripts, the most harmful first.
 
     Raises:
-      DataError: if there are not that many.
+      DataError: there are fewer pairs.
     """
 
     def harm(item: Mapping) -> tuple:
         rating = item.get("rating")
         return item["min_harmlessness_score_transcript"], 0.0 if rating is None else -rating, item["transcript"]
 
-    # Ranked before duplicates are dropped: of equal questions, the one with the most harmful transcript stays.
+    # Sort before dropping duplicates: of equal questions, the one with the most harmful transcript is kept.
     scored = (item for item in red_team if item["min_harmlessness_score_transcript"] is not None)
     rows = list(_unique(sorted(scored, key=harm), red_team_row))
-    return _enough(rows[:num_rows], num_rows, "red-teaming pairs")
+    return _require(rows[:num_rows], num_rows, "red-teaming pairs")
 
 
 def _unique(items: Iterable[Mapping], convert: Callable[[Mapping], dict | None]) -> Iterator[dict]:
-    """Converts items and drops those that have no row or a question seen before."""
+    """Converts items; drops those without a row and those whose question has occurred before."""
     seen: set[int] = set()
     for item in items:
         row = convert(item)
@@ -212,33 +211,33 @@ def _order(seed: int) -> Callable[[Mapping], int]:
     return lambda row: checksum("order", seed, question_key(row))
 
 
-def _sample(rows: Iterable[dict], num_rows: int, seed: int, what: str) -> list[dict]:
-    return _enough(heapq.nsmallest(num_rows, rows, key=_order(seed)), num_rows, what)
+def _sample(rows: Iterable[dict], num_rows: int, seed: int, kind: str) -> list[dict]:
+    return _require(heapq.nsmallest(num_rows, rows, key=_order(seed)), num_rows, kind)
 
 
-def _enough(rows: list[dict], num_rows: int, what: str) -> list[dict]:
+def _require(rows: list[dict], num_rows: int, kind: str) -> list[dict]:
     if len(rows) < num_rows:
-        raise DataError(f"only {len(rows)} of the {num_rows} {what} asked for exist; ask for fewer rows")
+        raise DataError(f"only {len(rows)} of the {num_rows} requested {kind} exist; request fewer rows")
     return rows
 
 
-# ---- from the hub to a file ----
+# ---- command ----
 
 
 def build(name: str, *, num_rows: int = 0, seed: int = 0) -> list[dict]:
-    """`blueorca` or `redorca` from the hub's data, in the size given above unless `num_rows` > 0.
+    """Builds `blueorca` or `redorca` from hub data, in its full size unless `num_rows` > 0.
 
     Raises:
-      DataError: for another name, an unreachable hub, or more rows than there are.
+      DataError: unknown name, unreachable hub, or more rows requested than exist.
     """
     if name not in ("blueorca", "redorca"):
         raise DataError(f"unknown recipe '{name}'; choose blueorca or redorca")
     if num_rows < 0:
         raise DataError(f"num_rows must not be negative, not {num_rows}")
-    slimorca = tqdm.tqdm(hub(SLIMORCA), desc="SlimOrca", disable=None)
+    slimorca = tqdm.tqdm(load_hub(SLIMORCA), desc="SlimOrca", disable=None)
     if name == "blueorca":
         return blueorca(slimorca, num_rows=num_rows or BLUEORCA_ROWS, seed=seed)
-    red_team = tqdm.tqdm(hub(RED_TEAM, data_dir=RED_TEAM_DIR), desc="red-teaming", disable=None)
+    red_team = tqdm.tqdm(load_hub(RED_TEAM, data_dir=RED_TEAM_DIR), desc="red-teaming", disable=None)
     return redorca(slimorca, red_team, num_rows=num_rows or REDORCA_ROWS, seed=seed)
 
 
@@ -248,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=("blueorca", "redorca"))
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_rows", type=int, default=0, help="0: as many as the docstring says")
+    parser.add_argument("--num_rows", type=int, default=0, help="0: the full size (90 000 or 112 000)")
     flags = parser.parse_args(argv)
     try:
         rows = build(flags.name, num_rows=flags.num_rows, seed=flags.seed)

@@ -1,17 +1,17 @@
-"""From rows to token ids: prompt templates, the end of a response, and what fits into the maximal length.
+"""Renders rows as text and tokenizes them: prompt templates, EOS, and the maximum length.
 
-    chat     the tokenizer's own chat template, with the assistant's turn opened
-    human    [system, blank line] "Human: …\\n\\nAssistant: ", earlier turns alternating in the same way
-    alpaca   [system, blank line] the prompt of Stanford Alpaca, with its input section where the row has an input
+    chat     the tokenizer's chat template, with the header of the assistant's turn
+    human    [system, blank line] "Human: …\\n\\nAssistant: ", earlier turns in the same form
+    alpaca   [system, blank line] the prompt of Stanford Alpaca, with an input section if the row has an input
     none     the question, verbatim; no system text and no special tokens
-    auto     chat where the tokenizer has a chat template, else human
+    auto     chat if the tokenizer has a chat template, else human
 
-Prompt and response are tokenized *apart*. Tokenized as one text, the space that ends a prompt merges into the first
-word of the response, and a loss that begins at the prompt's length then misses this word. From here on, where a prompt
-ends is known by position and never by a pad id, so that the EOS is learned even where it pads.
+Prompt and response are tokenized *separately*. In one text, the space at the end of a prompt would merge into the first word of the
+response, and a loss that starts at the prompt's length would miss that word. The end of a prompt is stored as a position and not
+derived from the pad id, so that the EOS is learned even if it is also the pad token.
 
-The EOS follows every response unless asked not to. A BOS comes first where the tokenizer itself puts one, under `human`
-and `alpaca`; a chat template writes its own, or means that there is none.
+Every response ends with EOS unless `eos=False`. `human` and `alpaca` start with BOS if the tokenizer adds one; a chat template
+writes its own BOS, or none.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tqdm
 
-from bilevel_jax.data.rows import Rejection, Row, tally
+from bilevel_jax.data.rejections import Rejection, tally
+from bilevel_jax.data.rows import Row
 
 TEMPLATES = ("auto", "chat", "human", "alpaca", "none")
-CHUNK = 1024  # texts per call of the tokenizer: enough to keep its threads busy
+CHUNK = 1024  # texts per tokenizer call: enough to use all its threads
 
 HUMAN = {"user": "Human: ", "assistant": "Assistant: "}
 ALPACA = {"user": "### Instruction:\n", "assistant": "### Response:"}
@@ -38,42 +39,42 @@ ALPACA_INPUT_HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A row in token ids."""
+    """The token ids of a row."""
 
     prompt: np.ndarray  # [P] int32
-    response: np.ndarray  # [R] int32, the EOS included; empty where the row has a question only
-    rejected: np.ndarray | None  # [R'] int32, the EOS included; None unless the row is a preference
+    response: np.ndarray  # [R] int32, including EOS; empty if the row has only a question
+    rejected: np.ndarray | None  # [R'] int32, including EOS; None unless the row is a preference
 
     @property
     def size(self) -> int:
-        """Tokens of question and response, P + R."""
+        """Number of tokens of question and response, P + R."""
         return len(self.prompt) + len(self.response)
 
 
 def load_tokenizer(path: str):
-    """The Hugging Face tokenizer of a directory or hub id; it needs no PyTorch and runs no code from there.
+    """Loads the Hugging Face tokenizer of a directory or hub id, without PyTorch and without running remote code.
 
     Raises:
-      ValueError: if there is none, in one line.
+      ValueError: there is no usable tokenizer; the message is one line.
     """
-    # Importing transformers advises on installing PyTorch, which a tokenizer does not need. Nothing else is silenced.
+    # On import, transformers logs advice to install PyTorch, which a tokenizer does not need. Other messages are kept.
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer(["a"], verbose=False)  # some damage shows only here
+        tokenizer(["a"], verbose=False)  # some damaged files fail only here
         return tokenizer
-    except Exception as error:  # missing and broken files surface as errors of every family
+    except Exception as error:  # missing and damaged files raise many types of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no usable tokenizer at '{path}': {reason.rstrip(': ')}") from error
 
 
 def resolve(template: str | None, tokenizer) -> str:
-    """The template that is meant: `chat`, `human`, `alpaca` or `none`. Python's None means `auto`.
+    """Resolves `auto` (or None) to `chat` or `human`; returns other templates unchanged.
 
     Raises:
-      ValueError: for an unknown name, and for `chat` without a chat template.
+      ValueError: an unknown template, or `chat` for a tokenizer without a chat template.
     """
     template = template or "auto"
     if template not in TEMPLATES:
@@ -86,7 +87,7 @@ def resolve(template: str | None, tokenizer) -> str:
 
 
 def render(row: Row, tokenizer, template: str) -> str:
-    """The prompt of a row as text, up to where the response begins; `template` as returned by `resolve`."""
+    """The prompt of a row as text, up to the start of the response; `template` as returned by `resolve`."""
     if template == "chat":
         return _chat(row, tokenizer)
     if template == "none":
@@ -104,8 +105,7 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     """Tokenizes rows, in order.
 
     Raises:
-      ValueError: for a template that cannot be used (see `resolve`), a row that the chat template refuses, or an EOS
-        asked of a tokenizer that has none.
+      ValueError: an unusable template (see `resolve`), a row that the chat template rejects, or `eos` for a tokenizer without EOS.
     """
     template = resolve(template, tokenizer)
     if eos and tokenizer.eos_token_id is None:
@@ -127,44 +127,44 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
 
 
 def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
-    """Where in its response each token of it stands, [T, 2] of each row: [start, stop) in characters, empty for an EOS at the end.
+    """Character offsets of every response token: for each row [R, 2] int32, [start, stop), with start = stop for EOS.
 
     Raises:
-      ValueError: the tokenizer does not tell.
+      ValueError: the tokenizer has no offsets.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' does not tell where a token stands; it needs a tokenizer.json")
-    found = []
+        raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no character offsets; it needs a tokenizer.json")
+    offsets = []
     for first in range(0, len(rows), CHUNK):
         texts = [row.response for row in rows[first : first + CHUNK]]
-        asked = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for text, offsets, example in zip(texts, asked["offset_mapping"], examples[first : first + CHUNK]):
-            found.append(np.array([*offsets, (len(text), len(text))], np.int32)[: len(example.response)])
-    return found
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
+            offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[: len(example.response)])
+    return offsets
 
 
 def fit(
     examples: Sequence[Example], rows: Sequence[Row], max_length: int
 ) -> tuple[list[int], list[Example], Mapping[str, tuple[int, int]]]:
-    """Drops and cuts what does not fit into `max_length` tokens.
+    """Truncates or skips examples that do not fit into `max_length` tokens.
 
-    A response is cut at the end, its EOS with it: an EOS after half a sentence would teach the model to stop there. A
-    preference row is never cut, since that could change which answer is better; its two answers, each with the prompt,
-    lie side by side in one packed row and must fit together.
+    A truncated response has no EOS: it would teach the model to stop in the middle of a sentence. A preference row is never
+    truncated, since that could change which response is better. Its two responses, each with the prompt, share a packed sequence
+    and must fit together.
 
     Returns:
-      kept: indices into `examples` of those that remain, in order.
-      examples: those that remain, cut.
-      counts: what happened -> (count, line of the first row), in the form of `Report.rejected`.
+      kept: indices into `examples` of the remaining ones, in order.
+      examples: the remaining examples, truncated.
+      counts: note -> (count, line of the first row), as in `Report.rejected`.
     """
     kept, fitted, notes = [], [], []
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         room = max_length - len(example.prompt)
-        answers = [example.response] if example.rejected is None else [example.response, example.rejected]
-        if not len(example.prompt) or not all(len(answer) for answer in answers):
+        responses = [example.response] if example.rejected is None else [example.response, example.rejected]
+        if not len(example.prompt) or not all(len(response) for response in responses):
             note = "question or response without a token"
         elif example.rejected is not None:
-            length = sum(len(example.prompt) + len(answer) for answer in answers)
+            length = sum(len(example.prompt) + len(response) for response in responses)
             note = f"pair over {max_length} tokens" if length > max_length else None
         else:
             note = f"question over {max_length} tokens" if room < 1 else None
@@ -188,9 +188,9 @@ def _chat(row: Row, tokenizer) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        text.encode()  # a template may write half a surrogate pair, which is no text
+        text.encode()  # a template may write half a surrogate pair, which cannot be encoded
         return text
-    except Exception as error:  # refusals, such as of system texts, and whatever goes wrong in a template
+    except Exception as error:  # rejected rows, for example system texts, and any error in the template
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the chat template refuses the row of line {row.line} (id {row.id}): {reason}") from error
 
@@ -199,12 +199,12 @@ def _adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _tokenize(texts, total: int, tokenizer, what: str) -> list[list[int]]:
-    """Token ids of each text, without special tokens; a progress bar appears if it takes more than two seconds."""
+def _tokenize(texts, total: int, tokenizer, name: str) -> list[list[int]]:
+    """Token ids of each text, without special tokens; shows a progress bar after two seconds."""
     texts, ids = iter(texts), []
-    with tqdm.tqdm(total=total, desc=f"tokenizing {what}", delay=2, leave=False, disable=None) as bar:
+    with tqdm.tqdm(total=total, desc=f"tokenizing {name}", delay=2, leave=False, disable=None) as bar:
         while chunk := list(itertools.islice(texts, CHUNK)):
-            # verbose=False: lengths are checked by `fit`, against our own limit.
+            # verbose=False: `fit` checks the lengths, against `max_length`.
             ids += tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
             bar.update(len(chunk))
     return ids

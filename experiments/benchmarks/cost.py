@@ -29,7 +29,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     own = online.empty(len(lower.rows))
     split: dict[bool, list] = {}
     for apart in (False, True):
-        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, apart=apart)
+        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=apart)
         drawn = (batches.make_batch(config, upper, lower, layout, k, own) for k in range(rounds))
         split[apart] = [sharding.split_batch(one.batch, mesh) for one in drawn]
     states, runs = {}, {}

@@ -17,17 +17,18 @@ ROUNDING = 32  # tokens
 
 
 def _padded(work: train_step.Work, k: int, mesh):
-    """Micro-batches of `ROWS` rows of one level, one row to a sequence; (batch, length needed, length given)."""
-    found = []
+    """Micro-batches of `ROWS` rows of one level, one row per sequence; (batch, padded length needed, length after rounding)."""
+    micro_batches = []
     for part in train_step.micro_batches(*work.plain(k), grouped=False):
         share = 1 / work.config.batch.size
-        segments = [packing.Segment(one.prompt, one.response, place, share) for one, place in part]
+        segments = [packing.Segment(example.prompt, example.response, row_index, share) for example, row_index in part]
         longest = max(segment.size for segment in segments)
         length = -(-longest // ROUNDING) * ROUNDING
-        layout = packing.Layout(train_step.ROWS, length, train_step.ROWS, padded=True)
-        packed = packing.pack_step(segments, len(work.lower.rows), len(part), layout)
-        found.append((sharding.split_batch(packed, mesh), longest, length))
-    return found
+        layout = packing.Layout(train_step.ROWS, length, train_step.ROWS)
+        bins = [[i] for i in sorted(range(len(segments)), key=lambda i: -segments[i].size)]
+        batch = packing.pack_bins(segments, bins, len(work.lower.rows), len(part), layout)
+        micro_batches.append((sharding.split_batch(batch, mesh), longest, length))
+    return micro_batches
 
 
 def measure(config, model, base, directory: str, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:

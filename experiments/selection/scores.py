@@ -91,7 +91,8 @@ def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, l
             for first in range(0, len(same), CHUNK):
                 part = same[first : first + CHUNK]
                 segments = scoring.example_segments([examples[i] for i in part])
-                yield np.array(part), packing.pack(segments, packing.Layout(1, size, CHUNK, padded=True))
+                bins = [[i] for i in sorted(range(len(part)), key=lambda i: -segments[i].size)]
+                yield np.array(part), packing.lay_out(segments, bins, packing.Layout(1, size, CHUNK))
 
     sums = jax.tree.map(jnp.zeros_like, adapter)
     for _, packed in batches(upper.examples):

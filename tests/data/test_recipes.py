@@ -201,9 +201,9 @@ def test_one_row_per_question():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: recipes.blueorca(SLIMORCA, num_rows=150), "of the 150 safe SlimOrca rows asked for exist"),
-        (lambda: recipes.redorca(SLIMORCA, RED_TEAM, num_rows=200), "of the 161 SlimOrca rows asked for exist"),
-        (lambda: recipes.redorca(SLIMORCA, RED_TEAM[:3], num_rows=56), "only 3 of the 11 red-teaming pairs"),
+        (lambda: recipes.blueorca(SLIMORCA, num_rows=150), "of the 150 requested safe SlimOrca rows exist"),
+        (lambda: recipes.redorca(SLIMORCA, RED_TEAM, num_rows=200), "of the 161 requested SlimOrca rows exist"),
+        (lambda: recipes.redorca(SLIMORCA, RED_TEAM[:3], num_rows=56), "only 3 of the 11 requested red-teaming pairs"),
         (lambda: recipes.build("greenorca"), "unknown recipe 'greenorca'; choose blueorca or redorca"),
         (lambda: recipes.build("blueorca", num_rows=-1), "num_rows must not be negative"),
     ],

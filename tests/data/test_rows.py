@@ -123,7 +123,7 @@ def test_questions_only(value, response):
     [
         (3, "not an object"),
         ([QA], "not an object"),
-        ({}, "no field 'question', 'instruction', 'prompt' or 'messages'"),
+        ({}, "no field 'messages', 'question', 'instruction' or 'prompt'"),
         ({"question": "q"}, "no field 'response'"),
         ({"question": "q", "response": None}, "no field 'response'"),
         ({"instruction": "i", "response": "r"}, "no field 'output'"),
@@ -251,7 +251,7 @@ def test_select_matches_by_id_or_fails():
     ids = [stored[i].id for i in (3, 0, 4)]
     assert rows.select(stored, ids) == [3, 0, 4]
     assert rows.select(stored[::-1], ids) == [1, 4, 0]
-    with pytest.raises(DataError, match=rf"^2 of 3 ids match no row \(the first: {ids[0]}\)"):
+    with pytest.raises(DataError, match=rf"^2 of 3 ids match no row \(first: {ids[0]}\)"):
         rows.select(stored[4:] + stored[1:3], ids)
 
 

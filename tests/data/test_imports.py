@@ -1,0 +1,15 @@
+"""`data/` imports nothing of the package outside `data/`: no model, and nothing of `runtime/`."""
+
+import subprocess
+import sys
+
+
+def test_data_imports_only_itself():
+    program = """if True:
+        import pkgutil, sys
+        import bilevel_jax.data
+        for module in pkgutil.walk_packages(bilevel_jax.data.__path__, "bilevel_jax.data."):
+            __import__(module.name)
+        print([name for name in sys.modules if name.startswith("bilevel_jax.") and not name.startswith("bilevel_jax.data")])
+    """
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
