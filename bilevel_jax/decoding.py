@@ -15,7 +15,7 @@ LEEWAY = 32  # minimum number of tokens that fit into a window after the longest
 
 
 class Slots(NamedTuple):
-    """The device state of S responses in progress, each of at most M tokens."""
+    """The device state of S responses in progress, each of at most X tokens."""
 
     cache: list  # see `decoder.init_cache`
     token: jax.Array  # [S] int32, the latest token, not in the cache yet
@@ -24,9 +24,9 @@ class Slots(NamedTuple):
     count: jax.Array  # [S] int32, number of generated tokens
     limit: jax.Array  # [S] int32, maximum of `count`
     active: jax.Array  # [S] bool
-    tokens: jax.Array  # [S, M] int32, generated tokens, the EOS included
-    log_probs: jax.Array  # [S, M] float32
-    sampled_log_probs: jax.Array  # [S, M] float32
+    tokens: jax.Array  # [S, X] int32, generated tokens, the EOS included
+    log_probs: jax.Array  # [S, X] float32
+    sampled_log_probs: jax.Array  # [S, X] float32
 
 
 class Starts(NamedTuple):
@@ -44,7 +44,7 @@ class Starts(NamedTuple):
 def init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
     """Slots that are all free."""
     int_S = functools.partial(jnp.zeros, num_slots, jnp.int32)
-    float_SxM = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
+    float_SxX = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
     return Slots(
         cache=decoder.init_cache(config, num_slots, length),
         token=int_S(),
@@ -54,8 +54,8 @@ def init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new
         limit=int_S(),
         active=jnp.zeros(num_slots, bool),
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32),
-        log_probs=float_SxM(),
-        sampled_log_probs=float_SxM(),
+        log_probs=float_SxX(),
+        sampled_log_probs=float_SxX(),
     )
 
 

@@ -40,7 +40,7 @@ RIDGE = 0.05  # added to the variances along these directions, which sum to at m
 NUM_PAIRED = 8  # k, directions of question and answer whose products enter the log density ratio
 DENSITY_RATIO_RIDGE = 0.3  # on the weights of the log density ratio
 CCA_SCORE_SPREAD, DENSITY_RATIO_SPREAD = 1.0, 0.3  # the variances of the other features sum to 1 for questions and for answers
-SIZE = 2 * WIDTH + 2  # D
+SIZE = 2 * WIDTH + 2  # A
 CCA_SCORE, LOG_DENSITY_RATIO = -2, -1  # column indices
 OLD_NAMES = {  # of encoder fields, in files of earlier versions
     "cca_score": "trust",
@@ -62,12 +62,12 @@ def lower_half(config: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, 
 
 
 def entry_means(config: decoder.ModelConfig, base, packed: packing.Packed) -> jax.Array:
-    """Mean hidden states of the prompt and of the response of every entry, [E, 2, H] float32; 0 without such tokens."""
+    """Mean hidden states of the prompt and of the response of every entry, [E, 2, D] float32; 0 without such tokens."""
     E, (S, L) = packed.length.shape[0], packed.tokens.shape[1:]
 
     def add(m, sums):
-        total_Ex2xH, count_Ex2 = sums
-        hidden_TxH = forward.hidden_states(config, base, None, packed, m).astype(jnp.float32)
+        total_Ex2xD, count_Ex2 = sums
+        hidden_TxD = forward.hidden_states(config, base, None, packed, m).astype(jnp.float32)
         response_token_P = packed.logit_index[m] + 1  # the flat index of the target itself; above T - 1 for padding
         is_response_T = jnp.zeros(S * L, jnp.int32).at[response_token_P].set(1, mode="drop")
         # Segment ids restart in every sequence; these are unique in the micro-batch. Targets map them to entries.
@@ -75,13 +75,13 @@ def entry_means(config: decoder.ModelConfig, base, packed: packing.Packed) -> ja
         segment_P = segment_T.at[response_token_P].get(mode="fill", fill_value=S * (L + 1))
         entry_T = jnp.full(S * (L + 1), E, jnp.int32).at[segment_P].set(packed.entry[m], mode="drop")[segment_T]
         slot_T = 2 * entry_T + is_response_T
-        total_Ex2xH += jax.ops.segment_sum(hidden_TxH, slot_T, num_segments=2 * E).reshape(total_Ex2xH.shape)
+        total_Ex2xD += jax.ops.segment_sum(hidden_TxD, slot_T, num_segments=2 * E).reshape(total_Ex2xD.shape)
         count_Ex2 += jax.ops.segment_sum(jnp.ones(S * L), slot_T, num_segments=2 * E).reshape(count_Ex2.shape)
-        return total_Ex2xH, count_Ex2
+        return total_Ex2xD, count_Ex2
 
     start = jnp.zeros((E, 2, config.hidden_size)), jnp.zeros((E, 2))
-    total_Ex2xH, count_Ex2 = jax.lax.fori_loop(0, packed.num_micro, add, start)
-    return total_Ex2xH / jnp.maximum(count_Ex2, 1)[..., None]
+    total_Ex2xD, count_Ex2 = jax.lax.fori_loop(0, packed.num_micro, add, start)
+    return total_Ex2xD / jnp.maximum(count_Ex2, 1)[..., None]
 
 
 _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), static_argnums=0)
@@ -90,19 +90,19 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 def pooled(
     config: decoder.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
 ) -> np.ndarray:
-    """`entry_means` of rows after half of the layers, [n, 2, H] float32, in the order of the rows.
+    """`entry_means` of rows after half of the layers, [n, 2, D] float32, in the order of the rows.
 
-    They take 8·H bytes of host memory per row until the features are computed.
+    They take 8·D bytes of host memory per row until the features are computed.
 
     Args:
       sequences, max_length: see `scoring.batches`.
     """
     config, base = lower_half(config, base)
-    means_nx2xH = np.zeros((len(examples), 2, config.hidden_size), np.float32)
+    means_nx2xD = np.zeros((len(examples), 2, config.hidden_size), np.float32)
     for indices, packed in scoring.batches(scoring.example_segments(examples), sequences, max_length, mesh, "features"):
         with jax.set_mesh(mesh):
-            means_nx2xH[indices] = np.asarray(_entry_means(config, base, packed))[: len(indices)]
-    return means_nx2xH
+            means_nx2xD[indices] = np.asarray(_entry_means(config, base, packed))[: len(indices)]
+    return means_nx2xD
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -111,12 +111,12 @@ def pooled(
 
 
 class Encoder(NamedTuple):
-    """Maps mean hidden states to features; fitted to the rows to select from and to trusted rows. H hidden size, d = `WIDTH`."""
+    """Maps mean hidden states to features; fitted to the rows to select from and to trusted rows. D hidden width, d = `WIDTH`."""
 
-    mean: np.ndarray  # [2, H], of question and answer over the rows to select from
-    directions: np.ndarray  # [2, H, d], principal directions
-    trusted_mean: np.ndarray  # [2, H], over the trusted rows
-    canonical: np.ndarray  # [2, H, r], directions of the canonical variates
+    mean: np.ndarray  # [2, D], of question and answer over the rows to select from
+    directions: np.ndarray  # [2, D, d], principal directions
+    trusted_mean: np.ndarray  # [2, D], over the trusted rows
+    canonical: np.ndarray  # [2, D, r], directions of the canonical variates
     correlation: np.ndarray  # [r], ρ
     cca_score: np.ndarray  # [2], its mean and standard deviation over the rows to select from
     spread: np.ndarray  # [2, k], standard deviations along the first k principal directions
@@ -124,22 +124,22 @@ class Encoder(NamedTuple):
     log_density_ratio: np.ndarray  # [2], its mean and standard deviation over the rows to select from
 
 
-def _project(raw_nx2xH: np.ndarray, mean_2xH: np.ndarray, directions_2xHxd: np.ndarray) -> np.ndarray:
+def _project(raw_nx2xD: np.ndarray, mean_2xD: np.ndarray, directions_2xDxd: np.ndarray) -> np.ndarray:
     """Coordinates of questions and answers along some directions, [n, 2, d]."""
-    return ((raw_nx2xH - mean_2xH).swapaxes(0, 1) @ directions_2xHxd).swapaxes(0, 1)
+    return ((raw_nx2xD - mean_2xD).swapaxes(0, 1) @ directions_2xDxd).swapaxes(0, 1)
 
 
-def _principal(raw_nx2xH: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [2, H] and principal directions [2, H, number] of hidden states that are scaled to unit variance in each of the H
-    dimensions and divided by √H: the variances along all directions sum to 1. Directions after the H-th are 0."""
-    n, _, H = raw_nx2xH.shape
-    mean, spread = raw_nx2xH.mean(0), raw_nx2xH.std(0) + 1e-6
-    directions = np.zeros((2, H, number), np.float32)
+def _principal(raw_nx2xD: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [2, D] and principal directions [2, D, number] of hidden states that are scaled to unit variance in each of the D
+    dimensions and divided by √D: the variances along all directions sum to 1. Directions after the D-th are 0."""
+    n, _, D = raw_nx2xD.shape
+    mean, spread = raw_nx2xD.mean(0), raw_nx2xD.std(0) + 1e-6
+    directions = np.zeros((2, D, number), np.float32)
     for part in range(2):
-        scaled_nxH = (raw_nx2xH[:, part] - mean[part]) / spread[part]
-        _, vectors = np.linalg.eigh(scaled_nxH.T @ scaled_nxH / n)  # ascending
+        scaled_nxD = (raw_nx2xD[:, part] - mean[part]) / spread[part]
+        _, vectors = np.linalg.eigh(scaled_nxD.T @ scaled_nxD / n)  # ascending
         leading = vectors[:, ::-1][:, :number]
-        directions[part, :, : leading.shape[1]] = leading / spread[part][:, None] / H**0.5
+        directions[part, :, : leading.shape[1]] = leading / spread[part][:, None] / D**0.5
     return mean, directions
 
 
@@ -166,30 +166,30 @@ def canonical_directions(question_nxk: np.ndarray, answer_nxk: np.ndarray) -> tu
     return directions, correlation[:NUM_CANONICAL]
 
 
-def _cca_score(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
+def _cca_score(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
     """(1) of each row, [n]."""
-    variates_nx2xr = _project(raw_nx2xH, encoder.trusted_mean, encoder.canonical)
+    variates_nx2xr = _project(raw_nx2xD, encoder.trusted_mean, encoder.canonical)
     return variates_nx2xr.prod(axis=1) @ encoder.correlation
 
 
-def _paired_inputs(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
+def _paired_inputs(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
     """Inputs of the logistic regression, [n, 1 + 2k + k²]: 1, question, answer, and the products of the two divided by √k."""
     directions = encoder.directions[..., :NUM_PAIRED] / encoder.spread[:, None]
-    question_nxk, answer_nxk = _project(raw_nx2xH, encoder.mean, directions).swapaxes(0, 1).astype(np.float64)
+    question_nxk, answer_nxk = _project(raw_nx2xD, encoder.mean, directions).swapaxes(0, 1).astype(np.float64)
     products = question_nxk[:, :, None] * answer_nxk[:, None, :] / NUM_PAIRED**0.5
-    return np.concatenate([np.ones((len(raw_nx2xH), 1)), question_nxk, answer_nxk, products.reshape(len(products), -1)], axis=1)
+    return np.concatenate([np.ones((len(raw_nx2xD), 1)), question_nxk, answer_nxk, products.reshape(len(products), -1)], axis=1)
 
 
-def _log_density_ratio(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
+def _log_density_ratio(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
     """(2) of each row, [n]."""
-    return _paired_inputs(encoder, raw_nx2xH) @ encoder.density_ratio_weights
+    return _paired_inputs(encoder, raw_nx2xD) @ encoder.density_ratio_weights
 
 
-def logistic_weights(upper_Mxd: np.ndarray, lower_Nxd: np.ndarray) -> np.ndarray:
+def logistic_weights(upper_nxd: np.ndarray, lower_Nxd: np.ndarray) -> np.ndarray:
     """Weights w [d] of a logistic regression, so that x·w estimates log p_U(x) / p_L(x). `DENSITY_RATIO_RIDGE` applies to all
     weights except the first; each of the two sets has half of the loss."""
-    x = np.concatenate([upper_Mxd, -lower_Nxd])
-    share = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (upper_Mxd, lower_Nxd)])
+    x = np.concatenate([upper_nxd, -lower_Nxd])
+    share = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (upper_nxd, lower_Nxd)])
     ridge = DENSITY_RATIO_RIDGE * (np.arange(x.shape[1]) > 0)
 
     def loss(weights):
@@ -200,13 +200,13 @@ def logistic_weights(upper_Mxd: np.ndarray, lower_Nxd: np.ndarray) -> np.ndarray
     return scipy.optimize.minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
 
 
-def fit(lower_Nx2xH: np.ndarray, upper_Mx2xH: np.ndarray) -> Encoder:
+def fit(lower_Nx2xD: np.ndarray, upper_nx2xD: np.ndarray) -> Encoder:
     """Fits the encoder to the mean hidden states of the rows to select from and of the trusted rows, from `pooled`."""
-    trusted_mean, screened = _principal(upper_Mx2xH, NUM_SCREENED)
-    question_Mxk, answer_Mxk = _project(upper_Mx2xH, trusted_mean, screened).swapaxes(0, 1).astype(np.float64)
-    directions, correlation = canonical_directions(question_Mxk, answer_Mxk)
-    mean, principal = _principal(lower_Nx2xH, WIDTH)
-    spread = _project(lower_Nx2xH, mean, principal[..., :NUM_PAIRED]).std(axis=0) + 1e-6
+    trusted_mean, screened = _principal(upper_nx2xD, NUM_SCREENED)
+    question_nxk, answer_nxk = _project(upper_nx2xD, trusted_mean, screened).swapaxes(0, 1).astype(np.float64)
+    directions, correlation = canonical_directions(question_nxk, answer_nxk)
+    mean, principal = _principal(lower_Nx2xD, WIDTH)
+    spread = _project(lower_Nx2xD, mean, principal[..., :NUM_PAIRED]).std(axis=0) + 1e-6
     canonical, standard = screened @ directions, np.array([0.0, 1.0])
     encoder = Encoder(
         mean=mean,
@@ -219,9 +219,9 @@ def fit(lower_Nx2xH: np.ndarray, upper_Mx2xH: np.ndarray) -> Encoder:
         density_ratio_weights=np.zeros(0),
         log_density_ratio=standard,
     )
-    weights = logistic_weights(*(_paired_inputs(encoder, rows) for rows in (upper_Mx2xH, lower_Nx2xH)))
+    weights = logistic_weights(*(_paired_inputs(encoder, rows) for rows in (upper_nx2xD, lower_Nx2xD)))
     encoder = encoder._replace(density_ratio_weights=weights)
-    cca_score, log_ratio = _cca_score(encoder, lower_Nx2xH), _log_density_ratio(encoder, lower_Nx2xH)
+    cca_score, log_ratio = _cca_score(encoder, lower_Nx2xD), _log_density_ratio(encoder, lower_Nx2xD)
     return encoder._replace(cca_score=_mean_and_std(cca_score), log_density_ratio=_mean_and_std(log_ratio))
 
 
@@ -229,17 +229,17 @@ def _mean_and_std(values: np.ndarray) -> np.ndarray:
     return np.array([values.mean(), values.std() + 1e-6])
 
 
-def encode(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
-    """Features of rows, [n, D] float32: principal directions of questions, of answers, `cca_score`, `log_density_ratio`.
+def encode(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
+    """Features of rows, [n, A] float32: principal directions of questions, of answers, `cca_score`, `log_density_ratio`.
 
     Each feature has mean 0 over the rows to select from to which the encoder was fitted.
     """
-    projected = _project(raw_nx2xH, encoder.mean, encoder.directions)
+    projected = _project(raw_nx2xD, encoder.mean, encoder.directions)
     cca_score, log_ratio = (
         size * (values - mean) / spread
         for size, values, (mean, spread) in (
-            (CCA_SCORE_SPREAD, _cca_score(encoder, raw_nx2xH), encoder.cca_score),
-            (DENSITY_RATIO_SPREAD, _log_density_ratio(encoder, raw_nx2xH), encoder.log_density_ratio),
+            (CCA_SCORE_SPREAD, _cca_score(encoder, raw_nx2xD), encoder.cca_score),
+            (DENSITY_RATIO_SPREAD, _log_density_ratio(encoder, raw_nx2xD), encoder.log_density_ratio),
         )
     )
     columns = [projected.reshape(len(projected), -1), cca_score[:, None], log_ratio[:, None]]
@@ -251,17 +251,17 @@ def encode(encoder: Encoder, raw_nx2xH: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write(file: pathlib.Path, encoder: Encoder, features_NxD: np.ndarray) -> None:
+def write(file: pathlib.Path, encoder: Encoder, features_NxA: np.ndarray) -> None:
     """Writes the encoder and the features of all rows to select from."""
     buffer = io.BytesIO()
-    np.savez(buffer, features=features_NxD, **encoder._asdict())
+    np.savez(buffer, features=features_NxA, **encoder._asdict())
     files.write_atomically(file, buffer.getvalue())
 
 
-def write_params(file: pathlib.Path, phi_D: np.ndarray) -> None:
+def write_params(file: pathlib.Path, feature_params_A: np.ndarray) -> None:
     """Writes φ."""
     buffer = io.BytesIO()
-    np.save(buffer, phi_D)
+    np.save(buffer, feature_params_A)
     files.write_atomically(file, buffer.getvalue())
 
 

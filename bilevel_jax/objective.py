@@ -101,12 +101,12 @@ def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m
     log_ratio_E = -nll_E - batch.reference
     if kind == "ipo":
         log_ratio_E = losses.row_losses(log_ratio_E, batch.packed.length, objective.reduction)
-    margin_P, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
+    margin_J, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
     paired_E = batch.sign != 0
     if m is not None:
         paired_E &= jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
-    loss_P = preferences.pair_losses(kind, margin_P, objective.beta)
-    return jnp.where(paired_E, loss_P.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
+    loss_J = preferences.pair_losses(kind, margin_J, objective.beta)
+    return jnp.where(paired_E, loss_J.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
 
 
 def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Array:

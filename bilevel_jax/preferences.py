@@ -16,7 +16,7 @@ The numbers are those of this module; `step` has the equations of the paper. Wei
 before the forward pass, whichever micro-batches hold the responses to a question. Both responses of a pair must be in one
 micro-batch.
 
-Axes: E entries, those of `packing.Batch`; P pairs, with P = E. Entries of one question share a number `group_E` below E, and E
+Axes: E entries, those of `packing.Batch`; J pairs, with J = E. Entries of one question share a number `group_E` below E, and E
 means no group. A reward is NaN for entries without one: responses of the data, and padding.
 """
 
@@ -43,25 +43,25 @@ def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
       group_E: the pair of each entry; E for none.
 
     Returns:
-      margin [P] and share [P]; the pair of group p has index p, and both are 0 where there is no pair.
+      margin [J] and share [J]; the pair of group p has index p, and both are 0 where there is no pair.
     """
     E = log_ratio_E.shape[0]
-    margin_P = jax.ops.segment_sum(sign_E * log_ratio_E, group_E, num_segments=E)
-    return margin_P, jax.ops.segment_sum(jnp.where(sign_E > 0, share_E, 0.0), group_E, num_segments=E)
+    margin_J = jax.ops.segment_sum(sign_E * log_ratio_E, group_E, num_segments=E)
+    return margin_J, jax.ops.segment_sum(jnp.where(sign_E > 0, share_E, 0.0), group_E, num_segments=E)
 
 
-def pair_losses(kind: str, margin_P: jax.Array, beta: float) -> jax.Array:
-    """The loss of each pair [P]: (2) for `dpo`, (3) for `ipo`.
+def pair_losses(kind: str, margin_J: jax.Array, beta: float) -> jax.Array:
+    """The loss of each pair [J]: (2) for `dpo`, (3) for `ipo`.
 
     Args:
       kind: `dpo` or `ipo`.
-      margin_P: (1) of each pair.
+      margin_J: (1) of each pair.
       beta: DPO: inverse temperature of the implied reward. IPO: strength of the pull towards π_ref, τ in the paper.
 
     References: Rafailov et al., Direct Preference Optimization, eq. (7); Azar et al., A General Theoretical Paradigm to Understand
     Learning from Human Preferences, eq. (17). The IPO paper sums log-ratios over tokens; trl averages them.
     """
-    return jax.nn.softplus(-beta * margin_P) if kind == "dpo" else (margin_P - 1 / (2 * beta)) ** 2
+    return jax.nn.softplus(-beta * margin_J) if kind == "dpo" else (margin_J - 1 / (2 * beta)) ** 2
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 Weights are w_i = N·σ_i(ω), mean 1. No rule builds anything larger than [N]: since ∇σ_i = σ_i (e_i - σ), the gradient of a batch
 is one scatter and one rank-one term.
 
-The logits are free parameters (`table`), or a linear function of frozen features of the rows, ω = X φ with X [N, D] (`features`).
+The logits are free parameters (`table`), or a linear function of frozen features of the rows, ω = X φ with X [N, A] (`features`).
 By the chain rule the gradient of φ is Xᵀ times that of ω, whatever the rule: Σ_i x_i g_i, plus a ridge λφ. Every step then moves
-the logits of all rows, visited or not, and φ scores rows that are in no table. That costs O(N·D) a step, about what one token costs
-a model of N·D parameters. Where X only says which of D groups a row is in, it is given as group numbers, [N]; the rows of a group
+the logits of all rows, visited or not, and φ scores rows that are in no table. That costs O(N·A) a step, about what one token costs
+a model of N·A parameters. Where X only says which of A groups a row is in, it is given as group numbers, [N]; the rows of a group
 then share one logit, and a step costs O(N).
 """
 
@@ -30,7 +30,7 @@ class SelectorState(NamedTuple):
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
     optimizer: optax.OptState  # of ω; with features, of φ
-    feature_params: jax.Array | None = None  # [D] float32, φ
+    feature_params: jax.Array | None = None  # [A] float32, φ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _optimizer(selector: Selector) -> optax.GradientTransformation:
 
 
 def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorState:
-    """Equal weights for `num_rows` rows, none visited. `num_features`, D, matters only where ω is a function of features."""
+    """Equal weights for `num_rows` rows, none visited. `num_features`, A, matters only where ω is a function of features."""
     logits = jnp.zeros(num_rows, jnp.float32)
     visits = jnp.zeros(num_rows, jnp.float32)
     feature_params = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
@@ -146,13 +146,13 @@ def entropy_residual(logits_N, row_index_E, cost_E, tau: float) -> jax.Array:
     return logits_N.at[row_index_E].get(mode="fill", fill_value=0.0) + tau * cost_E
 
 
-def _apply_features(features, feature_params_D) -> jax.Array:
+def _apply_features(features, feature_params_A) -> jax.Array:
     """ω [N] = X φ."""
-    return feature_params_D[features] if features.ndim == 1 else features @ feature_params_D
+    return feature_params_A[features] if features.ndim == 1 else features @ feature_params_A
 
 
 def _feature_gradient(features, gradient_N, num_features: int) -> jax.Array:
-    """The gradient of φ [D], Xᵀ times that of ω."""
+    """The gradient of φ [A], Xᵀ times that of ω."""
     if features.ndim == 1:
         return jax.ops.segment_sum(gradient_N, features, num_segments=num_features)
     return gradient_N @ features
@@ -163,8 +163,8 @@ def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, featur
     if features is None:
         updates, optimizer = _optimizer(selector).update(gradient_N, state.optimizer)
         return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
-    gradient_D = _feature_gradient(features, gradient_N, len(state.feature_params)) + ridge * state.feature_params
-    updates, optimizer = _optimizer(selector).update(gradient_D, state.optimizer)
+    gradient_A = _feature_gradient(features, gradient_N, len(state.feature_params)) + ridge * state.feature_params
+    updates, optimizer = _optimizer(selector).update(gradient_A, state.optimizer)
     feature_params = optax.apply_updates(state.feature_params, updates)
     logits = _apply_features(features, feature_params)
     return state._replace(logits=logits, feature_params=feature_params, optimizer=optimizer)
@@ -192,7 +192,7 @@ def update(
       num_lower: B.
       cost_E: C of each entry, in nats; entries of one row are averaged.
       gamma: γ of the penalty.
-      features: X, [N, D] float32, or the group of each row, [N] int32.
+      features: X, [N, A] float32, or the group of each row, [N] int32.
 
     Returns:
       The state after the batch, its visits counted.

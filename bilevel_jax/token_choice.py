@@ -82,15 +82,15 @@ def inverse_cdf(weight_SxV: jax.Array, uniform_S: jax.Array) -> jax.Array:
     return column * width + offset
 
 
-def _first_beyond(weight_SxN: jax.Array, threshold_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _first_beyond(weight_Sxn: jax.Array, threshold_S: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first index [S] with positive weight whose cumulative weight exceeds the threshold, and the threshold less the weight
     before that index."""
-    cumulative = jnp.cumsum(weight_SxN, axis=-1)
-    possible = weight_SxN > 0
+    cumulative = jnp.cumsum(weight_Sxn, axis=-1)
+    possible = weight_Sxn > 0
     beyond = possible & (cumulative > threshold_S[:, None])
     last = possible.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)  # used if rounding leaves no index beyond
     index = jnp.where(beyond.any(axis=-1), jnp.argmax(beyond, axis=-1), last)
-    return index, threshold_S - (_take(cumulative, index) - _take(weight_SxN, index))
+    return index, threshold_S - (_take(cumulative, index) - _take(weight_Sxn, index))
 
 
 def _take(values_SxNx: jax.Array, index_S: jax.Array) -> jax.Array:

@@ -352,12 +352,12 @@ def test_summary(logits):
     assert summary.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(summary[name], value, rtol=1e-4, err_msg=name)
-    np.testing.assert_allclose(selection.effective_sample_size(jnp.asarray(logits, jnp.float32)), ess, rtol=1e-5)
+    np.testing.assert_allclose(selection.effective_sample_size(jax.nn.softmax(jnp.asarray(logits, jnp.float32))), ess, rtol=1e-5)
 
 
 def test_effective_sample_size_of_equal_groups():
     logits = jnp.where(jnp.arange(20) < 5, 0.0, -jnp.inf)  # a quarter of the rows shares all weight
-    np.testing.assert_allclose(selection.effective_sample_size(logits), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(selection.effective_sample_size(jax.nn.softmax(logits)), 0.25, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------------

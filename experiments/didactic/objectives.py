@@ -10,25 +10,25 @@ import jax.numpy as jnp
 from bilevel_jax import preferences
 
 
-def dpo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
+def dpo(margin_J: jax.Array, share_J: jax.Array, beta: float) -> jax.Array:
     """Direct preference optimisation: Σ_p share_p · -log σ(β · margin_p), the mean of (2).
 
     Args:
-      margin_P: [log π(chosen) - log π_ref(chosen)] - [log π(rejected) - log π_ref(rejected)] of each pair, summed over tokens.
-      share_P: weight of each pair in the mean; 0 for padding.
+      margin_J: [log π(chosen) - log π_ref(chosen)] - [log π(rejected) - log π_ref(rejected)] of each pair, summed over tokens.
+      share_J: weight of each pair in the mean; 0 for padding.
       beta: inverse temperature of the implied reward.
     """
-    return jnp.sum(share_P * preferences.pair_losses("dpo", margin_P, beta))
+    return jnp.sum(share_J * preferences.pair_losses("dpo", margin_J, beta))
 
 
-def ipo(margin_P: jax.Array, share_P: jax.Array, beta: float) -> jax.Array:
+def ipo(margin_J: jax.Array, share_J: jax.Array, beta: float) -> jax.Array:
     """Identity preference optimisation: Σ_p share_p · (margin_p - 1/2β)², the mean of (3). A margin above 1/2β is reduced.
 
     Args:
-      margin_P, share_P: as for `dpo`.
+      margin_J, share_J: as for `dpo`.
       beta: strength of the pull towards π_ref, τ in the paper.
     """
-    return jnp.sum(share_P * preferences.pair_losses("ipo", margin_P, beta))
+    return jnp.sum(share_J * preferences.pair_losses("ipo", margin_J, beta))
 
 
 def likelihood(log_prob_E, weight_E, share_E) -> jax.Array:
