@@ -72,9 +72,7 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool) -> 
     if not isinstance(value, Mapping):
         raise schemas.Unusable("not an object")
     fields = {key: field for key, field in value.items() if field is not None}
-    if preference and not any(key in fields for key in ("chosen", "rejected")):
-        raise schemas.Unusable("no field 'chosen'")
-    schema = schemas.detect(fields)
+    schema = schemas.detect(fields, preference)
     content = schema.parse(fields, questions_only)
     system = next((schemas.text_field(fields, key) for key in ("system", "system_prompt") if key in fields), "")
     if content.system and system and system != content.system:

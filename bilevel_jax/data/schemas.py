@@ -93,12 +93,12 @@ def _parse_instruction(fields: Mapping, questions_only: bool) -> Content:
     return _parse_texts(fields, questions_only, prompt_key="instruction", response_key="output")
 
 
-def _parse_messages(fields: Mapping, questions_only: bool) -> Content:
-    system, turns = chat_turns(fields, "messages")
+def _parse_chat(fields: Mapping, questions_only: bool, *, key: str = "messages") -> Content:
+    system, turns = chat_turns(fields, key)
     if questions_only and turns and turns[-1][0] == "user":
         response = ""
     else:
-        turns, response = split_response(turns, "messages")
+        turns, response = split_response(turns, key)
     return Content(system, _prompt_messages(turns), response)
 
 
@@ -131,7 +131,7 @@ def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
 
 SCHEMAS = (  # in order of precedence
     Schema("prompt/chosen/rejected", ("chosen", "rejected"), _parse_preference, preference=True),
-    Schema("messages", ("messages",), _parse_messages),
+    Schema("messages", ("messages",), _parse_chat),
     Schema("question/response", ("question",), functools.partial(_parse_texts, prompt_key="question", response_key="response")),
     Schema("instruction/input/output", ("instruction",), _parse_instruction),
     Schema("prompt/completion", ("prompt",), functools.partial(_parse_texts, prompt_key="prompt", response_key="completion")),
@@ -139,14 +139,16 @@ SCHEMAS = (  # in order of precedence
 KEYS = frozenset(key for schema in SCHEMAS for key in schema.keys)
 
 
-def detect(fields: Mapping[str, Any]) -> Schema:
-    """Returns the schema of a row; `fields` has no null values.
+def detect(fields: Mapping[str, Any], preference: bool) -> Schema:
+    """Returns the schema of a row, which must be a preference schema if `preference`; `fields` has no null values.
 
     Raises:
       Unusable: no schema has a key among the fields.
     """
-    for schema in SCHEMAS:
-        if any(key in fields for key in schema.keys):
-            return schema
+    schema = next((schema for schema in SCHEMAS if any(key in fields for key in schema.keys)), None)
+    if preference and not (schema and schema.preference):
+        raise Unusable("no field 'chosen'")
+    if schema:
+        return schema
     *keys, last = (f"'{key}'" for schema in SCHEMAS if not schema.preference for key in schema.keys)
     raise Unusable(f"no field {', '.join(keys)} or {last}")
