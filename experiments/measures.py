@@ -1,7 +1,7 @@
-"""What tables measure of finished runs beyond their summaries."""
+"""Measures of finished runs that their summaries lack. Most functions add them to the values of the runs."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,15 +11,18 @@ import tqdm
 
 from bilevel_jax import sampling, scoring
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, rows, synthetic
+from bilevel_jax.data import levels, synthetic
+from bilevel_jax.data import rows as data_rows
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 from experiments import comparing
 from experiments.didactic import length_rewards
 
-AUROC, KEPT, STRICT = "selector/auroc", "selector/bad_kept", "selector/auroc_strict"
-TIER, SURE = "unsafe_tier", ("A", "H")  # how sure a row's label is: by a substantive answer (A), by annotators (H), else B
+AUROC, CERTAIN_AUROC = "selector/auroc", "selector/auroc_strict"
+KEPT, AMONG_KEPT = "selector/bad_kept", "selector/bad_among_kept"
+TIER = "unsafe_tier"  # field: source of a row's label
+CERTAIN = ("A", "H")  # tiers of certain labels, by a substantive answer (A) or by annotators (H); B is uncertain
 SAFE_ANSWERS = "safeinstr/safe_answer"  # source of right answers to unsafe questions
 HARD, KIND = "auroc_hard", "kind/"
 UPPER, RIGHT, ACCURACY = "eval/upper_loss", "eval/lower_clean_loss", "accuracy"
@@ -29,70 +32,100 @@ WORD, WORD_INSIDE = "words", "words_inside"
 WEIGHT, ORDER, RIGHT_WEIGHT = "weight/", "order", "right_weight"
 
 
-def sure_labels(found: comparing.Results) -> None:
-    """Adds to the runs' values the AUROC of those bad rows alone whose label is sure, against all others, where rows tell."""
-    for run in (run for of_cell in found.runs.values() for run in of_cell.values() if AUROC in run.values):
+def all_runs(results: comparing.Results) -> Iterator[comparing.Run]:
+    """The runs of all cells and seeds."""
+    for by_seed in results.runs.values():
+        yield from by_seed.values()
+
+
+def column(table: pa.Table, name: str, rows: Sequence[data_rows.Row]) -> np.ndarray:
+    """A column of a table of weights, in the order of the rows."""
+    by_id = dict(zip(table["id"].to_pylist(), table[name].to_pylist()))
+    return np.array([by_id[row.id] for row in rows])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rankings of rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def add_certain_auroc(results: comparing.Results) -> None:
+    """Adds the AUROC of the bad rows with a certain label against all other rows, if the data say how certain labels are."""
+    for run in all_runs(results):
+        if AUROC not in run.values:
+            continue
         tiers = {row.id: row.fields.get(TIER) for row in levels.reopen(read_config(run.workdir))}
         table = weight_table.latest(run.workdir)
-        sure = np.array([tiers.get(one) in SURE for one in table["id"].to_pylist()])
-        if sure.any():
-            run.values[STRICT] = metrics.auroc(-table["weight"].to_numpy(), sure)
+        certain = np.array([tiers.get(row_id) in CERTAIN for row_id in table["id"].to_pylist()])
+        if certain.any():
+            run.values[CERTAIN_AUROC] = metrics.auroc(-table["weight"].to_numpy(), certain)
 
 
-class Marks(NamedTuple):
-    """What rows are, [n] each. Only measures see it."""
+class Labels(NamedTuple):
+    """Labels of rows, [n] each, for measurement only."""
 
     bad: np.ndarray
-    hard: np.ndarray  # right, but not easy to learn
+    hard: np.ndarray  # right, but hard to learn
     kind: np.ndarray  # of bad rows
 
 
-def marks(given: Sequence[rows.Row]) -> Marks:
-    """Of generated rows: planted bad ones, and hard questions. Of the safety task's real ones: unsafe ones whose label is sure,
-    and safe answers to unsafe questions."""
+def labels(rows: Sequence[data_rows.Row]) -> Labels:
+    """Generated rows: planted bad rows and hard questions. Real rows of the safety task: unsafe rows with a certain label, and
+    safe answers to unsafe questions."""
 
-    def of(field: str) -> np.ndarray:
-        return np.array([row.fields.get(field) for row in given])
+    def values(field: str) -> np.ndarray:
+        return np.array([row.fields.get(field) for row in rows])
 
-    if "kind" in given[0].fields:
-        return Marks(of("bad").astype(bool), of("difficulty") == "hard", of("kind"))
-    return Marks(np.isin(of(TIER), SURE), of("source") == SAFE_ANSWERS, of("source"))
-
-
-def ranked_rows(scores: np.ndarray, known: Marks, keep: float) -> dict[str, float]:
-    """How well scores [n], higher is better, find bad rows: in all, of each kind, and against right rows that are hard. Measures
-    that such rows do not allow are left out."""
-
-    def auroc(among: np.ndarray) -> float:
-        return metrics.auroc(-scores[among], known.bad[among])
-
-    found = {AUROC: auroc(np.ones(len(scores), bool)), KEPT: metrics.bad_kept(scores, known.bad, keep)}
-    hard = known.bad | known.hard
-    if (known.hard & ~known.bad).any():
-        found[HARD] = auroc(hard)
-    return found | {KIND + one: auroc(~known.bad | (known.kind == one)) for one in sorted(set(known.kind[known.bad]))}
+    if "kind" in rows[0].fields:
+        return Labels(values("bad").astype(bool), values("difficulty") == "hard", values("kind"))
+    return Labels(np.isin(values(TIER), CERTAIN), values("source") == SAFE_ANSWERS, values("source"))
 
 
-def column(table: pa.Table, name: str, given: Sequence[rows.Row]) -> np.ndarray:
-    """A column of a table of weights, in the order of the given rows."""
-    by_id = dict(zip(table["id"].to_pylist(), table[name].to_pylist()))
-    return np.array([by_id[row.id] for row in given])
+def ranked_rows(scores: np.ndarray, row_labels: Labels, keep: float) -> dict[str, float]:
+    """Measures how well scores find bad rows: all of them, each kind, and all against hard right rows.
+
+    Args:
+      scores: [n], higher is better.
+      row_labels: of the same rows.
+      keep: share of the rows that counts as kept.
+
+    Returns:
+      The measures by key, without those that these rows do not allow.
+    """
+    bad = row_labels.bad
+
+    def auroc(included: np.ndarray) -> float:
+        return metrics.auroc(-scores[included], bad[included])
+
+    values = {
+        AUROC: auroc(np.ones(len(scores), bool)),
+        KEPT: metrics.bad_kept(scores, bad, keep),
+        AMONG_KEPT: metrics.bad_among_kept(scores, bad, keep),
+    }
+    if (row_labels.hard & ~bad).any():
+        values[HARD] = auroc(bad | row_labels.hard)
+    return values | {KIND + kind: auroc(~bad | (row_labels.kind == kind)) for kind in sorted(set(row_labels.kind[bad]))}
 
 
-def over_epochs(workdir: pathlib.Path, given: Sequence[rows.Row], known: Marks) -> dict[str, float]:
-    """AUROC of bad rows, and against right rows that are hard, of a run's weights after each of its epochs."""
-    found = {}
+def over_epochs(workdir: pathlib.Path, rows: Sequence[data_rows.Row], row_labels: Labels) -> dict[str, float]:
+    """AUROC of bad rows against all right rows and against hard right rows, by the weights of a run after each epoch."""
+    values = {}
     for epoch, file in weight_table.epoch_files(workdir).items():
-        values = ranked_rows(column(weight_table.read(file), "logit", given), known, 1.0)
-        found |= {f"{EPOCH}{epoch}/{key}": values[key] for key in (AUROC, HARD) if key in values}
-    return found
+        ranking = ranked_rows(column(weight_table.read(file), "logit", rows), row_labels, 1.0)
+        values |= {f"{EPOCH}{epoch}/{key}": ranking[key] for key in (AUROC, HARD) if key in ranking}
+    return values
 
 
-def suppliers(found: comparing.Results) -> None:
-    """Adds to the runs' values the mean weight of each supplier's rows, the rank correlation of these with the planted shares of
-    right rows, and the share of all weight that right rows have."""
+# --------------------------------------------------------------------------------------------------------------------
+# Weights of sources and of tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def add_source_weights(results: comparing.Results) -> None:
+    """Adds the mean weight of each supplier's rows, their rank correlation with the planted shares of right rows, and the share of
+    the total weight that right rows have."""
     right = {name: 1 - share for name, share in synthetic.SUPPLIERS.items()}
-    for run in (run for of_cell in found.runs.values() for run in of_cell.values()):
+    for run in all_runs(results):
         table = weight_table.latest(run.workdir)
         bad = {row.id: row.fields["bad"] for row in levels.reopen(read_config(run.workdir))}
         weight, source = table["weight"].to_numpy(), np.array(table["source"].to_pylist())
@@ -100,78 +133,94 @@ def suppliers(found: comparing.Results) -> None:
         run.values.update({f"{WEIGHT}{name}": value for name, value in mean.items()})
         if np.ptp(weight) > 0:
             run.values[ORDER] = float(scipy.stats.spearmanr(list(mean.values()), list(right.values())).statistic)
-        run.values[RIGHT_WEIGHT] = float(weight @ [not bad[one] for one in table["id"].to_pylist()] / weight.sum())
+        is_right = [not bad[row_id] for row_id in table["id"].to_pylist()]
+        run.values[RIGHT_WEIGHT] = float(weight @ is_right / weight.sum())
 
 
-def words(found: comparing.Results) -> None:
-    """Adds to the runs' values how well their weights find bad words, in all and of each kind: the AUROC of tokens by the weight of
-    the row times that of the token in it, and, where tokens have weights, by these alone. Where they have none their places are
-    those of another run with the same seed."""
-    by_seed = {}
-    for run, seed in ((run, seed) for of_cell in found.runs.values() for seed, run in of_cell.items()):
-        by_seed.setdefault(seed, []).append((run, weight_table.of_tokens(run.workdir)))
+def add_token_aurocs(results: comparing.Results) -> None:
+    """Adds the AUROC of tokens in bad words, for all kinds and for each kind of bad words.
+
+    A token is ranked by the weight of its row times its weight within the row (`WORD`), and by the latter alone (`WORD_INSIDE`).
+    Runs without token weights have weight 1 within rows; they take the offsets of the tokens from another run with the same seed.
+    """
+    by_seed: dict[int, list] = {}
+    for runs in results.runs.values():
+        for seed, run in runs.items():
+            by_seed.setdefault(seed, []).append((run, weight_table.read_tokens(run.workdir)))
     for runs in by_seed.values():
-        places = next(table for _, table in runs if table is not None)
+        offsets = next(table for _, table in runs if table is not None)
         config = read_config(runs[0][0].workdir)
-        given = {row.id: row for row in levels.reopen(config)}
-        rows_of = [given[one] for one in places["id"].to_pylist()]
-        kinds = np.array([row.fields["kind"] for row in rows_of])
+        by_id = {row.id: row for row in levels.reopen(config)}
+        ordered = [by_id[row_id] for row_id in offsets["id"].to_pylist()]
         for run, table in runs:
-            inside = [np.array(one) for one in (places if table is None else table)["weight"].to_pylist()]
+            inside = [np.array(weights) for weights in (offsets if table is None else table)["weight"].to_pylist()]
             if table is None:
-                inside = [np.ones(len(one)) for one in inside]
-            of_row = column(weight_table.latest(run.workdir), "weight", rows_of)
-            whole = [weight * one for weight, one in zip(of_row, inside)]
-            for key, values in ((WORD, whole), (WORD_INSIDE, inside)):
-                judged = places.set_column(1, "weight", pa.array(values))
-                for kind in (None, *sorted(set(kinds) - {"clean"})):
-                    part = np.flatnonzero(np.isin(kinds, ("clean", kind)) | (kind is None))
-                    value = weight_table.token_auroc(judged.take(part), [rows_of[i] for i in part], config.data.spans)
-                    run.values[key + (f"/{kind}" if kind else "")] = value
+                inside = [np.ones(len(weights)) for weights in inside]
+            row_weights = column(weight_table.latest(run.workdir), "weight", ordered)
+            products = [weight * weights for weight, weights in zip(row_weights, inside)]
+            run.values.update(_token_aurocs(WORD, offsets, products, ordered, config.data.spans))
+            run.values.update(_token_aurocs(WORD_INSIDE, offsets, inside, ordered, config.data.spans))
+
+
+def _token_aurocs(key: str, offsets: pa.Table, weights, rows: Sequence[data_rows.Row], spans: str) -> dict[str, float]:
+    """AUROC of the tokens in bad words against all others of right rows and of rows of the same kind, by kind."""
+    kinds = np.array([row.fields["kind"] for row in rows])
+    table = offsets.set_column(1, "weight", pa.array(weights))
+    values = {}
+    for kind in (None, *sorted(set(kinds) - {"clean"})):
+        part = np.flatnonzero(np.isin(kinds, ("clean", kind)) | (kind is None))
+        name = key + (f"/{kind}" if kind else "")
+        values[name] = weight_table.token_auroc(table.take(part), [rows[i] for i in part], spans)
+    return values
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trained models
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def after_training(config, setup: setups.Setup) -> Callable:
     """Builds `measure(adapter)`: losses of held-out trusted rows and of right answers to the mixture's held-out questions, and the
-    share of these questions to which the most likely token after token is the right answer."""
+    share of these questions for which greedy decoding produces the right answer."""
     score = scoring.make_scorer(setup.model, config.batch.micro_size, config.data.max_length, setup.mesh, greedy=True)
     held_out = {UPPER: setup.upper.eval_examples, RIGHT: levels.with_truth(setup.lower, config, setup.tokenizer)}
     segments = {key: scoring.example_segments(examples) for key, examples in held_out.items()}
 
     def measure(adapter) -> dict[str, float]:
-        found = {key: score(setup.base, adapter, of_key, "held-out rows") for key, of_key in segments.items()}
-        losses = {key: scoring.mean_loss(nll, length) for key, (nll, length, _) in found.items()}
-        return losses | {ACCURACY: float(np.mean(found[RIGHT][2]))}
+        scores = {key: score(setup.base, adapter, parts, "held-out rows") for key, parts in segments.items()}
+        losses = {key: scoring.mean_loss(nll, length) for key, (nll, length, _) in scores.items()}
+        return losses | {ACCURACY: float(np.mean(scores[RIGHT][2]))}
 
     return measure
 
 
-def answering(config, setup: setups.Setup, seed: int, count: int) -> Callable:
-    """Builds `lengths(adapter)`: of `count` answers to each held-out trusted question, in characters, as a reward sees them."""
+def make_length_sampler(config, setup: setups.Setup, seed: int, num_samples: int) -> Callable:
+    """Builds `lengths(adapter)`: lengths in characters of `num_samples` answers to each held-out trusted question."""
     settings = sampling.Settings(1.0, max_new_tokens=config.online.max_new_tokens)
     sample = sampling.make_sampler(
         setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
     )
     prompts = [example.prompt for example in setup.upper.eval_examples]
-    keys = sampling.row_keys(seed, [row.id for row in setup.upper.eval_rows], 0, count)
+    keys = sampling.row_keys(seed, [row.id for row in setup.upper.eval_rows], 0, num_samples)
 
     def lengths(adapter) -> np.ndarray:
         answers = sample(setup.base, adapter, prompts, keys, "answering")
-        return np.array([len(setup.detokenize(one.tokens.tolist())) for of_question in answers for one in of_question])
+        return np.array([len(setup.detokenize(answer.tokens.tolist())) for group in answers for answer in group])
 
     return lengths
 
 
-def learned_lengths(found: comparing.Results, count: int) -> dict[int, np.ndarray]:
-    """Adds mean reward and length of each run's answers to its values; returns by seed the lengths before training."""
+def add_learned_lengths(results: comparing.Results, num_samples: int) -> dict[int, np.ndarray]:
+    """Adds the mean reward and the mean length of each run's answers; returns the lengths before training, by seed."""
     before = {}
-    for seed in tqdm.tqdm(sorted({seed for of_cell in found.runs.values() for seed in of_cell}), desc="answering", unit="seed"):
-        runs = {cell: of_cell[seed] for cell, of_cell in found.runs.items() if seed in of_cell}
+    for seed in tqdm.tqdm(sorted({seed for runs in results.runs.values() for seed in runs}), desc="answering", unit="seed"):
+        runs = {cell: by_seed[seed] for cell, by_seed in results.runs.items() if seed in by_seed}
         config = read_config(next(iter(runs.values())).workdir)
         setup = setups.load(config)
-        lengths = answering(config, setup, seed, count)
-        before[seed] = lengths(None)
+        lengths_of = make_length_sampler(config, setup, seed, num_samples)
+        before[seed] = lengths_of(None)
         for cell, run in runs.items():
             _, adapter = huggingface.load_adapter(run.workdir / "adapter", setup.model)
-            mine = lengths(adapter)
-            run.values.update({REWARD: length_rewards.mean(cell.split(",")[0], mine), LENGTH: float(mine.mean())})
+            lengths = lengths_of(adapter)
+            run.values.update({REWARD: length_rewards.mean(cell.split(",")[0], lengths), LENGTH: float(lengths.mean())})
     return before

@@ -1,6 +1,6 @@
-"""A cell of a table or a sweep is a run of `bilevel_jax.main` in a process and a workdir of its own; here is how they are run.
+"""Runs the cells of a table or a sweep. A cell is a run of `bilevel_jax.main` in its own process and its own workdir.
 
-Cells that are finished are not run again, killed ones continue, and one that fails does not stop the others.
+Finished cells are not run again, killed cells continue, and a cell that fails does not stop the others.
 """
 
 import concurrent.futures
@@ -19,9 +19,9 @@ from typing import IO, NamedTuple, Protocol
 import tqdm
 
 from bilevel_jax import errors
-from bilevel_jax.runtime import interruption
+from bilevel_jax.runtime import interruption, metrics
 
-PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the last line of a log is the last thing that happened
+PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the log is complete when a run is killed
 POLL = 0.2  # seconds
 STOPPED = "stopped before it started"
 COLUMNS = {  # of every table: heading -> key of summary.json
@@ -29,52 +29,55 @@ COLUMNS = {  # of every table: heading -> key of summary.json
     "lower loss": "eval/lower_loss",
     "lower, right answers": "eval/lower_clean_loss",
     "AUROC": "selector/auroc",
-    "bad kept": "selector/bad_kept",
+    "share of bad rows kept": "selector/bad_kept",
+    "share of kept rows that are bad": "selector/bad_among_kept",
 }
 
 
 class Cell(NamedTuple):
-    workdir: str  # absolute, on a file system that every machine sees
+    """One run: its workdir and its command."""
+
+    workdir: str  # absolute, on a file system that all machines share
     command: tuple[str, ...]
 
     @property
     def log(self) -> pathlib.Path:
-        """What the run prints, every try of it."""
+        """The file that collects the output of all attempts."""
         return pathlib.Path(self.workdir + ".log")
 
 
 class Handle(Protocol):
-    """A cell under way: a future, or a job of submitit."""
+    """A cell that was started: a future, or a submitit job."""
 
     def done(self) -> bool: ...
 
     def result(self) -> dict | str: ...
 
 
-Start = Callable[[Sequence[Cell]], tuple[Sequence[Handle], Callable[[], object]]]  # -> a handle for each cell, and what stops them
+Start = Callable[[Sequence[Cell]], tuple[Sequence[Handle], Callable[[], object]]]  # -> handles, function to stop
 
 
 def make(config: str, workdir: pathlib.Path, settings: Mapping[str, object]) -> Cell:
-    """The cell of config keys and values; `config` is the file, with its tier after a colon."""
+    """The cell with these config keys and values; `config` is the config file, optionally followed by a colon and the tier."""
     workdir = workdir.absolute()
     changes = (f"--config.{key}={value}" for key, value in settings.items())
     return Cell(str(workdir), (*PROGRAM, f"--config={config}", f"--workdir={workdir}", *changes))
 
 
 def slug(name: str) -> str:
-    """A cell's name as a directory."""
+    """The name of a cell as a directory name."""
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in name.replace("ρ=", "rho").replace("ω", "w").replace("≡", "is"))
 
 
 def entry(summaries: Sequence[Mapping], key: str) -> str:
-    """Mean of `key` and, of several seeds, its standard deviation; empty where no summary has it."""
+    """Mean of `key`, with the standard deviation if there are several values; empty if no summary has it."""
     values = [summary[key] for summary in summaries if key in summary]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread}" if values else ""
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table."""
+    """Lines of a Markdown table."""
     return ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows)]
 
 
@@ -84,17 +87,17 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 
 
 def finished(cell: Cell) -> dict | None:
-    """The summary of a finished run."""
+    """The summary of a finished run; None if the run is not finished."""
     file = pathlib.Path(cell.workdir, "summary.json")
-    return json.loads(file.read_text()) if file.exists() else None
+    return metrics.with_current_keys(json.loads(file.read_text())) if file.exists() else None
 
 
 def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = None) -> dict | str:
-    """The summary of one cell, or the reason why there is none. A run that is to stop saves what it has.
+    """Runs one cell. Returns its summary, or the reason for its failure.
 
     Args:
-      stop: ends the run when it is set.
-      cwd: where the run starts; here by default.
+      stop: when this event is set, the run is terminated; it saves a checkpoint first.
+      cwd: working directory of the run; the current one by default.
     """
     stop = stop or threading.Event()
     cell.log.parent.mkdir(parents=True, exist_ok=True)
@@ -111,16 +114,16 @@ def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = 
         try:
             while process.poll() is None and not stop.wait(POLL):
                 pass
-        finally:  # an engine may take this process away by an exception, too
+        finally:  # also if the launcher interrupts this process by an exception
             process.terminate()
             process.wait()
     if process.returncode:
         return reason(process.returncode, cell.log.read_bytes()[start:].decode(errors="replace"))
-    return finished(cell) or "it ended without a summary.json"
+    return finished(cell) or "the run ended without a summary.json"
 
 
 def _locked(log: IO) -> bool:
-    """Takes the log. The run inherits the lock, so that two sweeps, or a run that outlived its sweep, never share a workdir."""
+    """Locks the log. The run inherits the lock, so two sweeps, or a run that outlived its sweep, never share a workdir."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -129,7 +132,7 @@ def _locked(log: IO) -> bool:
 
 
 def reason(code: int, printed: str) -> str:
-    """Why a process ended, from its status and what it printed."""
+    """Why a process failed, from its exit status and its output."""
     last = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "no message")
     if code == -signal.SIGKILL:
         return "killed by SIGKILL, as happens when memory runs out"
@@ -138,34 +141,34 @@ def reason(code: int, printed: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# All of them
+# All cells
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def local(jobs: int) -> Start:
-    """Processes on this machine, `jobs` at a time."""
+    """Starts processes on this machine, `jobs` at a time."""
 
-    def start(todo):
+    def start(cells):
         stop = threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(jobs)
-        handles = [pool.submit(run_cell, cell, stop) for cell in todo]
-        pool.shutdown(wait=False)  # takes no more; what it has is run
+        handles = [pool.submit(run_cell, cell, stop) for cell in cells]
+        pool.shutdown(wait=False)  # submitted cells still run
         return handles, stop.set
 
     return start
 
 
 def run_all(cells: Sequence[Cell], start: Start) -> list[dict | str]:
-    """Of each cell its summary, or the reason why there is none.
+    """Runs all cells. Returns the summary of each cell, or the reason for its failure.
 
     Raises:
-      Interrupted: after SIGTERM or SIGINT, when the runs under way have been stopped.
+      Interrupted: after SIGTERM or SIGINT, once the active runs have stopped.
     """
     results = {cell: summary for cell in cells if (summary := finished(cell)) is not None}
-    todo = [cell for cell in cells if cell not in results]
+    unfinished = [cell for cell in cells if cell not in results]
     with interruption.catch_signals() as signals, tqdm.tqdm(total=len(cells), initial=len(results), unit="run") as bar:
-        handles, cancel = start(todo) if todo else ((), None)
-        waiting, cancelled = list(zip(handles, todo)), False
+        handles, cancel = start(unfinished) if unfinished else ((), None)
+        waiting, cancelled = list(zip(handles, unfinished)), False
         while waiting:
             done = [pair for pair in waiting if pair[0].done()]
             waiting = [pair for pair in waiting if pair not in done]
@@ -180,15 +183,15 @@ def run_all(cells: Sequence[Cell], start: Start) -> list[dict | str]:
             if not done:
                 time.sleep(POLL)
     if signals:
-        whole = sum(finished(cell) is not None for cell in cells)
+        num_finished = sum(finished(cell) is not None for cell in cells)
         name = signal.Signals(signals[0]).name
-        raise errors.Interrupted(f"{name}: {whole} of {len(cells)} runs are finished; the same command continues")
+        raise errors.Interrupted(f"{name}: {num_finished} of {len(cells)} runs are finished; the same command continues")
     return [results[cell] for cell in cells]
 
 
 def _result(handle: Handle) -> dict | str:
     try:
         return handle.result()
-    except Exception as error:  # each engine has its own for a machine that went away; whatever it is, it is this cell's
+    except Exception as error:  # launchers have their own exceptions, for a lost machine for example; all belong to this cell
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

@@ -1,4 +1,4 @@
-"""Pages of statements: each a module with TITLE, VERDICT, measure(), paragraph(found) and draw(figure, found)."""
+"""Writes pages of statements: modules with TITLE, VERDICT, measure(), paragraph(values) and draw(figure, values)."""
 
 import pathlib
 import sys
@@ -10,21 +10,22 @@ import numpy as np
 
 
 def prose(text: str) -> str:
-    """Paragraphs filled again, since numbers have taken the places of their names; tables as they are."""
+    """Wraps the paragraphs again, since inserted numbers change their line lengths; tables are left as they are."""
     fill = textwrap.TextWrapper(130, break_long_words=False, break_on_hyphens=False).fill
     return "\n\n".join(part if part.startswith("|") else fill(part) for part in text.split("\n\n"))
 
 
 def write(out: pathlib.Path, package: str, title: str, problems: str, modules: Sequence[ModuleType]) -> dict[str, dict]:
-    """Writes the page OUT.md, its figures into OUT/, and prints the verdicts.
+    """Writes the page OUT.md with its figures in OUT/, and prints the verdicts.
 
     Args:
       out: the directory of the figures.
-      package: of the command that is printed at the top, with this process's flags.
-      problems: what the problems are, above the verdicts.
+      package: package of the command that the page shows, followed by the flags of this process.
+      problems: description of the problems, above the verdicts.
+      modules: one for each statement.
 
     Returns:
-      what each module measured, by its name.
+      The result of each `measure()`, by module name.
     """
     import matplotlib
     import tqdm
@@ -33,32 +34,33 @@ def write(out: pathlib.Path, package: str, title: str, problems: str, modules: S
     from bilevel_jax import files
 
     out.mkdir(parents=True, exist_ok=True)
-    command = " ".join([f"python -m {package}", *(a for a in sys.argv[1:] if not a.startswith("--out"))])
-    measured, lines, verdicts = {}, [], ["| statement | verdict |", "| --- | --- |"]
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]
+    command = " ".join([f"python -m {package}", *arguments])
+    measured, sections, verdicts = {}, [], ["| statement | verdict |", "| --- | --- |"]
     for module in tqdm.tqdm(modules, unit="statement"):
         name = module.__name__.rpartition(".")[2]
-        found = measured[name] = module.measure()
+        values = measured[name] = module.measure()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
             figure = Figure(figsize=(8, 3.2), layout="constrained")
-            module.draw(figure, found)
+            module.draw(figure, values)
             figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         verdicts.append(f"| {module.TITLE} | {module.VERDICT} |")
-        lines += [f"## {module.TITLE}", "", f"Verdict: **{module.VERDICT}**.", "", prose(module.paragraph(found)), ""]
-        lines += [f"![{module.TITLE}]({out.name}/{name}.svg)", ""]
+        sections += [f"## {module.TITLE}", "", f"Verdict: **{module.VERDICT}**.", "", prose(module.paragraph(values)), ""]
+        sections += [f"![{module.TITLE}]({out.name}/{name}.svg)", ""]
     head = [f"# {title}", "", f"`{command}`", "", prose(problems), "", *verdicts, ""]
-    files.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *lines]).rstrip() + "\n")
+    files.write_atomically(out.parent / f"{out.name}.md", "\n".join([*head, *sections]).rstrip() + "\n")
     print("\n".join(verdicts))
     return measured
 
 
 def plain(value):
-    """For JSON, floats to four digits; without `curves`, which are for the figures."""
+    """Converts to JSON types: floats rounded to four digits, without `curves`, which only the figures use."""
     if hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items() if key != "curves"}
+        return {str(key): plain(item) for key, item in value.items() if key != "curves"}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     return float(f"{value:.4g}") if isinstance(value, (float, np.floating)) else value

@@ -77,10 +77,5 @@ def main() -> None:
     print(f"{OUT.value}: the shape of {LIKE.value}, random weights in {DTYPE}")
 
 
-if __name__ == "__main__":  # flags too: tests import `make` beside commands that have flags of the same names
-    LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "Whose shape.")
-    TOKENIZER = flags.DEFINE_string(
-        "tokenizer", "local/smollm2", "Directory of a model whose tokenizer it gets.", flag_values=FLAGS
-    )
-    OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
+if __name__ == "__main__":
     cli.run(main, FLAGS)

@@ -74,7 +74,7 @@ def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model's answers; take tiny")
     found = tables.run("safety", list(published.LENGTHS))
-    before = measures.learned_lengths(found, ANSWERS.value)
+    before = measures.add_learned_lengths(found, ANSWERS.value)
     every = np.concatenate(list(before.values()))
     told = ", ".join(f"{np.percentile(every, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
     rewards = ", ".join(f"{length_rewards.mean(kind, every):.1f} ({kind})" for kind in length_rewards.REWARDS)

@@ -7,7 +7,9 @@ context with one of its choices.
 
 import time
 
-from absl import app, flags
+from absl import flags
+
+from bilevel_jax import cli
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", "local/smollm2", "Model directory.", flag_values=FLAGS)
@@ -23,7 +25,7 @@ def scores(samples) -> list[tuple[float, bool]]:
     return [response[0] for sample in samples for response in sample["resps"]]
 
 
-def main(_) -> None:
+def main() -> None:
     import numpy as np
     from lm_eval import evaluator
     from lm_eval.api.instance import Instance
@@ -68,4 +70,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -160,7 +160,7 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
 CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
-COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "another chance": "online/correction_rate"}
+COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
 
 
 def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> runs.Cell:

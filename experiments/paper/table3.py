@@ -51,8 +51,8 @@ CLAIMS = (
 
 def main() -> None:
     found = tables.run("safety", [*PAPER, *published.OF_SAFETY, *published.COMPARED])
-    measures.sure_labels(found)
-    columns = published.COLUMNS | {f"AUROC, {'+'.join(measures.SURE)}": measures.STRICT}
+    measures.add_certain_auroc(found)
+    columns = published.COLUMNS | {f"AUROC, {'+'.join(measures.CERTAIN)}": measures.CERTAIN_AUROC}
     lines = [*comparing.rows(found, columns, PAPER, ("BlueOrca", "RedOrca")), "", COMPARED]
     shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "mixture, as it is": LOWER, "AUROC": AUROC}
     tables.write(

@@ -60,7 +60,7 @@ def table(
             bar.update()
     columns = {one.removeprefix("generated_").removeprefix("local_"): f"acc/{one}" for one in names} | {"mean": "acc"}
     said = [comparing.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
-    how = f"`python -m bilevel_jax.evaluate --workdir=RUN --tasks={','.join(names)} --include_path=experiments/tasks`"
+    how = f"`python -m bilevel_jax.evaluate --workdir=RUN --tasks={','.join(names)} --include_path=experiments/paper/tasks`"
     tables.write(
         name,
         title,

@@ -68,25 +68,25 @@ LONG = {
 WATCHED = """
 import contextlib, os, pathlib, runpy, sys
 import jax
-from bilevel_jax import metrics, progress
+from bilevel_jax.runtime import clock, metrics
 
 pipe, workdir = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 sys.argv[1:] = [f"--workdir={workdir}", *sys.argv[3:]]
-begin, write, under_way = progress.Clock.__call__, metrics.Writer.write, ["start"]
+begin, write, active = clock.Clock.__call__, metrics.MetricsWriter.write, ["start"]
 
 def say(*words):
     os.write(pipe, (" ".join(map(str, words)) + "\\n").encode())
 
 @contextlib.contextmanager
-def announced(clock, activity):
-    with begin(clock, activity):
-        under_way.append(activity)
+def announced(timer, activity):
+    with begin(timer, activity):
+        active.append(activity)
         say(activity)
         try:
             yield
         finally:
-            under_way.pop()
-            say(under_way[-1])
+            active.pop()
+            say(active[-1])
 
 def measured(writer, step, *rest):
     write(writer, step, *rest)
@@ -95,10 +95,10 @@ def measured(writer, step, *rest):
     files = sum(len(names) for *_, names in os.walk(workdir))  # unlike rglob it bears that a checkpoint is removed meanwhile
     say("holds", step, resident, len(arrays), sum(x.nbytes for x in arrays), files)
 
-progress.Clock.__call__ = announced
+clock.Clock.__call__ = announced
 if "--measured" in sys.argv:
     sys.argv.remove("--measured")
-    metrics.Writer.write = measured
+    metrics.MetricsWriter.write = measured
 runpy.run_module("bilevel_jax.main", run_name="__main__")
 """
 

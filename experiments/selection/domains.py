@@ -37,7 +37,7 @@ def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: suppliers are those of generated rows; take tiny")
     found = tables.run("safety", list(published.SOURCES))
-    measures.suppliers(found)
+    measures.add_source_weights(found)
     lines = [*comparing.rows(found, COLUMNS), "", "Mean weight of each supplier's rows, which is 1 before training:", ""]
     weights = {f"{name}, {share:.0%} bad": measures.WEIGHT + name for name, share in synthetic.SUPPLIERS.items()}
     lines += [*comparing.rows(found, weights), "", "*Order*: rank correlation of these with the planted shares of right rows."]

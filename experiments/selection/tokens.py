@@ -37,7 +37,7 @@ def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: bad words are known of generated rows alone; take tiny")
     found = tables.run("safety", list(published.WORDS))
-    measures.words(found)
+    measures.add_token_aurocs(found)
     lines = [*comparing.rows(found, COLUMNS), "", "AUROC of tokens in bad words of each kind against all tokens of right rows:", ""]
     kinds = {kind.replace("_", " "): f"{measures.WORD}/{kind}" for kind in synthetic.WORD_KINDS}
     lines += [*comparing.rows(found, kinds), "", "A token's weight is that of its row times that within it; without the latter, 1."]

@@ -1,4 +1,4 @@
-"""A sweep without its command: the cells of a grid, each checked before anything runs; then their table and their picture."""
+"""The cells of a sweep, all checked before any of them runs, and the table and the picture of their results."""
 
 import functools
 import itertools
@@ -21,17 +21,17 @@ from bilevel_jax import checks, cli, files
 from bilevel_jax.runtime.workdir import refuse_another
 from experiments import runs
 
-METRICS = ("eval/lower_clean_loss", "eval/upper_loss")  # the first that there is
+METRICS = ("eval/lower_clean_loss", "eval/upper_loss")  # in order of preference
 COLUMNS = runs.COLUMNS | {
-    "another chance": "online/correction_rate",
+    "correction rate": "online/correction_rate",
     "train s": "time/train",
     "generate s": "time/generate",
 }
-COMMON = {"log.tensorboard": False}  # of every run: metrics.jsonl has the same
+COMMON = {"log.tensorboard": False}  # of every run; metrics.jsonl has the same values
 
 
 class Point(NamedTuple):
-    """One cell of a sweep: config keys with their values, and the whole config with seed 0."""
+    """One cell of a sweep: its config keys and values, and the complete config with seed 0."""
 
     settings: Mapping[str, object]
     config: ml_collections.ConfigDict
@@ -67,10 +67,10 @@ def grid(pairs: Sequence[str]) -> list[dict[str, str]]:
 
 
 def declared(config: str) -> list[dict]:
-    """What `sweep(add)` of the config file adds: config keys and values, a dict for each cell.
+    """The cells that `sweep(add)` of the config file adds, each a dict of config keys and values.
 
     Raises:
-      ValueError: there is none, or it adds nothing.
+      ValueError: the file has no `sweep`, or it adds nothing.
     """
     file = config.partition(":")[0]
     added: list[dict] = []
@@ -81,23 +81,23 @@ def declared(config: str) -> list[dict]:
 
 
 def resolve(config: str, settings: Mapping[str, object]) -> ml_collections.ConfigDict:
-    """The config as `bilevel_jax.main` reads it. What it refuses ends the process with one line and status 2."""
-    known = flags.FlagValues()
+    """The config as `bilevel_jax.main` reads it. An invalid config ends the process with one line and status 2."""
+    values = flags.FlagValues()
     argv = ["sweep", f"--config={config}", *(f"--config.{key}={value}" for key, value in settings.items())]
-    holder = config_flags.DEFINE_config_file("config", flag_values=known, sys_argv=argv)
-    cli.parse(argv, known)
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    cli.parse(argv, values)
     return holder.value
 
 
-def points(config: str, every: Sequence[Mapping[str, object]]) -> list[Point]:
-    """The cells with their values as the config has them, all of them known to be possible.
+def points(config: str, cells: Sequence[Mapping[str, object]]) -> list[Point]:
+    """The cells with their values converted to the types of the config, all of them validated.
 
     Raises:
       ConfigError: a value out of range.
-      ValueError: a cell twice, or a key that the sweep itself sets.
+      ValueError: a duplicate cell, or a key that the sweep itself sets.
     """
-    found: dict[str, Point] = {}
-    for settings in every:
+    by_directory: dict[str, Point] = {}
+    for settings in cells:
         if "seed" in settings:
             raise ValueError("seed is not swept; give --seeds")
         resolved = resolve(config, COMMON | settings)
@@ -105,46 +105,46 @@ def points(config: str, every: Sequence[Mapping[str, object]]) -> list[Point]:
         values = {key: functools.reduce(lambda part, name: part[name], key.split("."), resolved) for key in settings}
         point = Point(values, resolved)
         directory = str(point.workdir(pathlib.Path(), 0))
-        if directory in found:
-            raise ValueError(f"two cells have the same place: {found[directory].name} and {point.name}")
-        found[directory] = point
-    return list(found.values())
+        if directory in by_directory:
+            raise ValueError(f"two cells have the same directory: {by_directory[directory].name} and {point.name}")
+        by_directory[directory] = point
+    return list(by_directory.values())
 
 
-def plan(config: str, found: Sequence[Point], seeds: int, directory: pathlib.Path) -> list[runs.Cell]:
+def plan(config: str, points: Sequence[Point], seeds: int, directory: pathlib.Path) -> list[runs.Cell]:
     """The runs of all cells, seed by seed.
 
     Raises:
-      RunError: a run in its place is of another config.
+      RunError: the workdir holds a run with another config.
     """
-    todo = []
+    cells = []
     for seed in range(seeds):
-        for point in found:
-            mine, workdir = point.config.copy_and_resolve_references(), point.workdir(directory, seed)
-            mine.seed = seed
-            refuse_another(mine, workdir)
-            todo.append(runs.make(config, workdir, {"seed": seed} | COMMON | point.settings))
-    return todo
+        for point in points:
+            run_config, workdir = point.config.copy_and_resolve_references(), point.workdir(directory, seed)
+            run_config.seed = seed
+            refuse_another(run_config, workdir)
+            cells.append(runs.make(config, workdir, {"seed": seed} | COMMON | point.settings))
+    return cells
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What came of it
+# Results
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """What a cell came to, by seed."""
+    """The results of a cell, by seed."""
 
     point: Point
     summaries: Mapping[int, dict]
-    failed: Mapping[int, str]  # the reason, and where the log is
+    failed: Mapping[int, str]  # the reason and the log file
 
 
-def gather(found: Sequence[Point], todo: Sequence[runs.Cell], results: Sequence[dict | str]) -> list[Outcome]:
-    """The results of the runs of `plan`, cell by cell."""
-    outcomes = [Outcome(point, {}, {}) for point in found]
-    for i, (cell, result) in enumerate(zip(todo, results)):
-        seed, outcome = i // len(found), outcomes[i % len(found)]
+def gather(points: Sequence[Point], cells: Sequence[runs.Cell], results: Sequence[dict | str]) -> list[Outcome]:
+    """Groups the results of the runs of `plan` by cell."""
+    outcomes = [Outcome(point, {}, {}) for point in points]
+    for i, (cell, result) in enumerate(zip(cells, results)):
+        seed, outcome = i // len(points), outcomes[i % len(points)]
         if isinstance(result, dict):
             outcome.summaries[seed] = result
         else:
@@ -152,34 +152,34 @@ def gather(found: Sequence[Point], todo: Sequence[runs.Cell], results: Sequence[
     return outcomes
 
 
-def measured(outcomes: Sequence[Outcome]) -> set[str]:
-    """The keys that some summary has."""
+def measured_keys(outcomes: Sequence[Outcome]) -> set[str]:
+    """The keys of all summaries together."""
     return {key for outcome in outcomes for summary in outcome.summaries.values() for key in summary}
 
 
 def table(outcomes: Sequence[Outcome], metric: str | None = None) -> list[str]:
-    """Lines of Markdown: a row for each cell, means over its seeds and their standard deviations. What all cells share is above."""
-    there = measured(outcomes)
-    columns = {heading: key for heading, key in COLUMNS.items() if key in there}
-    if metric in there - set(columns.values()):
+    """Lines of Markdown: shared settings, then a table with a row per cell, of means and standard deviations over seeds."""
+    available = measured_keys(outcomes)
+    columns = {heading: key for heading, key in COLUMNS.items() if key in available}
+    if metric in available - set(columns.values()):
         columns[metric] = metric
     first = outcomes[0].point.settings
     keys = list(axes([outcome.point for outcome in outcomes])) or list(first)
     shared = ", ".join(f"{key}={value}" for key, value in first.items() if key not in keys)
     rows = []
-    for point, whole, failed in outcomes:
-        done = f"{len(whole)}" + (f", {len(failed)} failed" if failed else "")
+    for point, summaries, failed in outcomes:
+        seeds = f"{len(summaries)}" + (f", {len(failed)} failed" if failed else "")
         values = (str(point.settings.get(key, "")) for key in keys)
-        rows.append([*values, done, *(runs.entry(list(whole.values()), key) for key in columns.values())])
+        rows.append([*values, seeds, *(runs.entry(list(summaries.values()), key) for key in columns.values())])
     return [*([f"All cells: {shared}", ""] if shared else []), *runs.markdown([*keys, "seeds", *columns], rows)]
 
 
 def write(directory: pathlib.Path, command: str, outcomes: Sequence[Outcome], metric: str | None) -> str:
-    """Writes sweep.json and sweep.md, and returns what is to be printed."""
-    record = [{"settings": dict(point.settings), "seeds": whole, "failed": failed} for point, whole, failed in outcomes]
+    """Writes sweep.json and sweep.md, and returns the text to print."""
+    record = [{"settings": dict(point.settings), "seeds": summaries, "failed": failed} for point, summaries, failed in outcomes]
     files.write_atomically(directory / "sweep.json", json.dumps({"command": command, "cells": record}, indent=1) + "\n")
     lines = table(outcomes, metric)
-    failures = [f"- {one.point.name}, seed {seed}: {reason}" for one in outcomes for seed, reason in one.failed.items()]
+    failures = [f"- {outcome.point.name}, seed {seed}: {reason}" for outcome in outcomes for seed, reason in outcome.failed.items()]
     if failures:
         lines += ["", "Failed:", "", *failures]
     files.write_atomically(directory / "sweep.md", "\n".join([f"`{command}`", "", *lines, ""]))
@@ -191,27 +191,29 @@ def write(directory: pathlib.Path, command: str, outcomes: Sequence[Outcome], me
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw(file: pathlib.Path, outcomes: Sequence[Outcome], wanted: str | None) -> str:
-    """Writes the picture, a line over one numeric key or a heat map over two, and says what it shows, or why there is none.
+def draw(file: pathlib.Path, outcomes: Sequence[Outcome], metric: str | None) -> str:
+    """Writes the picture: a line over one numeric key, or a heat map over two. Returns a line for the user.
 
     Args:
-      wanted: key of summary.json; by default the first of METRICS that there is.
+      file: the PNG file.
+      outcomes: results of all cells.
+      metric: key of summary.json; by default the first of METRICS that is available.
 
     Raises:
-      ValueError: no run has the key that is wanted.
+      ValueError: no run has this key.
     """
-    there = measured(outcomes)
-    if wanted and there and wanted not in there:
-        raise ValueError(f"no run has --metric={wanted}; there are {', '.join(sorted(there))}")
-    metric = next((key for key in ((wanted,) if wanted else METRICS) if key in there), None)
+    available = measured_keys(outcomes)
+    if metric and available and metric not in available:
+        raise ValueError(f"no run has --metric={metric}; there are {', '.join(sorted(available))}")
+    metric = next((key for key in ((metric,) if metric else METRICS) if key in available), None)
     if metric is None:
         return "no picture: nothing was measured"
     varied = axes([outcome.point for outcome in outcomes])
     if len(varied) not in (1, 2) or not all(_numeric(values) for values in varied.values()):
         return f"no picture: it takes one or two keys that vary, all numbers; here {', '.join(varied) or 'none'}"
     values = {
-        tuple(point.settings[key] for key in varied): [summary[metric] for summary in whole.values() if metric in summary]
-        for point, whole, _ in outcomes
+        tuple(point.settings[key] for key in varied): [summary[metric] for summary in summaries.values() if metric in summary]
+        for point, summaries, _ in outcomes
     }
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
     (_line if len(varied) == 1 else _heat_map)(figure, varied, values, metric)
@@ -221,11 +223,11 @@ def draw(file: pathlib.Path, outcomes: Sequence[Outcome], wanted: str | None) ->
     return f"{metric}: {file}"
 
 
-def axes(found: Sequence[Point]) -> dict[str, list]:
-    """The keys that vary and their values, numbers in order; None stands where a cell leaves a key alone."""
-    keys = dict.fromkeys(key for point in found for key in point.settings)
-    values = {key: list(dict.fromkeys(point.settings.get(key) for point in found)) for key in keys}
-    return {key: sorted(those) if _numeric(those) else those for key, those in values.items() if len(those) > 1}
+def axes(points: Sequence[Point]) -> dict[str, list]:
+    """The keys that vary with their values, numbers sorted; None if a cell does not set the key."""
+    keys = dict.fromkeys(key for point in points for key in point.settings)
+    by_key = {key: list(dict.fromkeys(point.settings.get(key) for point in points)) for key in keys}
+    return {key: sorted(values) if _numeric(values) else values for key, values in by_key.items() if len(values) > 1}
 
 
 def _numeric(values: Sequence) -> bool:
@@ -235,10 +237,10 @@ def _numeric(values: Sequence) -> bool:
 def _line(figure: Figure, varied: Mapping[str, list], values: Mapping[tuple, list[float]], metric: str) -> None:
     panel = figure.subplots()
     [(key, ticks)] = varied.items()
-    shown = [tick for tick in ticks if values[(tick,)]]
-    means = [statistics.mean(values[(tick,)]) for tick in shown]
-    spread = [statistics.stdev(values[(tick,)]) if len(values[(tick,)]) > 1 else 0.0 for tick in shown]
-    panel.errorbar(shown, means, spread, marker="o", capsize=3)
+    measured = [tick for tick in ticks if values[(tick,)]]
+    means = [statistics.mean(values[(tick,)]) for tick in measured]
+    spread = [statistics.stdev(values[(tick,)]) if len(values[(tick,)]) > 1 else 0.0 for tick in measured]
+    panel.errorbar(measured, means, spread, marker="o", capsize=3)
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_xlabel(key)
     panel.set_ylabel(metric)

@@ -1,4 +1,4 @@
-"""Where the cells of a sweep run: here, on a Ray cluster, or as jobs of Slurm. All of them run the same `cells.run_cell`."""
+"""Launchers of a sweep: this machine, a Ray cluster, or Slurm jobs. All of them call `runs.run_cell`."""
 
 import importlib.util
 import os
@@ -14,15 +14,16 @@ NAMES = ("local", *PACKAGES)
 
 
 def get(name: str, jobs: int, options: Mapping, folder: pathlib.Path) -> runs.Start:
-    """The launcher of that name.
+    """The launcher with this name.
 
     Args:
-      jobs: runs at a time (local); the others leave that to their queue.
+      name: one of `NAMES`.
+      jobs: runs at a time, for `local`; the queues of the others decide for themselves.
       options: of `ray.remote`, or of submitit's `AutoExecutor`.
-      folder: of Slurm's own files.
+      folder: for the files of Slurm jobs.
 
     Raises:
-      ValueError: a package, Slurm itself or an option is missing or not known.
+      ValueError: a package or Slurm is missing, or an option is unknown.
     """
     package = PACKAGES.get(name)
     if package and not importlib.util.find_spec(package):
@@ -33,35 +34,35 @@ def get(name: str, jobs: int, options: Mapping, folder: pathlib.Path) -> runs.St
 
 
 def _ray(options: Mapping) -> runs.Start:
-    """Tasks of the cluster that RAY_ADDRESS names or that runs here, else of one on this machine. A GPU each where it has any."""
+    """Tasks of the cluster at RAY_ADDRESS, or of a local one. Each task gets a GPU if the cluster has any."""
     import ray
 
     ray.init(log_to_driver=False, logging_level="error")
     resources = {"num_cpus": 1, "num_gpus": min(1, ray.cluster_resources().get("GPU", 0))}
     task = ray.remote(**(resources | options))(_interruptible)
 
-    def start(todo):
-        references = [task.remote(cell, os.getcwd()) for cell in todo]
-        return [reference.future() for reference in references], lambda: [ray.cancel(one) for one in references]
+    def start(cells):
+        references = [task.remote(cell, os.getcwd()) for cell in cells]
+        return [reference.future() for reference in references], lambda: [ray.cancel(reference) for reference in references]
 
     return start
 
 
 def _interruptible(cell: runs.Cell, cwd: str) -> dict | str:
-    # Ray cancels by an interrupt, which workers ignore whose cluster was started in the background of a script.
+    # Ray cancels by SIGINT, which workers ignore if a script started the cluster in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return runs.run_cell(cell, cwd=cwd)
 
 
 def _slurm(options: Mapping, folder: pathlib.Path) -> runs.Start:
-    """An array of jobs. With the option `"cluster": "local"` they are processes on this machine, all at once."""
+    """An array of jobs. With the option `"cluster": "local"`, all run at once as processes on this machine."""
     import submitit
 
     cluster = options.get("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise ValueError(f"--slurm_options: cluster={cluster!r} is not among slurm, local")
     if cluster == "slurm" and not shutil.which("srun"):
-        raise ValueError("--launcher=slurm: there is no srun here; start the sweep where jobs are submitted")
+        raise ValueError("--launcher=slurm: no srun here; start the sweep on a machine that can submit jobs")
     executor = submitit.AutoExecutor(folder, cluster=cluster)
     parameters = {"name": "sweep", "timeout_min": 600} | {key: value for key, value in options.items() if key != "cluster"}
     try:
@@ -69,8 +70,8 @@ def _slurm(options: Mapping, folder: pathlib.Path) -> runs.Start:
     except (NameError, TypeError) as error:
         raise ValueError(f"--slurm_options: {error}") from error
 
-    def start(todo):
-        jobs = executor.map_array(runs.run_cell, todo)
+    def start(cells):
+        jobs = executor.map_array(runs.run_cell, cells)
         return jobs, lambda: [job.cancel() for job in jobs]
 
     return start

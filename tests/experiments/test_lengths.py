@@ -1,8 +1,4 @@
-"""Lengths as rewards: by hand, of a model whose answers are known, and every cell a run that may start."""
-
-import json
-import subprocess
-import sys
+"""Lengths as rewards: by hand, on a small model, and the config of every cell."""
 
 import ml_collections
 import numpy as np
@@ -11,33 +7,28 @@ import pytest
 from bilevel_jax import checks
 from bilevel_jax import config as configuration
 from experiments import comparing, measures
-from experiments.didactic import length_rewards
+from experiments.didactic import length_rewards, lengths
 from experiments.paper import published
-from tests.experiments.test_sweep import ROOT
 
 
 def test_rewards_by_hand():
-    said = ["", "x" * 30, "x" * 86, "x" * 100]
+    responses = ["", "x" * 30, "x" * 86, "x" * 100]
     nothing = [""] * 4
-    assert length_rewards.shortest(nothing, said, nothing) == [0, -30, -86, -100]
-    assert length_rewards.typical(nothing, said, nothing) == [-30, 0, -56, -70]
-    assert length_rewards.rare(nothing, said, nothing) == [-86, -56, 0, -14]
+    assert length_rewards.shortest(nothing, responses, nothing) == [0, -30, -86, -100]
+    assert length_rewards.typical(nothing, responses, nothing) == [-30, 0, -56, -70]
+    assert length_rewards.rare(nothing, responses, nothing) == [-86, -56, 0, -14]
     assert length_rewards.mean("skew", np.array([86, 100])) == length_rewards.mean("reuse", np.array([6, 8])) == -7
 
 
 def test_every_claim_compares_two_cells():
-    """In a process of its own: the flags of two commands may have one name."""
-    told = "import json; from experiments import lengths; print(json.dumps(lengths.CLAIMS))"
-    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True)
-    claims = [comparing.Claim(*one) for one in json.loads(done.stdout)]
-    assert len(set(claims)) == len(claims) > 0
-    for claim in claims:
+    assert len(set(lengths.CLAIMS)) == len(lengths.CLAIMS) > 0
+    for claim in lengths.CLAIMS:
         assert claim.cell != claim.than and {claim.cell, claim.than} <= published.LENGTHS.keys()
 
 
 @pytest.mark.parametrize("cell", published.LENGTHS)
-def test_every_cell_may_start(cell):
-    """And takes as many steps and samples as the page says."""
+def test_every_cell_has_a_valid_config(cell):
+    """With as many steps and samples as the page says."""
     config = configuration.default()
     config.update_from_flattened_dict(published.LENGTHS[cell])
     checks.build(ml_collections.ConfigDict(config))
@@ -52,8 +43,8 @@ def test_every_cell_may_start(cell):
 
 
 def test_answers_are_measured(finished):
-    """Those of an adapter that was trained differ from those of the base, and both come from the same questions."""
+    """The answers of a trained adapter differ from those of the base model to the same questions."""
     run = comparing.Run(finished, {})
-    before = measures.learned_lengths(comparing.Results("safety", {"min, DPO, on-policy": {3: run}}, {}, [], []), 1)
+    before = measures.add_learned_lengths(comparing.Results("safety", {"min, DPO, on-policy": {3: run}}, {}, [], []), 1)
     assert run.values[measures.REWARD] == -run.values[measures.LENGTH] < 0
     assert before.keys() == {3} and before[3].ndim == 1 and before[3].mean() != run.values[measures.LENGTH]

@@ -1,8 +1,7 @@
-"""Sweeps: the grid, what is refused, what is run and what is not, and the table and picture of what came of it."""
+"""Sweeps: the grid, refused settings, runs and their failures, the table and the picture."""
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -16,14 +15,15 @@ from matplotlib.figure import Figure
 
 from bilevel_jax import errors
 from experiments import runs
+from experiments.sweep import __main__ as command
 from experiments.sweep import grid, launchers
+from tests.experiments.commands import ROOT, command_line
 
-ROOT = pathlib.Path(__file__).parents[2]
 SAFETY = str(ROOT / "configs" / "safety.py")
 GRID = ["online.ratio=0.1,0.2", "online.num_samples=1,5"]
 
-# Stands for the training command: counts how often it was called, and its loss is 10 R + G. A file FAIL, KILL or HOLD in the
-# directory of the sweep makes the cells with R=0.2 fail, die or wait until they are told to end.
+# Takes the place of the training command. It counts its calls; its loss is 10 R + G. A file FAIL, KILL or HOLD in the directory of
+# the sweep makes the cells with R=0.2 fail, die, or wait until the file is removed or SIGTERM arrives.
 FAKE = """
 import json, os, pathlib, signal, sys, time
 flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
@@ -35,14 +35,14 @@ def stop(*_):
     print("SIGTERM: saved", file=sys.stderr)
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
-told = workdir.parent.parent
+directory = workdir.parent.parent
 if flags["config.online.ratio"] == "0.2":
-    if (told / "FAIL").exists():
-        sys.exit("error: told to fail")
-    if (told / "KILL").exists():
+    if (directory / "FAIL").exists():
+        sys.exit("error: this run fails")
+    if (directory / "KILL").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     (workdir / "begun").touch()
-    while (told / "HOLD").exists():
+    while (directory / "HOLD").exists():
         time.sleep(0.05)
 loss = 10 * float(flags["config.online.ratio"]) + float(flags["config.online.num_samples"])
 (workdir / "summary.json").write_text(json.dumps({"eval/upper_loss": loss + int(flags["config.seed"]) / 10}))
@@ -51,7 +51,7 @@ loss = 10 * float(flags["config.online.ratio"]) + float(flags["config.online.num
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Runs are of FAKE; returns its file."""
+    """Replaces the training command by FAKE; returns its file."""
     file = tmp_path / "fake.py"
     file.write_text(FAKE)
     monkeypatch.setattr(runs, "PROGRAM", (sys.executable, "-S", str(file)))
@@ -65,8 +65,8 @@ def points():
 
 def sweep(points, directory, start, seeds=1):
     directory.mkdir(exist_ok=True)
-    todo = grid.plan(SAFETY, points, seeds, directory)
-    return grid.gather(points, todo, runs.run_all(todo, start))
+    cells = grid.plan(SAFETY, points, seeds, directory)
+    return grid.gather(points, cells, runs.run_all(cells, start))
 
 
 def calls(points, directory, seed=0) -> list[int]:
@@ -75,7 +75,7 @@ def calls(points, directory, seed=0) -> list[int]:
 
 
 def losses(outcomes, seed=0):
-    return [one.summaries[seed]["eval/upper_loss"] if seed in one.summaries else None for one in outcomes]
+    return [outcome.summaries[seed]["eval/upper_loss"] if seed in outcome.summaries else None for outcome in outcomes]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def test_grid_by_hand():
 @pytest.mark.parametrize("task", ["safety", "quality"])
 def test_configs_declare_a_sweep_over_r_and_g(task):
     config = str(ROOT / "configs" / f"{task}.py")
-    found = grid.points(config, grid.declared(config))
-    assert {(p.config.online.ratio, p.config.online.num_samples) for p in found} == {
+    points = grid.points(config, grid.declared(config))
+    assert {(p.config.online.ratio, p.config.online.num_samples) for p in points} == {
         (0.05, 1), (0.1, 1), (0.2, 1), (0.05, 5), (0.1, 5), (0.2, 5)
     }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_configs_declare_a_sweep_over_r_and_g(task):
         (["online.ratio=0.1,2"], "online.ratio=2.0 must be in [0, 1]"),
         (["method=online,ofline"], "method='ofline'"),
         (["seed=0,1"], "--seeds"),
-        (["online.ratio=0.1,0.10"], "two cells have the same place"),
+        (["online.ratio=0.1,0.10"], "two cells have the same directory"),
         (["online.ratio"], "--set=online.ratio: write key=value"),
         (["online.ratio=0.1,,0.2"], "--set=online.ratio=0.1,,0.2"),
         (["online.ratio=0.1", "online.ratio=0.2"], "online.ratio is set twice"),
@@ -118,8 +118,8 @@ def test_configs_declare_a_sweep_over_r_and_g(task):
 def test_refused_before_anything_runs(pairs, reason, capsys):
     with pytest.raises((ValueError, SystemExit)) as caught:
         grid.points(SAFETY, grid.grid(pairs))
-    said = str(caught.value) if caught.type is not SystemExit else capsys.readouterr().err
-    assert reason in said and said.count("\n") <= 1
+    message = str(caught.value) if caught.type is not SystemExit else capsys.readouterr().err
+    assert reason in message and message.count("\n") <= 1
 
 
 def test_a_config_without_a_sweep(tmp_path):
@@ -128,7 +128,7 @@ def test_a_config_without_a_sweep(tmp_path):
         grid.declared(f"{tmp_path}/bare.py:tier")
 
 
-def test_a_run_of_another_config_is_not_taken_for_this_one(points, tmp_path):
+def test_a_run_of_another_config_is_refused(points, tmp_path):
     other = points[0].config.copy_and_resolve_references()
     other.num_epochs = 7
     workdir = points[0].workdir(tmp_path, 0)
@@ -144,11 +144,11 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(points, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how, reason", [("FAIL", "told to fail"), ("KILL", "killed by SIGKILL")])
-def test_a_failed_cell_is_told_and_the_others_finish(points, tmp_path, fake, how, reason):
+@pytest.mark.parametrize("kind, reason", [("FAIL", "this run fails"), ("KILL", "killed by SIGKILL")])
+def test_a_failed_cell_is_reported_and_the_others_finish(points, tmp_path, fake, kind, reason):
     directory = tmp_path / "sweep"
     directory.mkdir()
-    (directory / how).touch()
+    (directory / kind).touch()
     outcomes = sweep(points, directory, runs.local(4))
     assert losses(outcomes) == [2.0, 6.0, None, None]
     printed = grid.write(directory, "command", outcomes, None)
@@ -159,34 +159,35 @@ def test_a_failed_cell_is_told_and_the_others_finish(points, tmp_path, fake, how
     record = json.loads((directory / "sweep.json").read_text())["cells"]
     assert record[1]["settings"] == {"online.ratio": 0.1, "online.num_samples": 5}
     assert record[1]["seeds"] == {"0": {"eval/upper_loss": 6.0}} and reason in record[3]["failed"]["0"]
-    (directory / how).unlink()
+    (directory / kind).unlink()
     assert losses(sweep(points, directory, runs.local(4))) == [2.0, 6.0, 3.0, 7.0]
     assert calls(points, directory) == [1, 1, 2, 2]
 
 
-# `fake` as the program of the real command.
-COMMAND = "import sys; from bilevel_jax import cli; from experiments import cells, sweep; "
-COMMAND += "cells.PROGRAM = (sys.executable, '-S', {!r}); cli.run(sweep.main)"
+# The real command with `fake` as the training command.
+COMMAND = "import sys; from bilevel_jax import cli; from experiments import runs; from experiments.sweep import __main__ as sweep; "
+COMMAND += "runs.PROGRAM = (sys.executable, '-S', {!r}); cli.run(sweep.main, sweep.FLAGS)"
 
 
-def test_a_stopped_sweep_goes_on_where_it_stood(points, tmp_path, fake):
+def test_a_stopped_sweep_continues(points, tmp_path, fake):
     directory = tmp_path / "sweep"
     directory.mkdir()
     (directory / "HOLD").touch()
     arguments = [f"--config={SAFETY}", f"--workdir={directory}", "--jobs=2", *(f"--set={pair}" for pair in GRID)]
-    command = [sys.executable, "-c", COMMAND.format(str(fake)), *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-c", COMMAND.format(str(fake)), *arguments]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not all((point.workdir(directory, 0) / "begun").exists() for point in points[2:]):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    _, said = process.communicate(timeout=30)
+    _, message = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert said.splitlines()[-1] == "SIGTERM: 2 of 4 runs are finished; the same command continues" and "Traceback" not in said
+    assert message.splitlines()[-1] == "SIGTERM: 2 of 4 runs are finished; the same command continues"
+    assert "Traceback" not in message
     assert "SIGTERM: saved" in (directory / "online.ratio_0.2_online.num_samples_5" / "seed_0.log").read_text()
     (directory / "HOLD").unlink()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert calls(points, directory) == [1, 1, 2, 2]
     assert "| 0.2 | 5 | 1 | 7.0000 |" in done.stdout and (directory / "sweep.png").exists()
@@ -195,8 +196,8 @@ def test_a_stopped_sweep_goes_on_where_it_stood(points, tmp_path, fake):
 def test_two_sweeps_never_share_a_workdir(points, tmp_path, fake):
     (tmp_path / "HOLD").touch()
     cell = grid.plan(SAFETY, points, 1, tmp_path)[3]
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(runs.run_cell(cell))) for _ in range(2)]
+    summaries = []
+    threads = [threading.Thread(target=lambda: summaries.append(runs.run_cell(cell))) for _ in range(2)]
     for thread in threads:
         thread.start()
     while not os.path.exists(f"{cell.workdir}/begun"):
@@ -205,7 +206,7 @@ def test_two_sweeps_never_share_a_workdir(points, tmp_path, fake):
     (tmp_path / "HOLD").unlink()
     for thread in threads:
         thread.join()
-    assert found == [{"eval/upper_loss": 7.0}] * 2 and calls(points, tmp_path)[3] == 1
+    assert summaries == [{"eval/upper_loss": 7.0}] * 2 and calls(points, tmp_path)[3] == 1
 
 
 def slurm(directory):
@@ -219,16 +220,16 @@ def ray(directory):
 
 
 @pytest.mark.parametrize("launcher", [slurm, ray])
-def test_launchers_give_the_same(points, tmp_path, fake, launcher, monkeypatch):
+def test_launchers_agree(points, tmp_path, fake, launcher, monkeypatch):
     monkeypatch.chdir(ROOT)  # jobs start here and import from here
-    here, there = tmp_path / "here", tmp_path / "there"
-    there.mkdir()
-    (there / "FAIL").touch()
-    start = launcher(there)
-    assert losses(sweep(points, there, start)) == [2.0, 6.0, None, None]
-    (there / "FAIL").unlink()
-    assert losses(sweep(points, there, start)) == losses(sweep(points, here, runs.local(4))) == [2.0, 6.0, 3.0, 7.0]
-    assert calls(points, there) == [1, 1, 2, 2]
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    remote.mkdir()
+    (remote / "FAIL").touch()
+    start = launcher(remote)
+    assert losses(sweep(points, remote, start)) == [2.0, 6.0, None, None]
+    (remote / "FAIL").unlink()
+    assert losses(sweep(points, remote, start)) == losses(sweep(points, local, runs.local(4))) == [2.0, 6.0, 3.0, 7.0]
+    assert calls(points, remote) == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_missing_package(tmp_path, name, package, monkeypatch):
 
 
 def outcomes_of(points, metric="eval/upper_loss", missing=()):
-    """As FAKE has it, two seeds 0.1 apart."""
+    """The losses of FAKE, for two seeds that differ by 0.1."""
     values = [10 * p.config.online.ratio + p.config.online.num_samples for p in points]
     return [
         grid.Outcome(point, {} if i in missing else {0: {metric: value}, 1: {metric: value + 0.1}}, {})
@@ -274,16 +275,16 @@ def test_table_has_means_and_spread(points):
     ]
 
 
-def test_what_all_cells_share_is_above_the_table():
-    shown = grid.table(outcomes_of(grid.points(SAFETY, grid.grid(["num_epochs=2", "online.ratio=0.1,0.2"]))))
-    assert shown[0] == "All cells: num_epochs=2" and shown[2].startswith("| online.ratio | seeds |")
+def test_shared_settings_are_above_the_table():
+    lines = grid.table(outcomes_of(grid.points(SAFETY, grid.grid(["num_epochs=2", "online.ratio=0.1,0.2"]))))
+    assert lines[0] == "All cells: num_epochs=2" and lines[2].startswith("| online.ratio | seeds |")
 
 
 def test_heat_map(points, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(grid, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[0])
-    said = grid.draw(tmp_path / "sweep.png", outcomes_of(points, missing=[2]), None)
-    assert said == f"eval/upper_loss: {tmp_path / 'sweep.png'}" and [f.name for f in tmp_path.iterdir()] == ["sweep.png"]
+    message = grid.draw(tmp_path / "sweep.png", outcomes_of(points, missing=[2]), None)
+    assert message == f"eval/upper_loss: {tmp_path / 'sweep.png'}" and [f.name for f in tmp_path.iterdir()] == ["sweep.png"]
     pixels = image.imread(tmp_path / "sweep.png")[..., :3].reshape(-1, 3)
     assert len(np.unique(pixels.round(1), axis=0)) > 10  # a blank page has one colour
     panel = figures[0].axes[0]
@@ -300,8 +301,8 @@ def test_line(points, tmp_path, monkeypatch):
 
 
 def test_no_picture(points, tmp_path):
-    def drawn(some, wanted=None):
-        return grid.draw(tmp_path / "sweep.png", some, wanted)
+    def drawn(outcomes, metric=None):
+        return grid.draw(tmp_path / "sweep.png", outcomes, metric)
 
     methods = grid.points(SAFETY, grid.grid(["method=online,offline", "online.ratio=0.1,0.2"]))
     assert "method, online.ratio" in drawn(outcomes_of(methods))
@@ -317,18 +318,16 @@ def test_no_picture(points, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments):
-    line = [sys.executable, "-m", "experiments.sweep", *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_mistakes_are_told_in_one_line(tmp_path):
-    done = command(f"--config={SAFETY}", f"--workdir={tmp_path}/sweep", "--set", "online.ration=0.1")
+def test_mistakes_end_the_command_in_one_line(tmp_path):
+    line = [sys.executable, "-m", "experiments.sweep", f"--config={SAFETY}", f"--workdir={tmp_path}/sweep"]
+    done = subprocess.run([*line, "--set", "online.ration=0.1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: the config has no key ration")
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_real_sweep(tmp_path, make_config, data):
+def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
+    """The training runs are real processes; the command of the sweep runs in this one."""
+    monkeypatch.chdir(ROOT)
     changes = {"num_epochs": 1, "checkpoint.every": 0, "method": "mixing", "mixing.rho": 1.0}
     (tmp_path / "tiny.json").write_text(make_config(changes).to_json())
     (tmp_path / "tiny.py").write_text(
@@ -339,11 +338,12 @@ def test_a_real_sweep(tmp_path, make_config, data):
         f"    add({{'data.lower': {str(data / 'lower.jsonl')!r}}})\n"
         f"    add({{'data.lower': {str(tmp_path / 'absent.jsonl')!r}}})\n"
     )
-    done = command(f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/sweep", "--jobs=2")
-    assert done.returncode == 1
-    assert done.stderr.endswith("error: 1 of 2 runs failed; the same command tries them again\n")
+    arguments = [f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/sweep", "--jobs=2"]
+    with command_line("sweep", arguments, command.FLAGS):
+        with pytest.raises(ValueError, match="^1 of 2 runs failed; the same command tries them again$"):
+            command.main()
     [summary] = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/seed_0/summary.json")]
     table = (tmp_path / "sweep" / "sweep.md").read_text()
     assert f"lower.jsonl | 1 | {summary['eval/upper_loss']:.4f} | {summary['eval/lower_loss']:.4f} |" in table
     assert f"seed 0: {tmp_path}/absent.jsonl: no such file" in table
-    assert "no picture: it takes one or two keys that vary, all numbers; here data.lower" in done.stdout
+    assert "no picture: it takes one or two keys that vary, all numbers; here data.lower" in capsys.readouterr().out

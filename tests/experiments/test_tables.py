@@ -1,94 +1,50 @@
-"""The paper's tables: the paired test by hand, what a page says, and every table on runs that cost nothing."""
+"""The paper's tables: the paired test by hand, the contents of a page, and every table on fake runs."""
 
+import importlib
 import json
 import math
 import pathlib
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 
 from bilevel_jax.data import rows
 from bilevel_jax.runtime import weight_table
-from experiments import comparing, measures
+from experiments import comparing, measures, runs, tables
 from experiments.paper import published
 from experiments.paper.tasks import generated
-from tests.experiments.test_sweep import ROOT
+from experiments.selection import baselines
+from tests.experiments.commands import command_line
 
-# Stands for the training command: a finished run is copied, and its loss is 1 less for `offline`, and depends on the seed.
-FAKE = """
-import json, pathlib, shutil, sys
-flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
-workdir = pathlib.Path(flags["workdir"])
-if "mixing.rho=1.0" in " ".join(sys.argv) and flags["config.seed"] == "1":
-    sys.exit("error: told to fail")
-shutil.copytree(FINISHED, workdir)
-summary = json.loads((workdir / "summary.json").read_text())
-offline = flags["config.method"] == "offline" and "config.selection.rule" not in flags
-summary["eval/upper_loss"] = 5.0 - offline + int(flags["config.seed"]) * (0.1 if offline else 0.2)
-(workdir / "summary.json").write_text(json.dumps(summary))
-"""
-
-# All tables in one process: the second command of every table, lm-eval and `sample`, is answered at once.
-ALL = """
-import importlib, json, pathlib, sys
-from absl import flags
-from bilevel_jax.data import rows
-from experiments import cells, tables, zero_shot
-root, fake, out, *more = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[4]), *sys.argv[5:]
-cells.PROGRAM = (sys.executable, "-S", fake)
-
-def once(file, module, *arguments):
-    given = dict(one.removeprefix("--").split("=", 1) for one in arguments)
-    if module == "bilevel_jax.evaluate":
-        accuracy = 0.75 if "offline" in str(file) else 0.5
-        file.write_text(json.dumps({"results": {name: {"acc,none": accuracy} for name in given["tasks"].split(",")}}))
-    else:
-        asked, _ = rows.read_rows(given["prompts"])
-        right = "adapter" in given
-        told = [{"id": row.id, "text": row.response if right or i < 2 else "?"} for i, row in enumerate(asked)]
-        file.write_text("".join(json.dumps(one) + "\\n" for one in told))
-    return file
-
-tables.once = once
-modules = {name: importlib.import_module(f"experiments.{name}") for name in sys.argv[3].split(",")}
-flags.FLAGS(["all", *more])
-for name, module in modules.items():
-    flags.FLAGS([name, "--seeds=2", f"--workdir={root / 'runs'}", f"--out={out / name}.md"])
-    try:
-        module.main()
-    except ValueError as error:
-        print(name, "failed:", error, file=sys.stderr)
-"""
 NAMES = ("table1", "table2", "table3", "table4", "table5", "table6", "table8", "table10", "figure4", "figure5")
 
 
 def results(**cells):
-    """Of each cell the values of one measure, by seed."""
-    runs = {
+    """Results of one measure: the values of each cell, by seed."""
+    by_cell = {
         cell: {seed: comparing.Run(pathlib.Path(), {"loss": value}) for seed, value in enumerate(values)}
         for cell, values in cells.items()
     }
-    return comparing.Results("quality", runs, {}, [], [])
+    return comparing.Results("quality", by_cell, {}, [], [])
 
 
-def p_of_three(t: float) -> float:
-    """Two-sided p of Student's t with three degrees of freedom, whose distribution has a closed form."""
+def p_value(t: float) -> float:
+    """Two-sided p of Student's t with three degrees of freedom, which has a closed form."""
     x = abs(t) / math.sqrt(3)
     return 1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x))
 
 
 def test_paired_test_by_hand():
-    found = comparing.paired_test(results(a=[1, 1, 1, 1], b=[2, 3, 4, 3]), comparing.Claim("", "a", "b", "loss"))
+    verdict = comparing.paired_test(results(a=[1, 1, 1, 1], b=[2, 3, 4, 3]), comparing.Claim("", "a", "b", "loss"))
     # Differences -1, -2, -3, -2: mean -2, standard deviation √(2/3), t = -2 / (√(2/3) / 2).
-    assert found.difference == -2 and found.spread == pytest.approx(math.sqrt(2 / 3))
-    assert found.p == pytest.approx(p_of_three(2 * 2 / math.sqrt(2 / 3)), rel=1e-9) and found.p < 0.05
-    assert (found.agreeing, found.seeds, found.word) == (4, 4, "holds")
+    assert verdict.difference == -2 and verdict.spread == pytest.approx(math.sqrt(2 / 3))
+    assert verdict.p == pytest.approx(p_value(2 * 2 / math.sqrt(2 / 3)), rel=1e-9) and verdict.p < 0.05
+    assert (verdict.agreeing, verdict.seeds, verdict.word) == (4, 4, "holds")
 
 
 @pytest.mark.parametrize(
-    "mine, theirs, higher, word",
+    "claimed, other, higher, word",
     [
         ([1, 1, 1, 1], [2, 3, 4, 3], False, "holds"),
         ([1, 1, 1, 1], [2, 3, 4, 3], True, "reversed"),
@@ -100,26 +56,26 @@ def test_paired_test_by_hand():
         ([1, 2, float("nan")], [2, 4, 1], False, "not shown"),
     ],
 )
-def test_verdicts(mine, theirs, higher, word):
-    found = comparing.paired_test(results(a=mine, b=theirs), comparing.Claim("", "a", "b", "loss", higher))
-    assert found.word == word
+def test_verdicts(claimed, other, higher, word):
+    verdict = comparing.paired_test(results(a=claimed, b=other), comparing.Claim("", "a", "b", "loss", higher))
+    assert verdict.word == word
     if word == "weakly":
-        assert 0.05 < found.p == pytest.approx(p_of_three(1.625 * 2 / 1.7017148), rel=1e-5)
+        assert 0.05 < verdict.p == pytest.approx(p_value(1.625 * 2 / 1.7017148), rel=1e-5)
 
 
-def test_only_seeds_that_both_have_are_compared():
-    found = results(a=[1.0, 5.0, 2.0], b=[2.0, 7.0])
-    assert comparing.paired_test(found, comparing.Claim("", "a", "b", "loss")).difference == -1.5
-    assert comparing.paired_test(found, comparing.Claim("", "a", "c", "loss")) is None
+def test_only_shared_seeds_are_compared():
+    unequal = results(a=[1.0, 5.0, 2.0], b=[2.0, 7.0])
+    assert comparing.paired_test(unequal, comparing.Claim("", "a", "b", "loss")).difference == -1.5
+    assert comparing.paired_test(unequal, comparing.Claim("", "a", "c", "loss")) is None
 
 
-def test_what_a_seed_adds_to_all_cells_is_taken_off():
-    found = comparing.without_seeds(results(a=[1.0, 11.0, 5.0], b=[3.0, 15.0]), "loss")
-    # Seeds 0 and 1 add 2 and 13, 7.5 in the mean.
-    assert found == {"a": [6.5, 5.5], "b": [8.5, 9.5]}
+def test_the_effect_of_a_seed_is_removed():
+    by_cell = comparing.without_seeds(results(a=[1.0, 11.0, 5.0], b=[3.0, 15.0]), "loss")
+    # The means of seeds 0 and 1 are 2 and 13; the overall mean is 7.5.
+    assert by_cell == {"a": [6.5, 5.5], "b": [8.5, 9.5]}
 
 
-def test_rows_stand_beside_the_papers():
+def test_rows_are_shown_beside_the_papers():
     lines = comparing.rows(results(a=[1.0, 2.0], b=[3.0, 3.0]), {"loss": "loss", "nowhere": "x"}, {"a": ("0.9",)}, ("Pythia",))
     assert lines == [
         "|  | paper: Pythia | loss |",
@@ -129,57 +85,108 @@ def test_rows_stand_beside_the_papers():
     ]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# All tables on fake runs, in this process
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fake_run(finished, cell):
+    """Takes the place of `runs.run_cell`: copies a finished run. Its loss depends on the seed and is 1 lower for `offline`."""
+    config = dict(argument.removeprefix("--config.").split("=", 1) for argument in cell.command[len(runs.PROGRAM) :])
+    workdir, seed = pathlib.Path(cell.workdir), int(config["seed"])
+    if config.get("mixing.rho") == "1.0" and seed == 1:
+        return "this run fails"
+    if (summary := runs.finished(cell)) is not None:
+        return summary
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    summary = runs.finished(cell)
+    offline = config["method"] == "offline" and "selection.rule" not in config
+    summary["eval/upper_loss"] = 5.0 - offline + seed * (0.1 if offline else 0.2)
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def fake_command(file, module, *arguments):
+    """Takes the place of `tables.once`: the second command of a table, lm-eval or `sample`, writes its file at once."""
+    flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    if module == "bilevel_jax.evaluate":
+        accuracy = 0.75 if "offline" in str(file) else 0.5
+        file.write_text(json.dumps({"results": {name: {"acc,none": accuracy} for name in flags["tasks"].split(",")}}))
+    else:
+        prompts, _ = rows.read_rows(flags["prompts"])
+        adapted = "adapter" in flags
+        answers = [{"id": row.id, "text": row.response if adapted or i < 2 else "?"} for i, row in enumerate(prompts)]
+        file.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return file
+
+
 @pytest.fixture(scope="module")
-def written(finished, tmp_path_factory):
-    """(directory of the pages, what was said) of all tables on two seeds."""
-    root = tmp_path_factory.mktemp("tables")
-    fake = root / "fake.py"
-    fake.write_text(FAKE.replace("FINISHED", repr(str(finished))))
-    done = subprocess.run(
-        [sys.executable, "-c", ALL, root, fake, ",".join(NAMES), root], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return root, done.stderr
+def write_tables(finished):
+    """`f(names, runs, out, *flags) -> errors by name`: runs the commands of these tables on two seeds."""
+
+    def write(names, workdir, out, *more) -> dict[str, str]:
+        errors = {}
+        for name in names:
+            module = importlib.import_module(f"experiments.{name}")
+            arguments = ["--seeds=2", f"--workdir={workdir}", f"--out={out / name}.md", *more]
+            with command_line(name, arguments, tables.FLAGS, *([module.FLAGS] if hasattr(module, "FLAGS") else [])):
+                try:
+                    module.main()
+                except ValueError as error:
+                    errors[name] = str(error)
+        return errors
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "POLL", 0.01)
+        patch.setattr(runs, "run_cell", lambda cell, stop: fake_run(finished, cell))
+        patch.setattr(tables, "once", fake_command)
+        yield write
+
+
+@pytest.fixture(scope="module")
+def written(write_tables, tmp_path_factory):
+    """(directory of the pages, errors by name) of all tables."""
+    directory = tmp_path_factory.mktemp("tables")
+    return directory, write_tables(NAMES, directory / "runs", directory)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_has_its_cells_claims_and_commands(written, name):
-    root, _ = written
-    page, record = (root / f"{name}.md").read_text(), json.loads((root / f"{name}.json").read_text())
+    directory, _ = written
+    page, record = (directory / f"{name}.md").read_text(), json.loads((directory / f"{name}.json").read_text())
     assert f"python -m experiments.{name}" in page and "commit" in page and "jax " in page
-    if name == "table8":  # these rows carry no difficulty; the examples remain
+    if name == "table8":  # these rows have no difficulty; only the examples are shown
         assert page.count("- offline, top, epoch ") == 2 and page.count("\n  - ") > 8
     else:
         assert "not measured" not in page
-        assert (root / f"{name}.svg").read_text().count("<path") > 10 and f"]({name}.svg)" in page
-    for said in {"figure4": ("R=5%", "(b) answers G", ">epoch<"), "figure5": ("heaviest tenth", ">epoch<")}.get(name, ()):
-        assert said in (root / f"{name}.svg").read_text()
-    for task, of_task in record["cells"].items():
-        for cell in of_task:
+        assert (directory / f"{name}.svg").read_text().count("<path") > 10 and f"]({name}.svg)" in page
+    for text in {"figure4": ("R=5%", "(b) answers G", ">epoch<"), "figure5": ("heaviest tenth", ">epoch<")}.get(name, ()):
+        assert text in (directory / f"{name}.svg").read_text()
+    for task, by_cell in record["cells"].items():
+        for cell in by_cell:
             assert f"# {cell}\n" in page and (name == "table8" or f"| {cell} | " in page)
-        controls = set(of_task) & (set(published.CONTROLS) | set(published.SELECTORS))
+        controls = set(by_cell) & (set(published.CONTROLS) | set(published.SELECTORS))
         assert name == "table2" or any("uniform" in cell or "Adam" in cell for cell in controls), task
 
 
-def test_what_the_claims_of_a_table_come_to(written):
-    root, said = written
-    table = json.loads((root / "table4.json").read_text())
-    [claim] = [one for one in table["claims"] if one["text"] == "control: offline below uniform ω, trusted"]
+def test_claims_failures_and_further_measures(written):
+    directory, errors = written
+    table4 = json.loads((directory / "table4.json").read_text())
+    [claim] = [claim for claim in table4["claims"] if claim["text"] == "control: offline below uniform ω, trusted"]
     assert claim["difference"] == pytest.approx(-1.05) and claim["agreeing"] == claim["seeds"] == 2  # -1 and -1.1
-    failed = (root / "table1.md").read_text()
-    assert "mixing, ρ=1, seed 1: told to fail" in failed and "table1 failed: 1 runs failed" in said
-    assert "table4 failed" not in said
-    assert "| offline | 0.863 |" in (root / "table5.md").read_text()
-    accuracy = json.loads((root / "table5.json").read_text())["cells"]["quality"]
+    assert "mixing, ρ=1, seed 1: this run fails" in (directory / "table1.md").read_text()
+    assert errors["table1"] == "1 runs failed" and "table4" not in errors
+    assert "| offline | 0.863 |" in (directory / "table5.md").read_text()
+    accuracy = json.loads((directory / "table5.json").read_text())["cells"]["quality"]
     assert accuracy["offline"]["0"]["acc"] == 0.75 and accuracy["online, R=10%"]["0"]["acc"] == 0.5
-    rate = json.loads((root / "table10.json").read_text())["cells"]["quality"]["offline"]["0"]
-    # All answers of the model are right, the first two of the base are: two ties, the rest is won.
+    rate = json.loads((directory / "table10.json").read_text())["cells"]["quality"]["offline"]["0"]
+    # The trained model gives only right answers, the base model two of them: two ties, all others are wins.
     assert rate["right"] == 1 and rate["right_base"] < 1
     assert rate["decided"] == 1 and rate["win_rate"] == pytest.approx(1 - rate["right_base"] / 2)
 
 
-def test_bad_rows_with_a_sure_label_have_a_ranking_of_their_own(tmp_path, monkeypatch):
-    """Weights 4, 3, 2, 1: of the sure row against the other three, and 2 of 3 weigh more."""
+def test_bad_rows_with_a_certain_label_are_ranked_separately(tmp_path, monkeypatch):
+    """Weights 4, 3, 2, 1: the one certain row against the other three, of which two weigh more."""
     tiers = "", "B", "H", ""
     given = [rows.Row(str(i), "", (), "", None, "", {"unsafe_tier": tier}, i, "") for i, tier in enumerate(tiers)]
     monkeypatch.setattr(measures.levels, "reopen", lambda config: given)
@@ -189,23 +196,34 @@ def test_bad_rows_with_a_sure_label_have_a_ranking_of_their_own(tmp_path, monkey
         tmp_path / "weights" / "epoch_1.parquet", weight_table.table(given, np.log([4.0, 3, 2, 1]), nothing, nothing)
     )
     selects, frozen = (comparing.Run(tmp_path, values) for values in ({"selector/auroc": 0.5}, {}))
-    measures.sure_labels(comparing.Results("safety", {"offline": {0: selects}, "uniform": {0: frozen}}, {}, [], []))
+    measures.add_certain_auroc(comparing.Results("safety", {"offline": {0: selects}, "uniform": {0: frozen}}, {}, [], []))
     assert selects.values == {"selector/auroc": 0.5, "selector/auroc_strict": pytest.approx(2 / 3)} and not frozen.values
 
 
-def test_cells_are_left_out(written, tmp_path):
-    root, _ = written
+def test_cells_are_left_out(written, write_tables, tmp_path):
+    directory, _ = written
+    names = "figure4", "figure5", "table8", "table3"
     left_out = "--leave_out=offline", "--leave_out=mixing, ρ=1", "--leave_out=ofline"
-    script = [sys.executable, "-c", ALL, root, root / "fake.py", "figure4,figure5,table8,table3", tmp_path]
-    refused = subprocess.run([*script, *left_out], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert refused.stderr.count("--leave_out='ofline' is no cell; those are mixing, ρ=1; ") == 4 and not list(tmp_path.iterdir())
-    done = subprocess.run([*script, *left_out[:2]], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert "failed" not in done.stderr and done.returncode == 0, done.stderr
-    for name in ("figure4", "figure5", "table8", "table3"):
+    errors = write_tables(names, directory / "runs", tmp_path, *left_out)
+    assert errors.keys() == set(names) and not list(tmp_path.iterdir())
+    assert all(error.startswith("--leave_out='ofline' is no cell; those are mixing, ρ=1; ") for error in errors.values())
+    assert not write_tables(names, directory / "runs", tmp_path, *left_out[:2])
+    for name in names:
         page, record = (tmp_path / f"{name}.md").read_text(), json.loads((tmp_path / f"{name}.json").read_text())
         assert "**Reduced**: without offline; mixing, ρ=1." in page and (name == "figure5" or "not measured" not in page)
-        for of_task in record["cells"].values():
-            assert of_task and not {"offline", "mixing, ρ=1"} & of_task.keys()
+        for by_cell in record["cells"].values():
+            assert by_cell and not {"offline", "mixing, ρ=1"} & by_cell.keys()
+
+
+def test_rankings_of_the_baselines(write_tables, tmp_path):
+    errors = write_tables(["baselines"], tmp_path / "runs", tmp_path, "--ranking_only", "--leave_out=features")
+    assert errors == {"baselines": "1 runs failed"}  # seed 1 of mixing, ρ=1: only seed 0 is ranked
+    page = (tmp_path / "baselines.md").read_text()
+    assert "python -m experiments.baselines" in page
+    for name in set(baselines.SELECTORS) - {"bilevel, features"} | set(baselines.BASELINES):
+        assert page.count(f"\n| {name} | ") >= 1
+    rankings = sorted(file.stem for file in (tmp_path / "runs" / "tiny" / "safety" / "rankings_0").iterdir())
+    assert len(rankings) == len(baselines.SELECTORS) - 1 + len(baselines.BASELINES) + 2
 
 
 def test_generated_choices():
