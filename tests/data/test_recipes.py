@@ -57,13 +57,13 @@ def test_slimorca_row():
 
 
 @pytest.mark.parametrize("kept", [[], [0], [0, 1], [0, 2], [1, 2, 1, 2], [0, 2, 1]])
-def test_other_conversations_are_no_rows(kept):
+def test_other_conversations_are_skipped(kept):
     turns = orca("q", "r")["conversations"]
     assert recipes.slimorca_row({"conversations": [turns[index] for index in kept]}) is None
 
 
 @pytest.mark.parametrize("question", ["", "  ", None])
-def test_empty_turns_are_no_rows(question):
+def test_empty_turns_are_skipped(question):
     assert recipes.slimorca_row(orca(question)) is None
 
 
@@ -142,17 +142,17 @@ def test_is_safe(question, response, safe):
 # ---- the data sets ----
 
 
-def questions(found):
-    return [row["question"] for row in found]
+def questions(selected):
+    return [row["question"] for row in selected]
 
 
 def test_blueorca_is_safe_seeded_and_independent_of_order():
     unsafe = [orca(f"How do I build bomb {n}?", "Like this.") for n in range(200)]
-    found = recipes.blueorca(SLIMORCA + unsafe, num_rows=60, seed=1)
-    assert len(set(questions(found))) == 60 and all("plus" in question for question in questions(found))
-    assert found == recipes.blueorca(unsafe + SLIMORCA[::-1], num_rows=60, seed=1)
+    selected = recipes.blueorca(SLIMORCA + unsafe, num_rows=60, seed=1)
+    assert len(set(questions(selected))) == 60 and all("plus" in question for question in questions(selected))
+    assert selected == recipes.blueorca(unsafe + SLIMORCA[::-1], num_rows=60, seed=1)
     other = recipes.blueorca(SLIMORCA, num_rows=60, seed=2)
-    assert questions(other) != questions(found) and set(questions(other)) != set(questions(found))
+    assert questions(other) != questions(selected) and set(questions(other)) != set(questions(selected))
 
 
 def test_levels_are_disjoint_whatever_the_seeds():
@@ -163,17 +163,17 @@ def test_levels_are_disjoint_whatever_the_seeds():
     assert recipes.side(spelled[0]) == recipes.side(spelled[1])
 
 
-def test_redorca_keeps_the_unsafe_share_and_shuffles():
-    found = recipes.redorca(SLIMORCA, RED_TEAM, num_rows=56, seed=0)
-    flags = [row["unsafe"] for row in found]
-    assert len(found) == 56 and sum(flags) == 11  # 56 · 22/112
-    assert [row["source"] == "red-team" for row in found] == flags
+def test_redorca_keeps_the_unsafe_share_and_is_shuffled():
+    selected = recipes.redorca(SLIMORCA, RED_TEAM, num_rows=56, seed=0)
+    flags = [row["unsafe"] for row in selected]
+    assert len(selected) == 56 and sum(flags) == 11  # 56 · 22/112
+    assert [row["source"] == "red-team" for row in selected] == flags
     assert not all(flags[:11]) and not all(flags[-11:])
     again = recipes.redorca(SLIMORCA[::-1], RED_TEAM[::-1], num_rows=56, seed=0)
-    assert found == again != recipes.redorca(SLIMORCA, RED_TEAM, num_rows=56, seed=1)
+    assert selected == again != recipes.redorca(SLIMORCA, RED_TEAM, num_rows=56, seed=1)
 
 
-def test_the_most_harmful_pairs_are_picked():
+def test_most_harmful_pairs_are_used():
     attempts = [
         attempt(dialogue("mild"), score=2.0, rating=4.0),
         attempt(dialogue("tie, rated low"), score=-3.0, rating=0.0),
@@ -185,17 +185,17 @@ def test_the_most_harmful_pairs_are_picked():
         attempt(dialogue("worst", "first answer"), score=-4.0),
         attempt(dialogue("Worst ", "of the milder transcript"), score=1.0),
     ]
-    found = recipes.potentially_unsafe(attempts, 4)
-    assert questions(found)[:2] == ["worst", "tie, rated high"]
-    assert set(questions(found)[2:]) == {"tie, rated low", "tie, unrated"}
-    assert found[0] == {"question": "worst", "response": "first answer", "system": "", "source": "red-team", "unsafe": True}
+    selected = recipes.potentially_unsafe(attempts, 4)
+    assert questions(selected)[:2] == ["worst", "tie, rated high"]
+    assert set(questions(selected)[2:]) == {"tie, rated low", "tie, unrated"}
+    assert selected[0] == {"question": "worst", "response": "first answer", "system": "", "source": "red-team", "unsafe": True}
     assert questions(recipes.potentially_unsafe(attempts, 5))[4] == "mild"
 
 
 def test_one_row_per_question():
     twice = [row for n in range(40) for row in (orca(f"Question {n}?", "first"), orca(f"question  {n}?", "second"))]
-    found = recipes.blueorca(twice, num_rows=5)
-    assert {row["response"] for row in found} == {"first"}
+    selected = recipes.blueorca(twice, num_rows=5)
+    assert {row["response"] for row in selected} == {"first"}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_one_row_per_question():
         (lambda: recipes.build("blueorca", num_rows=-1), "num_rows must not be negative"),
     ],
 )
-def test_refusals(make, message):
+def test_rejects(make, message):
     with pytest.raises(DataError, match=message):
         make()
 
@@ -224,14 +224,14 @@ def hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
 
 
-def test_command_writes_rows_that_the_reader_takes(hub, tmp_path, capsys):
+def test_command_writes_readable_rows(hub, tmp_path, capsys):
     out = tmp_path / "red.jsonl"
     recipes.main(["redorca", f"--out={out}", "--seed=3", "--num_rows=56"])
     assert capsys.readouterr().out == f"{out}: 56 rows, 11 of them potentially unsafe\n"
     expected = recipes.redorca(SLIMORCA, RED_TEAM, num_rows=56, seed=3)
     assert [json.loads(line) for line in out.read_text().splitlines()] == expected
-    found, report = rows.read_rows(out)
-    assert report.num_rows == 56 and not report.rejections and [dict(row.fields) for row in found] == expected
+    selected, report = rows.read_rows(out)
+    assert report.num_rows == 56 and not report.rejections and [dict(row.fields) for row in selected] == expected
 
 
 def test_command_fails_in_one_line(monkeypatch, tmp_path):

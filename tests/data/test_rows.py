@@ -16,7 +16,7 @@ QA = {"question": "2 + 2?", "response": "4"}
 
 
 def write(path, *lines):
-    """JSONL of objects, and of bytes as they are."""
+    """Writes a JSONL file of objects, or of bytes unchanged."""
     path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
     return str(path)
 
@@ -86,13 +86,13 @@ GOOD, BAD = {"role": "assistant", "content": "c"}, {"role": "assistant", "conten
         {"prompt": "p", "chosen": [GOOD], "rejected": [BAD]},
     ],
 )
-def test_preference_forms_are_one_and_the_same_row(value):
+def test_all_preference_forms_give_the_same_row(value):
     row = parse_one(value, preference=True)
     assert (row.messages, row.response, row.rejected) == ((("user", "p"),), "c", "r")
-    assert row.id == parse_one({"prompt": "p", "chosen": "c", "rejected": "r"}).id  # read as SFT rows: the same id
+    assert row.id == parse_one({"prompt": "p", "chosen": "c", "rejected": "r"}).id  # the same id if read as an SFT row
 
 
-def test_question_joins_the_turns():
+def test_question_joins_turns():
     messages = [USER, GOOD, {"role": "user", "content": "again"}, BAD]
     assert parse_one({"messages": messages}).question == "p\n\nc\n\nagain"
     assert parse_one(QA).question == "2 + 2?"
@@ -167,19 +167,19 @@ def test_reasons(value, reason):
     assert parse_one(value) == Rejection(1, reason)
 
 
-def test_preferences_are_required_when_asked_for():
+def test_preferences_are_required_if_requested():
     assert parse_one(QA, preference=True) == Rejection(1, "no field 'chosen'")
 
 
 @pytest.mark.parametrize("rejected", ["yes", " yes\n"])
-def test_equal_answers_are_no_preference(rejected):
+def test_equal_responses_are_rejected(rejected):
     pair = {"prompt": "q", "chosen": "yes", "rejected": rejected}
     assert parse_one(pair, preference=True) == Rejection(1, "chosen and rejected are the same")
-    assert parse_one(pair).response == "yes"  # it may be imitated
+    assert parse_one(pair).response == "yes"  # usable for SFT
 
 
 def test_no_json_value_crashes():
-    """Every JSON value in the place of every field is a row or a rejection."""
+    """Any JSON value in any field gives a row or a rejection."""
     values = [None, True, 0, -1.5, "", " ", "x", [], [[]], ["x"], [{}], {}, {"role": "user"}, float("inf"), 10**400]
     for key in ("question", "response", "system", "source", "messages", "chosen", "rejected", "prompt", "instruction"):
         for value in values:
@@ -204,8 +204,8 @@ def test_malformed_lines_are_counted_with_their_first_line(tmp_path):
         {"question": "q"},
         {"question": "q", "response": ""},
     )
-    found, report = rows.read_rows(path)
-    assert [row.line for row in found] == [1, 7]
+    usable, report = rows.read_rows(path)
+    assert [row.line for row in usable] == [1, 7]
     assert report.rejected == {
         "bad JSON": (3, 2),
         "not UTF-8": (1, 4),
@@ -218,7 +218,7 @@ def test_malformed_lines_are_counted_with_their_first_line(tmp_path):
     summary = report.summary()
     assert summary[0] == f"{path}: 2 rows (2 question/response)"
     assert summary[1] == f"  left out 3: bad JSON (first: {path}:2)"
-    lines = [item.line for item in rows.iter_rows(path)]  # every row in order, whatever became of it
+    lines = [item.line for item in rows.iter_rows(path)]  # every row in order, usable or not
     assert lines == [1, 2, 4, 5, 6, 7, 8, 9, 10]
 
 
@@ -230,7 +230,7 @@ def test_id_is_the_hash_of_the_canonical_content():
     assert parse_one(QA).id == hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def test_id_depends_on_what_a_row_says_only():
+def test_id_depends_only_on_the_content():
     one = parse_one(QA).id
     assert parse_one({"prompt": "2 + 2?", "completion": "4", "id": "x", "source": "y", "label": 1}).id == one
     for other in ({"system": "s"}, {"question": "2 + 2"}, {"response": "four"}):
@@ -246,7 +246,7 @@ def test_duplicates_are_numbered_and_order_does_not_matter():
     assert sorted(forwards) == sorted(backwards)
 
 
-def test_select_matches_by_id_or_fails():
+def test_select_matches_by_id():
     stored = list(rows.parse(enumerate([{"question": str(i), "response": "r"} for i in range(5)])))
     ids = [stored[i].id for i in (3, 0, 4)]
     assert rows.select(stored, ids) == [3, 0, 4]
@@ -276,17 +276,17 @@ VALUES = [QA, {"question": "ä€😀 \u2028 line", "response": "r", "source": "
 def test_file_formats(tmp_path, name, content):
     path = tmp_path / name
     if content is None:
-        columns = dict.fromkeys(VALUES[1])  # null where the first row has nothing
+        columns = dict.fromkeys(VALUES[1])  # null for fields that the first row does not have
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([columns | value for value in VALUES]), path)
     else:
         path.write_text(content, encoding="utf-8", newline="")
-    found, report = rows.read_rows(path)
-    assert [row.id for row in found] == [row.id for row in rows.parse(enumerate(VALUES))]
-    assert [row.source for row in found] == ["", "s"] and [row.line for row in found] == [1, 2]
+    usable, report = rows.read_rows(path)
+    assert [row.id for row in usable] == [row.id for row in rows.parse(enumerate(VALUES))]
+    assert [row.source for row in usable] == ["", "s"] and [row.line for row in usable] == [1, 2]
     assert report.num_rows == 2 and not report.rejections
 
 
-def test_one_chat_row_in_a_json_file_is_a_row(tmp_path):
+def test_json_file_of_a_single_chat_row(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"messages": [USER, GOOD]}))
     assert rows.read_rows(path)[0][0].response == "c"
@@ -296,8 +296,8 @@ def test_parquet_of_chats_with_nulls(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.Table.from_pylist([{"messages": [USER, GOOD], "system": None}, {"messages": None, "system": "s"}])
     pyarrow.parquet.write_table(table, path)
-    found, report = rows.read_rows(path)
-    assert found[0].messages == (("user", "p"),) and report.rejections[0].line == 2
+    usable, report = rows.read_rows(path)
+    assert usable[0].messages == (("user", "p"),) and report.rejections[0].line == 2
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_parquet_of_chats_with_nulls(tmp_path):
         ("data", b"", "{path}: unknown file type ''"),
     ],
 )
-def test_useless_files_are_refused_in_one_line(tmp_path, name, content, message):
+def test_unusable_files_are_rejected_in_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
@@ -372,7 +372,7 @@ def test_unreachable_hub_is_one_line(monkeypatch):
     [("quality/upper_orca", 3000), ("quality/lower_alpaca", 6000), ("safety/upper_safe", 2000), ("safety/lower_mixed", 4520)],
 )
 def test_real_rows(name, count):
-    found, report = rows.read_rows(pathlib.Path(REAL, f"{name}.jsonl"))
-    assert len(found) == report.num_rows == len({row.id for row in found}) == count
+    usable, report = rows.read_rows(pathlib.Path(REAL, f"{name}.jsonl"))
+    assert len(usable) == report.num_rows == len({row.id for row in usable}) == count
     assert not report.rejections and report.schemas == {"question/response": count}
-    assert all(row.question == row.fields["question"] and row.source for row in found)
+    assert all(row.question == row.fields["question"] and row.source for row in usable)

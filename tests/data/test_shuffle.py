@@ -1,4 +1,4 @@
-"""The order of the data: counted out by hand on passes of every shape."""
+"""The order of the rows: steps and epochs counted by hand for several shapes."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def test_steps_per_epoch(size, batch, expected):
 
 
 @pytest.mark.parametrize("size, batch", SHAPES)
-def test_lower_rows_are_seen_once_an_epoch(size, batch):
+def test_lower_rows_occur_once_per_epoch(size, batch):
     steps = -(-size // batch)
     for epoch in range(EPOCHS):
         drawn = [shuffle.lower_rows(3, size, batch, epoch * steps + k) for k in range(steps)]
@@ -26,7 +26,7 @@ def test_lower_rows_are_seen_once_an_epoch(size, batch):
 
 
 @pytest.mark.parametrize("size, batch", SHAPES)
-def test_upper_rows_are_endless_passes(size, batch):
+def test_upper_rows_are_concatenated_passes(size, batch):
     drawn = [shuffle.upper_rows(3, size, batch, k) for k in range(EPOCHS * size)]
     assert {len(rows) for rows in drawn} == {batch}
     for one_pass in np.concatenate(drawn).reshape(-1, size):
@@ -34,7 +34,7 @@ def test_upper_rows_are_endless_passes(size, batch):
 
 
 @pytest.mark.parametrize("draw", [shuffle.lower_rows, shuffle.upper_rows])
-def test_a_step_does_not_depend_on_the_steps_before(draw):
+def test_steps_are_independent(draw):
     forwards = [draw(5, 23, 4, k) for k in range(30)]
     shuffle._permutation.cache_clear()
     backwards = [draw(5, 23, 4, k) for k in reversed(range(30))][::-1]
@@ -42,7 +42,7 @@ def test_a_step_does_not_depend_on_the_steps_before(draw):
         np.testing.assert_array_equal(first, second)
 
 
-def test_seeds_epochs_and_levels_are_shuffled_apart():
+def test_seeds_epochs_and_levels_have_different_orders():
     draws = itertools.product((shuffle.lower_rows, shuffle.upper_rows), (0, 1), (0, 1))
     passes = {tuple(draw(seed, 50, 50, epoch)) for draw, seed, epoch in draws}
     assert len(passes) == 8 and tuple(range(50)) not in passes

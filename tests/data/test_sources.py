@@ -19,15 +19,15 @@ def open_source(name, *, seed=0, num_rows=0, bad_fraction=0.25, **options):
     return sources.open_source(name, seed=seed, num_rows=num_rows, bad_fraction=bad_fraction, **options)
 
 
-def test_file_as_it_is(file):
-    found, report = open_source(file)
-    assert [row.question for row in found] == [f"q{n}" for n in range(50)]
+def test_full_file(file):
+    rows, report = open_source(file)
+    assert [row.question for row in rows] == [f"q{n}" for n in range(50)]
     assert report.num_rows == 50 and report.num_kept is None and report.rejected == {"bad JSON": (1, 51)}
 
 
 def test_random_subset_in_stored_order(file):
-    found, report = open_source(file, num_rows=10)
-    lines = [row.line for row in found]
+    rows, report = open_source(file, num_rows=10)
+    lines = [row.line for row in rows]
     assert len(lines) == 10 and lines == sorted(set(lines)) and lines != list(range(1, 11))
     assert (report.num_rows, report.num_kept) == (50, 10)
     assert report.summary()[0] == f"{file}: 50 rows (50 question/response); a random 10 kept"
@@ -36,9 +36,9 @@ def test_random_subset_in_stored_order(file):
 
 
 @pytest.mark.parametrize("num_rows", [50, 51, 10**9])
-def test_everything_where_there_is_no_more(file, num_rows):
-    found, report = open_source(file, num_rows=num_rows)
-    assert len(found) == 50 and report.num_kept is None
+def test_subset_of_all_rows(file, num_rows):
+    rows, report = open_source(file, num_rows=num_rows)
+    assert len(rows) == 50 and report.num_kept is None
 
 
 @pytest.mark.parametrize(
@@ -46,18 +46,18 @@ def test_everything_where_there_is_no_more(file, num_rows):
     [("synthetic:upper", 0), ("synthetic:lower", 10), ("synthetic:domains", 16), ("synthetic:tokens", 10)],
 )
 def test_synthetic(name, bad):
-    found, report = open_source(name, num_rows=40)
-    assert len(found) == 40 and report.path == name and not report.rejections
-    assert sum(row.fields["bad"] for row in found) == bad  # 0.25 · 40; of domains 0, 1, 2, 3, 4 and 6 among 7, 7, 7, 7, 6 and 6
-    assert [row.id for row in found] == [row.id for row in open_source(name, num_rows=40)[0]]
+    rows, report = open_source(name, num_rows=40)
+    assert len(rows) == 40 and report.path == name and not report.rejections
+    assert sum(row.fields["bad"] for row in rows) == bad  # 0.25 · 40; of domains 0, 1, 2, 3, 4 and 6 among 7, 7, 7, 7, 6 and 6
+    assert [row.id for row in rows] == [row.id for row in open_source(name, num_rows=40)[0]]
 
 
 @pytest.mark.parametrize(("name", "bad"), [("synthetic:upper", 0), ("synthetic:lower", 10)])
 def test_synthetic_pairs(name, bad):
-    found, report = open_source(name, num_rows=40, preference=True)
-    assert len(found) == 40 and report.schemas == {"prompt/chosen/rejected": 40} and not report.rejections
-    assert sum(row.fields["bad"] for row in found) == bad  # 0.25 · 40
-    for row in found:
+    rows, report = open_source(name, num_rows=40, preference=True)
+    assert len(rows) == 40 and report.schemas == {"prompt/chosen/rejected": 40} and not report.rejections
+    assert sum(row.fields["bad"] for row in rows) == bad  # 0.25 · 40
+    for row in rows:
         assert (row.rejected if row.fields["bad"] else row.response) == row.fields["truth"]
 
 
@@ -69,8 +69,8 @@ def test_recipe(monkeypatch):
         return [{"question": "q", "response": "r", "system": "", "source": "slimorca", "unsafe": False}]
 
     monkeypatch.setattr(recipes, "build", build)
-    found, report = open_source("recipe:blueorca", num_rows=1, seed=7)
-    assert calls == [("blueorca", 1, 7)] and found[0].source == "slimorca" and report.path == "recipe:blueorca"
+    rows, report = open_source("recipe:blueorca", num_rows=1, seed=7)
+    assert calls == [("blueorca", 1, 7)] and rows[0].source == "slimorca" and report.path == "recipe:blueorca"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_recipe(monkeypatch):
         ("nowhere/a.jsonl", {}, "no such file"),
     ],
 )
-def test_refusals(name, options, message, monkeypatch):
+def test_rejects(name, options, message, monkeypatch):
     if options.get("preference"):
         monkeypatch.setattr(recipes, "build", lambda *_, **__: [{"question": "q", "response": "r"}])
     with pytest.raises(DataError, match=message):
@@ -100,12 +100,12 @@ def test_split(count, num_eval):
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(count))
     for indices in (train, held_out):
         np.testing.assert_array_equal(indices, np.sort(indices))
-    for ours, again in zip((train, held_out), sources.split(range(count), num_eval, seed=5), strict=True):
-        np.testing.assert_array_equal(ours, again)
+    for indices, again in zip((train, held_out), sources.split(range(count), num_eval, seed=5), strict=True):
+        np.testing.assert_array_equal(indices, again)
 
 
 def test_split_is_spread_over_the_rows():
-    """Every row is held out in 20 of 100 cases on average: binomial, sd 4; five sd's for 50 rows."""
+    """Each row is held out in 20 of 100 splits on average (binomial, sd 4); the bounds are five sd for 50 rows."""
     counts = np.zeros(50)
     for seed in range(100):
         counts[sources.split(range(50), 10, seed)[1]] += 1
@@ -113,13 +113,13 @@ def test_split_is_spread_over_the_rows():
 
 
 @pytest.mark.parametrize(("count", "num_eval"), [(10, 10), (10, 11), (10, -1), (0, 0)])
-def test_split_leaves_something_to_train_on(count, num_eval):
+def test_split_needs_a_training_row(count, num_eval):
     with pytest.raises(DataError, match=f"cannot hold out {num_eval} of {count} rows"):
         sources.split(range(count), num_eval, seed=0)
 
 
 def test_hub_rows_are_drawn_before_they_are_read(monkeypatch):
-    """Of a data set of a million rows only the drawn ones are touched, in stored order, spread over all of it."""
+    """Of a million rows only the drawn ones are read, in stored order, from the full range."""
 
     class Million:
         touched = []
@@ -127,13 +127,13 @@ def test_hub_rows_are_drawn_before_they_are_read(monkeypatch):
         def __len__(self):
             return 1_000_000
 
-        def __getitem__(self, place):
-            self.touched.append(place)
-            return {"question": f"q{place}", "response": "r"}
+        def __getitem__(self, i):
+            self.touched.append(i)
+            return {"question": f"q{i}", "response": "r"}
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Million())
     kept, report = sources.open_source("some/hub", seed=0, num_rows=100, bad_fraction=0.0)
-    assert [row.question for row in kept] == [f"q{place}" for place in Million.touched]
+    assert [row.question for row in kept] == [f"q{i}" for i in Million.touched]
     assert len(set(Million.touched)) == 100 and Million.touched == sorted(Million.touched)
-    assert [row.line for row in kept] == [place + 1 for place in Million.touched]
+    assert [row.line for row in kept] == [i + 1 for i in Million.touched]
     assert max(Million.touched) > 900_000 and report.num_rows == 100

@@ -18,7 +18,7 @@ CHAT = (
 
 
 def make_tokenizer(bos: bool = False, chat: str | None = None, **special):
-    """A byte-level BPE; `bos`: one that puts a BOS first by itself."""
+    """A byte-level BPE tokenizer; with `bos`, it adds a BOS by itself."""
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -109,14 +109,14 @@ def test_resolve(template, tokenizer, resolved):
     assert templates.resolve(template, tokenizer) == resolved
 
 
-def test_chat_prompts_are_the_tokens_that_transformers_makes():
+def test_chat_prompts_match_transformers():
     values = [QA, SYSTEM, TURNS]
     for example, row in zip(templates.encode(parse(*values), CHATTING, template=None), parse(*values), strict=True):
         turns = ([("system", row.system)] if row.system else []) + list(row.messages)
         messages = [{"role": role, "content": content} for role, content in turns]
         expected = CHATTING.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert example.prompt.tolist() == expected
-        assert example.prompt.tolist().count(CHATTING.bos_token_id) == 1  # the template's BOS is not doubled
+        assert example.prompt.tolist().count(CHATTING.bos_token_id) == 1  # the template's BOS is not added twice
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_chat_prompts_are_the_tokens_that_transformers_makes():
         (WITH_BOS, "human", True),
         (WITH_BOS, "alpaca", True),
         (WITH_BOS, "none", False),
-        (make_tokenizer(bos_token=BOS), "human", False),  # has a BOS but never puts it
+        (make_tokenizer(bos_token=BOS), "human", False),  # has a BOS but does not add it
     ],
 )
-def test_bos_comes_first_where_the_tokenizer_puts_one(tokenizer, template, bos):
+def test_bos_is_added_if_the_tokenizer_adds_one(tokenizer, template, bos):
     (row,) = parse(QA)
     (example,) = templates.encode([row], tokenizer, template=template)
     text = templates.render(row, tokenizer, template)
@@ -146,19 +146,19 @@ def test_none_is_verbatim(eos):
     assert example.prompt.dtype == example.response.dtype == np.int32 and example.rejected is None
 
 
-def test_eos_is_there_to_be_learned_where_it_is_the_pad():
+def test_eos_is_kept_if_it_is_the_pad_token():
     assert PLAIN.pad_token_id == PLAIN.eos_token_id == 0
     (example,) = templates.encode(parse(QA), PLAIN, template="human")
     assert example.response[-1] == 0 and PLAIN.decode(example.response) == "the answer" + EOS
 
 
-def test_space_that_ends_the_prompt_takes_nothing_of_the_response():
-    """As one text the space merges into " the": the trap that tokenizing apart avoids."""
+def test_final_space_of_the_prompt_is_not_merged_into_the_response():
+    """In one text the space merges into " the"; tokenizing separately avoids this."""
     (row,) = parse(QA)
     (example,) = templates.encode([row], PLAIN, template="human", eos=False)
     prompt = templates.render(row, PLAIN, "human")
-    together = PLAIN(prompt + row.response)["input_ids"]
-    assert PLAIN.decode(together[len(example.prompt) :]) != row.response  # the trap is real with this tokenizer
+    joint = PLAIN(prompt + row.response)["input_ids"]
+    assert PLAIN.decode(joint[len(example.prompt) :]) != row.response  # this tokenizer does merge them
     assert PLAIN.decode(example.prompt) == prompt and PLAIN.decode(example.response) == row.response
 
 
@@ -169,15 +169,15 @@ def test_pairs_and_questions():
     assert len(question.response) == 0 and PLAIN.decode(question.prompt) == "hello"
 
 
-def test_batches_give_what_single_rows_give(monkeypatch):
+def test_batches_match_single_rows(monkeypatch):
     monkeypatch.setattr(templates, "CHUNK", 4)
     values = [{"prompt": f"hello {i} " * (i + 1), "chosen": "fine " * i + "é", "rejected": f"{i}"} for i in range(11)]
-    found = parse(*values, preference=True)
-    together = templates.encode(found, CHATTING, template=None)
-    for row, example in zip(found, together, strict=True):
-        (alone,) = templates.encode([row], CHATTING, template=None)
+    parsed = parse(*values, preference=True)
+    batched = templates.encode(parsed, CHATTING, template=None)
+    for row, example in zip(parsed, batched, strict=True):
+        (single,) = templates.encode([row], CHATTING, template=None)
         for name in ("prompt", "response", "rejected"):
-            np.testing.assert_array_equal(getattr(example, name), getattr(alone, name))
+            np.testing.assert_array_equal(getattr(example, name), getattr(single, name))
     assert templates.encode([], CHATTING, template=None) == []
 
 
@@ -195,17 +195,17 @@ def test_refusals(options, tokenizer, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_eos_is_needed_where_none_is_asked_for():
+def test_eos_is_only_needed_if_requested():
     (example,) = templates.encode(parse(QA), make_tokenizer(eos_token=None), template="none", eos=False)
     assert PLAIN.decode(example.response) == "the answer"
 
 
-def test_chat_template_that_writes_half_a_surrogate_pair():
+def test_chat_template_with_half_a_surrogate_pair():
     with pytest.raises(ValueError, match=r"refuses the row of line \d+ \(id [0-9a-f]{16}\): 'utf-8' codec can't encode"):
         templates.encode(parse(QA), make_tokenizer(chat="\ud83d"), template="chat")
 
 
-def test_chat_template_that_refuses_a_row():
+def test_chat_template_rejects_a_row():
     strict = make_tokenizer(chat="{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
     with pytest.raises(ValueError, match=r"refuses the row of line 2 \(id [0-9a-f]{16}\): no system$"):
         templates.encode(parse(QA, SYSTEM), strict, template="chat")
@@ -243,12 +243,12 @@ def test_fit(lengths, response, note):
 
 
 def test_fit_keeps_order_and_counts():
-    found = parse(*({**QA, "question": str(i)} for i in range(5)))
+    parsed = parse(*({**QA, "question": str(i)} for i in range(5)))
     examples = [example(2, 2), example(20, 2), example(2, 20), example(2, 3), example(10, 1)]
-    kept, fitted, counts = templates.fit(examples, found, 10)
+    kept, fitted, counts = templates.fit(examples, parsed, 10)
     assert kept == [0, 2, 3]
     assert [len(e.response) for e in fitted] == [2, 8, 3]
-    np.testing.assert_array_equal(fitted[1].response, np.arange(8))  # cut at the end, EOS included
+    np.testing.assert_array_equal(fitted[1].response, np.arange(8))  # truncated, without EOS
     assert counts == {"question over 10 tokens": (2, 2), "response cut to 10 tokens": (1, 3)}
 
 
@@ -256,7 +256,7 @@ def test_fit_keeps_order_and_counts():
 
 
 def test_load_tokenizer_round_trip_without_noise(tmp_path):
-    """In a process of its own: the advice on PyTorch is given once, at the first import."""
+    """In a separate process, since transformers logs the advice on PyTorch only on its first import."""
     CHATTING.save_pretrained(tmp_path)
     program = f"""if True:
         from bilevel_jax.data import rows, templates
@@ -279,21 +279,21 @@ def test_load_tokenizer_fails_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_places_of_tokens():
-    """What stands at a token's place is its text, but for the space before it; an EOS is an empty place at the end."""
-    found = parse(QA, {**QA, "response": "fine, the world is fine", "question": "a"})
-    examples = templates.encode(found, PLAIN, template="human")
-    _, examples, _ = templates.fit(examples, found, 2 + max(len(one.prompt) for one in examples))  # both are cut
-    whole = templates.encode(found, PLAIN, template="human")
-    for row, example, places in zip(found, whole, templates.response_offsets(found, whole, PLAIN), strict=True):
-        assert len(places) == len(example.response) and list(places[-1]) == [len(row.response)] * 2
+def test_response_offsets():
+    """The characters at a token's offsets are its text, up to a leading space; EOS has an empty span at the end."""
+    parsed = parse(QA, {**QA, "response": "fine, the world is fine", "question": "a"})
+    examples = templates.encode(parsed, PLAIN, template="human")
+    _, examples, _ = templates.fit(examples, parsed, 2 + max(len(one.prompt) for one in examples))  # both are truncated
+    full = templates.encode(parsed, PLAIN, template="human")
+    for row, example, offsets in zip(parsed, full, templates.response_offsets(parsed, full, PLAIN), strict=True):
+        assert len(offsets) == len(example.response) and list(offsets[-1]) == [len(row.response)] * 2
         texts = [PLAIN.decode([token]).strip() for token in example.response[:-1]]
-        assert [row.response[start:stop].strip() for start, stop in places[:-1]] == texts
-    for example, places in zip(examples, templates.response_offsets(found, examples, PLAIN), strict=True):
-        assert len(places) == len(example.response)
+        assert [row.response[start:stop].strip() for start, stop in offsets[:-1]] == texts
+    for example, offsets in zip(examples, templates.response_offsets(parsed, examples, PLAIN), strict=True):
+        assert len(offsets) == len(example.response)
 
 
-def test_places_need_a_tokenizer_that_knows():
+def test_response_offsets_need_a_fast_tokenizer():
     class Slow:
         is_fast, name_or_path = False, "old"
 
