@@ -94,7 +94,7 @@ Summed over all responses, the importance-weighted gradient of (8), Σ π_old r 
 (one response's: {found["typical"]:.2f}). It is 0 for every policy: a model's own samples, weighted to be on-policy, teach it
 nothing in expectation. What self-refining changes comes from clipping ({found["clipped"]:.2f} at clip 1), from weights other
 than r, from no longer training on the response that was masked, and from a sampling temperature other than 1, at which π_old is
-not what was sampled from. In [online.md](online.md) (temperature 0.8) r does nothing measurable."""
+not what was sampled from. In Tables 1 and 3 (temperature 0.8) r has no measurable effect."""
 
 
 def draw(figure, found: dict) -> None:
