@@ -1,6 +1,6 @@
-"""Our model behind lm-eval's interface, with the conventions of its `hf` backend: the same items get the same numbers.
+"""The model behind lm-eval's interface, with the conventions of its `hf` backend, so that scores agree.
 
-Needs the package lm-eval (`pip install 'bilevel_jax[eval]'`), but no PyTorch.
+Needs lm-eval (`pip install 'bilevel_jax[eval]'`), but no PyTorch.
 """
 
 import jinja2
@@ -13,7 +13,7 @@ from bilevel_jax import sampling, scoring, sharding
 from bilevel_jax.data import packing
 from bilevel_jax.models import attention
 
-MAX_GEN_TOKS = 256  # where a task does not say; also lm-eval's
+MAX_GEN_TOKS = 256  # default of a task, as in lm-eval
 OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
@@ -21,28 +21,28 @@ def read_options(options: dict) -> sampling.Settings:
     """A task's `generation_kwargs` as settings.
 
     Raises:
-      ValueError: an option that would be lost, or one out of range.
+      ValueError: an option is not supported or out of range.
     """
-    found = normalize_gen_kwargs(options, MAX_GEN_TOKS)  # unites the names of the longest length
-    unknown = sorted(found.keys() - set(OPTIONS))
+    options = normalize_gen_kwargs(options, MAX_GEN_TOKS)  # one name for the maximum length
+    unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
-        raise ValueError(f"generation option {unknown[0]!r} is not supported; known are {', '.join(OPTIONS)}")
-    temperature = float(found.get("temperature", 0)) if found["do_sample"] else 0.0
-    if found["do_sample"] and not temperature:
+        raise ValueError(f"generation option {unknown[0]!r} is not supported; supported are {', '.join(OPTIONS)}")
+    temperature = float(options.get("temperature", 0)) if options["do_sample"] else 0.0
+    if options["do_sample"] and not temperature:
         raise ValueError("generation option do_sample=True needs a temperature above 0")
-    stop = tuple(end for end in found["until"] if end)
-    return sampling.Settings(temperature, found.get("top_k", 0), found.get("top_p", 1.0), found["max_gen_toks"], stop)
+    stop = tuple(end for end in options["until"] if end)
+    return sampling.Settings(temperature, options.get("top_k", 0), options.get("top_p", 1.0), options["max_gen_toks"], stop)
 
 
 class JaxLM(TemplateLM):
-    """A model of ours with or without an adapter. How text becomes requests of tokens is lm-eval's own code.
+    """A model with or without an adapter. lm-eval's own code turns texts into token requests.
 
     Args:
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
       tokenizer: of Hugging Face; has an EOS.
       eos: ids that end a generated text.
-      batch_size: packed sequences scored, or texts generated, side by side.
-      max_length: the most tokens that the model is given; its own number of positions by default.
+      batch_size: number of packed sequences scored, or of texts generated, in parallel.
+      max_length: maximum number of tokens of the input; by default the model's number of positions.
     """
 
     def __init__(self, model, base, adapter, tokenizer, eos, *, batch_size: int = 8, max_length: int | None = None):
@@ -52,7 +52,7 @@ class JaxLM(TemplateLM):
         self.model, self.base, self.adapter, self.tokenizer, self.eos = model, base, adapter, tokenizer, tuple(eos)
         self.batch_size, self.max_length = batch_size, max_length or model.max_positions
         self.mesh = sharding.make_mesh(1)
-        # A request is up to one token longer than the model's input: what follows its last token is not asked for.
+        # A request is up to one token longer than the input: the last token is only predicted.
         self._score = scoring.make_scorer(model, batch_size, self.max_length + 1, self.mesh, greedy=True)
         self._prefix = tokenizer.decode(self.prefix_token_id)
 
@@ -62,7 +62,7 @@ class JaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -86,45 +86,45 @@ class JaxLM(TemplateLM):
             return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what greedy decoding gives.
+        """Log-likelihood of each continuation, and whether greedy decoding generates it.
 
         Args:
-          requests: (texts or None, context ids, continuation ids). Context that does not fit is cut at its beginning.
+          requests: (texts or None, context ids, continuation ids). A context that does not fit loses its beginning.
         """
-        places: dict[tuple, int] = {}  # equal requests are scored once
-        of_request = []
+        segment_index: dict[tuple, int] = {}  # equal requests are scored once
+        indices = []
         for texts, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
-                asked = f"{len(continuation)} tokens after {len(context)}"
-                raise ValueError(f"a request of {asked} cannot be scored within {self.max_length} positions: {texts!r:.200}")
+                size = f"{len(continuation)} tokens after {len(context)}"
+                raise ValueError(f"a request of {size} cannot be scored within {self.max_length} positions: {texts!r:.200}")
             room = self.max_length + 1 - len(continuation)
             key = tuple(context[-room:]), tuple(continuation)
-            of_request.append(places.setdefault(key, len(places)))
-        segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in places]
+            indices.append(segment_index.setdefault(key, len(segment_index)))
+        segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in segment_index]
         nll, _, greedy = self._score(self.base, self.adapter, segments, "scoring")
         _check_numbers(nll)
-        return [(-float(nll[place]), bool(greedy[place])) for place in of_request]
+        return [(-float(nll[i]), bool(greedy[i])) for i in indices]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        windows, owners = [], []
-        for owner, request in enumerate(requests):
+        windows, request_indices = [], []
+        for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *utils.make_disjoint_window(window)))
-                owners.append(owner)
+                request_indices.append(index)
         totals = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows)):
-            totals[owner] += log_likelihood
+        for index, (log_likelihood, _) in zip(request_indices, self._loglikelihood_tokens(windows)):
+            totals[index] += log_likelihood
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         groups: dict[sampling.Settings, list[int]] = {}
-        for place, request in enumerate(requests):
-            groups.setdefault(read_options(request.args[1]), []).append(place)
+        for index, request in enumerate(requests):
+            groups.setdefault(read_options(request.args[1]), []).append(index)
         texts = [""] * len(requests)
-        for settings, places in groups.items():
-            for place, text in zip(places, self._generate([requests[place].args[0] for place in places], settings)):
-                texts[place] = text
+        for settings, indices in groups.items():
+            for index, text in zip(indices, self._generate([requests[i].args[0] for i in indices], settings)):
+                texts[index] = text
         return texts
 
     def _generate(self, contexts: list[str], settings: sampling.Settings) -> list[str]:
@@ -132,7 +132,7 @@ class JaxLM(TemplateLM):
         if room < 1:
             raise ValueError(f"max_gen_toks={settings.max_new_tokens} leaves no room for a prompt in {self.max_length} positions")
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        # The text of a special token is not in what is generated: its id is.
+        # Generated texts skip special tokens, so a stop string that is a special token becomes an end id.
         special = [self.tokenizer.convert_tokens_to_ids(end) for end in settings.stop if end in self.tokenizer.all_special_tokens]
         sample = sampling.make_sampler(
             self.model,

@@ -1,21 +1,11 @@
-"""What a finished run leaves to others, as files that Hugging Face's libraries read.
+"""Exports the selected rows or the merged model of a finished run, for Hugging Face libraries.
 
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --refined --format=auto|chat|text|original]
+    python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
-`--selected` writes the `keep` share of the training rows that weighs most, in stored order, as JSONL or Parquet: their own fields,
-`weight`, `rank`, and the `prompt` and `completion` that TRL's SFTTrainer learns from (`exporting` says how). With `--refined`,
-masked rows have the model's latest own response instead of that of the data, and say so. Masked rows are those that weighed least
-when they were masked, so `--keep=1` is what goes with it. FILE.card.md beside it tells what it is.
-
-Rows are matched to weights by content, so data that changed since the run is refused.
-
-    python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
-
-ranks other rows, which the run never saw, by what it learned of those that it did (`selection.parameterization=features`; with
-`selection.unit=domain`, of their sources), and writes them in the same way; their mean weight is 1.
-
-`--merged` writes a model directory (safetensors, config, tokenizer, README.md) that needs no PEFT.
+`--selected` writes the heaviest rows and a card, FILE.card.md. `--score-new` ranks rows that the run never saw, and needs
+`selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one model directory.
 """
 
 import pathlib
@@ -29,10 +19,10 @@ from bilevel_jax.export import selected_rows
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True, flag_values=FLAGS)
-SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file to write the kept rows to.", flag_values=FLAGS)
+SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file for the kept rows.", flag_values=FLAGS)
 KEEP = flags.DEFINE_float("keep", 0.8, "Share of the rows to keep, heaviest first.", flag_values=FLAGS)
-SCORE_NEW = flags.DEFINE_string("score-new", None, "Rows to rank and select from instead of those trained on.", flag_values=FLAGS)
-REFINED = flags.DEFINE_bool("refined", False, "Masked rows have the model's latest own response.", flag_values=FLAGS)
+SCORE_NEW = flags.DEFINE_string("score-new", None, "New rows to rank and select, instead of the training rows.", flag_values=FLAGS)
+REFINED = flags.DEFINE_bool("refined", False, "Use the latest generated responses of masked rows.", flag_values=FLAGS)
 FORMAT = flags.DEFINE_enum(
     "format",
     "auto",
@@ -40,108 +30,109 @@ FORMAT = flags.DEFINE_enum(
     "; ".join(f"{k}: {v}" for k, v in selected_rows.FORMATS.items()),
     flag_values=FLAGS,
 )
-MERGED = flags.DEFINE_string("merged", None, "Directory to write base and adapter to, as one model.", flag_values=FLAGS)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the merged weights.", flag_values=FLAGS)
+MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
 
 
 def check_flags() -> None:
-    """Refuses what has no meaning, before any work."""
+    """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    for owner, names in ((SELECTED, ("keep", "score-new", "refined", "format")), (MERGED, ("dtype",))):
-        idle = [name for name in names if FLAGS[name].present]
-        if idle and not owner.value:
-            raise ValueError(f"--{idle[0]} goes with --{owner.name}")
+    for required, names in ((SELECTED, ("keep", "score-new", "refined", "format")), (MERGED, ("dtype",))):
+        given = [name for name in names if FLAGS[name].present]
+        if given and not required.value:
+            raise ValueError(f"--{given[0]} goes with --{required.name}")
     if SCORE_NEW.value and REFINED.value:
-        raise ValueError("--refined has no responses to rows that the run never saw; leave it or --score-new out")
+        raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score-new")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
 
-def logits_of_sources(workdir: pathlib.Path, file: str, found) -> list[float]:
-    """The logit of each row's source, as the run's rows of that source have it."""
+def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
+    """The logit of each row's source in the run."""
     from bilevel_jax.runtime import weight_table
 
     table = weight_table.latest(workdir)
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
-    for row in found:
+    for row in rows:
         if row.source not in logits:
-            known = ", ".join(map(repr, logits))
-            raise ValueError(f"--score-new: {file}:{row.line}: source {row.source!r} is none of those of {workdir}: {known}")
-    return [logits[row.source] for row in found]
+            sources = ", ".join(map(repr, logits))
+            raise ValueError(f"--score-new: {file}:{row.line}: source {row.source!r} is none of those of {workdir}: {sources}")
+    return [logits[row.source] for row in rows]
 
 
 def rank_new(workdir: pathlib.Path, config, file: str):
-    """The rows of a file that fit the model, and a table of their weights as `weights.table` makes it."""
+    """Ranks the rows of a file. Returns the rows that fit the model, and their `weight_table.table`."""
     import numpy as np
 
     from bilevel_jax import features, sharding
-    from bilevel_jax.data import levels, rows, templates
+    from bilevel_jax.data import levels, templates
+    from bilevel_jax.data import rows as data_rows
     from bilevel_jax.models import huggingface
     from bilevel_jax.runtime import weight_table
 
     by_domain = config.selection.get("unit", "sample") == "domain"
     if not by_domain and config.selection.get("parameterization", "table") != "features":
         raise ValueError(
-            f"--score-new: {workdir} has a logit for each row trained on, and none for others; "
-            "run with --config.selection.parameterization=features"
+            f"--score-new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
-    found, report = rows.read_rows(file)
-    found, examples = levels.usable(config, file, found, report, tokenizer)
-    nothing = np.zeros(len(found))
+    rows, report = data_rows.read_rows(file)
+    rows, examples = levels.usable(config, file, rows, report, tokenizer)
+    zeros = np.zeros(len(rows))
     if by_domain:
-        return found, weight_table.table(found, logits_of_sources(workdir, file, found), visits=nothing, masked=nothing)
+        return rows, weight_table.table(rows, logits_of_sources(workdir, file, rows), visits=zeros, masked=zeros)
     encoder, _ = features.read(workdir / features.FILE)
     phi = features.read_params(workdir / features.PARAMS_FILE)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
     mesh = sharding.make_mesh(1)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
-    return found, weight_table.table(found, features.encode(encoder, raw) @ phi, visits=nothing, masked=nothing)
+    return rows, weight_table.table(rows, features.encode(encoder, raw) @ phi, visits=zeros, masked=zeros)
 
 
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
+    """Writes the kept rows and their card, and prints what was written."""
     from bilevel_jax import files
     from bilevel_jax.data import levels, templates
     from bilevel_jax.export import cards
     from bilevel_jax.models import huggingface
     from bilevel_jax.runtime import weight_table
 
-    found, table = (None, weight_table.latest(workdir)) if not SCORE_NEW.value else rank_new(workdir, config, SCORE_NEW.value)
+    rows, table = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else (None, weight_table.latest(workdir))
     if table is None:
         raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
-    recorded = workdir / "responses.jsonl"
-    if REFINED.value and not recorded.exists():
-        raise FileNotFoundError(f"{recorded} is missing: method={config.method} generates nothing, so --refined has no responses")
-    found = found or levels.reopen(config)
-    kept = selected_rows.select(found, table, KEEP.value)
-    told = [{} for _ in kept]
+    responses = workdir / "responses.jsonl"
+    if REFINED.value and not responses.exists():
+        raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
+    rows = rows or levels.reopen(config)
+    kept = selected_rows.select(rows, table, KEEP.value)
+    refined_columns = [{} for _ in kept]
     if REFINED.value:
-        kept, told = zip(*selected_rows.refine(kept, selected_rows.latest_responses(recorded)))
-    chosen = [one.row for one in kept]
+        kept, refined_columns = zip(*selected_rows.refine(kept, selected_rows.latest_responses(responses)))
+    kept_rows = [one.row for one in kept]
 
     form, tokenizer, template = FORMAT.value, None, None
     if form in ("auto", "text"):
         tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
         template = templates.resolve(config.data.template, tokenizer)
-    form = selected_rows.resolve_format(form, chosen, template)
+    form = selected_rows.resolve_format(form, kept_rows, template)
     columns = [
         {"weight": one.weight, "rank": one.rank, **more, **selected_rows.prompt_columns(one.row, form, tokenizer, template)}
-        for one, more in zip(kept, told)
+        for one, more in zip(kept, refined_columns)
     ]
-    records, renamed = selected_rows.join(chosen, columns, selected_rows.misread(form, chosen))
+    records, renamed = selected_rows.join(kept_rows, columns, selected_rows.misread(form, kept_rows))
     late = selected_rows.write(out, records)
-    facts = cards.Provenance(workdir, config, command)
-    card = out.with_suffix(".card.md")
-    files.write_atomically(card, cards.data_card(facts, out, table, found, kept, told, form, renamed, bool(SCORE_NEW.value)))
+    provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
+    text = cards.data_card(provenance, out, table, rows, kept, refined_columns, form, renamed, bool(SCORE_NEW.value))
+    files.write_atomically(card, text)
 
     print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
     if REFINED.value:
-        masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in told)
-        hint = "" if masked or KEEP.value == 1 else "; the masked rows weigh least: --keep=1 keeps them"
+        masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
+        hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
     for name in renamed:
         print(f"  field '{name}' is kept as 'original_{name}'")
@@ -151,14 +142,15 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
 
 
 def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
+    """Writes base and adapter as one model with its card, and prints what was written."""
     from bilevel_jax.export import cards, merged_model
     from bilevel_jax.models import huggingface
 
     base = huggingface.locate(config.model.path)
     on_hub = not pathlib.Path(config.model.path).is_dir() and base != huggingface.PACKAGE.parent / config.model.path
     card = cards.model_card(cards.Provenance(workdir, config, command), DTYPE.value, config.model.path if on_hub else None)
-    number = merged_model.write_merged_model(base, workdir / "adapter", out, dtype=DTYPE.value, texts={"README.md": card})
-    print(f"{out}: {config.model.path} with its adapter, {number / 1e6:.1f}M parameters in {DTYPE.value}")
+    num_params = merged_model.write_merged_model(base, workdir / "adapter", out, dtype=DTYPE.value, texts={"README.md": card})
+    print(f"{out}: {config.model.path} with its adapter, {num_params / 1e6:.1f}M parameters in {DTYPE.value}")
 
 
 def main() -> None:

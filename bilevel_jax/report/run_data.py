@@ -66,7 +66,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         responses=_read_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
         rows=by_id,
         notice=notice,
-        tokens=weight_table.of_tokens(workdir),
+        tokens=weight_table.read_tokens(workdir),
     )
 
 

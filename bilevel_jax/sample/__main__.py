@@ -1,14 +1,10 @@
-"""Answers prompts: `python -m bilevel_jax.sample --model=DIR [--adapter=DIR] --prompts=FILE --out=FILE.jsonl`.
+"""Generates responses to the prompts of a file.
 
-Writes `{"id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"}` for every prompt and sample, in order.
-`tokens` are the generated ids without the EOS. `logprob` sums their log-probabilities (natural logarithm) under the model itself,
-temperature 1, with that of the EOS where one was generated: what `score` gives for them. `sampled_logprob` is the same under the
-distribution that was sampled, after temperature, top-k and top-p; 0 where greedy. `text` skips special tokens and ends before a
-stop string; `tokens` include those that complete it. `finish_reason` is `stop` (an EOS or a stop string) or `length`.
+    python -m bilevel_jax.sample --model=DIR [--adapter=DIR] --prompts=FILE --out=FILE.jsonl
 
-A prompt that cannot be used keeps its place, in one row of nulls with the `reason` and its `line`. The same command gives the same
-answers. A prompt's answers depend on its content, the seed and the sample's number, and not on the prompts around it, except that
-rounding differs with what is computed side by side: by about 1e-5 in a token's `logprob`.
+Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens` (without the EOS), `logprob` (under the model, as
+`score` computes it), `sampled_logprob` (after temperature, top-k and top-p; 0 if greedy) and `finish_reason` (`stop` or `length`).
+A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
 """
 
 import json
@@ -27,20 +23,34 @@ PROMPTS = flags.DEFINE_string(
     "prompts", None, "JSONL, JSON or Parquet file, or a hub data set; needs no responses.", required=True, flag_values=FLAGS
 )
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 always takes the most likely token.", flag_values=FLAGS)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the K most likely tokens; 0 for all.", flag_values=FLAGS)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.", flag_values=FLAGS)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the K most likely tokens; 0 for all.", flag_values=FLAGS)
 TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "Sample among the fewest most likely tokens whose probability reaches P.", flag_values=FLAGS
+    "top_p", 1.0, "Sample from the smallest set of most likely tokens with total probability of at least P.", flag_values=FLAGS
 )
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest response, its EOS included.", flag_values=FLAGS)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Maximum length of a response, including the EOS.", flag_values=FLAGS)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Responses per prompt.", lower_bound=1, flag_values=FLAGS)
-SEED = flags.DEFINE_integer("seed", 0, "Of the randomness, together with a prompt's content.", flag_values=FLAGS)
-STOP = flags.DEFINE_multi_string("stop", [], "Text before which a response ends; may be given several times.", flag_values=FLAGS)
-TEMPLATE = flags.DEFINE_enum("template", "auto", templates.TEMPLATES, "How a prompt is put to the model.", flag_values=FLAGS)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.", flag_values=FLAGS)
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 16, "Responses generated side by side; memory grows with it.", lower_bound=1, flag_values=FLAGS
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed; the random key of a response also depends on the content of the prompt.", flag_values=FLAGS
 )
+STOP = flags.DEFINE_multi_string("stop", [], "Stop string: the response ends before it. May be repeated.", flag_values=FLAGS)
+TEMPLATE = flags.DEFINE_enum("template", "auto", templates.TEMPLATES, "Prompt template.", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=FLAGS)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Responses generated in parallel; memory grows with it.", lower_bound=1, flag_values=FLAGS
+)
+
+
+def check_out(out: pathlib.Path) -> None:
+    """Raises an OSError, before any work, if `out` cannot be written."""
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no directory {out.parent}")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise PermissionError(f"--out: no file can be written to {out.parent} ({error.strerror})") from error
+    if out.exists() and not out.is_file():
+        raise FileExistsError(f"--out={out} is not a file")
 
 
 def main() -> None:
@@ -56,16 +66,9 @@ def main() -> None:
     except ValueError as error:  # of the form `top_p=2.0 must be ...`
         raise ValueError(f"--{error}") from error
     out = pathlib.Path(OUT.value)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()  # better now than after the work
-    except OSError as error:
-        raise PermissionError(f"--out: no file can be written to {out.parent} ({error.strerror})") from error
-    if out.exists() and not out.is_file():
-        raise FileExistsError(f"--out={out} is not a file")
+    check_out(out)
     items = list(rows.iter_rows(PROMPTS.value, questions_only=True))
-    rows.collect(items, PROMPTS.value)  # refuses a file without a single usable row
+    rows.collect(items, PROMPTS.value)  # raises if no row is usable
 
     directory = huggingface.locate(MODEL.value)
     tokenizer = templates.load_tokenizer(str(directory))
@@ -81,10 +84,10 @@ def main() -> None:
     results = sampler.sample_prompts(prompts, model, base, adapter, tokenizer, settings, eos=eos, **options)
     files.write_atomically(out, "".join(json.dumps(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]
-    stops = sum(result["finish_reason"] == "stop" for result in responses)
+    num_stops = sum(result["finish_reason"] == "stop" for result in responses)
     length = sum(len(result["tokens"]) for result in responses) / len(responses)
     used = f"{len(responses)} responses to {sum(prompt.reason is None for prompt in prompts)} of {len(prompts)} prompts"
-    print(f"{out}: {used}, {stops} stop, {len(responses) - stops} length, mean {length:.1f} tokens")
+    print(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
 
 
 if __name__ == "__main__":

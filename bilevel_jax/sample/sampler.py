@@ -1,4 +1,4 @@
-"""Answers to the prompts of a file of rows."""
+"""Generates responses to the prompts of rows."""
 
 import functools
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from bilevel_jax.models import attention
 
 
 class Prompt(NamedTuple):
-    """An input row as the model gets it, or why it does not."""
+    """An input row as tokens, or the reason why it cannot be used."""
 
-    id: str | None  # None like `tokens`
+    id: str | None  # None if the row could not be read
     line: int
-    tokens: np.ndarray | None  # [n] int32; None where the row could not be read
-    reason: str | None  # None where it can be used
+    tokens: np.ndarray | None  # [n] int32; None if the row could not be read
+    reason: str | None  # None if the prompt can be used
 
 
 def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
@@ -48,19 +48,19 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
 def sample_prompts(
     prompts, model, base, adapter, tokenizer, settings, *, eos, num_samples: int, seed: int, batch_size: int
 ) -> list[dict]:
-    """The rows to write: `num_samples` for every prompt that can be used, one for every other, in order.
+    """The output rows, in order: `num_samples` for each usable prompt, and one for each other prompt.
 
     Args:
-      prompts: from `encode_rows`; at least one can be used.
+      prompts: from `encode_rows`; at least one is usable.
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
       settings: `sampling.Settings`.
       eos: ids that end a response.
-      batch_size: responses generated side by side.
+      batch_size: responses generated in parallel.
 
     Raises:
-      ValueError: the model's probabilities are not numbers.
+      ValueError: the probabilities are not finite.
     """
-    # Cleaning up would drop spaces that the model did write.
+    # Cleaning up would drop generated spaces.
     detokenize = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     usable = [prompt for prompt in prompts if prompt.reason is None]
     longest = max(len(prompt.tokens) for prompt in usable)
@@ -74,7 +74,7 @@ def sample_prompts(
         detokenize=detokenize,
     )
     keys = sampling.row_keys(seed, [prompt.id for prompt in usable], 0, num_samples)
-    answers = iter(sample(base, adapter, [prompt.tokens for prompt in usable], keys))
+    responses = iter(sample(base, adapter, [prompt.tokens for prompt in usable], keys))
 
     results = []
     for prompt in prompts:
@@ -82,20 +82,22 @@ def sample_prompts(
             nulls = dict.fromkeys(("sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"))
             results.append({"id": prompt.id} | nulls | {"reason": prompt.reason, "line": prompt.line})
             continue
-        for number, response in enumerate(next(answers)):
+        for sample_index, response in enumerate(next(responses)):
             if not np.isfinite([response.log_probs, response.sampled_log_probs]).all():
                 cause = "are its weights damaged, or is the temperature too small?"
                 raise ValueError(f"line {prompt.line}: the model's probabilities are not numbers; {cause}")
-            text = detokenize(response.tokens.tolist())
-            ends = [text.find(end) for end in settings.stop if end in text]
-            result = {
-                "id": prompt.id,
-                "sample": number,
-                "text": text[: min(ends)] if ends else text,
-                "tokens": response.tokens.tolist(),
-                "logprob": float(response.log_probs.sum()),
-                "sampled_logprob": float(response.sampled_log_probs.sum()),
-                "finish_reason": response.finish_reason,
-            }
-            results.append(result)
+            results.append({"id": prompt.id, "sample": sample_index} | _output_fields(response, detokenize, settings.stop))
     return results
+
+
+def _output_fields(response, detokenize, stop) -> dict:
+    """The fields of a response in the output file. The text ends before the first stop string."""
+    text = detokenize(response.tokens.tolist())
+    ends = [text.find(end) for end in stop if end in text]
+    return {
+        "text": text[: min(ends)] if ends else text,
+        "tokens": response.tokens.tolist(),
+        "logprob": float(response.log_probs.sum()),
+        "sampled_logprob": float(response.sampled_log_probs.sum()),
+        "finish_reason": response.finish_reason,
+    }

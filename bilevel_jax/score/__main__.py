@@ -1,8 +1,9 @@
-"""Scores given responses: `python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl`.
+"""Scores the responses of a file of rows.
 
-Writes `{"id", "loss", "logprob", "num_tokens"}` for every input row, in order: the mean negative log-likelihood of the response's
-tokens, the sum of their log-probabilities (natural logarithm), and their number. A row that cannot be scored keeps its place, with
-nulls and the `reason`.
+    python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl
+
+Writes one line per input row, in order: `id`, `loss` (mean NLL of the response tokens, nats), `logprob` (their summed
+log-probability) and `num_tokens`. A row that cannot be scored has nulls and a `reason`.
 """
 
 import json
@@ -19,7 +20,7 @@ DATA = flags.DEFINE_string("data", None, "JSONL, JSON or Parquet file, or a hub 
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPLATE = flags.DEFINE_string("template", "auto", "auto, chat, human, alpaca or none.", flag_values=FLAGS)
 EOS = flags.DEFINE_bool("eos", True, "Score the EOS after the response.", flag_values=FLAGS)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=FLAGS)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward pass.", lower_bound=1, flag_values=FLAGS)
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
     items = list(rows.iter_rows(DATA.value))
-    rows.collect(items, DATA.value)  # refuses a file without a single usable row
+    rows.collect(items, DATA.value)  # raises if no row is usable
     directory = huggingface.locate(MODEL.value)
     tokenizer = templates.load_tokenizer(str(directory))
     model, base = huggingface.load_model(str(directory), DTYPE.value)

@@ -1,4 +1,4 @@
-"""Losses of the responses of a file of rows."""
+"""Scores the responses of rows."""
 
 from bilevel_jax import scoring, sharding
 from bilevel_jax.data import packing, rows, templates
@@ -12,7 +12,7 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
     """
     usable = [item for item in items if isinstance(item, rows.Row)]
-    segments, places, results = [], [], []
+    segments, scored, results = [], [], []
     encoded = iter(templates.encode(usable, tokenizer, template=template, eos=eos))
     for item in items:
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
@@ -27,12 +27,12 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
         elif segment.size - (not len(example.prompt)) < 1 or not len(example.response):
             result |= {"reason": "no token to score", "line": item.line}
         else:
-            places.append(result)
+            scored.append(result)
             segments.append(segment)
     if not segments:
         return results
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
-    for result, total, number in zip(places, nll, count):
+    for result, total, number in zip(scored, nll, count):
         result |= {"loss": total / max(number, 1), "logprob": -total, "num_tokens": int(number)}
     return results

@@ -17,7 +17,9 @@ def load(name: str, **metadata) -> dict[str, datasets.Dataset]:
     """The file as a validation split."""
     root = os.environ.get("BILEVEL_JAX_DATA")
     if not root:
-        raise rows.DataError(f"local_{name} needs BILEVEL_JAX_DATA, the environment variable that says where bench/{name}.jsonl is")
+        raise rows.DataError(
+            f"local_{name} needs BILEVEL_JAX_DATA, the environment variable for the directory of bench/{name}.jsonl"
+        )
     file = pathlib.Path(root) / "bench" / f"{name}.jsonl"
     docs = []
     try:
@@ -25,7 +27,7 @@ def load(name: str, **metadata) -> dict[str, datasets.Dataset]:
             for line in lines:
                 docs.append(json.loads(line))
     except OSError as error:
-        raise rows.DataError(f"{file} cannot be read ({error.strerror}); it comes from BILEVEL_JAX_DATA={root}") from error
+        raise rows.DataError(f"{file} cannot be read ({error.strerror}); it is derived from BILEVEL_JAX_DATA={root}") from error
     except ValueError as error:
         raise rows.DataError(f"{file}:{len(docs) + 1}: {error}") from error
     return {"validation": datasets.Dataset.from_list(docs)}
@@ -37,10 +39,10 @@ def boolq(dataset: datasets.Dataset) -> datasets.Dataset:
 
 
 def hellaswag(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The file joins `ctx_a` and `ctx_b`, the beginning of the sentence to go on; the official prompt capitalises the latter."""
+    """Splits `ctx` into `ctx_a` and `ctx_b`, the beginning of the sentence to complete, which the official prompt capitalises."""
 
     def split(doc: dict) -> dict:
-        found = LAST_WORDS.fullmatch(doc["ctx"])
-        return dict(zip(("ctx_a", "ctx_b"), found.groups() if found else (doc["ctx"], "")))
+        match = LAST_WORDS.fullmatch(doc["ctx"])
+        return dict(zip(("ctx_a", "ctx_b"), match.groups() if match else (doc["ctx"], "")))
 
     return official_hellaswag.process_docs(dataset.map(split))
