@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.runtime import checkpoint
-from experiments.reliability import kills
+from experiments.reliability import kills, page
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,8 +22,8 @@ def test_killed_twice(neox, tmp_path, monkeypatch):
     found = kills.interrupt(tmp_path, num_kills=2, num_faults=1, rng=np.random.default_rng(0))
     assert found["mismatches"] == []
     assert sum(found["kills"].values()) == 2 and found["tries"] == found["runs"] + 2
-    page = kills.page("command", {"runs": found})
-    assert "| runs killed | 2 |" in page and "| mismatches with the uninterrupted run | 0 |" in page
+    lines = page.lines("command", {"runs": found})
+    assert "| runs killed | 2 |" in lines and "| mismatches with the uninterrupted run | 0 |" in lines
 
 
 @pytest.mark.parametrize("kind", kills.KINDS)
@@ -31,9 +31,9 @@ def test_only_the_newest_of_two_whole_checkpoints_is_damaged(kind, tmp_path):
     for step in ("4", "12"):
         (tmp_path / step / "state").mkdir(parents=True)
         (tmp_path / step / "state" / "d").write_bytes(b"12345678")
-        checkpoint.sign(tmp_path / step)
+        checkpoint.write_manifest(tmp_path / step)
     rng = np.random.default_rng(0)
-    assert kills.spoil(tmp_path, kind, rng) == "told"
+    assert kills.spoil(tmp_path, kind, rng) == "detected"
     assert checkpoint.damage(tmp_path / "12") and not checkpoint.damage(tmp_path / "4")
     assert kills.spoil(tmp_path, kind, rng) is None  # the older one is what is left
     assert not checkpoint.damage(tmp_path / "4")
