@@ -1,57 +1,56 @@
-"""Chat completions over HTTP: asks until there is a reply, and shows the key to the endpoint alone.
+"""Chat completions over HTTP with the `openai` package, with retries that can be stopped.
 
-The protocol is `POST ENDPOINT/chat/completions` as OpenAI defined it and local servers speak it. Nothing that a server says is
-passed on before the key has been cut out of it, redirects are not followed, and loopback addresses are asked without a proxy.
+The key is sent to the endpoint only: redirects are not followed, and loopback addresses are reached without a proxy. The key is
+removed from all text that a server returns.
 """
 
 import datetime
 import email.utils
-import http.client
+import importlib.util
 import ipaddress
 import json
 import random
 import re
 import ssl
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from typing import NamedTuple
 
 from bilevel_jax.errors import RunError
 
 ATTEMPTS = 6
-LONGEST_DELAY = 60.0  # seconds, of our own accord
-LONGEST_WAIT = 300.0  # seconds, at the wish of a server; one that wants more is to be asked another time
-PASSING = (408, 425, 429)  # and 500 and above: worth another attempt
+MAX_BACKOFF = 60.0  # seconds
+MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more ends the command
+TRANSIENT = (408, 425, 429)  # and 500 and above
 
 
 class Reply(NamedTuple):
-    """What a model said."""
+    """The reply of a model."""
 
-    text: str  # "" where it said nothing
-    tokens: tuple[int, int]  # of the request and of the reply, as the server counts them; 0 where it does not
+    text: str  # "" if the reply has no text
+    tokens: tuple[int, int]  # of the request and of the reply, as counted by the server; 0 if it does not count
 
 
-class _Passing(Exception):
-    """Trouble that may have passed at the next attempt, and the seconds that the server wants to be left alone."""
+class _TransientError(Exception):
+    """An error that another attempt may not meet, with the seconds that the server asks to wait."""
 
     def __init__(self, cause: str, wait: float = 0.0):
         super().__init__(cause)
         self.wait = wait
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None  # urllib would send the key along
+def check_installed() -> None:
+    """Raises a ValueError if the `openai` package is missing."""
+    if importlib.util.find_spec("openai") is None:
+        raise ValueError("the openai package is not installed: pip install 'bilevel_jax[judge]'")
 
 
 def check_endpoint(endpoint: str, key: str | None) -> bool:
-    """Whether an endpoint is on this machine.
+    """Checks an endpoint, and returns whether it is on this machine.
 
     Raises:
-      ValueError: if it is no address for chat completions, or would get the key unencrypted. The message holds neither.
+      ValueError: the address or the key is invalid, or the key would be sent unencrypted. The message contains no secret.
     """
     if not re.fullmatch(r"https?://[!-~]+", endpoint):
         raise ValueError("the endpoint must have the form http(s)://host[:port]/path")
@@ -65,14 +64,14 @@ def check_endpoint(endpoint: str, key: str | None) -> bool:
     except ValueError:
         local = parts.hostname == "localhost"
     if key and not re.fullmatch("[!-~]+", key):
-        raise ValueError("the key has characters that no HTTP header takes, or spaces")
+        raise ValueError("the key has spaces or characters that are not allowed in an HTTP header")
     if key and parts.scheme == "http" and not local:
         raise ValueError(f"the key would go to {parts.hostname} unencrypted; use https, or no key")
     return local
 
 
 def retry_after(header: str | None, now: datetime.datetime) -> float:
-    """Seconds that a Retry-After header asks for, in either of its forms; 0 where it says nothing of use."""
+    """Seconds that a Retry-After header asks to wait, as a number or a date; 0 if it is missing or invalid."""
     header = (header or "").strip()
     if header.isascii() and header.isdigit():
         return float(header)
@@ -84,29 +83,80 @@ def retry_after(header: str | None, now: datetime.datetime) -> float:
     return max((date - now).total_seconds(), 0.0)
 
 
-def _complaint(body: bytes) -> str:
-    """What a server says is wrong: the message where its JSON has one, else all it says."""
+def _error_message(body: bytes) -> str:
+    """The error message in the body of a response, or the complete body if there is none."""
     text = body.decode(errors="replace")
     try:
-        said = json.loads(text)
+        message = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    while isinstance(said, dict):
-        said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), text)
-    return said if isinstance(said, str) else text
+    while isinstance(message, dict):
+        message = next((message[name] for name in ("error", "message", "detail") if message.get(name)), text)
+    return message if isinstance(message, str) else text
 
 
-def _read(body: bytes) -> Reply:
+def _parse_completion(body: bytes) -> Reply:
     try:
-        answer = json.loads(body)
-        text = answer["choices"][0]["message"].get("content")
-        usage = answer.get("usage") or {}
+        completion = json.loads(body)
+        text = completion["choices"][0]["message"].get("content")
+        usage = completion.get("usage") or {}
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         if not isinstance(text or "", str) or not all(isinstance(number, int) for number in tokens):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _Passing(f"no chat completion, but: {_complaint(body)}") from None
+        raise _TransientError(f"the response is no chat completion: {_error_message(body)}") from None
     return Reply(text or "", tokens)
+
+
+def _is_certificate_error(error: BaseException | None) -> bool:
+    """Whether a certificate that cannot be verified caused an error."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _make_post(endpoint: str, key: str | None, timeout: float) -> Callable[[dict], Reply]:
+    """A function that makes one attempt. It raises `_TransientError`, or RunError with a cause that may contain the key."""
+    import openai
+
+    local = check_endpoint(endpoint, key)
+    # The package would take these headers from environment variables.
+    omitted = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
+    headers = {"User-Agent": "bilevel_jax"} | dict.fromkeys(omitted, openai.Omit())
+    client = openai.OpenAI(
+        api_key=key or "none",
+        base_url=endpoint,
+        timeout=timeout,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local),
+    )
+
+    def post(body: dict) -> Reply:
+        required = {name: body[name] for name in ("model", "messages")}
+        options = {name: value for name, value in body.items() if name not in required}
+        try:
+            create = client.chat.completions.with_raw_response.create
+            response = create(**required, extra_headers=headers, extra_body=options).http_response
+        except openai.APIStatusError as error:
+            response, code = error.response, error.status_code
+            cause = f"HTTP {code}: {_error_message(response.content).strip() or response.reason_phrase}"
+            if code in TRANSIENT or code >= 500:
+                wait = retry_after(response.headers.get("Retry-After"), datetime.datetime.now(datetime.UTC))
+                raise _TransientError(cause, wait) from None
+            if code < 400:
+                cause = f"HTTP {code}: a redirect to {response.headers.get('Location')}, which is not followed"
+            raise RunError(cause) from None
+        except openai.APIConnectionError as error:  # includes timeouts
+            reason = error.__cause__ or error
+            cause = f"{type(reason).__name__}: {reason}"
+            if _is_certificate_error(reason):
+                raise RunError(cause) from None
+            raise _TransientError(cause) from None
+        return _parse_completion(response.content)
+
+    return post
 
 
 def make_chat(
@@ -116,76 +166,52 @@ def make_chat(
     timeout: float,
     backoff: float,
     stop: threading.Event,
-    notice: Callable[[str], None] = lambda trouble: None,
+    notice: Callable[[str], None] = lambda cause: None,
 ) -> Callable[[dict], Reply]:
-    """A function from the body of a request to the reply. Threads may share it.
+    """Returns a thread-safe function from the body of a request to the reply.
 
-    It makes up to ATTEMPTS attempts: after a timeout, a lost connection, a status in PASSING or of 500 and above, or something
-    that is no chat completion, it waits for backoff * 2^k seconds (k = 0, 1, ...), less up to half of it at random, or for as long
-    as the server asks. It raises a RunError of one line when these are used up, and at once for any other status.
+    The function makes up to ATTEMPTS attempts. After a timeout, a lost connection, a status in TRANSIENT or of 500 and above, or a
+    response that is no chat completion, it waits for backoff * 2^k seconds (k = 0, 1, ...), reduced by up to half at random, or as
+    long as the server asks. It raises a RunError of one line after the last attempt, and at once for any other status.
 
     Args:
-      endpoint: what comes before `/chat/completions`.
-      key: goes into the Authorization header; None sends none.
-      timeout: seconds of silence after which a connection is given up.
+      endpoint: the URL before `/chat/completions`.
+      key: sent in the Authorization header; None sends no header.
+      timeout: seconds of silence until an attempt fails.
       backoff: seconds before the second attempt.
-      stop: once set, nothing new is sent, and waiting ends.
-      notice: is told of every trouble that leads to another attempt.
+      stop: once it is set, no request is sent and waiting ends.
+      notice: called with the cause of every failed attempt that is repeated.
 
     Raises:
       ValueError: see `check_endpoint`.
     """
-    proxies = urllib.request.ProxyHandler({} if check_endpoint(endpoint, key) else None)
-    opener = urllib.request.build_opener(_NoRedirect, proxies)
+    post = _make_post(endpoint, key, timeout)
     address = endpoint.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json", "User-Agent": "bilevel_jax"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
 
-    def clean(text: str) -> str:
+    def without_key(text: str) -> str:
         return text.replace(key, "[key]") if key else text
 
-    def line(text: str) -> str:
-        shown = "".join(character if character.isprintable() else " " for character in clean(text))
-        return " ".join(shown.split())[:300]
-
-    def post(data: bytes) -> Reply:
-        try:
-            with opener.open(urllib.request.Request(address, data, headers), timeout=timeout) as answer:
-                reply = _read(answer.read())
-        except urllib.error.HTTPError as error:
-            try:
-                said = _complaint(error.read())
-            except (OSError, http.client.HTTPException):
-                said = ""
-            cause = f"HTTP {error.code}: {said.strip() or error.reason}"
-            if error.code in PASSING or error.code >= 500:
-                raise _Passing(cause, retry_after(error.headers["Retry-After"], datetime.datetime.now(datetime.UTC))) from None
-            if error.code < 400:
-                cause = f"HTTP {error.code}: a redirect to {error.headers['Location']}, which is not followed"
-            raise RunError(f"{address}: {line(cause)}") from None
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            reason = getattr(error, "reason", error)
-            cause = f"{type(reason).__name__}: {reason}"
-            if isinstance(reason, ssl.SSLCertVerificationError):
-                raise RunError(f"{address}: {line(cause)}") from None
-            raise _Passing(cause) from None
-        return reply._replace(text=clean(reply.text))
+    def one_line(error: Exception) -> str:
+        text = "".join(character if character.isprintable() else " " for character in without_key(str(error)))
+        return " ".join(text.split())[:300]
 
     def chat(body: dict) -> Reply:
-        data = json.dumps(body).encode()
         for attempt in range(ATTEMPTS):
             if stop.is_set():
                 break
             try:
-                return post(data)
-            except _Passing as trouble:
-                cause, wait = line(str(trouble)), trouble.wait
-            if wait > LONGEST_WAIT:
-                raise RunError(f"{address}: {cause}; it asks to be left alone for {wait:.0f} s")
+                reply = post(body)
+                return reply._replace(text=without_key(reply.text))
+            except RunError as error:
+                raise RunError(f"{address}: {one_line(error)}") from None
+            except _TransientError as error:
+                cause, wait = one_line(error), error.wait
+            if wait > MAX_RETRY_AFTER:
+                raise RunError(f"{address}: {cause}; the server asks to wait {wait:.0f} s")
             if attempt + 1 == ATTEMPTS:
                 raise RunError(f"{address}: {cause} (the last of {ATTEMPTS} attempts)")
             notice(cause)
-            stop.wait(max(wait, min(backoff * 2**attempt, LONGEST_DELAY) * random.uniform(0.5, 1)))
+            stop.wait(max(wait, min(backoff * 2**attempt, MAX_BACKOFF) * random.uniform(0.5, 1)))
         raise RunError(f"{address}: stopped")
 
     return chat

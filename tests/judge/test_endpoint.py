@@ -1,4 +1,4 @@
-"""The protocol, retries and the keeping of the key, against a real server on this machine."""
+"""Protocol, retries and protection of the key, against a real server on this machine."""
 
 import contextlib
 import datetime
@@ -17,35 +17,35 @@ BODY = {"model": "m", "messages": [{"role": "user", "content": "Grüße ☃"}], 
 
 
 def completion(text, usage=(7, 1)):
-    """A reply as OpenAI's reference shows it."""
+    """A reply as in OpenAI's reference."""
     message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     counts = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*usage, sum(usage))))
     return 200, {}, json.dumps({"id": "c1", "object": "chat.completion", "choices": [message], "usage": counts})
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers POSTs by `answer(number, body)` -> (status, headers, text), None to drop the connection; keeps what it was sent."""
+    """Answers POSTs by `answer(number, body)` -> (status, headers, text), None to drop the connection; records the requests."""
 
     daemon_threads = True
 
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.seen, self.lock = answer, [], threading.Lock()
+        self.answer, self.requests, self.lock = answer, [], threading.Lock()
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
-        """A client that is gone is what some tests are about."""
+        """Silent: in some tests the client is gone."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            number = len(self.server.seen)
-            self.server.seen.append((self.path, dict(self.headers), body, time.monotonic()))
+            number = len(self.server.requests)
+            self.server.requests.append((self.path, self.headers, body, time.monotonic()))
         result = self.server.answer(number, body)
         if result is None:
             return
@@ -83,7 +83,7 @@ def test_protocol():
     with serve(lambda number, body: completion("Ja ☃")) as server:
         assert make(server.endpoint + "/")(BODY) == ("Ja ☃", (7, 1))
         make(server.endpoint, None)(BODY)
-    (path, headers, body, _), (_, without, _, _) = server.seen
+    (path, headers, body, _), (_, without, _, _) = server.requests
     assert (path, body) == ("/v1/chat/completions", BODY)
     assert headers["Authorization"] == f"Bearer {KEY}" and headers["Content-Type"] == "application/json"
     assert "Authorization" not in without
@@ -94,8 +94,8 @@ def slow(number, body):
     return completion("late")
 
 
-LONG = {"Content-Length": "1000"}  # more than will come
-PASSING = {
+LONG = {"Content-Length": "1000"}  # longer than the body
+TRANSIENT = {
     "429": lambda *_: (429, {}, '{"error": {"message": "slow down"}}'),
     "500": lambda *_: (500, {}, "oops"),
     "503": lambda *_: (503, {}, ""),
@@ -108,42 +108,42 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("trouble", PASSING)
-def test_trouble_that_passes(trouble):
-    told = []
-    with serve(lambda number, body: PASSING[trouble](number, body) if number < 2 else completion("A")) as server:
-        assert make(server.endpoint, timeout=0.3, notice=told.append)(BODY).text == "A"
-    assert len(server.seen) == 3 and len(told) == 2
-    assert all(body == BODY for _, _, body, _ in server.seen)
+@pytest.mark.parametrize("trouble", TRANSIENT)
+def test_transient_errors(trouble):
+    causes = []
+    with serve(lambda number, body: TRANSIENT[trouble](number, body) if number < 2 else completion("A")) as server:
+        assert make(server.endpoint, timeout=0.3, notice=causes.append)(BODY).text == "A"
+    assert len(server.requests) == 3 and len(causes) == 2
+    assert all(body == BODY for _, _, body, _ in server.requests)
 
 
 @pytest.mark.parametrize("content, text", [(None, ""), ("", "")])
-def test_a_model_may_say_nothing(content, text):
+def test_empty_replies(content, text):
     with serve(lambda *_: completion(content)) as server:
         assert make(server.endpoint)(BODY).text == text
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 def test_backoff_doubles_and_ends(monkeypatch):
     monkeypatch.setattr(client, "ATTEMPTS", 4)
-    with serve(PASSING["500"]) as server, pytest.raises(RunError, match=r"HTTP 500: oops \(the last of 4 attempts\)"):
+    with serve(TRANSIENT["500"]) as server, pytest.raises(RunError, match=r"HTTP 500: oops \(the last of 4 attempts\)"):
         make(server.endpoint, backoff=0.1)(BODY)
-    times = [at for *_, at in server.seen]
+    times = [at for *_, at in server.requests]
     gaps = [after - before for before, after in zip(times, times[1:])]
     assert len(gaps) == 3
     for number, gap in enumerate(gaps):
         assert 0.05 * 2**number <= gap < 0.1 * 2**number + 0.25  # half of it at random, and a busy machine
 
 
-def test_retry_after_is_kept():
+def test_retry_after_is_obeyed():
     with serve(lambda number, _: completion("A") if number else (429, {"Retry-After": "1"}, "")) as server:
         make(server.endpoint)(BODY)
-    assert server.seen[1][-1] - server.seen[0][-1] >= 1
+    assert server.requests[1][-1] - server.requests[0][-1] >= 1
 
     with serve(lambda *_: (429, {"Retry-After": "9000"}, "come tomorrow")) as server:
-        with pytest.raises(RunError, match="come tomorrow; it asks to be left alone for 9000 s"):
+        with pytest.raises(RunError, match="come tomorrow; the server asks to wait 9000 s"):
             make(server.endpoint)(BODY)
-    assert len(server.seen) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_retry_after_forms(header, seconds):
 
 
 @pytest.mark.parametrize(
-    "said, told",
+    "response, message",
     [
         ('{"error": {"message": "max_tokens is not\\nsupported", "code": 1}}', "max_tokens is not supported"),
         ('{"error": "no such model"}', "no such model"),
@@ -175,14 +175,14 @@ def test_retry_after_forms(header, seconds):
         (f"wrong key {KEY}!", "wrong key [key]!"),
     ],
 )
-def test_what_will_not_pass_fails_at_once(said, told):
-    with serve(lambda *_: (400, {}, said)) as server, pytest.raises(RunError) as error:
+def test_permanent_errors_fail_at_once(response, message):
+    with serve(lambda *_: (400, {}, response)) as server, pytest.raises(RunError) as error:
         make(server.endpoint)(BODY)
-    assert str(error.value) == f"{server.endpoint}/chat/completions: HTTP 400: {told}"
-    assert len(server.seen) == 1
+    assert str(error.value) == f"{server.endpoint}/chat/completions: HTTP 400: {message}"
+    assert len(server.requests) == 1
 
 
-def test_the_key_is_cut_out_of_replies():
+def test_the_key_is_removed_from_replies():
     with serve(lambda *_: completion(f"I was given {KEY}.")) as server:
         assert make(server.endpoint)(BODY).text == "I was given [key]."
 
@@ -193,15 +193,15 @@ def test_redirects_are_not_followed(status):
         with serve(lambda *_: (status, {"Location": other.endpoint}, "")) as server:
             with pytest.raises(RunError, match=f"HTTP {status}: a redirect to {other.endpoint}, which is not followed"):
                 make(server.endpoint)(BODY)
-    assert len(server.seen) == 1 and not other.seen
+    assert len(server.requests) == 1 and not other.requests
 
 
-def test_a_proxy_does_not_get_what_is_for_this_machine(monkeypatch):
+def test_loopback_addresses_use_no_proxy(monkeypatch):
     with serve(lambda *_: completion("proxied")) as proxy, serve(lambda *_: completion("A")) as server:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
         monkeypatch.delenv("no_proxy", raising=False)
         assert make(server.endpoint)(BODY).text == "A"
-    assert not proxy.seen
+    assert not proxy.requests
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_endpoints_that_are_refused(endpoint, key, complaint):
         ("http://localhost/v1", True),
     ],
 )
-def test_endpoints_that_may_have_the_key(endpoint, local):
+def test_endpoints_that_are_accepted(endpoint, local):
     assert client.check_endpoint(endpoint, KEY) is local
 
 
@@ -245,12 +245,12 @@ def test_http_without_a_key():
     assert client.check_endpoint("http://judge.example/v1", None) is False
 
 
-def test_stopping_ends_the_waiting():
+def test_stop_ends_the_waiting():
     stop = threading.Event()
     began = time.monotonic()
-    with serve(PASSING["500"]) as server, pytest.raises(RunError, match="stopped"):
-        make(server.endpoint, backoff=30.0, stop=stop, notice=lambda trouble: threading.Timer(0.1, stop.set).start())(BODY)
-    assert time.monotonic() - began < 5 and len(server.seen) == 1
+    with serve(TRANSIENT["500"]) as server, pytest.raises(RunError, match="stopped"):
+        make(server.endpoint, backoff=30.0, stop=stop, notice=lambda cause: threading.Timer(0.1, stop.set).start())(BODY)
+    assert time.monotonic() - began < 5 and len(server.requests) == 1
 
 
 def test_nobody_there():

@@ -1,8 +1,7 @@
-"""The command against a real server: win rates by hand, what is asked and what is not, the key, and being killed.
+"""The command against a real server: win rates by hand, the requests, the key, and signals."""
 
-It runs in processes of its own: `sample` and `score` have flags of the same names.
-"""
-
+import contextlib
+import io
 import json
 import os
 import pty
@@ -12,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pandas
 import pytest
+from absl import flags
 
 from bilevel_jax.data import rows
-from tests.conftest import read_jsonl, write_jsonl
+from tests.conftest import read_jsonl, run_command, write_jsonl
 from tests.judge.test_endpoint import KEY, completion, serve
 
 OBJECTS = [  # with the answer of the model
@@ -47,8 +48,8 @@ def longer(number, body):
 def write(directory, objects=PROMPTS, answers=ANSWERS):
     """The files of prompts and answers as flags."""
     prompts = write_jsonl(directory / "prompts.jsonl", objects)
-    told = [{"id": row.id, "sample": 0, "text": text, "tokens": []} for row, text in zip(rows.iter_rows(prompts), answers)]
-    return [f"--prompts={prompts}", f"--answers={write_jsonl(directory / 'answers.jsonl', told)}"]
+    lines = [{"id": row.id, "sample": 0, "text": text, "tokens": []} for row, text in zip(rows.iter_rows(prompts), answers)]
+    return [f"--prompts={prompts}", f"--answers={write_jsonl(directory / 'answers.jsonl', lines)}"]
 
 
 @pytest.fixture
@@ -63,9 +64,20 @@ def command(*arguments):
     return [sys.executable, "-m", "bilevel_jax.judge", *map(str, arguments)]
 
 
-def run(*arguments, **environment):
+def run_process(*arguments, **environment):
+    """The command in a process."""
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 60}
     return subprocess.run(command(*arguments), env=ENVIRONMENT | environment, **options)
+
+
+def run(*arguments, **environment):
+    """The command in this process, without a terminal: its output. It raises the errors of the command."""
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull) as no_input:
+        patch.setattr(os, "environ", ENVIRONMENT | environment)
+        patch.setattr(sys, "stdin", no_input)
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            stdout = run_command("judge", map(str, arguments))
+    return types.SimpleNamespace(stdout=stdout, stderr=stderr.getvalue())
 
 
 def judged(server, directory, *arguments):
@@ -75,8 +87,7 @@ def judged(server, directory, *arguments):
 
 
 def shown(done) -> dict[str, str]:
-    """The table: name -> value."""
-    assert done.returncode == 0, done.stderr
+    """The printed table: name -> value."""
     return dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in done.stdout.splitlines() if re.match(r"  \S.* {2,}", line))
 
 
@@ -90,9 +101,9 @@ def test_a_comparison_and_its_repetition(files, tmp_path):
         summary = tmp_path / "summary.json"
         arguments = [*files, *judged(server, tmp_path, "--yes", "--price_in=2", "--price_out=10", f"--summary={summary}")]
         done = run(*arguments)
-        asked = list(server.seen)
+        asked = list(server.requests)
         again = run(*arguments)
-        assert len(server.seen) == len(asked)
+        assert len(server.requests) == len(asked)
 
     # Won, lost, the same, a tie, won: scores 1, 0, ½, ½, 1, of standard deviation √(0.7 / 4).
     found = shown(done)
@@ -133,7 +144,7 @@ def test_a_comparison_and_its_repetition(files, tmp_path):
         assert KEY not in place
 
 
-def test_a_judge_that_looks_at_the_place_alone(files, tmp_path):
+def test_a_judge_that_always_prefers_the_first_answer(files, tmp_path):
     with serve(lambda *_: completion("A")) as server:
         found = shown(run(*files, *judged(server, tmp_path, "--yes")))
     assert found["win rate (win 1, tie ½, loss 0)"] == "0.5000 ± 0.0000"
@@ -153,8 +164,8 @@ def test_replies_that_cannot_be_read(files, tmp_path):
     with serve(answer) as server:
         arguments = [*files, *judged(server, tmp_path, "--yes")]
         found = shown(run(*arguments))
-        assert len(server.seen) == 8 + 4
-        assert shown(run(*arguments)) == found and len(server.seen) == 12
+        assert len(server.requests) == 8 + 4
+        assert shown(run(*arguments)) == found and len(server.requests) == 12
     # Zero ½ (the second wins in both orders), Two ½, Three ½, Four 1
     assert found["win rate (win 1, tie ½, loss 0)"] == "0.6250 ± 0.1250"
     assert found["pairs with both verdicts"] == "4 of 5" and found["verdicts that could not be read"] == "2"
@@ -166,11 +177,11 @@ def test_against_other_answers(files, tmp_path):
     with serve(longer) as server:
         found = shown(run(*files, f"--against={against}", *judged(server, tmp_path, "--yes")))
     assert found["win rate (win 1, tie ½, loss 0)"] == "0.0000 ± 0.0000"
-    assert len(server.seen) == 10
-    assert all("the other model's answer" in texts(body)[1:] for _, _, body, _ in server.seen)
+    assert len(server.requests) == 10
+    assert all("the other model's answer" in texts(body)[1:] for _, _, body, _ in server.requests)
 
 
-def test_a_part_is_part_of_a_larger_part(files, tmp_path):
+def test_a_limit_selects_a_subset(files, tmp_path):
     asked = []
     for limit in (2, 3):
         with serve(longer) as server:
@@ -178,7 +189,7 @@ def test_a_part_is_part_of_a_larger_part(files, tmp_path):
             directory.mkdir()
             found = shown(run(*files, f"--limit={limit}", *judged(server, directory, "--yes")))
         assert found["pairs with both verdicts"] == f"{limit} of {limit}"
-        asked.append({texts(body) for _, _, body, _ in server.seen})
+        asked.append({texts(body) for _, _, body, _ in server.requests})
     assert asked[0] < asked[1] or asked[0] == asked[1]  # equal where the third is the pair of the same answers
 
 
@@ -187,14 +198,14 @@ def test_a_part_is_part_of_a_larger_part(files, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_trouble_in_between_changes_nothing(files, tmp_path):
+def test_transient_errors_do_not_change_the_result(files, tmp_path):
     def answer(number, body):
         troubles = [(429, {"Retry-After": "0"}, "{}"), (500, {}, ""), None, (200, {}, "{"), (503, {}, "busy")]
         return troubles[number % 5] if number < 10 else longer(number, body)
 
     with serve(answer) as server:
         found = shown(run(*files, *judged(server, tmp_path, "--yes", "--concurrency=3")))
-        assert len(server.seen) == 18
+        assert len(server.requests) == 18
     assert found["win rate (win 1, tie ½, loss 0)"] == "0.6000 ± 0.1871"
 
 
@@ -203,10 +214,10 @@ def test_an_error_ends_it_in_one_line(files, tmp_path):
         return longer(number, body) if number < 3 else (401, {}, json.dumps({"error": {"message": f"Incorrect key {KEY}."}}))
 
     with serve(answer) as server:
-        done = run(*files, *judged(server, tmp_path, "--yes", "--concurrency=1"), BILEVEL_JAX_TRACEBACK="")
-        assert done.returncode == 1 and len(server.seen) == 4
+        done = run_process(*files, *judged(server, tmp_path, "--yes", "--concurrency=1"), BILEVEL_JAX_TRACEBACK="")
+        assert done.returncode == 1 and len(server.requests) == 4
         assert done.stderr.splitlines()[-1] == f"error: {server.endpoint}/chat/completions: HTTP 401: Incorrect key [key]."
-        traced = run(*files, *judged(server, tmp_path, "--yes", "--concurrency=1"), BILEVEL_JAX_TRACEBACK="1")
+        traced = run_process(*files, *judged(server, tmp_path, "--yes", "--concurrency=1"), BILEVEL_JAX_TRACEBACK="1")
     assert "Traceback" in traced.stderr
     assert KEY not in done.stdout + done.stderr + traced.stdout + traced.stderr
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 3
@@ -224,7 +235,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_being_stopped_and_going_on(tmp_path, number):
+def test_signals_and_resuming(tmp_path, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and hands that on
     files, out = write(tmp_path, MANY, ["a" * place for place in range(40)]), tmp_path / "verdicts.jsonl"
     hold, replied = threading.Event(), []
@@ -239,17 +250,17 @@ def test_being_stopped_and_going_on(tmp_path, number):
         arguments = [*files, *judged(server, tmp_path, "--yes", "--concurrency=4")]
         pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, text=True, **pipes)
-        wait_for(lambda: len(server.seen) > 20)
+        wait_for(lambda: len(server.requests) > 20)
         process.send_signal(number)
         error = process.communicate(timeout=30)[1]
         # SIGKILL and SIGTERM end it at once, SIGINT when the verdicts under way are there: none that was paid for is lost.
         assert process.returncode == (130 if number == signal.SIGINT else -number) and KEY not in error
         time.sleep(0.2)  # a last request may still be on its way
-        asked, before = len(server.seen), out.read_bytes()
+        asked, before = len(server.requests), out.read_bytes()
         kept = read_jsonl(out)
         assert 21 - 4 <= len(kept) < 80
         if number == signal.SIGINT:
-            assert len(kept) == asked and "waiting for the verdicts under way" in error
+            assert len(kept) == asked and "waiting for running requests" in error
         hold.set()
         wait_for(lambda: len(replied) == asked)
 
@@ -258,9 +269,9 @@ def test_being_stopped_and_going_on(tmp_path, number):
         done = read_jsonl(out)
     assert out.read_bytes().startswith(before) and len(done) == 80
     names = {row.id: row.question for row in rows.iter_rows(tmp_path / "prompts.jsonl")}
-    later = {(texts(body)[0], texts(body)[1].startswith("r")) for _, _, body, _ in server.seen[asked:]}
+    later = {(texts(body)[0], texts(body)[1].startswith("r")) for _, _, body, _ in server.requests[asked:]}
     earlier = {(names[verdict["id"]], verdict["first"] == "against") for verdict in kept}
-    assert len(later) == len(server.seen) - asked == 80 - len(kept) and not later & earlier
+    assert len(later) == len(server.requests) - asked == 80 - len(kept) and not later & earlier
     # Lengths 0 to 39 against 20: 19 wins, 1 tie, 20 losses.
     assert found["pairs won, tied, lost"] == "19, 1, 20" and found["win rate (win 1, tie ½, loss 0)"].startswith("0.4875")
 
@@ -271,7 +282,7 @@ def test_being_stopped_and_going_on(tmp_path, number):
 
 
 @pytest.mark.parametrize("said, requests", [("y\n", 8), ("n\n", 0), ("\n", 0), ("\x04", 0)])  # \x04 ends a terminal's input
-def test_a_person_is_asked_first(files, tmp_path, said, requests):
+def test_confirmation(files, tmp_path, said, requests):
     main, side = pty.openpty()
     with serve(longer) as server:
         arguments = command(*files, *judged(server, tmp_path))
@@ -281,48 +292,48 @@ def test_a_person_is_asked_first(files, tmp_path, said, requests):
     os.close(main)
     os.close(side)
     assert process.returncode == 0, error
-    assert b"8 requests to judge-1" in told and b"go on? [y/N]" in told and len(server.seen) == requests
+    assert b"8 requests to judge-1" in told and b"go on? [y/N]" in told and len(server.requests) == requests
     assert (tmp_path / "verdicts.jsonl").exists() == bool(requests)
 
 
-def test_complaints(files, tmp_path):
+def test_refusals(files, tmp_path):
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other", [{"question": "Else?", "response": "x"}], ["y"])
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"question": "Else?"}])
     unanswered = [f"--prompts={asked}", f"--answers={tmp_path / 'of_asked.jsonl'}"]
     write_jsonl(tmp_path / "of_asked.jsonl", [{"id": row.id, "text": ""} for row in rows.iter_rows(asked, questions_only=True)])
     with serve(longer) as server:
-        flags = judged(server, tmp_path, "--yes")
+        comparison = judged(server, tmp_path, "--yes")
         cases = [
             ([*files], "give --outputs"),
-            ([*files, *flags[1:]], "--endpoint, --judge and --out belong together"),
-            ([*files, *flags[:3]], "give --yes"),
-            ([files[0], other[1], *flags], "no answer to 5 of 5 prompts"),
-            ([*unanswered, *flags], "holds no responses to compare with; give --against"),
-            ([*files, *flags, "--options={"], "--options is not JSON"),
-            ([*files, *flags, '--options={"stream": true}'], "--options must be an object without"),
-            ([*files, *flags, f"--out={tmp_path / 'answers.jsonl'}"], "answers.jsonl:1: not a verdict"),
-            ([*files, *flags, "--endpoint=http://judge.example/v1"], "to judge.example unencrypted"),
-            ([*files, *flags, "--price_in=-1"], "price_in"),
+            ([*files, *comparison[1:]], "--endpoint, --judge and --out belong together"),
+            ([*files, *comparison[:3]], "give --yes"),
+            ([files[0], other[1], *comparison], "no answer to 5 of 5 prompts"),
+            ([*unanswered, *comparison], "has no responses to compare with; give --against"),
+            ([*files, *comparison, "--options={"], "--options is not JSON"),
+            ([*files, *comparison, '--options={"stream": true}'], "--options must be an object without"),
+            ([*files, *comparison, f"--out={tmp_path / 'answers.jsonl'}"], "answers.jsonl:1: not a verdict"),
+            ([*files, *comparison, "--endpoint=http://judge.example/v1"], "to judge.example unencrypted"),
+            ([*files, *comparison, "--price_in=-1"], "price_in"),
         ]
         before = (tmp_path / "answers.jsonl").read_bytes()
         for arguments, complaint in cases:
-            done = run(*arguments)
-            assert done.returncode in (1, 2), arguments
-            last = done.stderr.splitlines()[-1]
-            assert last.startswith("error: ") and complaint in last and KEY not in done.stderr + done.stdout
-        assert not server.seen and (tmp_path / "answers.jsonl").read_bytes() == before
+            with pytest.raises((ValueError, OSError, flags.Error)) as error:
+                run(*arguments)
+            last = str(error.value).splitlines()[-1]
+            assert complaint in last and KEY not in str(error.value)
+        assert not server.requests and (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_another_key_or_none(files, tmp_path):
     with serve(longer) as server:
         run(*files, *judged(server, tmp_path, "--yes", "--limit=1", "--key_variable=MINE"), MINE=" mine\n")
-        assert {headers["Authorization"] for _, headers, _, _ in server.seen} == {"Bearer mine"}
+        assert {headers["Authorization"] for _, headers, _, _ in server.requests} == {"Bearer mine"}
         (tmp_path / "verdicts.jsonl").unlink()
-        count = len(server.seen)
+        count = len(server.requests)
         done = run(*files, *judged(server, tmp_path, "--yes", "--limit=1", "--key_variable="))
-        assert "without a key" in done.stdout and len(server.seen) == 2 * count > 0
-        assert not any("Authorization" in headers for _, headers, _, _ in server.seen[count:])
+        assert "without a key" in done.stdout and len(server.requests) == 2 * count > 0
+        assert not any("Authorization" in headers for _, headers, _, _ in server.requests[count:])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,12 +345,12 @@ def test_alpaca_eval_file(files, tmp_path):
     """By hand, and read and joined with a reference as alpaca_eval does: `pandas.read_json`, then a merge on `instruction`."""
     out = tmp_path / "model_outputs.json"
     done = run(*files, f"--outputs={out}")
-    assert done.returncode == 0 and "5 answers of answers, 0 of them empty" in done.stdout
+    assert "5 answers of answers, 0 of them empty" in done.stdout
     dataset = [{"dataset": "vicuna"}, {}, {}, {}, {"dataset": "koala"}]
     texts = [{"instruction": row["question"], "output": text.strip(), "generator": "answers"} for row, text in OBJECTS]
     assert json.loads(out.read_text()) == [text | name for text, name in zip(texts, dataset)]
 
-    assert run(*files, f"--outputs={out}", "--generator=mine").returncode == 0
+    run(*files, f"--outputs={out}", "--generator=mine")
     mine = pandas.read_json(out)
     reference = pandas.DataFrame([{"instruction": row["question"], "output": row["response"]} for row in PROMPTS])
     both = pandas.merge(reference, mine[["instruction", "output"]], on=["instruction"], suffixes=("_1", "_2"))
