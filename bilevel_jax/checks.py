@@ -86,10 +86,16 @@ def _require(condition: bool, message: str) -> None:
 
 
 def nearest(name: str, known) -> str:
-    """` (did you mean NAME?)` for the known name most like `name`, or an empty text."""
-    by_last_part = {key.rpartition(".")[2]: key for key in known}
-    close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1)
-    return f" (did you mean {by_last_part.get(close[0], close[0])}?)" if close else ""
+    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text. Initials count: lr is learning_rate."""
+    last_part = {key: key.rpartition(".")[2] for key in known}
+    section, _, last = name.rpartition(".")
+    close = [key for key, part in last_part.items() if last in (part, "".join(word[:1] for word in part.split("_")))]
+    close = [key for key in close if key.startswith(f"{section}.")] or close
+    if not close or len(last) < 2:
+        by_last_part = {part: key for key, part in last_part.items()}
+        close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(last, by_last_part, 1)
+        close = [by_last_part.get(key, key) for key in close]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def keys(config: Mapping, prefix: str = "") -> list[str]:

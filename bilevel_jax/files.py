@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON files that are read with one-line errors."""
+"""Atomic writes, and reading of JSON files with errors of one line."""
 
 import json
 import os
@@ -8,18 +8,18 @@ from bilevel_jax.errors import RunError
 
 
 def write_atomically(file: pathlib.Path, content: str | bytes) -> None:
-    """Writes all of `content`; if that fails or the process dies, the previous file stays."""
+    """Writes all of `content`, or keeps the previous file if writing fails or the process dies."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk it would be in the way
+        temporary.unlink(missing_ok=True)  # it would use space on a full disk
         raise
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """Reads a JSON object from a file of a workdir.
+    """Reads a JSON object from a file in a workdir.
 
     Raises:
       RunError: the file does not contain a JSON object.

@@ -1,4 +1,4 @@
-"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.a.b=v ...] [--plan]`."""
+"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.KEY=VALUE ...] [--plan]`."""
 
 import pathlib
 
@@ -8,27 +8,25 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a tier after a colon if it has any.", flag_values=FLAGS)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run goes; runs/<config name>[-TIER] by default.", flag_values=FLAGS)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with a tier: FILE:TIER.", flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name>[-TIER] by default.", flag_values=FLAGS)
 PLAN = flags.DEFINE_bool(
-    "plan", False, "Only print what each device of the mesh would hold; reads config.json, no weights.", flag_values=FLAGS
+    "plan", False, "Only print the memory plan of each device of the mesh; reads config.json, no weights.", flag_values=FLAGS
 )
 flags.mark_flag_as_required("config", flag_values=FLAGS)
 
 
 def default_workdir(config: str) -> pathlib.Path:
-    """`configs/safety.py:smollm2` -> `runs/safety-smollm2`."""
+    """The workdir of a config file: `configs/safety.py:smollm2` -> `runs/safety-smollm2`."""
     file, _, tier = config.partition(":")
     return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(file).stem, tier.replace("/", "_"))))
 
 
 def main() -> None:
-    import jax
+    """Runs the command."""
+    import jax  # imports follow the flags, so that --help is quick
 
-    from bilevel_jax import (
-        memory,
-        train,  # after the flags, so that --help is quick
-    )
+    from bilevel_jax import memory, train
     from bilevel_jax.runtime import distributed, summary_table
 
     if PLAN.value:
@@ -36,7 +34,7 @@ def main() -> None:
         return
     distributed.join()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
-    with distributed.ending_together():
+    with distributed.exit_together():
         summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
         print(summary_table.summary_table(summary, workdir))

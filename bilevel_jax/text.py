@@ -1,4 +1,4 @@
-"""Untrusted text made safe to print: control and bidirectional characters are escaped."""
+"""Escapes control and bidirectional characters of untrusted text, so that it is safe to print."""
 
 import unicodedata
 
@@ -7,11 +7,11 @@ NOT_ESCAPED = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
 
 
 def visible(text: str) -> str:
-    """Escapes characters that a terminal or browser would obey, such as `\\x1b` or `\\u202e`; line feeds and tabs stay."""
+    """Escapes characters that control a terminal or browser, such as `\\x1b` or `\\u202e`; line feeds and tabs stay."""
 
     def escape(c: str) -> str:
-        obeyed = unicodedata.category(c) in ESCAPED_CATEGORIES and c not in NOT_ESCAPED
-        return c.encode("unicode_escape").decode() if obeyed else c
+        controls = unicodedata.category(c) in ESCAPED_CATEGORIES and c not in NOT_ESCAPED
+        return c.encode("unicode_escape").decode() if controls else c
 
     return "".join(map(escape, text))
 

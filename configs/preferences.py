@@ -1,15 +1,15 @@
-"""Preferences: trusted pairs of a better and a worse response above; below, pairs of which some have their labels flipped.
+"""Preferences: the upper level has trusted pairs of responses; in the lower level, some pairs have flipped labels.
 
-Both levels learn by DPO, and every pair of the lower level gets a weight (`offline`). With --config.method=online or dynamic the
-model answers masked questions itself, and its best response against its worst under a reward takes the pair's place: add
---config.online.reward=likelihood, or another one of `bilevel_jax.rewards`.
+Both levels use the DPO loss, and every pair of the lower level has a weight (`offline`). With --config.method=online or dynamic the
+model answers masked questions itself. Its best and worst response under a reward replace the pair: add
+--config.online.reward=likelihood, or another reward of `bilevel_jax.rewards`.
 
-The embedded model takes about a minute on two cores; flipped labels end with an AUROC of 0.99, and 5 to 8% of them among the
-heaviest 80% of the rows.
+The embedded model takes about a minute on two cores. The AUROC for flipped labels is 0.99, and 5 to 8% of the flipped pairs are
+among the 80% with the largest weights.
 
-    python -m bilevel_jax.main --config=configs/preferences.py              embedded model, generated pairs
+    python -m bilevel_jax.main --config=configs/preferences.py              embedded model, synthetic pairs
     python -m bilevel_jax.main --config=configs/preferences.py:smollm2      SmolLM2-135M, UltraFeedback from the hub
-    python -m bilevel_jax.main --config=configs/preferences.py:pythia-1b    the paper's models and batch
+    python -m bilevel_jax.main --config=configs/preferences.py:pythia-1b    the paper's models and batch size
     python -m bilevel_jax.main --config=configs/preferences.py:llama3-8b
 """
 
@@ -33,7 +33,7 @@ def get_config(tier: str = ""):
 
 
 def sweep(add):
-    """Objectives: `python -m experiments.sweep --config=configs/preferences.py --workdir=DIR`."""
+    """Objectives and β: `python -m experiments.sweep --config=configs/preferences.py --workdir=DIR`."""
     for loss in ("dpo", "ipo"):
         for beta in (0.1, 0.5):
             add({"loss.upper": loss, "loss.lower": loss, "online.objective": loss, "loss.beta": beta})

@@ -1,9 +1,9 @@
-"""Quality: trusted rows of high quality above; below, a broad mixture of lesser quality.
+"""Quality: the upper level has trusted rows of high quality; the lower level is a broad mixture of lower quality.
 
-The model answers a fixed random share R of the lower level's questions itself, G times each (`online`). For the other
-experiments add --config.method=dynamic, offline or mixing; R and G are online.ratio and online.num_samples.
+The model answers a fixed random fraction R of the questions of the lower level itself, G times each (`online`). For the other
+methods add --config.method=dynamic, offline or mixing. R and G are online.ratio and online.num_samples.
 
-    python -m bilevel_jax.main --config=configs/quality.py              embedded model, generated rows
+    python -m bilevel_jax.main --config=configs/quality.py              embedded model, synthetic rows
     python -m bilevel_jax.main --config=configs/quality.py:smollm2      SmolLM2-135M, files in $BILEVEL_JAX_DATA or local/
     python -m bilevel_jax.main --config=configs/quality.py:pythia-1b    the paper's settings, OpenOrca and Alpaca-cleaned
     python -m bilevel_jax.main --config=configs/quality.py:llama3-8b

@@ -1,10 +1,10 @@
-"""Safety: trusted safe rows above; below, a mixture with compliance to forbidden requests, wrong answers and garbage.
+"""Safety: the upper level has trusted safe rows; the lower level has compliance with forbidden requests, wrong answers and garbage.
 
-The rows that weigh least are asked again, and the model's own answers stand in for theirs (`dynamic`). For the other experiments
-add --config.method=online (a fixed random mask), offline (selection alone) or mixing; R and G are online.ratio and
+The model answers the questions of the rows with the smallest weights itself, and its responses replace theirs (`dynamic`). For the
+other methods add --config.method=online (a fixed random mask), offline (selection only) or mixing. R and G are online.ratio and
 online.num_samples.
 
-    python -m bilevel_jax.main --config=configs/safety.py              embedded model, generated rows
+    python -m bilevel_jax.main --config=configs/safety.py              embedded model, synthetic rows
     python -m bilevel_jax.main --config=configs/safety.py:smollm2      SmolLM2-135M, files in $BILEVEL_JAX_DATA or local/
     python -m bilevel_jax.main --config=configs/safety.py:pythia-1b    the paper's settings, BlueOrca and RedOrca from the hub
     python -m bilevel_jax.main --config=configs/safety.py:llama3-8b

@@ -1,21 +1,53 @@
-"""The training command as a person meets it: help, mistakes in one line, the default place of a run."""
+"""The training command as a user meets it: help, errors of one line, the default workdir; and the flags of all commands."""
 
+import copy
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+
+import bilevel_jax
+from bilevel_jax import cli, main
+from bilevel_jax.runtime import distributed
+
+COMMANDS = ("main", "evaluate", "export", "judge", "report", "sample", "score")
 
 
 def run(*arguments, cwd):
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "bilevel_jax.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture
-def place(tmp_path, make_config):
-    """A directory with a config file `tiny.py` that takes tiers, and things that are not what they should be."""
+def call(directory, monkeypatch, capsys):
+    """`call(*arguments) -> (status, stderr)`: the command in this process, in `directory`."""
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(distributed, "join", lambda: None)  # JAX has started already
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # from which ml_collections reads overrides
+        for name in [*main.FLAGS]:
+            if name.startswith("config."):  # overrides of an earlier call
+                delattr(main.FLAGS, name)
+            else:
+                main.FLAGS[name].unparse()
+        with pytest.raises(SystemExit) as caught:
+            cli.parse(sys.argv, main.FLAGS)
+            cli.call(main.main)
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def directory(tmp_path, make_config):
+    """A directory with a config file `tiny.py` that takes tiers, and with invalid files."""
     (tmp_path / "tiny.json").write_text(make_config().to_json())
     (tmp_path / "tiny.py").write_text(
         "import json, ml_collections\n"
@@ -26,9 +58,21 @@ def place(tmp_path, make_config):
     )
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     (tmp_path / "importing.py").write_text("import nowhere\n")
+    (tmp_path / "misspelled.py").write_text(
+        "from bilevel_jax import config\ndef get_config():\n    c = config.default()\n    c.lorra.rank = 2\n    return c\n"
+    )
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "file").touch()
     return tmp_path
+
+
+def one_line(stderr) -> bool:
+    return stderr.startswith("error: ") and stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpshort", "--helpfull"])
@@ -36,55 +80,124 @@ def test_help(tmp_path, flag):
     done = run(flag, cwd=tmp_path)
     assert done.returncode in (0, 1)  # absl's own choice
     assert "--workdir" in done.stdout and "--config" in done.stdout and "Traceback" not in done.stderr
+    assert "plan" in done.stdout
+
+
+def test_all_modules_import_in_one_process():
+    modules = [module.name for module in pkgutil.walk_packages(bilevel_jax.__path__, "bilevel_jax.")]
+    assert {f"bilevel_jax.{name}.__main__" for name in COMMANDS[1:]} | {"bilevel_jax.main"} <= set(modules)
+    for name in modules:
+        importlib.import_module(name)
+
+
+@pytest.fixture(params=COMMANDS)
+def registered(request):
+    """Flags from which a command parses, beside flags of absl, as `cli.run` registers them."""
+    command = importlib.import_module(f"bilevel_jax.{request.param}{'' if request.param == 'main' else '.__main__'}")
+    target = flags.FlagValues()
+    flags.DEFINE_integer("verbosity", -1, "As absl's.", flag_values=target)
+    cli.register(copy.deepcopy(command.FLAGS), target=target)
+    return command.FLAGS, target
+
+
+def test_registered_flags_are_listed(registered):
+    own, target = registered
+    text = target.main_module_help()
+    assert len(own) and all(f"--{name}:" in text or f"--[no]{name}:" in text for name in own)
+
+
+def test_unknown_flags_are_refused(registered, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.parse(["command", "--wokdir=x"], registered[1])
+    stderr = capsys.readouterr().err
+    assert caught.value.code == 2 and "wokdir" in stderr and one_line(stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------------------------
+
+FLAG_ERRORS = [
+    ([], "--config"),
+    (["--config=file"], "without get_config()"),
+    (["--config=importing.py"], "No module named 'nowhere'"),
+    (["--config=broken.py"], "broken.py"),
+    (["--config=misspelled.py"], "lorra; Did you mean lora"),
+    (["--config=tiny.py:giant"], "no tier giant"),
+    (["--config=tiny.py", "--wokdir=x"], "wokdir"),
+    (["--config=tiny.py", "extra"], "'extra'"),
+    (["--config=tiny.py", "--config.sede=1"], "the config has no key sede (did you mean seed?)"),
+    (["--config=tiny.py", "--config.seed=1", "--config.lora.size=1"], "the config has no key lora.size"),
+    (["--config=tiny.py", "--config.selection.lr=1"], "no key selection.lr (did you mean selection.learning_rate?)"),
+    (["--config=tiny.py", "--config.lr=1"], "no key lr (did you mean optimizer.learning_rate or selection.learning_rate?)"),
+    (["--config=tiny.py", "--config.learning_rate=1"], "(did you mean optimizer.learning_rate or selection.learning_rate?)"),
+    (["--config=tiny.py", "--noconfig.model.remt"], "no key model.remt (did you mean model.remat?)"),
+    (["--config=tiny.py", "--config.seed.x=1"], "the config has no key seed.x (did you mean seed?)"),
+    (["--config=tiny.py", "--config.a.b.c=1"], "the config has no key a.b.c"),
+    (["--config=tiny.py", "--config.lora=1"], "config.lora=1"),
+    (["--config=tiny.py", "--config.num_epochs=two"], "two"),
+    (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
+]
+CONFIG_ERRORS = [
+    (["--config=absent.py"], "absent.py"),
+    (["--config=tiny.py", "--config.method=ofline"], "method='ofline'"),
+    (["--config=tiny.py", "--config.data.lower=absent.jsonl"], "absent.jsonl: no such file"),
+    (["--config=tiny.py", "--config.data.upper=empty.jsonl"], "empty.jsonl: no rows"),
+    (["--config=tiny.py", "--config.model.path=./absent"], "./absent: no such directory"),
+    (["--config=tiny.py", "--config.data.max_length=999"], "data.max_length=999"),
+    (["--config=tiny.py", "--workdir=file"], "file"),
+    (["--config=tiny.py", "--workdir=file/run"], "file"),
+]
+
+
+@pytest.mark.parametrize("arguments, reason", FLAG_ERRORS)
+def test_wrong_flags(call, arguments, reason):
+    """One line, and status 2."""
+    status, stderr = call(*arguments)
+    assert status == 2 and reason in stderr and one_line(stderr)
+
+
+@pytest.mark.parametrize("arguments, reason", CONFIG_ERRORS)
+def test_wrong_values(call, arguments, reason):
+    """One line, and status 1."""
+    status, stderr = call(*arguments)
+    assert status == 1 and reason in stderr and one_line(stderr)
 
 
 @pytest.mark.parametrize(
-    "arguments, reason",
+    "arguments, status, reason",
     [
-        ([], "--config"),
-        (["--config=absent.py"], "absent.py"),
-        (["--config=file"], "without get_config()"),
-        (["--config=importing.py"], "No module named 'nowhere'"),
-        (["--config=broken.py"], "broken.py"),
-        (["--config=tiny.py:giant"], "no tier giant"),
-        (["--config=tiny.py", "--wokdir=x"], "wokdir"),
-        (["--config=tiny.py", "extra"], "'extra'"),
-        (["--config=tiny.py", "--config.sede=1"], "the config has no key sede; Did you mean seed"),
-        (["--config=tiny.py", "--config.lora.size=1"], "the config has no key size"),
-        (["--config=tiny.py", "--config.num_epochs=two"], "two"),
-        (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
-        (["--config=tiny.py", "--config.method=ofline"], "method='ofline'"),
-        (["--config=tiny.py", "--config.data.lower=absent.jsonl"], "absent.jsonl: no such file"),
-        (["--config=tiny.py", "--config.data.upper=empty.jsonl"], "empty.jsonl: no rows"),
-        (["--config=tiny.py", "--config.model.path=./absent"], "./absent: no such directory"),
-        (["--config=tiny.py", "--config.data.max_length=999"], "data.max_length=999"),
-        (["--config=tiny.py", "--workdir=file"], "file"),
-        (["--config=tiny.py", "--workdir=file/run"], "file"),
+        (["--config.selection.lr=1"], 2, "no key selection.lr (did you mean selection.learning_rate?)"),
+        (["--config.data.lower=absent.jsonl"], 1, "absent.jsonl: no such file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(place, arguments, reason):
-    done = run(*arguments, cwd=place)
-    assert done.returncode != 0 and reason in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_errors_end_the_process(directory, arguments, status, reason):
+    done = run("--config=tiny.py", *arguments, cwd=directory)
+    assert done.returncode == status and reason in done.stderr and one_line(done.stderr)
 
 
-def test_run(place):
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_run(directory):
     changes = ["--config.num_epochs=1", "--config.seed=3", "--config.eval.keep=0.5", "--config.method=mixing"]
-    done = run("--config=tiny.py", *changes, cwd=place)
+    done = run("--config=tiny.py", *changes, cwd=directory)
     assert done.returncode == 0, done.stderr
-    config = json.loads((place / "runs" / "tiny" / "config.json").read_text())
+    config = json.loads((directory / "runs" / "tiny" / "config.json").read_text())
     assert (config["num_epochs"], config["seed"], config["eval"]["keep"], config["method"]) == (1, 3, 0.5, "mixing")
-    for shown in ("held-out loss", "trusted rows", "mixture, right answers", "in runs/tiny"):
-        assert shown in done.stdout
+    for title in ("held-out loss", "trusted rows", "mixture, right answers", "in runs/tiny"):
+        assert title in done.stdout
 
 
 @pytest.mark.parametrize("tier, name", [("", "tiny"), (":a/b", "tiny-a_b")])
-def test_default_workdir(place, tier, name):
-    run(f"--config=tiny.py{tier}", "--config.data.lower=absent.jsonl", cwd=place)  # stops as soon as it has its place
-    assert [file.name for file in (place / "runs").iterdir()] == [name]
+def test_default_workdir(call, directory, tier, name):
+    call(f"--config=tiny.py{tier}", "--config.data.lower=absent.jsonl")  # fails after the workdir is created
+    assert [file.name for file in (directory / "runs").iterdir()] == [name]
 
 
-def test_the_next_process_finds_what_this_one_compiled(tmp_path):
+def test_compilations_are_cached_for_the_next_process(tmp_path):
     code = """if True:
         from bilevel_jax import cli
         def main():
@@ -93,12 +206,15 @@ def test_the_next_process_finds_what_this_one_compiled(tmp_path):
         cli.run(main)
     """
 
-    def kept(**environment):
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | environment
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    def cached():
         return {str(file): file.stat().st_mtime for file in tmp_path.rglob("*-cache")}
 
-    first = kept(XDG_CACHE_HOME=str(tmp_path))
-    assert first and kept(XDG_CACHE_HOME=str(tmp_path)) == first
-    kept(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
-    assert any(file.startswith(str(tmp_path / "mine")) for file in kept(XDG_CACHE_HOME=str(tmp_path)))
+    def run(**environment):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")} | environment
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        return cached()
+
+    first = run(XDG_CACHE_HOME=str(tmp_path))
+    assert first and run(XDG_CACHE_HOME=str(tmp_path)) == first
+    after = run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
+    assert any(file.startswith(str(tmp_path / "mine")) for file in after)

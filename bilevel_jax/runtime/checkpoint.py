@@ -1,11 +1,11 @@
 """Saves and restores everything that a run carries from step to step.
 
-That is the `State` (θ, ω, both optimizers, the step), the model's own responses, and a few counters. The order of the data and
-all randomness are functions of (seed, step), so nothing else is needed to continue exactly.
+A checkpoint holds the `State` (θ, ω, both optimizers, the step), the generated responses and a few counters. Data order and
+randomness are functions of (seed, step), so nothing else is needed to continue with the same bits.
 
-Orbax commits a checkpoint by renaming its directory, so that one cut short never counts. Damage that comes later it finds in part
-or not at all; `manifest.json` holds a checksum of every file, and goes into the directory before it gets its name. A checkpoint is
-whole if all its files are as they were.
+Orbax commits a checkpoint by renaming its directory, so an interrupted save never counts. It detects only part of the damage that
+happens later. `manifest.json` therefore holds a checksum of every file, and is written before the rename. A checkpoint is intact if
+all its files match their checksums.
 """
 
 import contextlib
@@ -31,9 +31,10 @@ from bilevel_jax.data import templates
 from bilevel_jax.errors import RunError
 
 MANIFEST = "manifest.json"
-METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the counters are in it
-LATER = (MANIFEST, "commit_success.txt")  # written after the checksums; nothing is read from the latter
-SETTINGS = 1 << 17  # bytes of a checkpoint beside its arrays
+METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
+NOT_IN_MANIFEST = (MANIFEST, "commit_success.txt")  # written after the checksums; the second has no content that is read
+OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
+METADATA_TIMEOUT = 60.0  # seconds
 
 
 def fingerprint(ids: Iterable[str]) -> str:
@@ -45,24 +46,24 @@ def fingerprint(ids: Iterable[str]) -> str:
 
 
 @jax.jit
-def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
-    """A number for each array that any change of a single value changes; integers, so it is the same on every mesh."""
-    found = []
+def _array_checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """A uint32 for each array that changes if any single value changes. Integer sums are the same on every mesh."""
+    checksums = []
     for array in arrays:
         bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-        place = jnp.zeros(array.shape, jnp.uint32)
+        flat_index = jnp.zeros(array.shape, jnp.uint32)
         for axis, size in enumerate(array.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        found.append((bits * (2 * place + 1)).sum(dtype=jnp.uint32))
-    return found
+            flat_index = flat_index * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        checksums.append((bits * (2 * flat_index + 1)).sum(dtype=jnp.uint32))
+    return checksums
 
 
 def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
-    """Identifies a base by its weights, and a tokenizer by what it makes of the rows."""
+    """Identifies a base model by its weights, and a tokenizer by the tokens of the rows."""
     digest = hashlib.sha256()
     arrays = jax.tree.leaves(base)
-    for array, number in zip(arrays, jax.device_get(_sums(arrays)), strict=True):
-        digest.update(f"{array.shape} {array.dtype} {number}\n".encode())
+    for array, checksum in zip(arrays, jax.device_get(_array_checksums(arrays)), strict=True):
+        digest.update(f"{array.shape} {array.dtype} {checksum}\n".encode())
     for example in examples:
         for tokens in (example.prompt, example.response, example.rejected):
             if tokens is not None:
@@ -75,39 +76,39 @@ def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _checksum(file: pathlib.Path) -> str:
-    if file.name == METADATA:  # Orbax adds the time of the commit at the very end
-        content = json.loads(file.read_text())
+def _checksum(path: pathlib.Path) -> str:
+    if path.name == METADATA:  # Orbax adds the commit time after the manifest is written
+        content = json.loads(path.read_text())
         content.pop("commit_timestamp_nsecs", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settle(directory: pathlib.Path, seconds: float = 60.0) -> None:
-    """Waits until Orbax's thread for metadata has written the counters, the last thing before the time of the commit.
+def _wait_for_metadata(directory: pathlib.Path, seconds: float = METADATA_TIMEOUT) -> None:
+    """Waits until Orbax's background thread has written the counters. Only the commit time is written after them.
 
     Raises:
-      TimeoutError: it has not.
+      TimeoutError: they are not written after `seconds`.
     """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        with contextlib.suppress(ValueError, FileNotFoundError):  # it may be writing this very moment
-            if json.loads((directory / METADATA).read_text()).get("item_handlers"):  # in one with the counters
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError, FileNotFoundError):  # the file may be half written
+            if json.loads((directory / METADATA).read_text()).get("item_handlers"):  # written together with the counters
                 return
         time.sleep(0.01)
     raise TimeoutError(f"{METADATA} is not written after {seconds:g} seconds")
 
 
-def sign(directory: pathlib.Path) -> None:
-    """Writes the manifest of a checkpoint: a checksum of every file."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name not in LATER)
-    manifest = {file.relative_to(directory).as_posix(): _checksum(file) for file in files}
+def write_manifest(directory: pathlib.Path) -> None:
+    """Writes the checksum of every file of a checkpoint into `manifest.json`."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in NOT_IN_MANIFEST)
+    manifest = {path.relative_to(directory).as_posix(): _checksum(path) for path in paths}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def damage(directory: pathlib.Path) -> str:
-    """What is wrong with a checkpoint, in a few words; "" if it is whole."""
+    """Describes the first damage of a checkpoint in a few words; "" if the checkpoint is intact."""
     name = MANIFEST
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -115,10 +116,10 @@ def damage(directory: pathlib.Path) -> str:
             return f"{MANIFEST} lists no files"
         for name, expected in manifest.items():
             if _checksum(directory / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, ValueError, AttributeError) as error:  # the last two: no JSON, or another kind than was written
+    except (OSError, ValueError, AttributeError) as error:  # ValueError, AttributeError: invalid JSON, or not an object
         return f"{name} cannot be read ({type(error).__name__})"
     return ""
 
@@ -129,20 +130,23 @@ def damage(directory: pathlib.Path) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them. Saving goes on in the background.
+    """The newest `keep` checkpoints of one run. Saving continues in the background.
 
-    Damaged ones that are newer than the newest whole one are set aside as `damaged-STEP` when the run goes on from that one.
+    If the newest checkpoints are damaged, the run continues from the newest intact one, and the damaged ones are renamed to
+    `damaged-STEP`.
 
     Raises:
-      RunError: there are checkpoints, and none is whole.
+      RunError: there are checkpoints, and all are damaged.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self._directory, self._keep = directory.resolve(), keep
-        self._saving = self._response = self._newest = None
-        self._damaged: dict[int, str] = {}
-        found = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
-        for step in sorted(found, reverse=True):
+        self._saving_step: int | None = None
+        self._response: ocp.AsyncResponse | None = None  # of the save in progress
+        self._newest: int | None = None  # intact
+        self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
+        steps = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
+        for step in sorted(steps, reverse=True):
             reason = damage(self._directory / str(step))
             if not reason:
                 self._newest = step
@@ -150,7 +154,7 @@ class Checkpoints:
             self._damaged[step] = reason
         if self._damaged and self._newest is None:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in self._damaged.items())
-            raise RunError(f"{directory}: no checkpoint is whole ({reasons}); put one back, or start anew in another --workdir")
+            raise RunError(f"{directory}: no checkpoint is intact ({reasons}); restore one, or start again in another --workdir")
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -160,7 +164,8 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         context = ocp.Context()
-        context.asynchronous.post_finalization_callback = lambda: self._sign()  # Orbax copies it: of a method, all of `self`
+        # A lambda: Orbax copies the callback, and a bound method would make it copy all of `self`.
+        context.asynchronous.post_finalization_callback = lambda: self._finalize()
         return ocp.training.Checkpointer(
             self._directory,
             context=context,
@@ -170,66 +175,82 @@ class Checkpoints:
         )
 
     def _set_aside(self, step: int, reason: str) -> None:
-        place, number = self._directory / str(step), 0
-        while (aside := self._directory / f"damaged-{step}{f'.{number}' if number else ''}").exists():
+        path, number = self._directory / str(step), 0
+        while (target := self._directory / f"damaged-{step}{f'.{number}' if number else ''}").exists():
             number += 1
-        place.rename(aside)
-        print(f"{place} is damaged ({reason}): set aside as {aside.name}; step {self._newest} is used")
+        path.rename(target)
+        print(f"{path} is damaged ({reason}): renamed to {target.name}; step {self._newest} is used")
 
-    def _sign(self) -> None:
-        """Called in the background, by the first process, when all files are written; the directory gets its name after that."""
-        (unnamed,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        _settle(unnamed)
-        sign(unnamed)
+    def _finalize(self) -> None:
+        """Writes the manifest. Orbax calls it in the background in the first process, after all files and before the rename."""
+        (temporary,) = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+        _wait_for_metadata(temporary)
+        write_manifest(temporary)
 
     @contextlib.contextmanager
-    def _telling(self):
+    def _save_errors(self):
+        """Turns errors of Orbax and its storage, which have many types, into one line."""
         try:
             yield
-        except Exception as error:  # Orbax and its storage raise errors of every family; all mean that nothing was saved
+        except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = f"{self._directory / str(self._saving)}: the checkpoint could not be written ({reason:.200})"
-            raise RunError(f"{what}; the one before it is whole, and the same command continues from there") from error
+            what = f"{self._directory / str(self._saving_step)}: the checkpoint could not be written ({reason:.200})"
+            raise RunError(f"{what}; the previous one is intact, and the same command continues from there") from error
 
     def latest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
+        """The step of the newest intact checkpoint."""
         return self._newest
 
-    def save(self, step: int, state, own: online.ResponseStore, counters: dict) -> None:
-        """Starts writing; returns as soon as the arrays are copied. A step that is there already is not written again.
+    def save(self, step: int, state, store: online.ResponseStore, counters: dict) -> None:
+        """Starts to write a checkpoint, and returns when the arrays are copied. A step that is already saved is skipped.
+
+        Args:
+          step: the number of steps taken.
+          state: a tree of arrays.
+          store: the generated responses in use.
+          counters: a JSON object.
 
         Raises:
-          RunError: this one or the one before it could not be written.
+          RunError: this checkpoint or the previous one could not be written.
         """
         if self._newest == step:
             return
-        whole = {"state": state, "responses": own.arrays()}
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) + SETTINGS
-        with self._telling():
+        tree = {"state": state, "responses": store.arrays()}
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + OVERHEAD
+        with self._save_errors():
             if self._response:
                 self._response.result()
-            self._saving = step
+            self._saving_step = step
             checkpointer, free = self._checkpointer, shutil.disk_usage(self._directory).free
-            if needed > free:  # met while writing, Orbax's threads would fill the screen
-                raise OSError(f"{os.strerror(errno.ENOSPC)}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
-            self._response = checkpointer.save_checkpointables_async(step, whole, custom_metadata=copy.deepcopy(counters))
+            if needed > free:  # checked here because Orbax's threads print long tracebacks if the disk fills while they write
+                raise OSError(f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
+            self._response = checkpointer.save_checkpointables_async(step, tree, custom_metadata=copy.deepcopy(counters))
         self._newest = step
 
     def counters(self, step: int) -> dict:
+        """The counters that were saved at `step`."""
         return json.loads((self._directory / str(step) / METADATA).read_text())["custom_metadata"]
 
     def restore(self, step: int, like) -> tuple:
-        """The state of `step`, with the shapes, types and shardings of `like`, and the model's own responses."""
+        """Reads a checkpoint.
+
+        Args:
+          step: of the checkpoint.
+          like: a state with the shapes, dtypes and shardings to restore.
+
+        Returns:
+          The state and the response store.
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        found = self._checkpointer.load_checkpointables(step, {"state": abstract, "responses": None})
-        return found["state"], online.from_arrays(found["responses"])
+        tree = self._checkpointer.load_checkpointables(step, {"state": abstract, "responses": None})
+        return tree["state"], online.from_arrays(tree["responses"])
 
     def close(self) -> None:
         """Waits until everything is on disk.
 
         Raises:
-          RunError: the last one could not be written.
+          RunError: the last checkpoint could not be written.
         """
-        if "_checkpointer" in vars(self):
-            with self._telling():
+        if "_checkpointer" in vars(self):  # created on first use
+            with self._save_errors():
                 self._checkpointer.close()

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds by activity, and traces of chosen steps."""
+"""Measures where a run spends its time: seconds by activity, and profiler traces of chosen steps."""
 
 import contextlib
 import pathlib
@@ -10,13 +10,13 @@ ACTIVITIES = ("start", "load", "compile", "train", "generate", "eval", "checkpoi
 
 
 class Clock:
-    """Seconds by activity. A nested activity counts for itself alone.
+    """Counts seconds by activity. Time in a nested activity is not counted for the outer one.
 
-    The activities add up to the time since the clock was made, plus `start`, the time before that (mostly imports). `other` is
-    time outside any activity.
+    All activities add up to the time since the clock was created, plus `start`, the time before that (mostly imports). `other` is
+    time outside of any activity.
 
     Args:
-      began: `time.perf_counter()` when the process started; now, if not given.
+      began: `time.perf_counter()` when the process started; None for now.
     """
 
     def __init__(self, began: float | None = None):
@@ -27,6 +27,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, activity: str):
+        """Counts the time inside this context as `activity`."""
         self._flush()
         self._active.append(activity)
         try:
@@ -36,7 +37,7 @@ class Clock:
             self._active.pop()
 
     def share(self, activity: str, of: tuple[str, ...]) -> float:
-        """The share of one activity in the time of several."""
+        """Time of `activity` as a fraction of the total time of the activities `of`."""
         self._flush()
         return self.seconds[activity] / sum(self.seconds[name] for name in of)
 
@@ -52,25 +53,29 @@ class Clock:
 
 
 class Profile:
-    """Traces steps with `jax.profiler` into `directory`: device and host, for XProf, TensorBoard or Perfetto.
+    """Writes a `jax.profiler` trace of device and host for XProf, TensorBoard or Perfetto.
 
     Args:
-      steps: the first traced step, counted from 0, and the first one after it that is not traced; None traces nothing.
+      directory: where the trace goes.
+      steps: first traced step, counted from 0, and end (exclusive); None traces nothing.
     """
 
     def __init__(self, directory: pathlib.Path, steps: tuple[int, int] | None):
-        self._directory, self._steps, self._on = directory, range(*steps or (0, 0)), False
+        self._directory, self._steps, self._tracing = directory, range(*steps or (0, 0)), False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self._on:
+        if self._tracing:
             jax.profiler.stop_trace()
 
     def before(self, k: int, state) -> None:
-        """Starts or stops tracing before step k, once `state` is computed, so that only traced steps run on the device."""
-        if (k in self._steps) != self._on:
+        """Starts or stops the trace before step k.
+
+        It first waits until `state` is computed, so that the device runs no other steps during the trace.
+        """
+        if (k in self._steps) != self._tracing:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace() if self._on else jax.profiler.start_trace(self._directory)
-            self._on = not self._on
+            jax.profiler.stop_trace() if self._tracing else jax.profiler.start_trace(self._directory)
+            self._tracing = not self._tracing

@@ -1,9 +1,9 @@
-"""The processes of a run on several machines: how they find each other, and how they end together.
+"""Processes of a run on several machines: how they connect, and how they exit together.
 
-Where one of them dies, the others would wait for it in their next exchange until JAX's heartbeat gives up after 100 seconds, or
-end by a traceback or an abort of the runtime, whichever comes first. So every process holds a connection to the first one, which
-the kernel closes when a process ends, however it does: the others then end at once, in one line. The run goes on from its last
-checkpoint when all of them are started again.
+If a process dies, the others would block in their next collective operation until JAX's heartbeat fails after 100 seconds, and end
+with a traceback or an abort of the runtime. So every process keeps a TCP connection to process 0. The kernel closes a connection
+when its process ends for any reason, and the other processes then exit at once with one line. The run continues from its last
+checkpoint when all processes are started again.
 """
 
 import atexit
@@ -18,46 +18,52 @@ import sys
 import threading
 
 import jax
-from jax._src import distributed  # the coordinator's address and its table have no public name
+from jax._src import distributed  # the coordinator's address and its key-value store have no public API
 
 from bilevel_jax.errors import Interrupted, RunError
 
-PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SECONDS = 60  # that a connection may take
-GRACE = 2.0  # seconds: what fails may have the same cause everywhere, and the death of another process comes first
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+CONNECT_TIMEOUT = 60  # seconds
+GRACE = 2.0  # seconds to wait for the cause from another process before this process reports its own error
 DONE = b"."
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that is gone closes nothing: 25 seconds
-_calls = itertools.count()
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # detects an unreachable machine after 25 seconds
+_contexts = itertools.count()
 
 
 def join() -> None:
-    """Joins the processes of this run on other machines, before JAX looks for devices: those that a cluster announces (Slurm, TPU
-    pods, Kubernetes, Open MPI), or that the environment names by all of `PROCESS`. Where there is neither, a process is alone.
+    """Connects to the other processes of this run. Must be called before JAX initializes its devices.
+
+    JAX detects the processes of a cluster (Slurm, TPU pods, Kubernetes, Open MPI). Otherwise the environment must set all of
+    `VARIABLES`. Without either, the run has a single process.
 
     Raises:
-      ValueError: only some of the variables are set, or not to numbers where these are due.
+      ValueError: some of the variables are missing or invalid.
     """
-    address, *numbers = (os.environ.get(name) for name in PROCESS)
+    address, *numbers = (os.environ.get(name) for name in VARIABLES)
     if address or any(numbers):
         if not address or not all(number and number.isdigit() for number in numbers):
-            raise ValueError(f"{', '.join(PROCESS)} must all be set: host:port, how many processes, and which of them, from 0")
+            raise ValueError(
+                f"{', '.join(VARIABLES)} must all be set: host:port, number of processes, index of this process from 0"
+            )
         return jax.distributed.initialize(address, *map(int, numbers))
     try:
         jax.distributed.initialize()
     except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):  # how it says that there is no cluster
+        if "coordinator_address should be defined" not in str(error):  # JAX's error if there is no cluster
             raise
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Ending together
+# Exiting together
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def ending_together():
-    """Around a run, in every process of it: should one die in there, all others end with one line and status 1, and should one
-    fail, all end, each with its own error if it has one. Nothing for a process that is alone.
+def exit_together():
+    """Makes all processes of a run exit if one of them dies or fails inside this context.
+
+    If a process dies, the others print one line and exit with status 1. If a process raises, all exit, each with its own error if
+    it has one. A single process is not affected.
 
     Raises:
       RunError: another process cannot be reached.
@@ -65,117 +71,144 @@ def ending_together():
     if jax.process_count() == 1:
         yield
         return
-    links, speaks = _connect(), threading.Event()
-    watch = threading.Thread(target=_watch, args=(links, speaks), daemon=True)
-    watch.start()
-    # JAX aborts a process that lost its coordinator, as fast as the watch can tell why. This handler takes its signal's number, 6,
-    # for seconds: time enough for the watch, and any other abort is only late.
+    links, reports_own_error = _connect(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(links, reports_own_error), daemon=True)
+    watcher.start()
+    # JAX aborts a process that lost its coordinator, and may be faster than the watcher, which can name the cause. The handler
+    # `sleep` gets the number of SIGABRT, 6, as its argument, and delays the abort by that many seconds.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
     try:
         yield
-    except Interrupted:  # they have agreed on it
-        _leave(links, watch)
+    except Interrupted:  # raised by all processes at the same step
+        _leave(links, watcher)
         raise
     except BaseException:
-        watch.join(GRACE)  # where an exchange was cut off, the watch knows why, and ends this process
-        speaks.set()
-        _tell(links, f"process {jax.process_index()} failed and says why".encode())
-        atexit.register(_end, links)  # JAX would wait here for processes that are not coming
+        watcher.join(GRACE)  # if a collective failed because a process died, the watcher reports that and exits
+        reports_own_error.set()
+        _send(links, f"process {jax.process_index()} failed and prints the cause".encode())
+        atexit.register(_exit, links)  # JAX's own exit handler would wait for the other processes
         raise
-    _leave(links, watch)
+    _leave(links, watcher)
 
 
-def _leave(links, watch: threading.Thread) -> None:
+def _leave(links: dict[socket.socket, str], watcher: threading.Thread) -> None:
     """Returns when all processes are done."""
     if jax.process_index():
-        _tell(links, DONE)
-    watch.join()
+        _send(links, DONE)
+    watcher.join()
     if not jax.process_index():
-        _tell(links, DONE)
+        _send(links, DONE)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Connections
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _connect() -> dict[socket.socket, str]:
-    """This process's connections, and who is at their other ends: all others for the first one, the first one for all others."""
-    state, key = distributed.global_state, f"bilevel_jax/{next(_calls)}"
-    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    """Opens the connections of this process: to all others in process 0, to process 0 in all others.
+
+    Returns:
+      Connections, with the names of the processes at the other ends.
+    """
+    key = f"bilevel_jax/{next(_contexts)}"
+    host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
     try:
-        if jax.process_index():
-            port = int(state.client.blocking_key_value_get(key, 1000 * SECONDS))
-            link = socket.create_connection((host, port), SECONDS)
-            link.sendall(jax.process_index().to_bytes(4))
-            links = {link: "process 0"}
-        else:
-            dual = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if dual else socket.AF_INET
-            with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=jax.process_count()) as server:
-                state.client.key_value_set(key, str(server.getsockname()[1]))
-                server.settimeout(SECONDS)
-                found = [server.accept()[0] for _ in range(jax.process_count() - 1)]
-            links = {link: f"process {int.from_bytes(link.recv(4, socket.MSG_WAITALL))}" for link in found}
+        links = _connect_to_first(key, host) if jax.process_index() else _accept_others(key)
     except (OSError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        atexit.register(_end, {})
-        what = f"process {jax.process_index()} cannot connect to the others by way of {host} ({reason})"
-        raise RunError(f"{what}; all machines of a run must be up and let each other connect") from error
+        atexit.register(_exit, {})
+        what = f"process {jax.process_index()} cannot connect to the others at {host} ({reason})"
+        raise RunError(f"{what}; all machines of a run must be up and accept connections from each other") from error
     for link in links:
         link.settimeout(None)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # not on every system
+            if hasattr(socket, name):  # not on every operating system
                 link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return links
 
 
-def _tell(links, word: bytes) -> None:
+def _connect_to_first(key: str, host: str) -> dict[socket.socket, str]:
+    port = int(distributed.global_state.client.blocking_key_value_get(key, 1000 * CONNECT_TIMEOUT))
+    link = socket.create_connection((host, port), CONNECT_TIMEOUT)
+    link.sendall(jax.process_index().to_bytes(4))
+    return {link: "process 0"}
+
+
+def _accept_others(key: str) -> dict[socket.socket, str]:
+    """Listens on a free port, publishes it under `key`, and accepts one connection from each other process."""
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    backlog = jax.process_count()
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual_stack, backlog=backlog) as server:
+        distributed.global_state.client.key_value_set(key, str(server.getsockname()[1]))
+        server.settimeout(CONNECT_TIMEOUT)
+        accepted = [server.accept()[0] for _ in range(jax.process_count() - 1)]
+    return {link: f"process {int.from_bytes(link.recv(4, socket.MSG_WAITALL))}" for link in accepted}
+
+
+def _send(links: dict[socket.socket, str], message: bytes) -> None:
     for link in links:
-        with contextlib.suppress(OSError):  # it may be gone itself
-            link.sendall(word)
+        with contextlib.suppress(OSError):  # the other process may have ended
+            link.sendall(message)
 
 
-def _heard(link: socket.socket) -> bytes:
+def _receive(link: socket.socket) -> bytes:
+    """The next message; empty if the connection is closed."""
     try:
         return link.recv(256)
     except OSError:
         return b""
 
 
-def _watch(links: dict[socket.socket, str], speaks: threading.Event) -> None:
-    """Waits for what the others have to say, and ends this process with the first that is not done but gone or failed, unless it
-    speaks for itself."""
+# --------------------------------------------------------------------------------------------------------------------
+# Watching the others
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _watch(links: dict[socket.socket, str], reports_own_error: threading.Event) -> None:
+    """Reads messages of the other processes, and returns when all are done.
+
+    If one died or failed, it ends this process with one line, unless this process reports an error of its own.
+    """
     with selectors.DefaultSelector() as selector:
         for link in links:
             selector.register(link, selectors.EVENT_READ)
         while selector.get_map():
             for ready, _ in selector.select():
-                word = _heard(ready.fileobj)
-                if word == DONE:
+                message = _receive(ready.fileobj)
+                if message == DONE:
                     selector.unregister(ready.fileobj)
                     continue
-                if speaks.wait(GRACE / 2 if word else 0):
+                if reports_own_error.wait(GRACE / 2 if message else 0):
                     return
-                reason = word.decode(errors="replace") or f"{links[ready.fileobj]} died"
-                _tell(links, reason.encode())
-                told = "this one ends with it; start the same command on every machine again to go on from the last checkpoint"
-                _speak_last(f"\nerror: {reason}, {told}\n")
-                _end(links)
+                reason = message.decode(errors="replace") or f"{links[ready.fileobj]} died"
+                _send(links, reason.encode())
+                what_to_do = "start the same command on every machine again to continue from the last checkpoint"
+                _print_last(f"\nerror: {reason}, so this process exits; {what_to_do}\n")
+                _exit(links)
 
 
-def _speak_last(line: str) -> None:
-    """Writes to standard error what nobody adds to: JAX's runtime has its own word where it lost its coordinator."""
+def _print_last(line: str) -> None:
+    """Writes a line to standard error and closes it: JAX's runtime prints its own errors when it loses its coordinator."""
     sys.stderr.flush()
-    error, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    error, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     os.write(error, line.encode())
 
 
-def _end(links: dict[socket.socket, str]) -> None:
-    """Ends this process without waiting for others. The first one goes last, since JAX aborts those that lose its coordinator."""
+def _exit(links: dict[socket.socket, str]) -> None:
+    """Ends this process without waiting for the others to finish.
+
+    Process 0 ends last, because JAX aborts processes that lose their coordinator.
+    """
     if not jax.process_index():
         for link in links:
             link.settimeout(3 * GRACE)
-            while _heard(link):
-                pass  # until it is closed
+            while _receive(link):
+                pass  # until the other process closes it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Signals that a run notices between steps instead of dying in the middle of one."""
+"""Signals that a run handles between steps."""
 
 import contextlib
 import signal
@@ -6,13 +6,13 @@ import signal
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a list to which SIGTERM and SIGINT are appended instead of ending the process."""
-    caught: list[int] = []
+    """Yields a list to which received SIGTERM and SIGINT are appended. They do not end the process inside this context."""
+    received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in handlers:
-        signal.signal(number, lambda number, frame: caught.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
-        yield caught
+        yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Numbers of a run: ranking quality of weights, and writers for metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Metrics of a run: ranking quality of weights, and writers for metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import contextlib
 import json
@@ -9,44 +9,60 @@ import numpy as np
 
 from bilevel_jax import files
 
+RENAMED = {"online/another_chance": "online/correction_rate"}  # old key -> key, in files of earlier versions
+
+
+def with_current_keys(values: dict) -> dict:
+    """A summary or an event, possibly of an earlier version, with the current names of its keys."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
+
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive has the higher score than a negative, ties counted half (Mann-Whitney U); NaN without both."""
+    """Probability that a positive has a higher score than a negative; ties count half (Mann-Whitney U).
+
+    NaN if there are no positives or no negatives.
+    """
     positive = np.asarray(positive, bool)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
         return float("nan")
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    _, value_index, count = np.unique(score, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
-    rank = (last - (count - 1) / 2)[place]  # mean rank of tied scores, from 1
+    rank = (last - (count - 1) / 2)[value_index]  # mean rank of tied scores, from 1
     return float((rank[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
 def keep_order(logits: np.ndarray) -> np.ndarray:
-    """Rows from the heaviest to the lightest; equal weights in stored order."""
+    """Row indices from the largest to the smallest weight; equal weights keep their order."""
     return np.argsort(-np.asarray(logits), kind="stable")
 
 
 def _kept(logits: np.ndarray, keep: float) -> np.ndarray:
-    """Indices of the `keep` share of rows that weighs most."""
+    """Indices of the fraction `keep` of the rows that has the largest weights."""
     return keep_order(logits)[: round(keep * len(logits))]
 
 
 def bad_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:
-    """Of the bad rows, the share that is kept among the `keep` heaviest of all rows; NaN where none is bad."""
+    """(bad rows that are kept) / (all bad rows); NaN if no row is bad. Kept are the `keep` heaviest of all rows."""
     bad = np.asarray(bad, bool)
     return float(bad[_kept(logits, keep)].sum() / bad.sum()) if bad.any() else float("nan")
 
 
 def bad_among_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:
-    """Of the `keep` heaviest rows, the share that is bad; NaN where none is kept."""
+    """(bad rows that are kept) / (all kept rows); NaN if no row is kept. Kept are the `keep` heaviest of all rows."""
     kept = np.asarray(bad, bool)[_kept(logits, keep)]
     return float(kept.mean()) if len(kept) else float("nan")
 
 
 class TensorBoardWriter:
-    """TensorBoard's file. tensorboardX's own `SummaryWriter` leaves writing to a thread, and waits for it forever once it has
-    died of a full disk."""
+    """Writes scalars to a TensorBoard event file.
+
+    tensorboardX's `SummaryWriter` writes in a thread, and blocks forever if a full disk ended that thread.
+
+    Args:
+      directory: of the event file.
+      purge_step: TensorBoard hides earlier events from this step on.
+    """
 
     def __init__(self, directory: pathlib.Path, purge_step: int):
         from tensorboardX import event_file_writer, summary
@@ -55,7 +71,7 @@ class TensorBoardWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._scalar, self._event = summary.scalar, event_pb2.Event
         self._file = event_file_writer.EventsWriter(str(directory / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what was written before from this step on
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -69,9 +85,14 @@ class TensorBoardWriter:
 
 
 class MetricsWriter:
-    """Appends events to metrics.jsonl and sends the same scalars to TensorBoard and, by name of a project, to W&B.
+    """Appends events to metrics.jsonl, and sends the same scalars to TensorBoard and Weights & Biases.
 
-    Events later than step `start` are dropped from the file: a resumed run is about to write them again. -1 drops all.
+    Args:
+      workdir: of the run.
+      start: events after this step are removed from the file, because a resumed run writes them again; -1 removes all.
+      tensorboard: whether to write TensorBoard files.
+      wandb: project name; empty for none.
+      config: shown in Weights & Biases.
     """
 
     def __init__(self, workdir: pathlib.Path, *, start: int, tensorboard: bool, wandb: str, config: dict):
@@ -90,6 +111,7 @@ class MetricsWriter:
             self._run = service.init(project=wandb, name=name, id=name, resume="allow", dir=str(workdir), config=config)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
+        """Writes one event."""
         event = {"step": step, "epoch": round(epoch, 4)} | {key: float(value) for key, value in values.items()}
         self._file.write(json.dumps(event) + "\n")
         if self._board:
@@ -98,16 +120,16 @@ class MetricsWriter:
             self._run.log({key: float(value) for key, value in values.items()}, step=step)
 
     def close(self) -> None:
-        with contextlib.ExitStack() as ends:  # each of them, though another fails
+        with contextlib.ExitStack() as stack:  # closes all, also if one of them fails
             if self._run:
-                ends.callback(self._run.finish)
+                stack.callback(self._run.finish)
             if self._board:
-                ends.callback(self._board.close)
-            ends.callback(self._file.close)
+                stack.callback(self._board.close)
+            stack.callback(self._file.close)
 
 
 def _step_of(line: bytes) -> float:
-    """The step of an event; a line cut short by a crash sorts last, so that it is dropped."""
+    """The step of an event; infinite, so that the line is removed, if a crash cut it short."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -13,7 +13,10 @@ from bilevel_jax.online import ResponseStore
 class ResponseLog:
     """Appends responses to a file when they are replaced, each with its last importance ratio.
 
-    A run resumed at step `start` first drops the lines that it will write again: those replaced at or after `start`.
+    Args:
+      file: `responses.jsonl` of a run.
+      start: step at which the run starts or resumes. Responses replaced at or after it are removed, because they are written again.
+      refresh_every: steps between refreshes.
     """
 
     def __init__(self, file: pathlib.Path, start: int, refresh_every: int):
@@ -32,11 +35,11 @@ class ResponseLog:
     def write(self, store: ResponseStore, ids: Sequence[str], detokenize: Callable, eos: Collection[int]) -> None:
         """Appends a line for each response of `store`; `ids` are those of all lower-level rows."""
         columns = zip(store.row_index, store.sample_index, store.tokens, store.log_prob, store.log_ratio)
-        for i, (row, sample, tokens, log_prob, log_ratio) in enumerate(columns):
+        for i, (row_index, sample_index, tokens, log_prob, log_ratio) in enumerate(columns):
             line = {
                 "step": store.step,
-                "id": ids[row],
-                "sample": int(sample),
+                "id": ids[row_index],
+                "sample": int(sample_index),
                 "text": detokenize(tokens),
                 "logprob": float(log_prob),
                 "ratio": None if np.isnan(log_ratio) else float(np.exp(min(log_ratio, importance.LARGE))),

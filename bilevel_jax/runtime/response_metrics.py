@@ -1,4 +1,4 @@
-"""Metrics of generated responses: size of the mask, lengths, rewards, corrections, importance ratios."""
+"""Metrics of generated responses: number of masked rows, lengths, rewards, correction rate, importance ratios."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,13 @@ def refresh_metrics(
 ) -> dict[str, float]:
     """Metrics of one refresh.
 
-    `online/correction_rate` is the share of right responses among those to masked questions whose response in the data is bad.
+    `online/correction_rate` is the fraction of correct responses among those to questions whose response in the data is bad.
 
     Args:
-      store: the responses that are used.
+      store: responses that are used for training.
       generations: all generated responses.
-      bad, truths: labels and right responses of all lower-level rows where the data have them, for measurement only.
+      bad: label of each lower-level row, or None; for measurement only.
+      truths: correct response of each lower-level row, or None; for measurement only.
     """
     values = {"online/masked": float(store.masked.sum()), "online/responses": float(len(generations))}
     if bad is not None and store.masked.any():
@@ -32,14 +33,14 @@ def refresh_metrics(
     values |= _reward_metrics(store, generations, truths)
     to_bad = [one for one in generations if bad is not None and bad[one.row_index] and truths[one.row_index] is not None]
     if to_bad:
-        right = sum(one.text.strip() == truths[one.row_index].strip() for one in to_bad)
-        values |= {"online/bad_answered": float(len(to_bad)), "online/bad_right": float(right)}
-        values["online/correction_rate"] = right / len(to_bad)
+        num_correct = sum(one.text.strip() == truths[one.row_index].strip() for one in to_bad)
+        values |= {"online/bad_answered": float(len(to_bad)), "online/bad_right": float(num_correct)}
+        values["online/correction_rate"] = num_correct / len(to_bad)
     return values
 
 
 def _reward_metrics(store: ResponseStore, generations: Sequence[Generation], truths: Sequence[str | None]) -> dict[str, float]:
-    """Mean reward, gap between the best and worst response to a question, and accuracy of all and of the best responses."""
+    """Mean reward, mean gap between best and worst response to a question, and accuracy of all and of the best responses."""
     if store.reward is None:
         return {}
     ends = np.array([best_and_worst(store, row) for row in store.by_row])
@@ -47,16 +48,16 @@ def _reward_metrics(store: ResponseStore, generations: Sequence[Generation], tru
     values = {"online/reward": store.reward.mean(), "online/reward_gap": gap.mean(), "online/reward_ties": (gap == 0).mean()}
     text = {(one.row_index, one.sample_index): one.text.strip() for one in generations}
     texts = [text[key] for key in zip(store.row_index, store.sample_index)]
-    known = [i for i, row in enumerate(store.row_index) if truths[row] is not None]
-    right = {i: texts[i] == truths[store.row_index[i]].strip() for i in known}
-    best = [right[i] for i in ends[:, 0] if i in right]
-    if known:
-        values |= {"online/right": np.mean([*right.values()]), "online/best_right": np.mean(best)}
+    with_truth = [i for i, row_index in enumerate(store.row_index) if truths[row_index] is not None]
+    correct = {i: texts[i] == truths[store.row_index[i]].strip() for i in with_truth}
+    best_correct = [correct[i] for i in ends[:, 0] if i in correct]
+    if correct:
+        values |= {"online/right": np.mean([*correct.values()]), "online/best_right": np.mean(best_correct)}
     return {name: float(value) for name, value in values.items()}
 
 
 def add_counts(totals: dict[str, float], values: dict[str, float]) -> dict[str, float]:
-    """The counts of all refreshes so far plus those of one more."""
+    """Adds the counts of one refresh to those of all earlier ones, and returns the sums with the overall correction rate."""
     names = "online/responses", "online/bad_answered", "online/bad_right"
     totals = {name: totals.get(name, 0.0) + values.get(name, 0.0) for name in names}
     answered = totals["online/bad_answered"]
@@ -64,7 +65,7 @@ def add_counts(totals: dict[str, float], values: dict[str, float]) -> dict[str, 
 
 
 def ratio_metrics(log_ratio: np.ndarray, clipped: Sequence[np.ndarray], ess: Sequence[float]) -> dict[str, float]:
-    """Importance ratios since the last event: r before clipping, the share that was clipped, the mean of `group_ess`."""
+    """Importance ratios since the last event: r before clipping, the clipped fraction, and the mean of `group_ess`."""
     ratio = np.exp(np.minimum(log_ratio, importance.LARGE))
     values = {"online/ratio_mean": float(ratio.mean())}
     values |= {f"online/ratio_p{p:02}": float(np.percentile(ratio, p)) for p in (5, 50, 95)}
@@ -74,7 +75,7 @@ def ratio_metrics(log_ratio: np.ndarray, clipped: Sequence[np.ndarray], ess: Seq
 
 
 def group_ess(weight: np.ndarray, group: np.ndarray) -> list[float]:
-    """ESS/G of the response weights of each question that has more than one response; 0 where all weights are 0."""
+    """ESS/G of the response weights of each question with more than one response; 0 if all its weights are 0."""
     values = []
     for number in np.unique(group):
         w = weight[group == number].astype(np.float64)

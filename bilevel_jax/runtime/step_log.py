@@ -1,4 +1,4 @@
-"""The metrics of training steps, on the progress bar and in metrics.jsonl."""
+"""Logs the metrics of training steps to the progress bar and to metrics.jsonl."""
 
 import contextlib
 import math
@@ -16,9 +16,9 @@ from bilevel_jax.runtime import metrics, response_metrics
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched and whose metrics are still on the device."""
+    """A dispatched step whose metrics are still on the device."""
 
-    done: int  # optimizer steps taken after it
+    done: int  # number of optimizer steps including it
     metrics: dict[str, jax.Array]
     weights: dict[str, jax.Array]  # `selector.summary`, or empty
     batch: StepBatch
@@ -41,7 +41,7 @@ class StepLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Measures speed from here; the time before was not training."""
+        """Starts a new measurement of speed, without the time before."""
         self._since = time.perf_counter()
         self._sums: dict[str, float] = {}
         self._steps = self._tokens = self._response_tokens = 0
@@ -51,13 +51,13 @@ class StepLog:
 
     @contextlib.contextmanager
     def paused(self):
-        """The time inside does not count as time of steps."""
+        """Excludes the time inside this context from the measurement of speed."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
     def push(self, done: int, metrics: dict, weights: dict, batch: StepBatch, store: online.ResponseStore) -> None:
-        """Takes the metrics of the step just dispatched, and reads those of the one before."""
+        """Logs the previous step, and keeps the metrics of the step that was just dispatched."""
         self.flush()
         self._pending = _Pending(done, metrics, weights, batch, store)
 
@@ -65,7 +65,7 @@ class StepLog:
         """Waits for the pending step and logs it.
 
         Raises:
-          RunError: its loss or gradient is not finite; the rows are named.
+          RunError: the loss or the gradient is not finite; the message names the rows.
         """
         if self._pending is None:
             return
@@ -75,7 +75,7 @@ class StepLog:
         num_entries = len(batch.ids)
         row_loss, log_ratio, weight = (values.pop(key)[:num_entries] for key in ("row_loss", "log_ratio", "response_weight"))
         self._check_finite(done, values, batch, row_loss)
-        self._note_ratios(batch, store, log_ratio, weight)
+        self._record_ratios(batch, store, log_ratio, weight)
         self._response_tokens += int(values.pop("response_tokens"))
         self._tokens += batch.num_tokens
         self._steps += 1
@@ -93,7 +93,7 @@ class StepLog:
         where = f"rows {', '.join(rows)}" if rows else "its gradient, no single row"
         raise errors.RunError(f"step {done}: the loss is not finite ({where}); {errors.REMEDY}")
 
-    def _note_ratios(self, batch: StepBatch, store: online.ResponseStore, log_ratio: np.ndarray, weight: np.ndarray) -> None:
+    def _record_ratios(self, batch: StepBatch, store: online.ResponseStore, log_ratio: np.ndarray, weight: np.ndarray) -> None:
         generated = batch.store_index >= 0
         if not generated.any():
             return

@@ -1,59 +1,92 @@
-"""What a person sees at the end of a run: losses before and after, what the selector found, the rows it trusts least."""
+"""The table that is printed at the end of a run: losses before and after, the selector, generated responses, least trusted rows."""
 
 import pathlib
 
 from bilevel_jax import text
 from bilevel_jax.data import levels
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
+
+LOSSES = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
+PAIRS = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
+FILES = "adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
 
 
 def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
-    """The closing table of a finished run."""
+    """The closing table of a finished run.
+
+    Args:
+      summary: content of its summary.json, possibly of an earlier version.
+      workdir: its directory.
+    """
     workdir = pathlib.Path(workdir)
+    summary = metrics.with_current_keys(summary)
     lines = [f"{'held-out loss, nats per token':<34}{'before':>9}{'after':>9}"]
-    names = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
-    for key, name in names.items():
-        if f"eval/{key}" in summary:
-            lines.append(f"  {name:<32}{summary[f'start/{key}']:>9.4f}{summary[f'eval/{key}']:>9.4f}")
-    pairs = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
-    if told := [key for key in pairs if f"eval/{key}" in summary]:
-        lines += ["", "held-out pairs told apart"]
-        lines += [f"  {pairs[key]:<32}{summary[f'start/{key}']:>9.1%}{summary[f'eval/{key}']:>9.1%}" for key in told]
-    if "selector/ess" in summary:
-        lines += ["", "selector"]
-        lines.append(f"  {'effective sample size / N':<32}{summary['selector/ess']:>18.4f}")
-        low, high = summary["selector/weight_min"], summary["selector/weight_max"]
-        lines.append(f"  {'weights, lightest to heaviest':<32}{f'{low:.3g} to {high:.3g}':>18}")
-    if "selector/auroc" in summary:
-        lines.append(f"  {'AUROC against the planted truth':<32}{summary['selector/auroc']:>18.4f}")
-        lines.append(f"  {'bad rows among those kept':<32}{summary['selector/bad_kept']:>18.1%}")
-    if "online/responses" in summary:
-        lines += ["", "questions asked again"]
-        lines.append(f"  {'answers of the model itself':<32}{summary['online/responses']:>18.0f}")
-    if "online/correction_rate" in summary:
-        lines.append(f"  {'right ones where the data are bad':<33}{summary['online/correction_rate']:>17.1%}")
+    lines += _before_and_after(summary, LOSSES, ".4f")
+    if pairs := _before_and_after(summary, PAIRS, ".1%"):
+        lines += ["", "held-out pairs ranked correctly", *pairs]
+    lines += _selector(summary)
+    lines += _responses(summary)
     seconds = {key.removeprefix("time/"): value for key, value in summary.items() if key.startswith("time/")}
     lines += ["", f"{'seconds':<34}" + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
-    lines += _lightest(workdir)
-    left = "adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
-    lines += ["", f"in {workdir}: report.html (open it in a browser), {left}"]
+    lines += _least_trusted(workdir)
+    lines += ["", f"in {workdir}: report.html (open it in a browser), {FILES}"]
     return "\n".join(lines)
 
 
-def _lightest(workdir: pathlib.Path, count: int = 5) -> list[str]:
-    """The last epoch's least trusted rows."""
+def _before_and_after(summary: dict, names: dict[str, str], form: str) -> list[str]:
+    """A line for each measure of the summary that has a name."""
+    return [
+        f"  {name:<32}{summary[f'start/{key}']:>9{form}}{summary[f'eval/{key}']:>9{form}}"
+        for key, name in names.items()
+        if f"eval/{key}" in summary
+    ]
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<37}{value:>13}"
+
+
+def _selector(summary: dict) -> list[str]:
+    """Distribution of the weights and, if the data have labels, how well the weights rank bad rows."""
+    lines = []
+    if "selector/ess" in summary:
+        low, high = summary["selector/weight_min"], summary["selector/weight_max"]
+        lines += ["", "weights of the rows"]
+        lines.append(_line("effective sample size / N", f"{summary['selector/ess']:.4f}"))
+        lines.append(_line("smallest and largest weight", f"{low:.3g} to {high:.3g}"))
+    if "selector/auroc" in summary:
+        lines.append(_line("AUROC for rows labelled bad", f"{summary['selector/auroc']:.4f}"))
+        lines.append(_line("bad rows that are kept, of all bad", f"{summary['selector/bad_kept']:.1%}"))
+    if "selector/bad_among_kept" in summary:  # not in files of earlier versions
+        lines.append(_line("kept rows that are bad, of all kept", f"{summary['selector/bad_among_kept']:.1%}"))
+    return lines
+
+
+def _responses(summary: dict) -> list[str]:
+    """Number of generated responses, and how many of them are correct if the data have labels and correct responses."""
+    lines = []
+    if "online/responses" in summary:
+        lines += ["", "questions answered by the model"]
+        lines.append(_line("generated responses", f"{summary['online/responses']:.0f}"))
+    if "online/correction_rate" in summary:
+        lines.append(_line("correct where the data are bad", f"{summary['online/correction_rate']:.1%}"))
+    return lines
+
+
+def _least_trusted(workdir: pathlib.Path, count: int = 5) -> list[str]:
+    """The rows with the smallest weights after the last epoch."""
     table = weight_table.latest(workdir)
     if table is None:
         return []
-    lightest = table.sort_by([("rank", "descending")]).slice(0, count).to_pylist()
+    rows = table.sort_by([("rank", "descending")]).slice(0, count).to_pylist()
     try:
         questions = {row.id: row.question for row in levels.reopen(read_config(workdir))}
-    except (ValueError, OSError):  # the data went away meanwhile; their ids are still worth showing
+    except (ValueError, OSError):  # the data are no longer available: show the ids without the questions
         questions = {}
     lines = [
         f"  {row['id']:<20}{row['weight']:<10.3g}{text.one_line(row['source'], 16):<18}"
         + text.one_line(questions.get(row["id"], ""), 60)
-        for row in lightest
+        for row in rows
     ]
     return ["", "least trusted rows (id, weight, source, question)", *(line.rstrip() for line in lines)]

@@ -1,6 +1,6 @@
-"""A selector's verdict on a data set, as a table: one Parquet row for every training row, identified by content.
+"""Parquet tables of the weights: one line for each training row, identified by its content.
 
-Where tokens have weights of their own (`selection.unit=token`), a second table has them at the end of the run.
+If tokens have weights (`selection.unit=token`), a second table is written at the end of the run.
 """
 
 import pathlib
@@ -32,7 +32,14 @@ TOKENS_SCHEMA = pa.schema(
 
 
 def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray, masked: np.ndarray) -> pa.Table:
-    """Columns `id`, `weight` (N·σ(ω), mean 1), `logit`, `rank` (1 is the heaviest), `visits`, `masked`, `source`."""
+    """Columns `id`, `weight` (N·σ(ω), mean 1), `logit`, `rank` (1 is the largest weight), `visits`, `masked`, `source`.
+
+    Args:
+      rows: training rows, N.
+      logits: ω, [N].
+      visits: number of steps that used each row, [N].
+      masked: whether the model answers the row's question, [N].
+    """
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
@@ -53,6 +60,7 @@ def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray,
 
 
 def write(path: pathlib.Path, weights: pa.Table) -> None:
+    """Writes a table to a Parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = pa.BufferOutputStream()
     pyarrow.parquet.write_table(weights, buffer)
@@ -60,30 +68,31 @@ def write(path: pathlib.Path, weights: pa.Table) -> None:
 
 
 def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
-    """A table that `write` wrote.
+    """Reads a table that `write` wrote.
 
     Raises:
-      DataError: it is damaged, or another file.
+      DataError: the file is damaged or is no such table.
+      FileNotFoundError: there is no file.
     """
     try:
         return pyarrow.parquet.read_table(path).select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
-    except Exception as error:  # Arrow has errors of every family for bytes and columns that are not what they should be
+    except Exception as error:  # Arrow raises errors of many types for damaged files and wrong columns
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
 
 
 def epoch_files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
     """The tables of a run by epoch, in order."""
-    found = ((file.stem.removeprefix("epoch_"), file) for file in (workdir / "weights").glob("epoch_*.parquet"))
-    return dict(sorted((int(epoch), file) for epoch, file in found if epoch.isdecimal()))
+    names = ((path.stem.removeprefix("epoch_"), path) for path in (workdir / "weights").glob("epoch_*.parquet"))
+    return dict(sorted((int(epoch), path) for epoch, path in names if epoch.isdecimal()))
 
 
 def latest(workdir: pathlib.Path) -> pa.Table | None:
-    """The table of a run's last epoch; None where it wrote none."""
-    found = epoch_files(workdir)
-    return read(found[max(found)]) if found else None
+    """The table of a run's last epoch; None if there is none."""
+    paths = epoch_files(workdir)
+    return read(paths[max(paths)]) if paths else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -91,37 +100,43 @@ def latest(workdir: pathlib.Path) -> pa.Table | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def token_table(rows: Sequence[data_rows.Row], places: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> pa.Table:
-    """Columns `id`, `weight` [T], mean 1 in each row, and where the tokens stand, `start` and `stop` [T] in characters of the
-    response.
+def token_table(rows: Sequence[data_rows.Row], offsets: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> pa.Table:
+    """Columns `id`, `weight` [T] (mean 1 in each row), `start` and `stop` [T] (characters of the response).
 
     Args:
-      places: from `templates.response_offsets`; tokens that nothing predicts, at the front, have no weight and are left out.
-      found: the weights.
+      rows: training rows.
+      offsets: [T, 2] for each row, from `templates.response_offsets`. Leading tokens without a prediction have no weight, and are
+        left out.
+      weights: [T] for each row.
     """
-    places = [of_row[len(of_row) - len(weight) :] for of_row, weight in zip(places, found)]
-    columns = {"id": [row.id for row in rows], "weight": list(found)}
-    columns |= {name: [of_row[:, part] for of_row in places] for part, name in enumerate(("start", "stop"))}
+    offsets = [offsets_Tx2[len(offsets_Tx2) - len(weight_T) :] for offsets_Tx2, weight_T in zip(offsets, weights)]
+    columns = {"id": [row.id for row in rows], "weight": list(weights)}
+    columns |= {name: [offsets_Tx2[:, i] for offsets_Tx2 in offsets] for i, name in enumerate(("start", "stop"))}
     return pa.table(columns, schema=TOKENS_SCHEMA)
 
 
-def token_auroc(found: pa.Table, rows: Sequence[data_rows.Row], field: str) -> float:
-    """AUROC of the tokens in bad parts of responses, by their weights, against all others; NaN where no row has such a part, or
-    all is bad. `field` of a row has them, [[start, stop], ...] in characters."""
+def token_auroc(tokens: pa.Table, rows: Sequence[data_rows.Row], field: str) -> float:
+    """AUROC of the weights of tokens for bad parts of responses; NaN if no token or every token is bad.
+
+    Args:
+      tokens: a `token_table`.
+      rows: its rows.
+      field: of a row; lists its bad parts as [[start, stop], ...] in characters of the response.
+    """
     bad, weight = [], []
-    for row, of_row in zip(rows, found.to_pylist()):
-        start, stop, spans = (np.array(values) for values in (of_row["start"], of_row["stop"], row.fields.get(field) or []))
+    for row, columns in zip(rows, tokens.to_pylist()):
+        start, stop, spans = (np.array(values) for values in (columns["start"], columns["stop"], row.fields.get(field) or []))
         spans = spans.reshape(-1, 2)
         bad.append(((start[:, None] < spans[:, 1]) & (spans[:, 0] < stop[:, None])).any(axis=1))
-        weight.append(of_row["weight"])
+        weight.append(columns["weight"])
     return metrics.auroc(-np.concatenate(weight), np.concatenate(bad))
 
 
-def of_tokens(workdir: pathlib.Path) -> pa.Table | None:
-    """The tokens' table of a run; None where it has none.
+def read_tokens(workdir: pathlib.Path) -> pa.Table | None:
+    """The token table of a run; None if there is none.
 
     Raises:
       DataError: it is damaged.
     """
-    file = workdir / TOKENS
-    return read(file, TOKENS_SCHEMA) if file.exists() else None
+    path = workdir / TOKENS
+    return read(path, TOKENS_SCHEMA) if path.exists() else None

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, whole files, and what ends a run before its time."""
+"""The directory of a run: lock, config, and errors of writing."""
 
 import contextlib
 import errno
@@ -14,45 +14,46 @@ from bilevel_jax import files
 from bilevel_jax.errors import RunError
 
 LOCK = ".lock"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @contextlib.contextmanager
 def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock: bool = True):
-    """Makes the workdir, or recognises an unfinished run of the same config in it, and keeps other processes out meanwhile.
+    """Creates the workdir, or accepts an unfinished run of the same config in it, and locks it.
 
     Args:
-      lock: false where another process of the same run has the lock.
+      config: of the run.
+      workdir: its directory.
+      lock: False if another process of the same run holds the lock.
 
     Raises:
-      RunError: the run there is finished, is another one, or goes on in another process; or, at any time, what is to be written
-        cannot be.
+      RunError: the run in the workdir is finished, has another config, or is still running; or a file cannot be written.
     """
     refuse_finished(workdir)
-    with _writing(workdir):
+    with _write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir) if lock else contextlib.nullcontext():
-            refuse_finished(workdir)  # it may have ended a moment ago
+            refuse_finished(workdir)  # the other process may have finished it before the lock was released
             refuse_another(config, workdir)
             yield
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path):
-    """Keeps other processes out of a workdir. The kernel lets go of it when this one ends, however it does.
+    """Locks a workdir. The kernel releases the lock when this process ends for any reason.
 
     Raises:
-      RunError: one is in there.
+      RunError: another process holds the lock.
     """
     with open(workdir / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            who = f"process {file.read().strip() or 'of another user'}"
-            raise RunError(f"{workdir} is in use by {who}; wait until it ends, or give another --workdir") from None
-        except OSError as error:  # some network file systems lock nothing
-            print(f"{workdir} cannot be locked ({error.strerror}): see to it that no other process works on it", file=sys.stderr)
+            owner = f"process {file.read().strip() or 'of another user'}"
+            raise RunError(f"{workdir} is in use by {owner}; wait until it ends, or give another --workdir") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{workdir} cannot be locked ({error.strerror}): make sure that no other process uses it", file=sys.stderr)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
@@ -60,43 +61,43 @@ def locked(workdir: pathlib.Path):
 
 
 @contextlib.contextmanager
-def _writing(workdir: pathlib.Path):
-    """Names the workdir, and what to do, where a file cannot be written."""
+def _write_errors(workdir: pathlib.Path):
+    """Turns errors of writing into the workdir into one line that says what to do."""
     try:
         yield
     except OSError as error:
-        place = pathlib.Path(error.filename or workdir).absolute()
-        mine = place.is_relative_to(workdir.absolute()) or workdir.absolute().is_relative_to(place)
-        if error.errno not in NO_ROOM or not mine:
+        path = pathlib.Path(error.filename or workdir).absolute()
+        concerns_workdir = path.is_relative_to(workdir.absolute()) or workdir.absolute().is_relative_to(path)
+        if error.errno not in WRITE_ERRORS or not concerns_workdir:
             raise
         what = f"{workdir}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
-        raise RunError(f"{what}; what is saved stays: once files can be written, the same command continues") from error
+        raise RunError(f"{what}; saved files are kept, and the same command continues when files can be written again") from error
 
 
 def refuse_finished(workdir: pathlib.Path) -> None:
+    """Raises a RunError if the run in the workdir is finished."""
     if (workdir / "summary.json").exists():
         raise RunError(f"{workdir} holds a finished run; give another --workdir, or remove it to run again")
 
 
 def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Nothing, if the workdir holds no run or one of the same config. Mesh and profile may differ: they change no result.
+    """Refuses a workdir that holds a run of another config. `mesh.*` and `log.profile` may differ: they change no result.
 
     Raises:
-      RunError: the run there is another one.
+      RunError: one line with the keys that differ.
     """
     file = workdir / "config.json"
     if not file.exists():
         return
-    earlier = _config_of(file)
-    mine, theirs = _flatten(config), _flatten(earlier)
-    said = {key for key in mine | theirs if not key.startswith(("mesh.", "log.profile"))}
-    differs = sorted(key for key in said if mine.get(key) != theirs.get(key))
-    changes = ", ".join(f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in differs)
-    if differs:
+    now, stored = _flatten(config), _flatten(_read_config_file(file))
+    compared = {key for key in now | stored if not key.startswith(("mesh.", "log.profile"))}
+    different = sorted(key for key in compared if now.get(key) != stored.get(key))
+    changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
+    if different:
         raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir")
 
 
-def _config_of(file: pathlib.Path) -> ml_collections.ConfigDict:
+def _read_config_file(file: pathlib.Path) -> ml_collections.ConfigDict:
     content = files.read_json(file)
     try:
         return ml_collections.ConfigDict(content)
@@ -108,19 +109,19 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """The resolved config of the run in a workdir, finished or not.
 
     Raises:
-      FileNotFoundError: if there is none.
+      FileNotFoundError: the workdir holds no run.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
-    return _config_of(file)
+    return _read_config_file(file)
 
 
 def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The same of a finished run.
+    """The resolved config of the finished run in a workdir.
 
     Raises:
-      FileNotFoundError: if it is not, or there is none.
+      FileNotFoundError: the workdir holds no finished run.
     """
     if not (workdir / "summary.json").exists():
         raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")

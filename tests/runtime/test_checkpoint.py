@@ -1,4 +1,4 @@
-"""What comes back from disk is what was saved, to the bit."""
+"""Checkpoints: restored values equal the saved ones to the bit, and damage is detected."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ COUNTERS = {"data": "abc", "seconds": {"train": 1.5}, "at_start": {"eval/upper_l
 
 
 def make_state(rule_optimizer="adam", tracked=True, seed=0):
-    """A state with a number of its own in every place; the running baseline is NaN, as before the first batch."""
+    """A state of random numbers; the running baseline is NaN, as before the first batch."""
     adapter = {"layers": {"mlp": {"up": {"a": jnp.zeros((2, 5, 3)), "b": jnp.zeros((2, 3, 4))}}}}
     state = step.init(adapter, optax.adam(1e-3), selector.Selector(optimizer=rule_optimizer), 7, tracked)
     rng = np.random.default_rng(seed)
@@ -31,11 +31,11 @@ def make_state(rule_optimizer="adam", tracked=True, seed=0):
     return state._replace(selector=state.selector._replace(baseline=jnp.float32(jnp.nan)))
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)  # takes NaN for NaN
+def assert_same(state, expected):
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for leaf, expected_leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == expected_leaf.dtype
+        np.testing.assert_array_equal(leaf, expected_leaf)  # NaN equals NaN
 
 
 @pytest.mark.parametrize("tracked", [True, False])
@@ -53,7 +53,7 @@ def test_round_trip(tmp_path, optimizer, tracked):
 
 
 def make_responses(number):
-    """What a refresh may leave: responses of unequal length, some of them used; or none at all."""
+    """A response store: responses of different lengths, some of them used."""
     rng = np.random.default_rng(number)
     return online.ResponseStore(
         step=30,
@@ -67,32 +67,33 @@ def make_responses(number):
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])
-def test_responses_come_back(tmp_path, number):
-    """A refresh whose responses were all empty is one too: its mask counts."""
-    own = make_responses(number)
+def test_responses_round_trip(tmp_path, number):
+    """Also without responses: the mask of a refresh whose responses were all empty counts."""
+    store = make_responses(number)
     first = checkpoint.Checkpoints(tmp_path, keep=1)
-    first.save(31, make_state(), own, COUNTERS)
-    kept = own.log_ratio.copy()
-    own.log_ratio[:] = 7.0  # goes on being noted while the checkpoint is written
+    first.save(31, make_state(), store, COUNTERS)
+    log_ratio = store.log_ratio.copy()
+    store.log_ratio[:] = 7.0  # steps continue to record ratios while the checkpoint is written
     first.close()
     second = checkpoint.Checkpoints(tmp_path, keep=1)
-    _, found = second.restore(31, make_state())
+    _, restored = second.restore(31, make_state())
     second.close()
-    assert found.step == 30 and len(found.tokens) == number
-    for name, expected in (("masked", own.masked), ("row", own.row_index), ("sample", own.sample_index), ("log_ratio", kept)):
-        np.testing.assert_array_equal(getattr(found, name), expected)
-        assert getattr(found, name).dtype == expected.dtype
-    np.testing.assert_array_equal(found.log_prob, own.log_prob)
-    assert found.log_prob.dtype == np.float64
-    for one, other in zip(found.tokens, own.tokens, strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert one.dtype == np.int32
-    assert found.by_row == {i: [i] for i in range(number)}
-    found.log_ratio[:] = 1.0  # goes on being noted
+    assert restored.step == 30 and len(restored.tokens) == number
+    columns = {"masked": store.masked, "row_index": store.row_index, "sample_index": store.sample_index, "log_ratio": log_ratio}
+    for name, expected in columns.items():
+        np.testing.assert_array_equal(getattr(restored, name), expected)
+        assert getattr(restored, name).dtype == expected.dtype
+    np.testing.assert_array_equal(restored.log_prob, store.log_prob)
+    assert restored.log_prob.dtype == np.float64
+    for tokens, expected in zip(restored.tokens, store.tokens, strict=True):
+        np.testing.assert_array_equal(tokens, expected)
+        assert tokens.dtype == np.int32
+    assert restored.by_row == {i: [i] for i in range(number)}
+    restored.log_ratio[:] = 1.0  # writable: steps continue to record ratios
 
 
 def test_counters_after_saving(tmp_path):
-    """They too may change while the checkpoint is still being written."""
+    """Counters may also change while the checkpoint is being written."""
     counters = {"data": "abc", "refreshed": {"online/responses": 3.0}}
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     checkpoints.save(3, make_state(), online.empty(7), counters)
@@ -110,7 +111,7 @@ def test_nothing_saved(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_remain(tmp_path, keep):
+def test_newest_checkpoints_remain(tmp_path, keep):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep)
     steps = [2, 4, 5, 10, 100]
     for k in steps:
@@ -137,7 +138,7 @@ def test_donation_after_saving(tmp_path):
     again.close()
 
 
-def test_a_step_is_written_once(tmp_path):
+def test_a_step_is_saved_once(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     checkpoints.save(3, make_state(seed=1), online.empty(7), COUNTERS)
     checkpoints.save(3, make_state(seed=2), online.empty(7), COUNTERS)
@@ -147,12 +148,12 @@ def test_a_step_is_written_once(tmp_path):
     again.close()
 
 
-def test_a_model_is_known_by_its_weights_and_tokens():
-    """Two values exchanged, the smallest change of one, another dtype, another token; not where the weights live."""
+def test_fingerprint_of_a_model():
+    """It changes with two swapped values, the smallest change of one, another dtype, and another token."""
     weights = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, jnp.bfloat16)}
     examples = [templates.Example(np.array([1, 2], np.int32), np.array([3], np.int32), None)]
 
-    def known(changes=(), examples=examples):
+    def fingerprint(changes=(), examples=examples):
         return checkpoint.fingerprint_model(jax.tree.map(jnp.asarray, weights | dict(changes)), examples)
 
     swapped, moved = weights["a"][:, [1, 0, 2]], weights["a"].copy()
@@ -160,8 +161,9 @@ def test_a_model_is_known_by_its_weights_and_tokens():
     others = [{"a": swapped}, {"a": moved}, {"a": weights["a"].astype(jnp.bfloat16)}, {"b": -weights["b"]}, {"a": weights["a"].T}]
     tokens = [templates.Example(np.array([1, 2], np.int32), np.array([4], np.int32), None)]
     shifted = [templates.Example(np.array([1], np.int32), np.array([2, 3], np.int32), None)]
-    found = [known(), *map(known, others), known(examples=tokens), known(examples=shifted), known(examples=[])]
-    assert len(set(found)) == len(found) and known() == found[0]
+    prints = [fingerprint(), *map(fingerprint, others)]
+    prints += [fingerprint(examples=changed) for changed in (tokens, shifted, [])]
+    assert len(set(prints)) == len(prints) and fingerprint() == prints[0]
 
 
 @pytest.mark.parametrize(
@@ -192,17 +194,17 @@ def files_of(directory):
     return sorted(file for file in directory.rglob("*") if file.is_file())
 
 
-def flip(file, place):
+def flip(file, offset):
     content = bytearray(file.read_bytes())
-    content[place] ^= 1 << place % 8
+    content[offset] ^= 1 << offset % 8
     file.write_bytes(bytes(content))
 
 
-def test_damage_is_told(two, tmp_path):
-    """Every file, cut short, with a bit flipped, and gone; Orbax's mark of success, which says nothing more, alone may go."""
-    whole = two / "6"
-    assert checkpoint.damage(whole) == ""
-    copy = shutil.copytree(whole, tmp_path / "6")
+def test_damage_is_detected(two, tmp_path):
+    """Each file truncated, with a flipped bit, and removed; only Orbax's mark of success, which is not read, may be missing."""
+    intact = two / "6"
+    assert checkpoint.damage(intact) == ""
+    copy = shutil.copytree(intact, tmp_path / "6")
     for file in files_of(copy):
         content, name = file.read_bytes(), file.relative_to(copy).as_posix()
         if file.name == "commit_success.txt":
@@ -210,11 +212,11 @@ def test_damage_is_told(two, tmp_path):
         file.write_bytes(content[: len(content) // 2])
         assert name in checkpoint.damage(copy), name
         file.write_bytes(content)
-        time = re.search(rb'"commit_timestamp_nsecs": (\d+)', content)  # of Orbax's own, added last
-        ours = [place for place in range(len(content)) if not time or not time.start(1) <= place < time.end(1)]
-        for place in np.random.default_rng(0).choice(ours, 5):
-            flip(file, place)
-            assert checkpoint.damage(copy), (name, place)
+        time = re.search(rb'"commit_timestamp_nsecs": (\d+)', content)  # added by Orbax after the manifest
+        offsets = [i for i in range(len(content)) if not time or not time.start(1) <= i < time.end(1)]
+        for offset in np.random.default_rng(0).choice(offsets, 5):
+            flip(file, offset)
+            assert checkpoint.damage(copy), (name, offset)
             file.write_bytes(content)
         file.unlink()
         assert checkpoint.damage(copy) == f"{name} is missing"
@@ -234,19 +236,19 @@ def empty(directory):
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("spoil", [spoil_largest, empty])
-def test_the_one_before_a_damaged_one_is_used(two, tmp_path, capsys, spoil, keep):
-    """The damaged one stays to be looked at, and another of its step can be saved."""
+def test_falls_back_from_a_damaged_checkpoint(two, tmp_path, capsys, spoil, keep):
+    """The damaged one is kept under another name, and its step can be saved again."""
     directory = shutil.copytree(two, tmp_path / "checkpoints")
     spoil(directory / "6")
-    left = {file.relative_to(directory / "6"): file.read_bytes() for file in files_of(directory / "6")}
+    before = {file.relative_to(directory / "6"): file.read_bytes() for file in files_of(directory / "6")}
     checkpoints = checkpoint.Checkpoints(directory, keep)
     assert checkpoints.latest() == 4 and checkpoints.counters(4)["step"] == 4
-    assert (directory / "6").exists()  # nothing is touched before the run is known to go on
+    assert (directory / "6").exists()  # nothing is renamed before the run restores or saves
     assert_same(checkpoints.restore(4, make_state())[0], make_state(seed=4))
     (line,) = capsys.readouterr().out.splitlines()
     assert str(directory / "6") in line and "damaged" in line and "step 4 is used" in line
     aside = directory / "damaged-6"
-    assert {file.relative_to(aside): file.read_bytes() for file in files_of(aside)} == left
+    assert {file.relative_to(aside): file.read_bytes() for file in files_of(aside)} == before
     checkpoints.save(6, make_state(seed=6), make_responses(2), COUNTERS)
     checkpoints.close()
     assert {entry.name for entry in directory.iterdir()} == {"damaged-6", "6"} | ({"4"} if keep == 2 else set())
@@ -257,8 +259,8 @@ def test_the_one_before_a_damaged_one_is_used(two, tmp_path, capsys, spoil, keep
     assert capsys.readouterr().out == ""
 
 
-def test_a_checkpoint_is_whole_however_late_its_metadata_are_written(tmp_path, monkeypatch):
-    """Orbax writes them in a thread of their own, and does not wait for it."""
+def test_manifest_waits_for_late_metadata(tmp_path, monkeypatch):
+    """Orbax writes its metadata in another thread, and does not wait for it."""
     write = orbax_metadata._MetadataStoreImpl.update
 
     def late(self, *args, **kwargs):
@@ -274,19 +276,19 @@ def test_a_checkpoint_is_whole_however_late_its_metadata_are_written(tmp_path, m
     assert checkpoint.Checkpoints(tmp_path, keep=2).counters(4)["step"] == 4
 
 
-def test_without_a_whole_one_nothing_is_touched(two, tmp_path):
+def test_refuses_if_all_checkpoints_are_damaged(two, tmp_path):
     directory = shutil.copytree(two, tmp_path / "checkpoints")
     spoil_largest(directory / "6")
     (directory / "4" / checkpoint.MANIFEST).unlink()
     before = {file: file.read_bytes() for file in files_of(directory)}
-    with pytest.raises(errors.RunError, match=r"no checkpoint is whole \(6: .*; 4: manifest.json is missing\)") as caught:
+    with pytest.raises(errors.RunError, match=r"no checkpoint is intact \(6: .*; 4: manifest.json is missing\)") as caught:
         checkpoint.Checkpoints(directory, keep=2)
     assert "\n" not in str(caught.value)
     assert {file: file.read_bytes() for file in files_of(directory)} == before
 
 
-def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
-    """Whether the next save or the end finds out."""
+def test_write_errors_are_raised(tmp_path, monkeypatch):
+    """By the next save, or at the end."""
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, make_state(), online.empty(7), COUNTERS)
 
@@ -295,11 +297,11 @@ def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
 
     checkpoints.save(2, make_state(), online.empty(7), COUNTERS)
     checkpoints._response.result()
-    monkeypatch.setattr(checkpoint, "sign", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     checkpoints.save(3, make_state(), online.empty(7), COUNTERS)
-    for going_on in (lambda: checkpoints.save(4, make_state(), online.empty(7), COUNTERS), checkpoints.close):
-        with pytest.raises(errors.RunError, match="No space left on device.*the one before it is whole") as caught:
-            going_on()
+    for proceed in (lambda: checkpoints.save(4, make_state(), online.empty(7), COUNTERS), checkpoints.close):
+        with pytest.raises(errors.RunError, match="No space left on device.*the previous one is intact") as caught:
+            proceed()
         assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == 2

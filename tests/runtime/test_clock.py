@@ -1,3 +1,5 @@
+"""Seconds by activity with a fake clock, and profiler traces of chosen steps."""
+
 import time
 
 import jax
@@ -8,34 +10,34 @@ from bilevel_jax.runtime.clock import Clock, Profile
 
 
 @pytest.fixture
-def hands(monkeypatch):
-    """Sets the clock's time."""
+def fake_time(monkeypatch):
+    """A list whose only item is the time that `time.perf_counter` returns."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_seconds_by_activity(hands):
+def test_seconds_by_activity(fake_time):
     clock = Clock(began=96.0)
-    hands[0] = 101  # 1 of other
+    fake_time[0] = 101  # 1 of other
     with clock("train"):
-        hands[0] = 103  # 2 of train
+        fake_time[0] = 103  # 2 of train
         with clock("eval"):
-            hands[0] = 108  # 5 of eval
-        hands[0] = 111  # 3 of train
-    hands[0] = 118  # 7 of other
-    found = clock.so_far()
-    assert {key: value for key, value in found.items() if value} == {"start": 4, "train": 5, "eval": 5, "other": 8}
-    assert sum(found.values()) == 118 - 96
+            fake_time[0] = 108  # 5 of eval
+        fake_time[0] = 111  # 3 of train
+    fake_time[0] = 118  # 7 of other
+    seconds = clock.elapsed()
+    assert {key: value for key, value in seconds.items() if value} == {"start": 4, "train": 5, "eval": 5, "other": 8}
+    assert sum(seconds.values()) == 118 - 96
     assert clock.share("train", of=("train", "eval")) == 0.5
 
 
-def test_clock_without_a_start(hands):
-    assert set(Clock().so_far().values()) == {0.0}
+def test_clock_without_a_start(fake_time):
+    assert set(Clock().elapsed().values()) == {0.0}
 
 
-@pytest.mark.parametrize("first", [0, 3])  # 3: of a run that goes on amid the range
-def test_profile_traces_its_steps_alone(tmp_path, first, monkeypatch):
+@pytest.mark.parametrize("first", [0, 3])  # 3: of a run that resumes inside the range
+def test_profile_traces_only_its_steps(tmp_path, first, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda directory: calls.append(("start", directory, k)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", k)))
@@ -45,7 +47,7 @@ def test_profile_traces_its_steps_alone(tmp_path, first, monkeypatch):
     assert calls == [("start", tmp_path, max(first, 2)), ("stop", 5)]
 
 
-def test_profile_ends_with_the_loop_or_an_error(tmp_path):
+def test_profile_is_written_after_an_error(tmp_path):
     with pytest.raises(KeyError), Profile(tmp_path, (0, 9)) as profile:
         profile.before(0, None)
         jax.jit(lambda x: x + 1)(jnp.zeros(2)).block_until_ready()

@@ -1,56 +1,69 @@
-"""How processes find each other, and how all of them end where one dies or fails, over loopback."""
+"""How processes connect over loopback, and how all of them exit if one dies or fails."""
 
-import os
+import json
 import pathlib
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from bilevel_jax.runtime import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Of two processes, each in turn lives, fails, hangs or dies by SIGKILL, after both are under way.
-MEMBER = """
-import os, signal, sys, time
-from bilevel_jax import cli, processes, sharding, workspace
+# Imports JAX once. For each line of its input, a JSON object, it forks two members, which join each other and then wait, fail, hang
+# or die by SIGKILL. It prints their exit statuses, and the seconds from their start of work to the end of both.
+SERVER = """
+import json, os, pathlib, signal, sys, time
+import jax
+from bilevel_jax import cli, errors, sharding
+from bilevel_jax.runtime import distributed
 
-def main():
-    processes.join()
-    with processes.ending_together():
-        sharding.anywhere(False)
-        print("under way", flush=True)
+def member(fate, ready):
+    distributed.join()
+    with distributed.exit_together():
+        sharding.any_process(False)
+        ready.touch()
         if fate == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if fate == "fails":
-            raise workspace.RunError("the disk is full")
+            raise errors.RunError("the disk is full")
         if fate == "hangs":
             time.sleep(60)
         if fate == "is done late":
             time.sleep(1)
         while fate == "waits":
-            sharding.anywhere(False)
+            sharding.any_process(False)
 
-fate = sys.argv.pop()
-cli.run(main)
+for line in sys.stdin:
+    task, children = json.loads(line), []
+    ready = pathlib.Path(task["directory"], "ready")
+    for number, fate in enumerate(task["fates"]):
+        children.append(os.fork())
+        if not children[-1]:
+            output = os.open(f"{task['directory']}/{number}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            variables = dict(zip(distributed.VARIABLES, (task["address"], "2", str(number))))
+            os.environ.update(variables)
+            sys.argv = ["member"]
+            cli.run(lambda: member(fate, ready))  # ends this process
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    began = time.monotonic()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps([codes, time.monotonic() - began]), flush=True)
 """
-FATES = {  # what either does -> how the error of either begins, where it says something
+FATES = {  # of both processes -> how the error of each begins; None: it is killed, "": it has no error
     ("waits", "dies"): ("process 1 died, ", None),
     ("dies", "waits"): (None, "process 0 died, "),
     ("hangs", "dies"): ("process 1 died, ", None),
-    ("waits", "fails"): ("process 1 failed and says why, ", "the disk is full"),
-    ("fails", "hangs"): ("the disk is full", "process 0 failed and says why, "),
+    ("waits", "fails"): ("process 1 failed and prints the cause, ", "the disk is full"),
+    ("fails", "hangs"): ("the disk is full", "process 0 failed and prints the cause, "),
     ("fails", "fails"): ("the disk is full", "the disk is full"),
     ("is done", "is done late"): ("", ""),
 }
-
-
-def start(fate: str, address: str, number: int) -> subprocess.Popen:
-    place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number), "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", MEMBER, fate], cwd=ROOT, env=os.environ | place, **pipes)
 
 
 def free_address() -> str:
@@ -59,22 +72,32 @@ def free_address() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
+@pytest.fixture(scope="module")
+def server():
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("JAX_PLATFORMS", "cpu")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, **pipes) as process:
+            yield process
+            process.stdin.close()
+
+
 @pytest.mark.parametrize("fates", FATES, ids=", ".join)
-def test_all_end_together(fates):
-    """With status 1, in one line; quickly, where JAX itself takes minutes."""
-    address = free_address()
-    pair = [start(fate, address, number) for number, fate in enumerate(fates)]
-    assert "under way\n" in iter(pair[0].stdout.readline, "")
-    began = time.monotonic()
-    told = [process.communicate(timeout=60) for process in pair]
-    assert time.monotonic() - began < 20
-    for fate, process, (_, errors), beginning in zip(fates, pair, told, FATES[fates]):
-        lines = [line for line in errors.splitlines() if line.startswith("error: ") or "Traceback" in line]
+def test_all_exit_together(server, tmp_path, fates):
+    """With status 1 and one line, within seconds; JAX alone takes minutes."""
+    task = {"fates": fates, "address": free_address(), "directory": str(tmp_path)}
+    server.stdin.write(json.dumps(task) + "\n")
+    server.stdin.flush()
+    codes, seconds = json.loads(server.stdout.readline())
+    assert (tmp_path / "ready").exists() and seconds < 20
+    for number, (fate, code, beginning) in enumerate(zip(fates, codes, FATES[fates])):
+        output = (tmp_path / str(number)).read_text()
+        lines = [line for line in output.splitlines() if line.startswith("error: ") or "Traceback" in line]
         if beginning:
-            assert process.returncode == 1 and len(lines) == 1 and lines[0].startswith(f"error: {beginning}"), errors
-            assert errors.splitlines()[-1] == lines[0]  # whatever JAX itself may have said before
+            assert code == 1 and len(lines) == 1 and lines[0].startswith(f"error: {beginning}"), output
+            assert output.splitlines()[-1] == lines[0]  # JAX may print before
         else:
-            assert process.returncode == (-9 if fate == "dies" else 0) and not lines, errors
+            assert code == (-9 if fate == "dies" else 0) and not lines, output
 
 
 @pytest.mark.parametrize(
@@ -85,13 +108,13 @@ def test_all_end_together(fates):
         ({"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID"),
     ],
 )
-def test_half_an_address_is_refused(monkeypatch, variables, reason):
+def test_incomplete_variables_are_refused(monkeypatch, variables, reason):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=reason):
         distributed.join()
 
 
-def test_a_process_that_is_alone_has_nothing_to_watch():
-    with pytest.raises(KeyError), distributed.ending_together():
+def test_a_single_process_has_nothing_to_watch():
+    with pytest.raises(KeyError), distributed.exit_together():
         raise KeyError

@@ -1,4 +1,4 @@
-"""What a run does when the machine lets it down: a full disk, one that cannot be written, a second process, another model."""
+"""A run with a full disk, a read-only disk, a second process, or another model."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ from tests.conftest import make_model
 from tests.test_train import REFINED, without
 
 # --------------------------------------------------------------------------------------------------------------------
-# Who may write
+# Locks
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -25,10 +25,10 @@ def snapshot(directory):
 
 
 def test_a_second_process_is_refused(make_config, tmp_path):
-    """Before it reads a model; and the same one, too, as long as the first has not ended, however it ends."""
+    """Before it reads a model, and as long as the first process has not ended; it may end by SIGKILL."""
     workdir, config = tmp_path / "run", make_config({"model.path": "absent/dir/ectory"})
-    holding = "import sys, time, pathlib\nfrom bilevel_jax import workspace\n"
-    holding += "with workspace.locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    holding = "import sys, time, pathlib\nfrom bilevel_jax.runtime import workdir\n"
+    holding += "with workdir.locked(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
     workdir.mkdir()
     with subprocess.Popen([sys.executable, "-c", holding, workdir], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "in\n"
@@ -41,7 +41,7 @@ def test_a_second_process_is_refused(make_config, tmp_path):
         train.run(config, workdir)
 
 
-def test_without_locks_a_note_is_all(make_config, tmp_path, monkeypatch, capsys):
+def test_without_locks_a_warning_is_printed(make_config, tmp_path, monkeypatch, capsys):
     def unsupported(file, operation):
         raise OSError(95, "Operation not supported")
 
@@ -50,7 +50,7 @@ def test_without_locks_a_note_is_all(make_config, tmp_path, monkeypatch, capsys)
         assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
 
-def test_the_lock_ends_with_the_run(make_config, tmp_path):
+def test_the_lock_is_released_after_the_run(make_config, tmp_path):
     for _ in range(2):
         with open_workdir(make_config(), tmp_path / "run"):
             pass
@@ -62,16 +62,16 @@ def test_the_lock_ends_with_the_run(make_config, tmp_path):
 
 
 def test_refuses_another_model_under_the_same_name(make_config, tmp_path, monkeypatch):
-    """Other weights, and another tokenizer."""
+    """Refuses other weights, and another tokenizer."""
     model = make_model(tmp_path / "model", "gpt_neox")
     config = make_config({"model.path": str(model), "checkpoint.every": 1, "method": "mixing", "eval.num_upper": 0})
     workdir = tmp_path / "run"
 
-    def dies(*_):
-        raise KeyboardInterrupt  # not one of the ends that save
+    def interrupt(*_):
+        raise KeyboardInterrupt  # ends the run without saving
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.metrics.Writer, "write", lambda self, step, *_: step and dies())
+        patch.setattr(train.metrics.MetricsWriter, "write", lambda self, step, *_: step and interrupt())
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir)
     assert (workdir / "checkpoints" / "1").is_dir()
@@ -98,15 +98,16 @@ def test_refuses_another_model_under_the_same_name(make_config, tmp_path, monkey
 # A disk that is full, or read-only
 # --------------------------------------------------------------------------------------------------------------------
 
-# In a mount namespace of its own, on a file system of a few MB that is filled up before a certain file is written: the run fails
-# there, and the next one continues. Prints a line for each.
+# Runs in a mount namespace, on a file system of a few MB. The disk is filled before a stage of the run: the run fails there, and
+# the next attempt continues. Prints the outcome of each attempt.
 DISK = """
 import json, pathlib, subprocess, sys
 import ml_collections
-from bilevel_jax import checkpoint, metrics, online, train, weights, workspace
+from bilevel_jax import errors, files, train
 from bilevel_jax.models import huggingface
+from bilevel_jax.runtime import checkpoint, metrics, response_log, weight_table
 
-disk, places = pathlib.Path(sys.argv[1]), json.loads(sys.argv[3])
+disk, stages = pathlib.Path(sys.argv[1]), json.loads(sys.argv[3])
 config = ml_collections.ConfigDict(json.loads(pathlib.Path(sys.argv[2]).read_text()))
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", disk], check=True)
 
@@ -123,41 +124,41 @@ def attempt(disk=disk):
     try:
         train.run(config, disk / "run")
         return "finished"
-    except workspace.RunError as error:
+    except errors.RunError as error:
         return str(error)
 
-def summary_next(name):
-    def write(file, content, write=workspace.write_atomically):
+def full_for(name, write):
+    def write_on_full(file, content):
         if file.name == name:
             fill()
         write(file, content)
-    return write
+    return write_on_full
 
-owners = {
-    "metrics": (metrics.Writer, "write"),
+OWNERS = {
+    "metrics": (metrics.MetricsWriter, "write"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
-    "responses": (online.Record, "retire"),
-    "weights": (weights, "write"),
+    "responses": (response_log.ResponseLog, "write"),
+    "weights": (weight_table, "write"),
     "adapter": (huggingface, "save_adapter"),
 }
-told = {}
-for place in places:
-    owner, name = owners.get(place, (workspace, "write_atomically"))
+outcomes = {}
+for stage in stages:
+    owner, name = OWNERS.get(stage, (files, "write_atomically"))
     original = getattr(owner, name)
-    def full(*args, original=original, **more):
+    def full(*args, original=original, **options):
         fill()
-        return original(*args, **more)
-    setattr(owner, name, full if place in owners else summary_next(place))
-    told[place] = attempt()
+        return original(*args, **options)
+    setattr(owner, name, full if stage in OWNERS else full_for(stage, original))
+    outcomes[stage] = attempt()
     setattr(owner, name, original)
     (disk / "ballast").unlink()
 locked = disk.parent / "locked"
 subprocess.run(["mount", "--bind", disk, locked], check=True)
 subprocess.run(["mount", "-o", "remount,bind,ro", locked], check=True)
-told["read-only"] = attempt(locked)
-told["at last"] = attempt()
+outcomes["read-only"] = attempt(locked)
+outcomes["finally"] = attempt()
 subprocess.run(["cp", "-r", disk / "run", sys.argv[4]], check=True)
-print(json.dumps(told))
+print(json.dumps(outcomes))
 """
 PRIVATE = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
 
@@ -169,33 +170,33 @@ def mounts() -> bool:
         return False
 
 
-EVERYWHERE = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
+ALL_STAGES = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
 
 
-@pytest.mark.skipif(not mounts(), reason="this machine lets a test mount nothing")
+@pytest.mark.skipif(not mounts(), reason="this machine does not allow tests to mount")
 @pytest.mark.parametrize(
-    "places", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(EVERYWHERE, marks=pytest.mark.long)]
+    "stages", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(ALL_STAGES, marks=pytest.mark.long)]
 )
-def test_a_full_disk_loses_nothing(make_config, tmp_path, places):
-    """It is told in one line wherever it is met, and with room again the run ends as if it had always been there."""
+def test_a_full_disk_loses_nothing(make_config, tmp_path, stages):
+    """The run fails with one line at each stage, and with free space it ends as an uninterrupted run."""
     config = make_config(REFINED | {"log.tensorboard": True, "num_epochs": 1})
     expected = tmp_path / "expected"
     train.run(config, expected)
     (tmp_path / "config.json").write_text(config.to_json())
     for name in ("disk", "locked"):
         (tmp_path / name).mkdir()
-    arguments = [tmp_path / "disk", tmp_path / "config.json", json.dumps(places), tmp_path / "found"]
+    arguments = [tmp_path / "disk", tmp_path / "config.json", json.dumps(stages), tmp_path / "run"]
     done = subprocess.run([*PRIVATE, sys.executable, "-c", DISK, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told.pop("at last") == "finished"
-    assert "Read-only file system" in told.pop("read-only")
-    assert list(told) == places
-    for place, line in told.items():
-        assert "No space left on device" in line and "the same command continues" in line and "\n" not in line, (place, line)
-    found = tmp_path / "found"
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert outcomes.pop("finally") == "finished"
+    assert "Read-only file system" in outcomes.pop("read-only")
+    assert list(outcomes) == stages
+    for stage, line in outcomes.items():
+        assert "No space left on device" in line and "the same command continues" in line and "\n" not in line, (stage, line)
+    run = tmp_path / "run"
     for file in ("config.json", "responses.jsonl", "adapter/adapter_model.safetensors", "weights/epoch_1.parquet"):
-        assert (found / file).read_bytes() == (expected / file).read_bytes(), file
-    summaries = (json.loads((directory / "summary.json").read_text()) for directory in (found, expected))
+        assert (run / file).read_bytes() == (expected / file).read_bytes(), file
+    summaries = (json.loads((directory / "summary.json").read_text()) for directory in (run, expected))
     assert len({json.dumps(without(summary, "time/")) for summary in summaries}) == 1

@@ -1,4 +1,4 @@
-"""Ranking measures against pairs counted one by one, and the file of events across a resume."""
+"""Ranking metrics against explicit pairs, and the writer of events across a resume."""
 
 import json
 import struct
@@ -13,20 +13,20 @@ from bilevel_jax.runtime import metrics
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def counted(score, positive) -> float:
+def auroc_by_pairs(score, positive) -> float:
     """Wins of positives over negatives, pair by pair; a tie is half a win."""
     pairs = [(p, n) for p in score[positive] for n in score[~positive]]
     return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("levels", [2, 3, 10, 10**6])  # from almost all tied to none
+@pytest.mark.parametrize("levels", [2, 3, 10, 10**6])  # from almost all scores tied to none
 @pytest.mark.parametrize("number", [2, 7, 60])
 def test_auroc(levels, number):
     rng = np.random.default_rng(levels + number)
     for _ in range(20):
         score, positive = rng.integers(0, levels, number).astype(float), rng.random(number) < 0.4
         positive[:2] = True, False
-        assert metrics.auroc(score, positive) == pytest.approx(counted(score, positive), abs=1e-12)
+        assert metrics.auroc(score, positive) == pytest.approx(auroc_by_pairs(score, positive), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_auroc(levels, number):
         ([1.0, 2.0], [1, 1], np.nan),
     ],
 )
-def test_auroc_at_its_ends(score, positive, expected):
+def test_auroc_of_special_cases(score, positive, expected):
     np.testing.assert_equal(metrics.auroc(np.array(score), np.array(positive)), expected)
 
 
@@ -66,6 +66,28 @@ def test_bad_kept(bad, keep, expected):
     np.testing.assert_equal(metrics.bad_kept(np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array(bad), keep), expected)
 
 
+@pytest.mark.parametrize(
+    "bad, keep, expected",
+    [
+        ([1, 0, 0, 0, 0], 0.8, 1 / 4),
+        ([0, 0, 0, 0, 1], 0.8, 0.0),
+        ([1, 0, 0, 0, 1], 0.8, 1 / 4),
+        ([1, 0, 0, 0, 1], 1.0, 2 / 5),
+        ([1, 1, 1, 0, 0], 0.4, 1.0),
+        ([0, 0, 0, 0, 0], 0.8, 0.0),
+        ([1, 0, 0, 0, 0], 0.05, np.nan),  # keeps no row
+    ],
+)
+def test_bad_among_kept(bad, keep, expected):
+    np.testing.assert_equal(metrics.bad_among_kept(np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array(bad), keep), expected)
+
+
+def test_keys_of_earlier_versions():
+    values = {"online/another_chance": 0.5, "selector/auroc": 0.9}
+    assert metrics.with_current_keys(values) == {"online/correction_rate": 0.5, "selector/auroc": 0.9}
+    assert metrics.with_current_keys(current := {"online/correction_rate": 0.5}) == current
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Events
 # --------------------------------------------------------------------------------------------------------------------
@@ -85,31 +107,31 @@ def test_writer(tmp_path):
 
 
 @pytest.mark.parametrize("start, kept", [(-1, []), (0, [0]), (4, [0, 2, 4]), (9, [0, 2, 4, 6])])
-def test_writer_drops_what_is_written_again(tmp_path, start, kept):
+def test_writer_removes_later_events(tmp_path, start, kept):
     write(tmp_path, -1, [(step, 0.0) for step in (0, 2, 4, 6)])
     events = write(tmp_path, start, [(10, 1.0)])
     assert [event["step"] for event in events] == [*kept, 10]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 2, "epo', '{"step": ', "{", "7", "[]", "{}", '{"epoch": 1}'])
-def test_writer_drops_a_line_cut_short(tmp_path, torn):
+@pytest.mark.parametrize("incomplete", ['{"step": 2, "epo', '{"step": ', "{", "7", "[]", "{}", '{"epoch": 1}'])
+def test_writer_removes_incomplete_lines(tmp_path, incomplete):
     write(tmp_path, -1, [(0, 0.0), (2, 0.0)])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write(torn)
+        file.write(incomplete)
     assert [event["step"] for event in write(tmp_path, 4, [(6, 1.0)])] == [0, 2, 6]
 
 
 def records(file):
     """The records of a TFRecord file: length, checksum, bytes, checksum."""
-    content, place = file.read_bytes(), 0
-    while place < len(content):
-        (length,) = struct.unpack_from("<Q", content, place)
-        yield content[place + 12 : place + 12 + length]
-        place += 12 + length + 4
+    content, offset = file.read_bytes(), 0
+    while offset < len(content):
+        (length,) = struct.unpack_from("<Q", content, offset)
+        yield content[offset + 12 : offset + 12 + length]
+        offset += 12 + length + 4
 
 
 def test_writer_sends_the_same_scalars_to_tensorboard(tmp_path):
-    """They are in the file as soon as they are written, for a process may end at any time."""
+    """They are in the file before the writer is closed, because a process may end at any time."""
     from tensorboardX.proto import event_pb2
 
     writer = metrics.MetricsWriter(tmp_path, start=1, tensorboard=True, wandb="", config={})
@@ -118,6 +140,6 @@ def test_writer_sends_the_same_scalars_to_tensorboard(tmp_path):
     first, start, *events = (event_pb2.Event.FromString(record) for record in records(file))
     writer.close()
     assert first.file_version == "brain.Event:2"
-    assert (start.step, start.session_log.status) == (2, event_pb2.SessionLog.START)  # hides what came later before
-    found = [(value.tag, value.simple_value, event.step) for event in events for value in event.summary.value]
-    assert found == [("train/loss", 0.5, 3), ("train/rho", 0.25, 3)]
+    assert (start.step, start.session_log.status) == (2, event_pb2.SessionLog.START)  # hides later events of an earlier process
+    scalars = [(value.tag, value.simple_value, event.step) for event in events for value in event.summary.value]
+    assert scalars == [("train/loss", 0.5, 3), ("train/rho", 0.25, 3)]
