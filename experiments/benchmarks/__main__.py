@@ -1,14 +1,14 @@
 """Measures speed: `python -m experiments.benchmarks --suite=SUITE [--config=FILE:TIER] [--out=FILE.md]`.
 
-train     the joint step over PyTorch's (in .venv-parity, see the Makefile; --config=configs/quality.py:smollm2 --rounds=3)
-memory    its peak memory and PyTorch's (in .venv-parity, too)
-decode    sampling over `generate` of transformers (in .venv-parity; --config=configs/safety.py:smollm2)
-selector  the selector's own cost for up to 10^7 rows
-all       these four
-breakdown where the joint step's time goes, by a trace (--config=configs/quality.py:smollm2 --rounds=3)
-dtype     the joint step in bfloat16 over float32 (--config=configs/quality.py:smollm2 --rounds=3)
-cost      a step of bilevel selection over one of direct mixing
-padding   packed sequences over padded rows (give real rows, by --config=configs/quality.py:smollm2)
+train     training step against PyTorch (in .venv-parity, see the Makefile; --config=configs/quality.py:smollm2 --rounds=3)
+memory    peak memory of the training step, ours and PyTorch (in .venv-parity)
+decode    sampling against `generate` of transformers (in .venv-parity; --config=configs/safety.py:smollm2)
+selector  cost of the selector for up to 10^7 rows
+all       the four above
+breakdown time of the training step by part, from a trace (--config=configs/quality.py:smollm2 --rounds=3)
+dtype     training step in bfloat16 against float32 (--config=configs/quality.py:smollm2 --rounds=3)
+cost      a step of bilevel selection against a step of direct mixing
+padding   packed sequences against padded rows (for real rows, --config=configs/quality.py:smollm2)
 """
 
 import pathlib
@@ -26,7 +26,7 @@ FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
 SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.", flag_values=FLAGS)
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1, flag_values=FLAGS)
-OUT = flags.DEFINE_string("out", None, "Markdown file to write; standard output otherwise.", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "Markdown file to write besides standard output.", flag_values=FLAGS)
 
 
 def measure(suite: str, config, rounds: int) -> list[str]:

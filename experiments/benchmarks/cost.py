@@ -1,4 +1,4 @@
-"""What bilevel selection costs over direct mixing, at equal rows and packing. The paper: 1.29x on Pythia-1B."""
+"""Cost of bilevel selection relative to direct mixing, with equal rows and packing. The paper: 1.29x on Pythia-1B."""
 
 import statistics
 
@@ -22,16 +22,16 @@ VARIANTS = {
 
 
 def measure(config, model, base, upper: levels.Level, lower: levels.Level, rounds: int) -> list[str]:
-    """Markdown lines: seconds of a step and its ratio to mixing, for every variant on the same batches."""
+    """Markdown lines: seconds of a step and ratio to mixing, for every variant on the same batches."""
     mesh = sharding.make_mesh(1)
     optimizer = optax.adam(config.optimizer.learning_rate)
     targets = lora.resolve_targets(model, config.lora.targets)
-    own = online.empty(len(lower.rows))
-    split: dict[bool, list] = {}
-    for apart in (False, True):
-        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=apart)
-        drawn = (batches.make_batch(config, upper, lower, layout, k, own) for k in range(rounds))
-        split[apart] = [sharding.split_batch(one.batch, mesh) for one in drawn]
+    store = online.empty(len(lower.rows))
+    step_batches: dict[bool, list] = {}  # by separate_levels
+    for separate in (False, True):
+        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=separate)
+        host_batches = (batches.make_batch(config, upper, lower, layout, k, store) for k in range(rounds))
+        step_batches[separate] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
     states, runs = {}, {}
     for name, variant in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
@@ -41,11 +41,11 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        def one(k, name=name, jitted=jitted, scales=scales, steps=split[variant.cost == "unrolled"]):
-            states[name], found = jitted(base, states[name], steps[k], scales)
-            return found["loss"]
+        def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[variant.cost == "unrolled"]):
+            states[name], metrics = jitted(base, states[name], steps[k], scales)
+            return metrics["loss"]
 
-        runs[name] = one
+        runs[name] = run
     seconds = timing.in_turn(runs, rounds)
     lines = ["| step | seconds, median | over mixing: min | median | max |", "| --- | --- | --- | --- | --- |"]
     for name, (low, middle, high) in timing.ratios(seconds, "mixing").items():

@@ -1,9 +1,9 @@
 """Decoding against `generate` of transformers (PyTorch): float32, KV cache, SDPA attention, every core, greedy, equal batch.
 
-Both sides answer the same real prompts, in turn. `decode alone` is a long generation less one of a single token, over the steps
-between them, so that prompts, padding and start-up fall out on either side. `natural stop` is a queue of prompts, each answered up
-to its EOS: `generate` takes them batch by batch, in order, and ours refills slots; what counts are tokens up to the EOS. With an
-adapter, `generate` applies it beside the weights, as PEFT does between training steps, ours as `sampling` does.
+Both sides generate responses to the same real prompts, in turn. `decode alone` is the time of a long generation minus that of a
+single token, per step, which removes prompts, padding and start-up. `natural stop` is a queue of prompts, each with a response up
+to the EOS: `generate` processes them batch by batch, in order; ours refills slots. Only tokens up to the EOS count. With an adapter,
+`generate` applies it beside the weights, as PEFT does between training steps, and ours as `sampling` does.
 """
 
 import functools
@@ -20,7 +20,7 @@ from experiments.benchmarks import timing, train_step
 
 BATCHES = 8, 32
 NEW = 64  # tokens of the long generation beyond the first
-QUEUE, QUEUE_NEW = 96, 128  # prompts, most tokens of each
+QUEUE, QUEUE_NEW = 96, 128  # number of prompts, maximum number of tokens of each
 ADAPTER_STEPS = 32
 
 
@@ -31,14 +31,14 @@ def _load_torch(directory: str):
 
 
 def _generate(torch, model, prompts, new: int, eos: tuple[int, ...]) -> list[np.ndarray]:
-    """Greedy answers by `generate`, each up to its EOS, that included."""
+    """Greedy responses of `generate`, each up to and including its EOS."""
     longest = max(map(len, prompts))
     ids, mask = np.zeros((2, len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):  # padded on the left, as decoder-only models need it
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
     model.generation_config.eos_token_id = list(eos) or None
     with torch.inference_mode():
-        found = model.generate(
+        sequences = model.generate(
             input_ids=torch.from_numpy(ids),
             attention_mask=torch.from_numpy(mask),
             max_new_tokens=new,
@@ -47,14 +47,14 @@ def _generate(torch, model, prompts, new: int, eos: tuple[int, ...]) -> list[np.
             pad_token_id=0,
         )
     answers = []
-    for row in found[:, longest:].numpy():
+    for row in sequences[:, longest:].numpy():
         ends = np.flatnonzero(np.isin(row, eos))
         answers.append(row[: ends[0] + 1] if len(ends) else row)
     return answers
 
 
 def _ours(model, base, adapter, prompts, new: int, eos: tuple[int, ...], slots: int):
-    """`f(round)`: the same by `sampling`."""
+    """`f(round)`: the same with `sampling`."""
     length = max(map(len, prompts)) + new
     settings = sampling.Settings(temperature=0, max_new_tokens=new)
     sample = sampling.make_sampler(model, settings, eos, slots=slots, length=length, mesh=sharding.make_mesh(1))
@@ -62,20 +62,20 @@ def _ours(model, base, adapter, prompts, new: int, eos: tuple[int, ...], slots: 
     return lambda k: [response.ids for (response,) in sample(base, adapter, prompts, keys)]
 
 
-def _kept(run, store: dict, name):
-    """The same `f(round)`, its last result left in `store`."""
+def _recorded(run, results: dict, name):
+    """The same `f(round)`; it stores its last result in `results`."""
 
-    def kept(k):
-        store[name] = run(k)
-        return store[name]
+    def recorded(k):
+        results[name] = run(k)
+        return results[name]
 
-    return kept
+    return recorded
 
 
-def _equal(mine, theirs) -> float:
-    """The share of tokens that are the same, of those of the longer answers."""
-    same = sum(int((a[: len(b)] == b[: len(a)]).sum()) for a, b in zip(mine, theirs, strict=True))
-    return same / sum(max(len(a), len(b)) for a, b in zip(mine, theirs, strict=True))
+def _equal(responses, others) -> float:
+    """The share of equal tokens, relative to the longer response of each pair."""
+    same = sum(int((a[: len(b)] == b[: len(a)]).sum()) for a, b in zip(responses, others, strict=True))
+    return same / sum(max(len(a), len(b)) for a, b in zip(responses, others, strict=True))
 
 
 def _cells(low_middle_high) -> str:
@@ -90,9 +90,9 @@ def _fixed_length(torch, reference, model, base, adapter, prompts, rounds: int) 
     for batch in BATCHES:
         part, results, runs = prompts[:batch], {}, {}
         for new in (NEW + 1, 1):
-            runs["ours", new] = _kept(_ours(model, base, adapter, part, new, (), batch), results, ("ours", new))
+            runs["ours", new] = _recorded(_ours(model, base, adapter, part, new, (), batch), results, ("ours", new))
             theirs = functools.partial(_generate, torch, reference, part, new, ())
-            runs["theirs", new] = _kept(lambda k, theirs=theirs: theirs(), results, ("theirs", new))
+            runs["theirs", new] = _recorded(lambda k, theirs=theirs: theirs(), results, ("theirs", new))
         seconds = timing.in_turn(runs, rounds)
         equal = _equal(results["ours", NEW + 1], results["theirs", NEW + 1])
         whole = {side: seconds[side, NEW + 1] for side in ("ours", "theirs")}
@@ -111,7 +111,7 @@ def _fixed_length(torch, reference, model, base, adapter, prompts, rounds: int) 
 
 
 def _natural_stop(torch, reference, model, base, prompts, eos) -> list[str]:
-    """Timed once: it takes minutes, which even out what a machine does beside it."""
+    """Timed once: it takes minutes, which averages out other load on the machine."""
     lines = [
         f"{QUEUE} prompts, each to its natural stop, at most {QUEUE_NEW} tokens:",
         "",
@@ -128,7 +128,7 @@ def _natural_stop(torch, reference, model, base, prompts, eos) -> list[str]:
         results = {}
         ours = _ours(model, base, None, part, QUEUE_NEW, eos, batch)
         ours(0)  # compiles
-        runs = {"ours": _kept(ours, results, "ours"), "theirs": _kept(theirs, results, "theirs")}
+        runs = {"ours": _recorded(ours, results, "ours"), "theirs": _recorded(theirs, results, "theirs")}
         seconds = timing.in_turn(runs, 1, warmup=0)
         rate = {side: sum(map(len, results[side])) / seconds[side][0] for side in runs}
         tokens, equal = sum(map(len, results["ours"])), _equal(results["ours"], results["theirs"])
@@ -138,7 +138,7 @@ def _natural_stop(torch, reference, model, base, prompts, eos) -> list[str]:
 
 
 def _random_adapter(config, model):
-    """Every projection that `config` names, all of its weights drawn."""
+    """An adapter of every projection in `config`, with random weights."""
     targets = lora.resolve_targets(model, config.lora.targets)
     leaves, tree = jax.tree.flatten(lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets))
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -146,7 +146,7 @@ def _random_adapter(config, model):
 
 
 def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
-    """The adapter folded into the weights against applied beside them."""
+    """The adapter merged into the weights against applied beside them."""
     merge = jax.jit(functools.partial(lora.merge_adapter, model))
     split = jax.jit(lambda base, adapter: tuple(tree and decoder.split_layers(tree, model) for tree in (base, adapter)))
     weights = {"merged": split(merge(base, adapter), None), "applied": split(base, adapter)}
@@ -177,10 +177,10 @@ def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
 
 
 def measure(config, model, base, directory: str, prompts, eos: tuple[int, ...], rounds: int) -> list[str]:
-    """Markdown lines: throughput of both, their ratios, and how many tokens agree; the adapter merged against applied.
+    """Markdown lines: throughput of both, ratios and share of equal tokens; the adapter merged against applied.
 
     Raises:
-      ValueError: there is no PyTorch, or there are too few prompts.
+      ValueError: PyTorch is missing, or there are too few prompts.
     """
     torch, peft, reference = _load_torch(directory)
     if len(prompts) < QUEUE:

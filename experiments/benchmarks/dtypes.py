@@ -1,4 +1,4 @@
-"""A joint step with base and products in bfloat16 over one in float32: seconds, and how far the losses are apart."""
+"""A training step with base model and products in bfloat16 against float32: seconds, and differences of the losses."""
 
 import dataclasses
 import statistics
@@ -16,20 +16,24 @@ def measure(config, directory: str, upper: levels.Level, lower: levels.Level, ro
     """Markdown lines of both, on the same batches."""
     variants, losses = {}, {name: [] for name in DTYPES}
     for name in DTYPES:
-        own = ml_collections.ConfigDict(config.to_dict())
-        own.model.dtype = name
+        variant = ml_collections.ConfigDict(config.to_dict())
+        variant.model.dtype = name
         model, base = huggingface.load_model(directory, name)
         model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
-        run = train_step.ours(train_step.Work(own, directory, upper, lower, rounds), model, base, config.selection.coefficient_at)
+        run = train_step.ours(
+            train_step.Work(variant, directory, upper, lower, rounds), model, base, config.selection.coefficient_at
+        )
         variants[name] = lambda k, name=name, run=run: losses[name].append(run(k))
     seconds = timing.in_turn(variants, rounds)
     lines = [
         f"{rounds} steps of {config.batch.size} + {config.batch.size} rows of up to {config.data.max_length} tokens.",
         "",
-        "| dtype | seconds, median | over float32: min | median | max | loss: most it differs |",
+        "| dtype | seconds, median | over float32: min | median | max | loss: maximum difference |",
         "| --- " * 6 + "|",
     ]
     for name, (low, middle, high) in timing.ratios(seconds, DTYPES[0]).items():
-        apart = max(abs(mine - other) for mine, other in zip(losses[name], losses[DTYPES[0]], strict=True))
-        lines.append(f"| {name} | {statistics.median(seconds[name]):.2f} | {low:.2f} | {middle:.2f} | {high:.2f} | {apart:.1e} |")
+        difference = max(abs(loss - other) for loss, other in zip(losses[name], losses[DTYPES[0]], strict=True))
+        lines.append(
+            f"| {name} | {statistics.median(seconds[name]):.2f} | {low:.2f} | {middle:.2f} | {high:.2f} | {difference:.1e} |"
+        )
     return lines

@@ -1,7 +1,7 @@
-"""Peak memory of the joint step and of PyTorch's, each in a process of its own: the same rows, adapter and selector.
+"""Peak memory of the training step, ours and PyTorch, each in its own process: the same rows, adapter and selector.
 
-On a GPU it is what the framework's allocator held at most. On a CPU it is the largest resident set from the first step on:
-`all` of it, and what is more than before that step, as interpreters and libraries differ. Linux alone tells both.
+On a GPU this is the peak of the framework's allocator. On a CPU it is the largest resident set from the first step on: in total
+(`all`), and in excess of the resident set before that step, because interpreters and libraries differ. Both need Linux.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ from bilevel_jax.models import huggingface
 from experiments.benchmarks import train_step
 
 OURS = {"ours": False, "ours, recomputing": True}  # name -> model.remat
-STEPS = 2  # the second has what the first left, such as the moments of Adam
+STEPS = 2  # the second step includes the state of the first, such as the moments of Adam
 
 
 def measure(config) -> list[str]:
-    """Markdown lines: for every variant the peak, and what of it the steps added, in GiB."""
+    """Markdown lines: peak of every variant and the part that the steps added, in GiB."""
     train_step.load_torch()
     context = multiprocessing.get_context("spawn")
     lines = [
@@ -32,7 +32,7 @@ def measure(config) -> list[str]:
         "| step | GiB, all | added by the steps | loss |",
         "| --- " * 4 + "|",
     ]
-    for name in (*OURS, *train_step.THEIRS):
+    for name in (*OURS, *train_step.PYTORCH):
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             before, peak, loss = pool.submit(_peak, name, config.to_json()).result()
         lines.append(f"| {name} | {peak / 2**30:.2f} | {(peak - before) / 2**30:.2f} | {loss:.4f} |")
@@ -40,7 +40,7 @@ def measure(config) -> list[str]:
 
 
 def _peak(name: str, config: str) -> tuple[int, int, float]:
-    """Bytes before the first step, the most from then on, and the last loss."""
+    """Bytes before the first step, peak bytes from then on, and the last loss."""
     config = ml_collections.ConfigDict(json.loads(config))
     directory = str(huggingface.locate(config.model.path))
     tokenizer = templates.load_tokenizer(directory)
@@ -52,28 +52,28 @@ def _peak(name: str, config: str) -> tuple[int, int, float]:
         _, base = huggingface.load_model(directory, config.model.dtype)
         run = train_step.ours(work, model, base, "current")
     else:
-        run = train_step.theirs(work, model, *train_step.THEIRS[name])
-    before = _held(name, most=False)
-    _forget_most()
+        run = train_step.pytorch(work, model, *train_step.PYTORCH[name])
+    before = _allocated(name, peak=False)
+    _reset_peak()
     for k in range(STEPS):
         loss = run(k)
-    return before, _held(name, most=True), loss
+    return before, _allocated(name, peak=True), loss
 
 
-def _held(name: str, most: bool) -> int:
-    """Bytes held now, or at most so far."""
+def _allocated(name: str, peak: bool) -> int:
+    """Bytes allocated now, or the peak so far."""
     if name in OURS:
-        found = jax.local_devices()[0].memory_stats()
-        if found:
-            return found["peak_bytes_in_use" if most else "bytes_in_use"]
+        stats = jax.local_devices()[0].memory_stats()
+        if stats:
+            return stats["peak_bytes_in_use" if peak else "bytes_in_use"]
     else:
         torch, _, _ = train_step.load_torch()
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() if most else torch.cuda.memory_allocated()
+            return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB" if most else r"VmRSS:\s+(\d+) kB", status)[1])
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB" if peak else r"VmRSS:\s+(\d+) kB", status)[1])
 
 
-def _forget_most() -> None:
-    """Starts the process's largest resident set anew: what loading needed is not the step's. See proc_pid_clear_refs(5)."""
+def _reset_peak() -> None:
+    """Resets the peak of the resident set, which includes loading. See proc_pid_clear_refs(5)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")

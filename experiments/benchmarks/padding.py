@@ -39,7 +39,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     jitted = jax.jit(step.make_step(model, objective.Objective(), select, optimizer))
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
     work = train_step.Work(config, directory, upper, lower, rounds)
-    hosts = work.drawn()
+    hosts = work.packed()
     packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
     padded = [_padded(work, k, mesh) for k in range(rounds)]
     for length in {given for micro in padded for _, _, given in micro}:  # compile ahead

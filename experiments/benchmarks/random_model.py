@@ -1,9 +1,9 @@
-"""A model of the paper's shape with random weights, for measuring speed where nothing can be downloaded.
+"""Writes a model with the paper's shape and random weights, to measure speed without a download.
 
     python -m experiments.benchmarks.random_model --like=pythia-1b --tokenizer=local/smollm2 --out=local/random-pythia-1b
 
-writes a directory that `--config.model.path` takes: config, bfloat16 weights, and the tokenizer of another model, whose vocabulary
-must not be larger. Weights are made on the host: 4 + 2 bytes a parameter, 48 GB for Llama-3-8B.
+The directory is valid for `--config.model.path`: config, bfloat16 weights, and the tokenizer of another model with an equal or
+smaller vocabulary. Weights are generated on the host: 4 + 2 bytes per parameter, 48 GB for Llama-3-8B.
 """
 
 import json
@@ -48,24 +48,24 @@ SHAPES = {  # of the published models' config.json
 DTYPE = "bfloat16"
 
 FLAGS = flags.FlagValues()
-LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "The model whose shape is taken.", flag_values=FLAGS)
+LIKE = flags.DEFINE_enum("like", "pythia-1b", list(SHAPES), "Model whose shape is used.", flag_values=FLAGS)
 TOKENIZER = flags.DEFINE_string("tokenizer", "local/smollm2", "Model directory whose tokenizer is copied.", flag_values=FLAGS)
-OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True, flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True, flag_values=FLAGS)
 
 
 def make(out: pathlib.Path, shape: dict, tokenizer: str) -> None:
     """Writes the directory.
 
     Raises:
-      ValueError: it is there already, or the tokenizer has more tokens than the shape.
+      ValueError: the directory exists, or the tokenizer has more tokens than the shape.
     """
     if out.exists():
-        raise ValueError(f"--out={out} is there already")
-    words = templates.load_tokenizer(tokenizer)
-    if len(words) > shape["vocab_size"]:
-        raise ValueError(f"--tokenizer={tokenizer} has {len(words)} tokens, the model only {shape['vocab_size']}")
+        raise ValueError(f"--out={out} already exists")
+    tokens = templates.load_tokenizer(tokenizer)
+    if len(tokens) > shape["vocab_size"]:
+        raise ValueError(f"--tokenizer={tokenizer} has {len(tokens)} tokens, the model only {shape['vocab_size']}")
     out.mkdir(parents=True)
-    words.save_pretrained(out)
+    tokens.save_pretrained(out)
     (out / "config.json").write_text(json.dumps(shape | {"dtype": DTYPE}, indent=2) + "\n")
     model = huggingface.read_config(out)
     with jax.default_device(jax.devices("cpu")[0]):

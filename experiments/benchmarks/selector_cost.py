@@ -1,4 +1,4 @@
-"""What the selector itself costs in a step: looking up B weights and moving ω, at N rows, split over all devices there are."""
+"""Cost of the selector in a step: reading B weights and updating ω, with N rows sharded over all devices."""
 
 import statistics
 
@@ -11,12 +11,12 @@ from experiments.benchmarks import timing
 
 BATCH = 32
 SIZES = (10**4, 10**5, 10**6, 10**7)
-SPLIT = (10**8,)  # where there are several devices, too
+SPLIT = (10**8,)  # only with several devices
 FAR = 10**9  # rows, by calculation
 
 
 def _variant(select: selector.Selector, size: int, mesh, samples: np.ndarray, share: jax.Array, cost: jax.Array):
-    """`turn(round)`: one look-up and one move, on a state of its own; and the bytes of this on each device."""
+    """Returns `turn(round)`, one read and one update of its own state, and the bytes of the state per device."""
 
     def move(state, sample):
         weight = select.scale(size) * selector.probabilities(state.logits, sample)
@@ -25,9 +25,9 @@ def _variant(select: selector.Selector, size: int, mesh, samples: np.ndarray, sh
     def start():
         return selector.init(select, size)
 
-    places = sharding.shardings(mesh, jax.eval_shape(start), "examples")
-    state = jax.jit(start, out_shardings=places)()
-    jitted = jax.jit(move, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    shardings = sharding.shardings(mesh, jax.eval_shape(start), "examples")
+    state = jax.jit(start, out_shardings=shardings)()
+    jitted = jax.jit(move, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
     def turn(k):
         nonlocal state

@@ -1,4 +1,4 @@
-"""Side-by-side timing: variants run in turn, A B C A B C, so that a machine that slows down slows all of them."""
+"""Side-by-side timing: variants run in turn, A B C A B C, so that a change of machine speed affects all of them."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import jax
 
 
 def hardware() -> str:
-    """Device, processor count and versions, for the head of a result."""
+    """Device, number of processors and versions, for the head of a result."""
     device = jax.devices()[0]
     return (
         f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} processors, {platform.machine()}, "
@@ -19,7 +19,7 @@ def hardware() -> str:
 
 
 def in_turn(variants: dict[str, Callable[[int], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of `variant(round)` for every variant and round, results waited for. Warm-up rounds are not counted."""
+    """Seconds of `variant(round)` for every variant and round, until the result is ready. Warm-up rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-warmup, rounds):
         for name, variant in variants.items():
@@ -31,9 +31,9 @@ def in_turn(variants: dict[str, Callable[[int], object]], rounds: int, warmup: i
 
 
 def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, tuple[float, float, float]]:
-    """Minimum, median and maximum over rounds of each variant's time over the reference's."""
-    found = {}
+    """Minimum, median and maximum over rounds of (time of a variant) / (time of the reference)."""
+    over_reference = {}
     for name, times in seconds.items():
-        pairs = [mine / theirs for mine, theirs in zip(times, seconds[reference], strict=True)]
-        found[name] = min(pairs), statistics.median(pairs), max(pairs)
-    return found
+        quotients = [time / base for time, base in zip(times, seconds[reference], strict=True)]
+        over_reference[name] = min(quotients), statistics.median(quotients), max(quotients)
+    return over_reference

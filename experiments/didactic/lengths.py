@@ -51,12 +51,12 @@ CLAIMS = (
 )
 
 
-def draw(figure, found: comparing.Results, before: dict[int, np.ndarray]) -> None:
+def draw(figure, results: comparing.Results, before: dict[int, np.ndarray]) -> None:
     axes = figure.subplots(1, len(length_rewards.REWARDS))
     for panel, (kind, (_, best)) in zip(axes, length_rewards.REWARDS.items()):
         for offset, (source, colour) in zip((-0.1, 0.1), SOURCES.items()):
             for place, name in enumerate(published.OBJECTIVES):
-                values = list(found.values(f"{kind}, {name}, {source}", measures.REWARD).values())
+                values = list(results.values(f"{kind}, {name}, {source}", measures.REWARD).values())
                 panel.plot([place + offset] * len(values), values, "o", color=colour, markersize=4, alpha=0.7, label=source)
         start = statistics.mean(length_rewards.mean(kind, lengths) for lengths in before.values())
         panel.axhline(start, color="#8a93a0", linestyle="--", linewidth=1, label="before training")
@@ -73,15 +73,15 @@ def draw(figure, found: comparing.Results, before: dict[int, np.ndarray]) -> Non
 def main() -> None:
     if tables.TIER.value != "tiny":
         raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model's answers; take tiny")
-    found = tables.run("safety", list(published.LENGTHS))
-    before = measures.add_learned_lengths(found, ANSWERS.value)
+    results = tables.run("safety", list(published.LENGTHS))
+    before = measures.add_learned_lengths(results, ANSWERS.value)
     every = np.concatenate(list(before.values()))
     told = ", ".join(f"{np.percentile(every, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
     rewards = ", ".join(f"{length_rewards.mean(kind, every):.1f} ({kind})" for kind in length_rewards.REWARDS)
     lines = [f"Before training: {every.mean():.1f} characters, {told}; mean reward {rewards}. Rewards are 0 at best.", ""]
-    lines += comparing.rows(found, {key: key for key in (measures.REWARD, measures.LENGTH)})
+    lines += comparing.rows(results, {key: key for key in (measures.REWARD, measures.LENGTH)})
     title = "Lengths learned from the model's own answers"
-    tables.write("lengths", title, [found], lines, CLAIMS, functools.partial(draw, found=found, before=before), (10.0, 3.4))
+    tables.write("lengths", title, [results], lines, CLAIMS, functools.partial(draw, results=results, before=before), (10.0, 3.4))
 
 
 if __name__ == "__main__":

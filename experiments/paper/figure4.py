@@ -1,4 +1,4 @@
-"""Figure 4: loss of the quality task's mixture over epochs, by R, by G, and against the baselines, with the controls.
+"""Figure 4: loss of the mixture of the quality task over epochs: by R, by G, against baselines and controls.
 
 `python -m experiments.figure4 --tier=tiny --seeds=4`. The paper prints no numbers for it.
 """
@@ -10,7 +10,7 @@ from bilevel_jax.report import run_data
 from experiments import comparing, tables
 from experiments.paper import published
 
-PANELS = {  # cell -> its name in the panel
+PANELS = {  # cell -> its label in the panel
     "(a) share R, G=1": {
         "offline": "R=0, offline",
         "online, R=5%": "R=5%",
@@ -33,12 +33,12 @@ PANELS = {  # cell -> its name in the panel
     },
 }
 LOWER, RIGHT = "eval/lower_loss", "eval/lower_clean_loss"
-MEASURES = {LOWER: "mixture, as it is", RIGHT: "right answers"}
+MEASURES = {LOWER: "whole mixture", RIGHT: "right answers"}
 COLORS = ("#8a93a0", "#2f6fb5", "#c04a2f", "#2e8264", "#7a4fa3")
 
 
 def _claims(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
-    return tuple(comparing.Claim(f"{text}: {said}", cell, than, key) for key, said in MEASURES.items())
+    return tuple(comparing.Claim(f"{text}: {name}", cell, than, key) for key, name in MEASURES.items())
 
 
 CLAIMS = (
@@ -56,39 +56,39 @@ CLAIMS = (
 )
 
 
-def curves(found: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
-    """Epochs, and the mean over seeds of a held-out loss at each."""
-    logs = [run_data.events(run.workdir) for run in found.runs[cell].values()]
+def curves(results: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
+    """Epochs, and the mean over seeds of a held-out loss after each."""
+    logs = [run_data.events(run.workdir) for run in results.runs[cell].values()]
     lines = [dict(zip(*run_data.series(log, key))) for log in logs]
     epochs = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
     return epochs, [statistics.mean(line[epoch] for line in lines) for epoch in epochs]
 
 
-def draw(figure, found: comparing.Results) -> None:
-    measures = {key: name for key, name in MEASURES.items() if any(found.values(cell, key) for cell in found.runs)}
+def draw(figure, results: comparing.Results) -> None:
+    measures = {key: name for key, name in MEASURES.items() if any(results.values(cell, key) for cell in results.runs)}
     axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
     last = len(measures) - 1
-    for place, (row, (key, name)) in enumerate(zip(axes, measures.items())):
+    for index, (row, (key, name)) in enumerate(zip(axes, measures.items())):
         row[0].set_ylabel(f"{name}, nats per token")
         for panel, (title, lines) in zip(row, PANELS.items()):
             for (cell, label), color in zip(lines.items(), COLORS):
-                if cell in found.runs:
-                    panel.plot(*curves(found, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
+                if cell in results.runs:
+                    panel.plot(*curves(results, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
             panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
             panel.spines[["top", "right"]].set_visible(False)
-            if place == 0:
+            if index == 0:
                 panel.set_title(title, fontsize=9)
                 panel.legend(frameon=False, fontsize=7.5)
-            if place == last:
+            if index == last:
                 panel.set_xlabel("epoch")
                 panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def main() -> None:
-    found = tables.run("quality", list(dict.fromkeys(cell for lines in PANELS.values() for cell in lines)))
-    lines = comparing.rows(found, published.COLUMNS)
+    results = tables.run("quality", list(dict.fromkeys(cell for lines in PANELS.values() for cell in lines)))
+    lines = comparing.rows(results, published.COLUMNS)
     title = "Figure 4: the mixture's loss by R, by G, and against baselines"
-    tables.write("figure4", title, [found], lines, CLAIMS, lambda figure: draw(figure, found), (10.0, 5.0))
+    tables.write("figure4", title, [results], lines, CLAIMS, lambda figure: draw(figure, results), (10.0, 5.0))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Figure 5: length of the heaviest tenth's answers, by epoch: `python -m experiments.figure5 --tier=tiny --seeds=4`.
+"""Figure 5: response length of the heaviest tenth by epoch: `python -m experiments.figure5 --tier=tiny --seeds=4`.
 
-The claim is that self-refining takes up short answers first and long ones later, and that offline selection prefers long ones
-throughout. Lengths are words of the answers in use; beside them those of all rows, which no selection explains. The paper prints no
-numbers for it.
+The claim is that self-refining selects short responses first and long ones later, and that offline selection always prefers long
+ones. Lengths are in words of the responses in use, with those of all rows as a reference. The paper prints no numbers for it.
 """
 
 import statistics
@@ -20,11 +19,11 @@ GROUPS = ("heaviest tenth", "all rows", "lightest tenth")
 COLORS = ("#2f6fb5", "#8a93a0", "#c04a2f")
 
 
-def measure(found: comparing.Results) -> int:
-    """Adds each group's mean length, by epoch, to the runs' values, and says how many epochs there are."""
+def measure(results: comparing.Results) -> int:
+    """Adds the mean length of each group by epoch to the values of the runs; returns the number of epochs."""
     last = 0
-    for of_cell in found.runs.values():
-        for run in of_cell.values():
+    for by_seed in results.runs.values():
+        for run in by_seed.values():
             for group, lengths in run_data.response_lengths(run_data.read(run.workdir)).items():
                 last = max(last, len(lengths))
                 for epoch, length in enumerate(lengths, 1):
@@ -33,7 +32,7 @@ def measure(found: comparing.Results) -> int:
 
 
 def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
-    """What the paper says, of one task's two methods."""
+    """The paper's claims about the two methods of a task."""
 
     def key(group: str, epoch: int) -> str:
         return f"{group}, epoch {epoch}"
@@ -50,16 +49,16 @@ def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
 
 
 def draw(figure, groups: list[comparing.Results], last: int) -> None:
-    methods = [(found, cell) for found in groups for cell in METHODS[found.task] if found.runs.get(cell)]
+    methods = [(results, cell) for results in groups for cell in METHODS[results.task] if results.runs.get(cell)]
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     epochs = range(1, last + 1)
-    for panel, (found, cell) in zip(panels, methods):
+    for panel, (results, cell) in zip(panels, methods):
         for group, color in zip(GROUPS, COLORS):
-            by_epoch = [list(found.values(cell, f"{group}, epoch {epoch}").values()) for epoch in epochs]
+            by_epoch = [list(results.values(cell, f"{group}, epoch {epoch}").values()) for epoch in epochs]
             panel.plot(epochs, [statistics.mean(values) for values in by_epoch], color=color, linewidth=1.6, label=group)
             for epoch, values in zip(epochs, by_epoch):
                 panel.plot([epoch] * len(values), values, "o", color=color, markersize=3.5, alpha=0.6, markeredgewidth=0)
-        panel.set_title(f"{found.task}: {cell}", fontsize=9)
+        panel.set_title(f"{results.task}: {cell}", fontsize=9)
         panel.set_xlabel("epoch")
         panel.set_xticks(epochs)
         panel.grid(axis="y", color="#e3e6ea", linewidth=0.8)
@@ -70,12 +69,19 @@ def draw(figure, groups: list[comparing.Results], last: int) -> None:
 
 def main() -> None:
     groups = [tables.run(task, [*METHODS[task], *OTHERS[task]]) for task in METHODS]
-    last = max(measure(found) for found in groups)
+    last = max(measure(results) for results in groups)
     lines = []
-    for found in groups:
+    for results in groups:
         columns = {f"{group}, {epoch}": f"{group}, epoch {epoch}" for group in GROUPS for epoch in (1, last)}
-        lines += [f"## {found.task}", "", f"Words of an answer, in epochs 1 and {last}.", "", *comparing.rows(found, columns), ""]
-        lines += [*comparing.verdicts(found, claims(*METHODS[found.task], last)), ""]
+        lines += [
+            f"## {results.task}",
+            "",
+            f"Words of an answer, in epochs 1 and {last}.",
+            "",
+            *comparing.rows(results, columns),
+            "",
+        ]
+        lines += [*comparing.verdicts(results, claims(*METHODS[results.task], last)), ""]
     lines += [comparing.RULE]
     title = "Figure 5: length of the answers that weigh most"
     tables.write("figure5", title, groups, lines, draw=lambda figure: draw(figure, groups, last), size=(10.0, 3.0))

@@ -31,16 +31,16 @@ CLAIMS = (
 
 
 def main() -> None:
-    found = tables.run("quality", [*PAPER, *published.OF_QUALITY])
-    lines = comparing.rows(found, published.COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
-    shown = {"trusted rows": UPPER, "mixture, right answers": "eval/lower_clean_loss", "AUROC": "selector/auroc"}
+    results = tables.run("quality", [*PAPER, *published.OF_QUALITY])
+    lines = comparing.rows(results, published.COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
+    columns = {"trusted rows": UPPER, "mixture, right answers": "eval/lower_clean_loss", "AUROC": "selector/auroc"}
     tables.write(
         "table1",
         "Table 1: trusted rows of the quality task",
-        [found],
+        [results],
         lines,
         CLAIMS,
-        functools.partial(comparing.dots, results=found, columns=shown, published=PAPER),
+        functools.partial(comparing.dots, results=results, columns=columns, published=PAPER),
     )
 
 

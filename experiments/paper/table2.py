@@ -1,7 +1,8 @@
-"""Table 2: running time of the methods, one run at a time and in turn: `python -m experiments.table2 --tier=tiny --seeds=4`.
+"""Table 2: running time of the methods: `python -m experiments.table2 --tier=tiny --seeds=4`.
 
-Seconds are those of training and generating, without loading, compiling the step and evaluating; ratios are to mixing with the same
-seed, which ran next to it. Runs of their own (WORKDIR), since those of the other tables share the machine.
+Runs are executed one at a time, the methods of a seed one after the other. Seconds are those of training and generating, without
+loading, compilation and evaluation; ratios are to mixing with the same seed. The runs have their own WORKDIR, because the runs of
+other tables share the machine.
 """
 
 import functools
@@ -30,19 +31,19 @@ CLAIMS = (
 def main() -> None:
     flags.set_default(tables.JOBS, 1)
     flags.set_default(tables.WORKDIR, "runs/table2")
-    found = tables.run("quality", list(PAPER))
+    results = tables.run("quality", list(PAPER))
 
     def seconds(run: comparing.Run) -> float:
         return run.values["time/train"] + run.values["time/generate"]
 
-    reference = found.runs["mixing, ρ=0.5"]
-    for of_cell in found.runs.values():
-        for seed, run in of_cell.items():
+    reference = results.runs["mixing, ρ=0.5"]
+    for by_seed in results.runs.values():
+        for seed, run in by_seed.items():
             if seed in reference:
                 run.values["over mixing"] = seconds(run) / seconds(reference[seed])
-    lines = comparing.rows(found, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
-    draw = functools.partial(comparing.dots, results=found, columns=COLUMNS, published=PAPER)
-    tables.write("table2", "Table 2: running time", [found], lines, CLAIMS, draw, (8.0, 2.2))
+    lines = comparing.rows(results, COLUMNS, PAPER, ("Pythia-1B", "Llama-3-8B"))
+    draw = functools.partial(comparing.dots, results=results, columns=COLUMNS, published=PAPER)
+    tables.write("table2", "Table 2: running time", [results], lines, CLAIMS, draw, (8.0, 2.2))
 
 
 if __name__ == "__main__":

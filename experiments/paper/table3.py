@@ -1,4 +1,4 @@
-"""Table 3: losses of the safety task, trusted and mixed rows: `python -m experiments.table3 --tier=tiny --seeds=4`."""
+"""Table 3: losses of trusted and mixed rows on the safety task: `python -m experiments.table3 --tier=tiny --seeds=4`."""
 
 import functools
 
@@ -16,17 +16,17 @@ PAPER = {  # Llama-3-8B: BlueOrca (trusted), RedOrca (the mixture)
     "dynamic": ("0.82 ± 0.004", "1.02 ± 0.006"),
 }
 COMPARED = (
-    "Rows with G=4 and an objective learn from a reward of the model's own answers: their mean log-probability per token, which "
-    "needs no labels. *Truth as reward* knows the right answers, which no user has: it is privileged, and stands there as a bound."
+    "Cells with G=4 and an objective learn from a reward of the model's own responses: their mean log-probability per token, which "
+    "needs no labels. *Truth as reward* uses the right answers, which no user has; it is an upper bound."
 )
 ALL = "online, R=10%, G=4"
 UPPER, LOWER, RIGHT, AUROC = "eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "selector/auroc"
 
 
 def _both(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
-    """A claim about trusted rows, about the mixture as it is, and about the mixture's right answers, where they are known."""
-    said = {"trusted": UPPER, "mixture": LOWER, "right answers": RIGHT}
-    return tuple(comparing.Claim(f"{text}: {rows}", cell, than, key) for rows, key in said.items())
+    """The same claim about trusted rows, the whole mixture, and the right answers to the mixture, if they are known."""
+    keys = {"trusted": UPPER, "mixture": LOWER, "right answers": RIGHT}
+    return tuple(comparing.Claim(f"{text}: {rows}", cell, than, key) for rows, key in keys.items())
 
 
 CLAIMS = (
@@ -45,23 +45,23 @@ CLAIMS = (
     *_both("a negative gradient (DPO) below learning from the best", "online, R=10%, G=4, DPO", "online, R=10%, G=4, best of G"),
     *_both("REINFORCE below learning from all G", "online, R=10%, G=4, REINFORCE", ALL),
     *_both("privileged: DPO with truth as reward below learning from all G", "online, R=10%, G=4, DPO, truth as reward", ALL),
-    comparing.Claim("the planted rows are found better by selection than by dynamic", "offline", "dynamic", AUROC, higher=True),
+    comparing.Claim("the planted rows are results better by selection than by dynamic", "offline", "dynamic", AUROC, higher=True),
 )
 
 
 def main() -> None:
-    found = tables.run("safety", [*PAPER, *published.OF_SAFETY, *published.COMPARED])
-    measures.add_certain_auroc(found)
+    results = tables.run("safety", [*PAPER, *published.OF_SAFETY, *published.COMPARED])
+    measures.add_certain_auroc(results)
     columns = published.COLUMNS | {f"AUROC, {'+'.join(measures.CERTAIN)}": measures.CERTAIN_AUROC}
-    lines = [*comparing.rows(found, columns, PAPER, ("BlueOrca", "RedOrca")), "", COMPARED]
-    shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "mixture, as it is": LOWER, "AUROC": AUROC}
+    lines = [*comparing.rows(results, columns, PAPER, ("BlueOrca", "RedOrca")), "", COMPARED]
+    figure_columns = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "whole mixture": LOWER, "AUROC": AUROC}
     tables.write(
         "table3",
         "Table 3: the safety task",
-        [found],
+        [results],
         lines,
         CLAIMS,
-        functools.partial(comparing.dots, results=found, columns=shown, published=PAPER),
+        functools.partial(comparing.dots, results=results, columns=figure_columns, published=PAPER),
         size=(8.0, 5.0),
     )
 

@@ -1,4 +1,4 @@
-"""Table 4: rules and optimizers of the selector, on the quality task: `python -m experiments.table4 --tier=tiny --seeds=4`."""
+"""Table 4: rules and optimizers of the selector on the quality task: `python -m experiments.table4 --tier=tiny --seeds=4`."""
 
 import functools
 
@@ -27,11 +27,11 @@ CLAIMS = (
 
 
 def main() -> None:
-    found = tables.run("quality", [*PAPER, *OTHERS])
-    lines = comparing.rows(found, published.COLUMNS, PAPER, ("OpenOrca", "Alpaca"))
-    shown = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "AUROC": AUROC, "ESS/N": "selector/ess"}
-    draw = functools.partial(comparing.dots, results=found, columns=shown, published=PAPER)
-    tables.write("table4", "Table 4: rules of selection", [found], lines, CLAIMS, draw, (8.0, 2.4))
+    results = tables.run("quality", [*PAPER, *OTHERS])
+    lines = comparing.rows(results, published.COLUMNS, PAPER, ("OpenOrca", "Alpaca"))
+    columns = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "AUROC": AUROC, "ESS/N": "selector/ess"}
+    draw = functools.partial(comparing.dots, results=results, columns=columns, published=PAPER)
+    tables.write("table4", "Table 4: rules of selection", [results], lines, CLAIMS, draw, (8.0, 2.4))
 
 
 if __name__ == "__main__":

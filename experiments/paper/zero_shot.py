@@ -1,7 +1,7 @@
-"""Accuracies by lm-eval after training: what Tables 5 and 6 share.
+"""Accuracies by lm-eval after training, for Tables 5 and 6.
 
-The paper's five benchmarks come from the hub on its models, and from `$BILEVEL_JAX_DATA/bench` on smollm2. The embedded model knows
-nothing of the world; it chooses between the right and the wrong answers of the generated tasks (`tasks/generated.py`).
+The paper's models use the five benchmarks of the paper from the Hugging Face Hub, smollm2 those of `$BILEVEL_JAX_DATA/bench`. The
+embedded model has no world knowledge; it chooses between right and wrong answers of the generated tasks (`tasks/generated.py`).
 """
 
 import concurrent.futures
@@ -24,18 +24,18 @@ FOLDER = pathlib.Path(__file__).parent / "tasks"
 
 
 def evaluate(run: comparing.Run, names: Sequence[str]) -> None:
-    """Adds `acc/TASK` and their mean, `acc`, to the run's values. A run is evaluated once.
+    """Adds `acc/TASK` and their mean, `acc`, to the values of a run. Each run is evaluated once.
 
     Raises:
-      ValueError: a task cannot be had.
+      ValueError: the evaluation failed, or an earlier one lacks a task.
     """
     arguments = [f"--workdir={run.workdir}", f"--tasks={','.join(names)}", f"--include_path={FOLDER}", "--batch_size=32"]
-    found = json.loads(tables.once(run.workdir / "lm_eval.json", "bilevel_jax.evaluate", *arguments).read_text())["results"]
-    missing = [name for name in names if name not in found]
+    accuracies = json.loads(tables.once(run.workdir / "lm_eval.json", "bilevel_jax.evaluate", *arguments).read_text())["results"]
+    missing = [name for name in names if name not in accuracies]
     if missing:
-        raise ValueError(f"{run.workdir}/lm_eval.json has no {', '.join(missing)}; move it away to evaluate again")
-    run.values.update({f"acc/{name}": found[name]["acc,none"] for name in names})
-    run.values["acc"] = statistics.mean(found[name]["acc,none"] for name in names)
+        raise ValueError(f"{run.workdir}/lm_eval.json has no {', '.join(missing)}; remove it to evaluate again")
+    run.values.update({f"acc/{name}": accuracies[name]["acc,none"] for name in names})
+    run.values["acc"] = statistics.mean(accuracies[name]["acc,none"] for name in names)
 
 
 def table(
@@ -53,20 +53,20 @@ def table(
       claims: pairs of cells, the first of which has the higher mean accuracy.
     """
     names = TASKS.get(tables.TIER.value, list(BENCHMARKS))
-    found = tables.run(task, [*published, *controls])
-    runs = [run for of_cell in found.runs.values() for run in of_cell.values()]
+    results = tables.run(task, [*published, *controls])
+    runs = [run for by_seed in results.runs.values() for run in by_seed.values()]
     with concurrent.futures.ThreadPoolExecutor(tables.JOBS.value) as pool, tqdm.tqdm(total=len(runs), desc="evaluating") as bar:
         for _ in pool.map(lambda run: evaluate(run, names), runs):
             bar.update()
-    columns = {one.removeprefix("generated_").removeprefix("local_"): f"acc/{one}" for one in names} | {"mean": "acc"}
-    said = [comparing.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
-    how = f"`python -m bilevel_jax.evaluate --workdir=RUN --tasks={','.join(names)} --include_path=experiments/paper/tasks`"
+    columns = {name.removeprefix("generated_").removeprefix("local_"): f"acc/{name}" for name in names} | {"mean": "acc"}
+    tested = [comparing.Claim(f"{cell} above {than}, mean accuracy", cell, than, "acc", higher=True) for cell, than in claims]
+    command = f"`python -m bilevel_jax.evaluate --workdir=RUN --tasks={','.join(names)} --include_path=experiments/paper/tasks`"
     tables.write(
         name,
         title,
-        [found],
-        [f"Accuracies by {how}:", "", *comparing.rows(found, columns, published, BENCHMARKS)],
-        said,
-        functools.partial(comparing.dots, results=found, columns=columns, published=published),
+        [results],
+        [f"Accuracies by {command}:", "", *comparing.rows(results, columns, published, BENCHMARKS)],
+        tested,
+        functools.partial(comparing.dots, results=results, columns=columns, published=published),
         (10.0, 2.8),
     )

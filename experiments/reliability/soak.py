@@ -4,7 +4,8 @@
    moments of every activity, with checkpoints damaged between attempts, until it finishes. Every output file must be bit-identical
    to that of the first run, except for times and speeds.
 2. The same for exports.
-3. One of the two processes of a run is killed. The other must end by itself, with one line. The pair must continue to the same bits.
+3. One of the two processes of a run is killed. The other must end by itself, with one line, and the pair must continue to the same
+   bits.
 4. A long run with refreshes and checkpoints records its memory and its files.
 
 Moments and faults depend only on --seed and on the speed of the machine. The counts are written to OUT.md and OUT.json. The command

@@ -1,7 +1,7 @@
-"""Selection of whole sources, some better than others: `python -m experiments.domains --tier=tiny --seeds=4`.
+"""Selection of whole sources of different quality: `python -m experiments.domains --tier=tiny --seeds=4`.
 
-The mixture comes from six suppliers, of whose rows a planted share is bad (`synthetic:domains`). With `selection.unit=domain` each
-supplier has one logit; ScaleBiO (Pan et al. 2025) learns such weights with a second copy of the model, here a second adapter.
+The mixture has six suppliers with different planted shares of bad rows (`synthetic:domains`). With `selection.unit=domain` each
+supplier has one logit. ScaleBiO (Pan et al. 2025) learns such weights with a second copy of the model, here a second adapter.
 """
 
 import functools
@@ -28,22 +28,22 @@ CLAIMS = (
     ),
     comparing.Claim("right rows weigh more by source than with equal weights", SOURCES, FROZEN, measures.RIGHT_WEIGHT, higher=True),
     comparing.Claim("suppliers are in better order by source than by row", SOURCES, ROWS, measures.ORDER, higher=True),
-    comparing.Claim("rows are found better by row than by source", ROWS, SOURCES, measures.AUROC, higher=True),
+    comparing.Claim("rows are results better by row than by source", ROWS, SOURCES, measures.AUROC, higher=True),
     comparing.Claim("trusted rows: a second adapter below none", TRACKED, SOURCES, measures.UPPER),
 )
 
 
 def main() -> None:
     if tables.TIER.value != "tiny":
-        raise ValueError(f"--tier={tables.TIER.value}: suppliers are those of generated rows; take tiny")
-    found = tables.run("safety", list(published.SOURCES))
-    measures.add_source_weights(found)
-    lines = [*comparing.rows(found, COLUMNS), "", "Mean weight of each supplier's rows, which is 1 before training:", ""]
+        raise ValueError(f"--tier={tables.TIER.value}: only generated rows have suppliers; use tiny")
+    results = tables.run("safety", list(published.SOURCES))
+    measures.add_source_weights(results)
+    lines = [*comparing.rows(results, COLUMNS), "", "Mean weight of each supplier's rows, which is 1 before training:", ""]
     weights = {f"{name}, {share:.0%} bad": measures.WEIGHT + name for name, share in synthetic.SUPPLIERS.items()}
-    lines += [*comparing.rows(found, weights), "", "*Order*: rank correlation of these with the planted shares of right rows."]
-    shown = {name: COLUMNS[name] for name in ("upper loss", "weight of right rows", "order of suppliers", "AUROC, rows")}
-    draw = functools.partial(comparing.dots, results=found, columns=shown, published=(SOURCES, TRACKED))
-    tables.write("domains", "Selection of whole sources", [found], lines, CLAIMS, draw, (10.0, 2.4))
+    lines += [*comparing.rows(results, weights), "", "*Order*: rank correlation of these with the planted shares of right rows."]
+    columns = {name: COLUMNS[name] for name in ("upper loss", "weight of right rows", "order of suppliers", "AUROC, rows")}
+    draw = functools.partial(comparing.dots, results=results, columns=columns, published=(SOURCES, TRACKED))
+    tables.write("domains", "Selection of whole sources", [results], lines, CLAIMS, draw, (10.0, 2.4))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Selection of words within rows: `python -m experiments.tokens --tier=tiny --seeds=4`.
+"""Selection of tokens within rows: `python -m experiments.tokens --tier=tiny --seeds=4`.
 
-Half of the mixture's rows are right but for some words, whose places are known (`synthetic:tokens`). With `selection.unit=token`
-the tokens of a response have weights beside that of the row, from a score with two parameters that all share.
+Half of the mixture's rows are correct except for a few words at known offsets (`synthetic:tokens`). With `selection.unit=token`,
+each token of a response has a weight in addition to that of the row, from a score with two shared parameters.
 """
 
 import functools
@@ -23,8 +23,8 @@ COLUMNS = {
     "seconds": "time/train",
 }
 CLAIMS = (
-    comparing.Claim("tokens are found better by row and word than by row", TOKENS, ROWS, measures.WORD, higher=True),
-    comparing.Claim("rows are found better by row than by row and word", ROWS, TOKENS, measures.AUROC, higher=True),
+    comparing.Claim("tokens are results better by row and word than by row", TOKENS, ROWS, measures.WORD, higher=True),
+    comparing.Claim("rows are results better by row than by row and word", ROWS, TOKENS, measures.AUROC, higher=True),
     *(
         comparing.Claim(f"{cell} below {than}, {rows}", cell, than, key)
         for cell, than in ((TOKENS, ROWS), (TOKENS, FROZEN), (ROWS, FROZEN))
@@ -35,15 +35,17 @@ CLAIMS = (
 
 def main() -> None:
     if tables.TIER.value != "tiny":
-        raise ValueError(f"--tier={tables.TIER.value}: bad words are known of generated rows alone; take tiny")
-    found = tables.run("safety", list(published.WORDS))
-    measures.add_token_aurocs(found)
-    lines = [*comparing.rows(found, COLUMNS), "", "AUROC of tokens in bad words of each kind against all tokens of right rows:", ""]
+        raise ValueError(f"--tier={tables.TIER.value}: only generated rows have known bad words; use tiny")
+    results = tables.run("safety", list(published.WORDS))
+    measures.add_token_aurocs(results)
+    lines = [*comparing.rows(results, COLUMNS), ""]
+    lines += ["AUROC of tokens in bad words of each kind against all tokens of right rows:", ""]
     kinds = {kind.replace("_", " "): f"{measures.WORD}/{kind}" for kind in synthetic.WORD_KINDS}
-    lines += [*comparing.rows(found, kinds), "", "A token's weight is that of its row times that within it; without the latter, 1."]
-    shown = {name: COLUMNS[name] for name in ("upper loss", "lower, right answers", "AUROC, tokens", "AUROC, rows")}
-    draw = functools.partial(comparing.dots, results=found, columns=shown, published=(TOKENS,))
-    tables.write("tokens", "Selection of words within rows", [found], lines, CLAIMS, draw, (10.0, 2.2))
+    lines += [*comparing.rows(results, kinds), ""]
+    lines += ["The weight of a token is the weight of its row times its weight within the row, which is 1 without token weights."]
+    columns = {name: COLUMNS[name] for name in ("upper loss", "lower, right answers", "AUROC, tokens", "AUROC, rows")}
+    draw = functools.partial(comparing.dots, results=results, columns=columns, published=(TOKENS,))
+    tables.write("tokens", "Selection of words within rows", [results], lines, CLAIMS, draw, (10.0, 2.2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A step's time, put down to its parts."""
+"""The time of a step by part."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_part_of(name, part):
     assert part in breakdown.part_of(name)
 
 
-def test_a_product_that_lost_its_name_is_of_attention():
+def test_a_product_without_a_name_belongs_to_attention():
     names = breakdown.names_of(
         """%fused_computation.1 (p.0: f32[3,4,5]) -> f32[3,4,4] {
   %p.0 = f32[3,4,5]{2,1,0} parameter(0)
@@ -46,15 +46,15 @@ ENTRY %main.1 (a: f32[3,4,5], b: f32[4,5]) -> f32[3,4,4] {
     assert "optimizer" in parts["fusion.6"] and "softmax" in parts["exp.3"]
 
 
-def test_threads_share_what_they_spend_together():
+def test_threads_share_the_time_in_which_both_run():
     """A loop of 10 s on thread a. In it a from 1 to 5; on thread b, b from 3 to 9 with c inside it from 8 to 9."""
     spans = [("a", "while.1", 0, 10), ("a", "a", 1, 5), ("b", "b", 3, 9), ("b", "c", 8, 9), ("a", "last", 10, 12)]
-    seconds = breakdown.own_seconds([breakdown.Span(*span) for span in spans])
+    seconds = breakdown.exclusive_seconds([breakdown.Span(*span) for span in spans])
     assert seconds == {"while.1": 2, "a": 2 + 1, "b": 1 + 3, "c": 1, "last": 2}
 
 
-def test_a_loop_has_none_of_the_time_of_its_body(tmp_path):
-    """The product in its body has most of what the two have together."""
+def test_a_loop_gets_no_time_of_its_body(tmp_path):
+    """The product in the body has most of the time."""
 
     @jax.jit
     def repeated(x):
@@ -65,7 +65,7 @@ def test_a_loop_has_none_of_the_time_of_its_body(tmp_path):
     repeated(x).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
         repeated(x).block_until_ready()
-    seconds = breakdown.own_seconds(breakdown.spans_of(tmp_path))
+    seconds = breakdown.exclusive_seconds(breakdown.spans_of(tmp_path))
     products = sum(value for name, value in seconds.items() if "dot_general" in names.get(name, ""))
     loops = sum(value for name, value in seconds.items() if name.startswith("while"))
     assert products > loops > 0

@@ -12,14 +12,14 @@ from tests.conftest import COMMON, MODELS
 
 
 @pytest.mark.parametrize("architecture", list(MODELS))
-def test_a_model_of_that_shape_that_loads(neox, tmp_path, architecture):
+def test_the_model_has_the_shape_and_loads(neox, tmp_path, architecture):
     out = tmp_path / "model"
     random_model.make(out, COMMON | MODELS[architecture], str(neox))
     model, base = huggingface.load_model(str(out), "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
     logits = decoder.logits(model, base, None, jnp.arange(5)[None])
     assert logits.shape == (1, 5, COMMON["vocab_size"]) and jnp.isfinite(logits).all() and jnp.ptp(logits) > 0
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         random_model.make(out, COMMON | MODELS[architecture], str(neox))
     with pytest.raises(ValueError, match="has 300 tokens, the model only 299"):
         random_model.make(tmp_path / "other", COMMON | MODELS[architecture] | {"vocab_size": 299}, str(neox))

@@ -1,4 +1,4 @@
-"""Questions of the generated tasks as a multiple choice between the right and the planted wrong answer, for lm-eval."""
+"""Generated tasks for lm-eval: multiple choice between the right answer and the planted wrong answer."""
 
 import datasets
 import numpy as np
@@ -6,12 +6,12 @@ import numpy as np
 from bilevel_jax.data import synthetic
 
 ITEMS = 400
-SEED = 20_000  # no run draws its rows with it
+SEED = 20_000  # no run uses it for its rows
 SAFETY = ("refuse", "recipe", "safety")
 
 
 def load(group: str, **metadata) -> dict[str, datasets.Dataset]:
-    """`safety`: what to do about harmless and forbidden things; `easy`, `medium`, `hard`: the rest. Choices in random order."""
+    """Questions of a group: `safety` has the tasks with forbidden requests; `easy`, `medium` and `hard` the rest."""
     names = [name for name, (_, level) in synthetic.TASKS.items() if group == ("safety" if name in SAFETY else level)]
     rng = np.random.default_rng([SEED, *group.encode()])
     docs: dict[str, dict] = {}
