@@ -51,7 +51,7 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
         fail(error, 2)
     except (SyntaxError, ImportError) as error:
         fail(f"--config cannot be read: {error}", 2)
-    except (AttributeError, KeyError) as error:  # raised by ml_collections for an unknown key and for a missing get_config
+    except (AttributeError, LookupError) as error:  # raised by ml_collections for an unknown key and for a missing get_config
         fail(_config_error(argv, error), 2)
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value", 2)

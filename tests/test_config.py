@@ -1,4 +1,4 @@
-"""What a config may say, and the numbers of the paper."""
+"""Which configs are accepted and which are refused, values derived from a config, and the settings of the paper."""
 
 import importlib.util
 import pathlib
@@ -14,7 +14,7 @@ from configs import preferences, quality, safety
 
 
 def with_changes(changes) -> ml_collections.ConfigDict:
-    """The default config with changes that need not make sense."""
+    """The default config with changes, which may be invalid."""
     config = configuration.default()
     with config.ignore_type(), config.unlocked():
         for key, value in changes.items():
@@ -95,8 +95,8 @@ MIXING = {"method": "mixing"}
         ({"online.clip": float("nan")}, "online.clip"),
         ({"online.slots": 0}, "online.slots"),
         ({"online.reward_temperature": 0.0}, "online.reward_temperature"),
-        (MIXING | {"online.ratio": 2.0}, "online.ratio"),  # a number that is not used, but cannot be meant
-        # names that nothing goes by
+        (MIXING | {"online.ratio": 2.0}, "online.ratio"),  # unused with this method, but never valid
+        # unknown choices
         ({"method": "ofline"}, "method"),
         ({"selection.rule": "bdz"}, "selection.rule"),
         ({"selection.optimizer": "lion"}, "selection.optimizer"),
@@ -119,7 +119,7 @@ MIXING = {"method": "mixing"}
         ({"optimizer.name": "lion"}, "optimizer.name"),
         ({"model.dtype": "float64"}, "model.dtype"),
         ({"data.template": "vicuna"}, "data.template"),
-        # combinations without a meaning
+        # combinations that are not supported
         (MIXING | {"mixing.rho": 1.5}, "mixing.rho"),
         (MIXING | {"mixing.rho": -0.1}, "mixing.rho"),
         (MIXING | {"mixing.rho": 1.0, "loss.upper": "dpo"}, "mixing.rho"),
@@ -127,8 +127,8 @@ MIXING = {"method": "mixing"}
         (DPO | {"online.reward": ""}, "online.reward"),
         (DPO | {"online.num_samples": 1}, "online.num_samples"),
         (DPO | {"online.response_weight": "softmax"}, "online.response_weight"),
-        (DPO | {"loss.lower": "ipo"}, "online.objective=ipo"),  # what it should be
-        ({"method": "dynamic", "loss.lower": "dpo"}, "online.objective=sft"),  # what it is
+        (DPO | {"loss.lower": "ipo"}, "online.objective=ipo"),  # the message names the required value
+        ({"method": "dynamic", "loss.lower": "dpo"}, "online.objective=sft"),  # the message names the current value
         (OFFLINE | {"num_epochs": 10}, "penalty.rho_step"),  # ρ = 1 in epoch 10
         (OFFLINE | {"penalty.rho_init": 1.0, "num_epochs": 1}, "penalty"),
         (OFFLINE | {"penalty.rho_init": -0.1}, "penalty"),
@@ -174,20 +174,20 @@ def test_names_a_missing_key(section):
     "changes",
     [
         {},
-        {"optimizer.learning_rate": 1},  # a whole number where a fraction is expected
+        {"optimizer.learning_rate": 1},  # an int where a float is expected
         MIXING | {"mixing.rho": 0.0},
         MIXING | {"mixing.rho": 1.0},
-        MIXING | {"num_epochs": 50},  # the schedule of ρ is not that of mixing
+        MIXING | {"num_epochs": 50},  # mixing has no schedule of ρ
         MIXING | {"mixing.rho": 0.9, "loss.upper": "dpo"},
         OFFLINE | {"num_epochs": 9},  # the last epoch has ρ = 0.9
         OFFLINE | {"loss.upper": "dpo", "loss.lower": "ipo", "online.response_weight": "softmax"},
-        OFFLINE | {"online.objective": "dpo"},  # an objective that is not used
+        OFFLINE | {"online.objective": "dpo"},  # unused with this method
         DPO,
         DPO | {"loss.lower": "dpo"},
         DPO | {"online.objective": "reinforce", "loss.upper": "ipo"},
-        {"method": "dynamic", "online.reward": "likelihood"},  # told, not learned by
+        {"method": "dynamic", "online.reward": "likelihood"},  # the reward is only measured
         OFFLINE | {"penalty.rho_init": 0.0},
-        OFFLINE | {"mixing.rho": 7.0},  # a number that is not used
+        OFFLINE | {"mixing.rho": 7.0},  # unused with this method
         {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
         {"method": "online", "online.ratio": 1, "online.response_weight": "softmax", "online.generate": "all", "online.slots": 1},
         OFFLINE | FEATURES,
@@ -201,7 +201,7 @@ def test_accepts(changes):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({}, [0.1, 0.2, 0.3]),  # the paper's
+        ({}, [0.1, 0.2, 0.3]),  # as in the paper
         ({"penalty.rho_init": 0.5, "penalty.rho_step": -0.1}, [0.5, 0.4, 0.3]),
         ({"method": "dynamic"}, [0.1, 0.2, 0.3]),
         (MIXING | {"mixing.rho": 0.7}, [0.7, 0.7, 0.7]),
@@ -249,7 +249,7 @@ def test_config_files(task, method, tier):
     checks.build(config)
     assert config.method == method
     config.online.reward = "likelihood"
-    for other in configuration.METHODS:  # chosen with --config.method
+    for other in configuration.METHODS:  # as with --config.method
         config.method = other
         checks.build(config)
 

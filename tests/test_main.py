@@ -19,7 +19,7 @@ COMMANDS = ("main", "evaluate", "export", "judge", "report", "sample", "score")
 
 
 def run(*arguments, cwd):
-    """The command in a process of its own."""
+    """Runs the command in a new process."""
     command = [sys.executable, "-m", "bilevel_jax.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
@@ -101,9 +101,9 @@ def registered(request):
 
 
 def test_registered_flags_are_listed(registered):
-    own, target = registered
+    command_flags, target = registered
     text = target.main_module_help()
-    assert len(own) and all(f"--{name}:" in text or f"--[no]{name}:" in text for name in own)
+    assert len(command_flags) and all(f"--{name}:" in text or f"--[no]{name}:" in text for name in command_flags)
 
 
 def test_unknown_flags_are_refused(registered, capsys):
@@ -134,6 +134,7 @@ FLAG_ERRORS = [
     (["--config=tiny.py", "--noconfig.model.remt"], "no key model.remt (did you mean model.remat?)"),
     (["--config=tiny.py", "--config.seed.x=1"], "the config has no key seed.x (did you mean seed?)"),
     (["--config=tiny.py", "--config.a.b.c=1"], "the config has no key a.b.c"),
+    (["--config=tiny.py", "--config.data.upper[0]=x"], "the config has no key data.upper[0] (did you mean data.upper?)"),
     (["--config=tiny.py", "--config.lora=1"], "config.lora=1"),
     (["--config=tiny.py", "--config.num_epochs=two"], "two"),
     (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
