@@ -1,7 +1,7 @@
-"""Attention: of all positions of packed sequences to each other, and of one new token to a cache.
+"""Attention within packed sequences, and of one new token per row to a cache.
 
-Axes: S sequences, L positions, H query heads, K key/value heads, R = H / K queries that share a key, C head width. In a packed
-batch, Q positions of a block look at the U positions up to its end. In a cache, B blocks of P positions.
+Axes: S sequences, L positions, H query heads, K key/value heads, R = H / K query heads per key head, C head width. Packed
+sequences: a block of Q queries attends to the U positions up to its end. Cache: B blocks of P positions.
 """
 
 import functools
@@ -10,57 +10,64 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-KEPT = "kept"
-keep = functools.partial(checkpoint_name, name=KEPT)  # marks what the backward pass should rather hold than recompute
+SAVED = "saved"
+save = functools.partial(checkpoint_name, name=SAVED)  # marks arrays that the backward pass reads instead of recomputing
 
 # --------------------------------------------------------------------------------------------------------------------
 # Packed sequences
 # --------------------------------------------------------------------------------------------------------------------
 
-QUERY_BLOCKS = 4  # n blocks compute (n + 1) / 2n of all L² scores, and hold 1/n of them at a time
+QUERY_BLOCKS = 4  # n blocks compute (n + 1) / 2n of the L² scores, and hold 1/n of them at a time
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """First position of each block of queries, and its end."""
+    """The first position and the end of each block of queries."""
     size = -(-length // QUERY_BLOCKS)
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 def _by_key(x_SxQxHxC: jax.Array, key_heads: int) -> jax.Array:
-    """[S, K, R·Q, C]: what is multiplied with one key head side by side, as the products read it."""
+    """[S, K, R·Q, C]: the queries of one key head side by side, in the order in which the products read them."""
     S, Q, H, C = x_SxQxHxC.shape
     return x_SxQxHxC.reshape(S, Q, key_heads, H // key_heads, C).transpose(0, 2, 3, 1, 4).reshape(S, key_heads, -1, C)
 
 
 def _by_position(x_SxKxRQxC: jax.Array, positions: int) -> jax.Array:
-    """[S, Q, H, C], the inverse of `_by_key`."""
+    """The inverse of `_by_key`: [S, Q, H, C]."""
     S, K, _, C = x_SxKxRQxC.shape
     return x_SxKxRQxC.reshape(S, K, -1, positions, C).transpose(0, 3, 1, 2, 4).reshape(S, positions, -1, C)
 
 
 def _scores(q_SxKxRQxC, k_SxKxUxC, segments_SxU, first: int) -> jax.Array:
-    """q · k, float32 [S, K, R·Q, U]; -∞ where key and query are of different segments, or the key is later."""
+    """q · k, float32 [S, K, R·Q, U]; -∞ if key and query are in different segments, or the key is later."""
     scores = jnp.einsum("skqc,skuc->skqu", q_SxKxRQxC, k_SxKxUxC, preferred_element_type=jnp.float32)
     S, K, _, U = scores.shape
-    seen = (segments_SxU[:, first:, None] == segments_SxU[:, None]) & (jnp.arange(U) <= jnp.arange(first, U)[:, None])
-    return jnp.where(seen[:, None, None], scores.reshape(S, K, -1, U - first, U), -jnp.inf).reshape(scores.shape)
+    visible = (segments_SxU[:, first:, None] == segments_SxU[:, None]) & (jnp.arange(U) <= jnp.arange(first, U)[:, None])
+    return jnp.where(visible[:, None, None], scores.reshape(S, K, -1, U - first, U), -jnp.inf).reshape(scores.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(q_SxLxHxC: jax.Array, k_SxLxKxC: jax.Array, v_SxLxKxC: jax.Array, segments_SxL: jax.Array, dtype=None) -> jax.Array:
-    """softmax(q · k / √C) v over the positions of a query's own segment up to itself, [S, L, H, C] in q's dtype. The factors of
-    all products are rounded to `dtype`, q's by default.
+    """softmax(q · k / √C) v over the positions of the query's segment up to the query itself.
 
-    Rows packed side by side never see each other. Nothing of size L² is kept for the backward pass: it takes the scores s anew (Dao
-    et al. 2022), a block of queries at a time. With e = exp(s - max s), z = Σ e, both of a query, and D = Σ_c do · o:
+    The backward pass saves nothing of size L². It recomputes the scores s, one block of queries at a time (Dao et al. 2022). For
+    each query, with e = exp(s - max s), z = Σ e and D = Σ_c do · o:
 
         dv = eᵀ (do / z),  ds = e ((do / z) vᵀ - D / z),  dq = ds k / √C,  dk = dsᵀ q / √C
+
+    Args:
+      q_SxLxHxC, k_SxLxKxC, v_SxLxKxC: queries, keys and values; query head h uses key head h // R.
+      segments_SxL: segment of each position. Positions of different segments do not attend to each other.
+      dtype: to which the factors of all products are rounded; by default that of q.
+
+    Returns:
+      [S, L, H, C], in the dtype of q.
     """
     return _attend(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, dtype)[0]
 
 
 def _factors(q, k, v, dtype):
-    """What the products are made of: q / √C by position, k and v by key, rounded."""
+    """The factors of the products, rounded: q / √C by position, k and v by key."""
     q = q.astype(jnp.float32) * q.shape[-1] ** -0.5
     return q.astype(dtype), *(_by_key(x.astype(dtype), x.shape[2]) for x in (k, v))
 
@@ -71,32 +78,32 @@ def _attend(q, k, v, segments, dtype):
     outputs, maxima, totals = [], [], []
     for first, end in _blocks(q.shape[1]):
         scores = _scores(_by_key(scaled[:, first:end], key_heads), k_SxKxLxC[:, :, :end], segments[:, :end], first)
-        most = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - most)
+        max_score = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - max_score)
         total = weights.sum(axis=-1, keepdims=True)
-        seen = v_SxKxLxC[:, :, :end]
-        mixed = jnp.einsum("skqu,skuc->skqc", weights.astype(seen.dtype), seen, preferred_element_type=jnp.float32)
-        outputs.append(_by_position(mixed / total, end - first))
-        maxima.append(most)
+        values = v_SxKxLxC[:, :, :end]
+        weighted_sum = jnp.einsum("skqu,skuc->skqc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        outputs.append(_by_position(weighted_sum / total, end - first))
+        maxima.append(max_score)
         totals.append(total)
-    output, maxima, totals = keep((jnp.concatenate(outputs, axis=1).astype(q.dtype), maxima, totals))
+    output, maxima, totals = save((jnp.concatenate(outputs, axis=1).astype(q.dtype), maxima, totals))
     return output, (q, k, v, segments, output, maxima, totals)
 
 
-def _attend_backward(dtype, kept, d_output):
-    q, k, v, segments, output, maxima, totals = kept
+def _attend_backward(dtype, residuals, d_output):
+    q, k, v, segments, output, maxima, totals = residuals
     key_heads, dtype = k.shape[2], dtype or q.dtype
     scaled, k_SxKxLxC, v_SxKxLxC = _factors(q, k, v, dtype)
     d_output = d_output.astype(jnp.float32)
-    drop = jnp.sum(d_output * output, axis=-1, keepdims=True)
+    inner = jnp.sum(d_output * output, axis=-1, keepdims=True)  # D
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dq, dk, dv = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_SxKxLxC, v_SxKxLxC))
-    for (first, end), most, total in zip(_blocks(q.shape[1]), maxima, totals):
-        queries, d, dropped = (_by_key(x[:, first:end], key_heads) for x in (scaled, d_output, drop))
+    for (first, end), max_score, total in zip(_blocks(q.shape[1]), maxima, totals):
+        queries, d, inner_block = (_by_key(x[:, first:end], key_heads) for x in (scaled, d_output, inner))
         keys, values = (x[:, :, :end] for x in (k_SxKxLxC, v_SxKxLxC))
-        weights = jnp.exp(_scores(queries, keys, segments[:, :end], first) - most)
+        weights = jnp.exp(_scores(queries, keys, segments[:, :end], first) - max_score)
         d = (d / total).astype(dtype)
-        d_scores = (weights * (product("skqc,skuc->skqu", d, values) - dropped / total)).astype(dtype)
+        d_scores = (weights * (product("skqc,skuc->skqu", d, values) - inner_block / total)).astype(dtype)
         dq.append(_by_position(product("skqu,skuc->skqc", d_scores, keys), end - first))
         dk = dk.at[:, :, :end].add(product("skqu,skqc->skuc", d_scores, queries))
         dv = dv.at[:, :, :end].add(product("skqu,skqc->skuc", weights.astype(dtype), d))
@@ -109,7 +116,7 @@ attend.defvjp(_attend, _attend_backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A cache
+# Cache
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -117,40 +124,39 @@ CACHE_BLOCK = 64  # P
 
 
 def cache_window(length: int) -> int:
-    """The room, B·P, of a cache for `length` positions."""
+    """The capacity B·P of a cache for `length` positions."""
     return -(-length // CACHE_BLOCK) * CACHE_BLOCK
 
 
 def in_blocks(key_SxKxLxC: jax.Array, value_SxKxLxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys [S, K, B, C, P] and values [S, K, B, P, C], zero beyond L: the order in which the matmuls of one query read them."""
+    """Keys [S, K, B, C, P] and values [S, K, B, P, C], padded with zeros. The products of one query read them in this order."""
     S, K, L, C = key_SxKxLxC.shape
-    beyond = (0, 0), (0, 0), (0, -L % CACHE_BLOCK), (0, 0)
-    key, value = (jnp.pad(x, beyond).reshape(S, K, -1, CACHE_BLOCK, C) for x in (key_SxKxLxC, value_SxKxLxC))
+    padding = (0, 0), (0, 0), (0, -L % CACHE_BLOCK), (0, 0)
+    key, value = (jnp.pad(x, padding).reshape(S, K, -1, CACHE_BLOCK, C) for x in (key_SxKxLxC, value_SxKxLxC))
     return key.swapaxes(3, 4), value
 
 
 def append(cache: dict[str, jax.Array], key_SxKxC: jax.Array, value_SxKxC: jax.Array, position_S: jax.Array) -> dict:
-    """One layer's cache with each row's new key and value at its position."""
-    row, block, place = jnp.arange(position_S.shape[0]), position_S // CACHE_BLOCK, position_S % CACHE_BLOCK
+    """Writes the new key and value of each row into the cache of one layer, at the position of the row."""
+    row, block, offset = jnp.arange(position_S.shape[0]), position_S // CACHE_BLOCK, position_S % CACHE_BLOCK
     return {
-        "key": cache["key"].at[row, :, block, :, place].set(key_SxKxC.astype(cache["key"].dtype)),
-        "value": cache["value"].at[row, :, block, place].set(value_SxKxC.astype(cache["value"].dtype)),
+        "key": cache["key"].at[row, :, block, :, offset].set(key_SxKxC.astype(cache["key"].dtype)),
+        "value": cache["value"].at[row, :, block, offset].set(value_SxKxC.astype(cache["value"].dtype)),
     }
 
 
 def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxP: jax.Array, value_SxKxBxPxC: jax.Array, position_S: jax.Array) -> jax.Array:
-    """Attention of one query per row to cache positions 0 ... position_S, [S, H, C].
+    """Attention of one query per row to the cache positions 0 ... position_S, [S, H, C].
 
-    Sums go block by block, in order, and a block beyond a row's position adds exact zeros to it, so that its result is the same
-    whatever B is.
+    Blocks are summed in order, and a block after the position of a row adds exact zeros. So the result does not depend on B.
     """
     S, K, B, C, P = key_SxKxBxCxP.shape
-    q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries share a key
+    q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries per key head
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC.astype(key_SxKxBxCxP.dtype), key_SxKxBxCxP) / C**0.5
-    seen = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
+    visible = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=(2, 4), keepdims=True))
     parts = product("skbrp,skbpc->skbrc", weights.astype(value_SxKxBxPxC.dtype), value_SxKxBxPxC), weights.sum(axis=-1)
-    mixed, total = (functools.reduce(jnp.add, (part[:, :, b] for b in range(B))) for part in parts)
-    return (mixed / total[..., None]).reshape(q_SxHxC.shape).astype(q_SxHxC.dtype)
+    weighted_sum, total = (functools.reduce(jnp.add, (part[:, :, b] for b in range(B))) for part in parts)
+    return (weighted_sum / total[..., None]).reshape(q_SxHxC.shape).astype(q_SxHxC.dtype)

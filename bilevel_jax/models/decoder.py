@@ -1,15 +1,19 @@
-"""One causal decoder, two architectures: GPT-NeoX (Pythia) and Llama.
+"""One causal decoder for all architectures of `architectures.py`.
 
-Linen rather than NNX: the training step is a pure function of `(base, adapter, ...)`, and Linen keeps exactly these apart as
-two collections of one `apply` call. `params` is the frozen base, `adapter` the low-rank update; leaving `adapter` out of the
-call *is* the base model, which is what a reference policy needs. In the same way a layer that is given a `cache` decodes: its
-input is then one token of each row, appended to what the cache holds (see `decode`), and a call with `prefilled` mutable
-leaves the keys and values there that a cache starts from. Layers are stacked and scanned, so compilation does not grow with
-depth. Submodules carry Hugging Face's names, which makes conversion a rule instead of a table.
+The module is Linen, not NNX: the training step is a pure function of `(base, adapter, ...)`, and Linen keeps these apart as
+collections of one `apply` call.
 
-Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width.
-Activations are kept token-flat, [T, D], and take the [S, L, ...] shape only inside attention: on a CPU that makes the backward
-pass of the matmuls 1.4x faster, elsewhere it costs nothing.
+- `params`: the frozen base weights.
+- `adapter`: LoRA. Without this collection, a call computes the base model, which is what a reference policy needs.
+- `cache`: with this collection, a layer decodes. Its input is one token of each row, see `decode`.
+- `prefilled`: if mutable, a call stores the keys and values in it, see `prefill`.
+
+Layers are stacked and scanned, so compile time does not grow with depth. Submodules have their Hugging Face names, so weights
+convert by one rule, see `huggingface/weights.py`.
+
+Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width,
+V vocabulary, I input and O output width of a product; B blocks of P positions in a cache. Activations have shape [T, D], and
+[S, L, ...] inside attention only: on a CPU this makes the backward pass of the products 1.4x faster, elsewhere it is free.
 """
 
 import dataclasses
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import attention
+from bilevel_jax.models import architectures, attention
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -33,7 +37,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-    """Frequency-dependent stretch of Llama 3.1: long wavelengths by `factor`, short ones not at all, a ramp in between."""
+    """The rotary scaling of Llama 3.1: long wavelengths times `factor`, short ones unchanged, interpolated in between."""
 
     factor: float
     low_freq_factor: float
@@ -43,9 +47,9 @@ class Llama3Rope:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the decoder. Built from a Hugging Face config by `huggingface.read_config`."""
+    """Sizes and options of a decoder. `huggingface.read_config` builds it from a Hugging Face config."""
 
-    architecture: str  # "llama" or "gpt_neox"
+    architecture: str  # a key of `architectures.ARCHITECTURES`
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -53,20 +57,31 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int  # the first rotary_dim of head_dim are rotated
+    rotary_dim: int  # the first rotary_dim features of a head are rotated
     max_positions: int
     activation: str
     norm_eps: float
     rope_theta: float
     rope_scaling: Llama3Rope | float | None = None  # a float divides all frequencies ("linear")
-    parallel_residual: bool = False  # x + attn(n1(x)) + mlp(n2(x)) instead of one after the other
+    parallel_residual: bool = False  # x + attn(n1(x)) + mlp(n2(x)); else y + mlp(n2(y)) with y = x + attn(n1(x))
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
     adapter_scale: float = 1.0  # LoRA's alpha / rank
-    remat: bool = False  # the backward pass recomputes each layer; else it keeps what products gave, and recomputes the rest
-    dtype: str = "float32"  # of base weights, the cache and the factors of matrix products; the rest is computed in float32
-    activations: str = "float32"  # of what goes from one operation to the next
+    remat: bool = False  # the backward pass recomputes each layer; else it saves the results of products and recomputes the rest
+    dtype: str = "float32"  # of base weights, the cache and the factors of products; the rest is computed in float32
+    activations: str = "float32"  # dtype of the arrays between operations
+
+    @property
+    def record(self) -> architectures.Architecture:
+        """The names and the layout of this architecture."""
+        return architectures.ARCHITECTURES[self.architecture]
+
+    def width(self, dimension: str) -> int:
+        """The size of a dimension of `architectures.Linear`."""
+        heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = {"hidden": self.hidden_size, "heads": heads, "kv_heads": kv_heads, "fused_heads": 3 * heads}
+        return (sizes | {"mlp": self.intermediate_size})[dimension]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -90,13 +105,13 @@ def rotary_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rotary_table(positions_SxL: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's angles, each [S, L, 1, rotary_dim / 2]."""
+    """Cosine and sine of the angles of each position, each [S, L, 1, rotary_dim / 2]."""
     angles = positions_SxL[..., None].astype(jnp.float32) * rotary_frequencies(config)
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def rotate(x_SxLxHxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the leading rotary_dim features, paired as (i, i + rotary_dim/2), by the table's angles."""
+    """Rotates the first rotary_dim features, in pairs (i, i + rotary_dim / 2), by the angles of the table."""
     cos, sin = table
     half = cos.shape[-1]
     x = x_SxLxHxC.astype(jnp.float32)
@@ -116,8 +131,10 @@ def _product(x, y, x_axis: int, y_axis: int, dtype) -> jax.Array:
 
 @jax.custom_vjp
 def matmul(x_TxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
-    """x w, [T, O], in x's dtype. All factors are rounded to w's, those of the backward pass too: the product of a float32 and a
-    bfloat16 array costs as much as one of two float32 arrays."""
+    """x w, [T, O], in the dtype of x. All factors are rounded to the dtype of w, also in the backward pass.
+
+    The product of a float32 and a bfloat16 array costs as much as a product of two float32 arrays.
+    """
     return _product(x_TxI.astype(w_IxO.dtype), w_IxO, 1, 0, x_TxI.dtype)
 
 
@@ -125,8 +142,8 @@ def _matmul_forward(x, w):
     return matmul(x.value, w.value), (x.value if w.perturbed else None, w.value, jnp.zeros((), x.value.dtype))
 
 
-def _matmul_backward(kept, d_TxO):
-    x, w, like_x = kept
+def _matmul_backward(residuals, d_TxO):
+    x, w, like_x = residuals  # `like_x` carries the dtype of x; x itself is None if w is frozen
     d = d_TxO.astype(w.dtype)
     d_w = None if x is None else _product(x.astype(w.dtype), d, 0, 0, w.dtype)
     return _product(d, w, 1, 1, like_x.dtype), d_w
@@ -136,7 +153,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Projection(nn.Module):
-    """y = x W + b + scale · (x A) B, the last term only where the `adapter` collection holds A [in, r] and B [r, out]."""
+    """y = x W + b + scale · (x A) B. The last term needs A [I, r] and B [r, O] in the collection `adapter`."""
 
     features: int
     use_bias: bool
@@ -152,108 +169,108 @@ class Projection(nn.Module):
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            narrow = attention.keep(matmul(x_TxI, a))
-            y = y + matmul(narrow, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
-        return attention.keep(y)
+            low_rank = attention.save(matmul(x_TxI, a))
+            y = y + matmul(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
+        return attention.save(y)
+
+
+def _linear(config: ModelConfig, linear: architectures.Linear) -> Projection:
+    use_bias = linear.bias if isinstance(linear.bias, bool) else getattr(config, linear.bias)
+    return Projection(config.width(linear.outputs), use_bias, config, name=linear.name)
 
 
 def _norm(config: ModelConfig, name: str | None) -> nn.Module:
-    kind = nn.RMSNorm if config.architecture == "llama" else nn.LayerNorm
-    return kind(epsilon=config.norm_eps, dtype=config.activations, param_dtype=config.dtype, name=name)
+    return config.record.norm(epsilon=config.norm_eps, dtype=config.activations, param_dtype=config.dtype, name=name)
 
 
 class Attention(nn.Module):
-    """Attention within a packed batch, where `place` is its segments [S, L]; with a `cache`, of one token of each row to what the
-    cache holds and itself, where `place` is its position [S]."""
+    """Attention within the segments of a packed batch, or, with a `cache`, of one token per row to the cache and itself."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_TxD, table, place):
-        c = self.config
+    def __call__(self, x_TxD, table, segments_SxL=None, position_S=None):
+        c, record = self.config, self.config.record
         S, L = table[0].shape[:2]
-
-        def project(name, heads):
-            flat = Projection(heads * c.head_dim, c.attention_bias, c, name=name)(x_TxD)
-            return sharding.constrain(flat.reshape(S, L, heads, c.head_dim), "rows", None, "heads")
-
-        if c.architecture == "llama":
-            q, k, v = project("q_proj", c.num_heads), project("k_proj", c.num_kv_heads), project("v_proj", c.num_kv_heads)
-            out = "o_proj"
-        else:  # one matrix, whose columns go head by head: (q, k, v) of head 0, of head 1, ...
-            fused = project("query_key_value", 3 * c.num_heads).reshape(S, L, c.num_heads, 3, c.head_dim)
-            fused = sharding.constrain(fused, "rows", None, "heads")
+        projected = []
+        for linear in record.qkv:
+            x_SxLxHxC = _linear(c, linear)(x_TxD).reshape(S, L, -1, c.head_dim)
+            projected.append(sharding.constrain(x_SxLxHxC, "rows", None, "heads"))
+        if len(projected) == 3:
+            q, k, v = projected
+        else:  # one matrix; its columns are (q, k, v) of head 0, of head 1, ...
+            fused = sharding.constrain(projected[0].reshape(S, L, c.num_heads, 3, c.head_dim), "rows", None, "heads")
             q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
-            out = "dense"
         q, k = rotate(q, table), rotate(k, table)
         if self.has_variable("cache", "key"):
             cached = {name: self.get_variable("cache", name) for name in ("key", "value")}
-            cached = attention.append(cached, k[:, 0], v[:, 0], place)
-            for name, grown in cached.items():
-                self.put_variable("cache", name, grown)
-            attended = attention.attend_cached(q[:, 0], cached["key"], cached["value"], place)
+            cached = attention.append(cached, k[:, 0], v[:, 0], position_S)
+            for name, array in cached.items():
+                self.put_variable("cache", name, array)
+            attended = attention.attend_cached(q[:, 0], cached["key"], cached["value"], position_S)
         else:
-            for name, new in (("key", k), ("value", v)):
-                self.sow("prefilled", name, new, reduce_fn=lambda _, last: last, init_fn=lambda: None)
-            attended = attention.attend(q, k, v, place, c.dtype)
-        return Projection(c.hidden_size, c.attention_bias, c, name=out)(attended.reshape(S * L, -1))
+            for name, array in (("key", k), ("value", v)):
+                self.sow("prefilled", name, array, reduce_fn=lambda _, last: last, init_fn=lambda: None)
+            attended = attention.attend(q, k, v, segments_SxL, c.dtype)
+        return _linear(c, record.attention_output)(attended.reshape(S * L, -1))
 
 
 class FeedForward(nn.Module):
+    """The feed-forward block: act(x W_gate) · x W_up, or act(x W_up), then the output projection."""
+
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_TxD):
-        c = self.config
-        activation = ACTIVATIONS[c.activation]
-
-        def widen(name):
-            return sharding.constrain(Projection(c.intermediate_size, c.mlp_bias, c, name=name)(x_TxD), "rows", "mlp")
-
-        if c.architecture == "llama":
-            hidden, out = activation(widen("gate_proj")) * widen("up_proj"), "down_proj"
-        else:
-            hidden, out = activation(widen("dense_h_to_4h")), "dense_4h_to_h"
-        return Projection(c.hidden_size, c.mlp_bias, c, name=out)(hidden)
+        c, record = self.config, self.config.record
+        first, *rest = (sharding.constrain(_linear(c, linear)(x_TxD), "rows", "mlp") for linear in record.mlp_inputs)
+        hidden_TxF = ACTIVATIONS[c.activation](first)
+        for factor_TxF in rest:
+            hidden_TxF = hidden_TxF * factor_TxF
+        return _linear(c, record.mlp_output)(hidden_TxF)
 
 
 class Layer(nn.Module):
+    """One decoder layer, [T, D] -> ([T, D], None). Takes segments, or positions with a `cache`, see `Attention`."""
+
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_TxD, table, place):
-        c = self.config
-        attend = Attention(c, name="self_attn" if c.architecture == "llama" else "attention")
-        feed_forward = FeedForward(c, name="mlp")
-        attended = attend(_norm(c, "input_layernorm")(x_TxD), table, place)
+    def __call__(self, x_TxD, table, segments_SxL=None, position_S=None):
+        c, record = self.config, self.config.record
+        attention_input = _norm(c, record.attention_norm)(x_TxD)
+        attended = Attention(c, name=record.attention)(attention_input, table, segments_SxL, position_S)
         middle = x_TxD if c.parallel_residual else x_TxD + attended
-        y = middle + feed_forward(_norm(c, "post_attention_layernorm")(middle))
+        y = middle + FeedForward(c, name=record.mlp)(_norm(c, record.mlp_norm)(middle))
         return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
 
 
 def embed(embedding_VxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """[T, D]. Over a mesh, each device looks up its part of D for the tokens of others too, and then they swap: far less to send
-    than the embedding itself."""
+    """Embeddings [T, D] of tokens.
+
+    On a mesh, each device looks up its part of D for the tokens of other devices too, and then they exchange the results. This
+    sends far less than the embedding itself.
+    """
     return sharding.constrain(sharding.constrain(embedding_VxD[tokens_T], "stripes", "hidden"), "rows")
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states. The head is left to the caller, who knows which positions need logits (see `losses`)."""
+    """Tokens to hidden states. The caller applies the head, at the positions that need logits (see `losses`)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, tokens_SxL: jax.Array, positions_SxL: jax.Array, segments_SxL: jax.Array) -> jax.Array:
-        """Returns [S, L, D], normalised, ready for the head. Tokens attend to earlier ones of the same segment."""
+        """Returns the normalised hidden states [S, L, D]. A token attends to itself and to earlier tokens of its segment."""
         c = self.config
         S, L = tokens_SxL.shape
         matrix = functools.partial(self.param, init_fn=nn.initializers.normal(0.02), unbox=True)
         embedding = matrix("embed_tokens", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
-        if not c.tie_embeddings:  # declared here so that `init` makes it; read by `head`
+        if not c.tie_embeddings:  # declared here so that `init` creates it; `head` reads it
             matrix("lm_head", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
         table = rotary_table(positions_SxL, c)
-        # Norms, activations and rotations cost less to recompute than to write and read.
-        policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(attention.KEPT)
+        # Norms, activations and rotations are cheaper to recompute than to write and read.
+        policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(attention.SAVED)
         layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             layer,
@@ -268,17 +285,17 @@ class Decoder(nn.Module):
 
 
 def head(params) -> jax.Array:
-    """The output matrix [V, D]; the input embedding where the two are tied."""
+    """The output matrix [V, D]: the input embedding if the two are tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
 
 
 def project(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
-    """Logits [..., V] of hidden states [..., D], in float32, of factors in the head's dtype."""
+    """Float32 logits [..., V] of hidden states [..., D]. The factors are rounded to the dtype of the head."""
     return jnp.einsum("...d,vd->...v", hidden.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32)
 
 
 def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None, segments_SxL=None) -> jax.Array:
-    """All logits [S, L, V] in float32: for tests and short inputs. Training never builds this array."""
+    """All logits [S, L, V] in float32, for tests and short inputs. Training never builds this array."""
     if positions_SxL is None:
         positions_SxL = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     if segments_SxL is None:
@@ -294,45 +311,53 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
 
 
 def split_layers(tree, config: ModelConfig):
-    """Base or adapter with one subtree per layer in place of the stack. Decoding reads all weights for every token; a scan
-    would copy each layer's out of the stack first."""
+    """Base or adapter with a list of layers instead of the stack.
+
+    Decoding reads all weights for each token. A scan would first copy the weights of each layer out of the stack.
+    """
     return tree | {"layers": [jax.tree.map(lambda stack, i=i: stack[i], tree["layers"]) for i in range(config.num_layers)]}
 
 
 def init_cache(config: ModelConfig, sequences: int, length: int) -> list:
-    """Keys [S, K, B, C, P] and values [S, K, B, P, C] of every layer, all zero, with room for `length` positions."""
-    name = "self_attn" if config.architecture == "llama" else "attention"
-    nothing = jnp.zeros((sequences, config.num_kv_heads, attention.cache_window(length), config.head_dim), config.dtype)
-    return [{name: dict(zip(("key", "value"), attention.in_blocks(nothing, nothing)))} for _ in range(config.num_layers)]
+    """Zero keys [S, K, B, C, P] and values [S, K, B, P, C] of each layer, with room for `length` positions."""
+    zeros = jnp.zeros((sequences, config.num_kv_heads, attention.cache_window(length), config.head_dim), config.dtype)
+    layers = (attention.in_blocks(zeros, zeros) for _ in range(config.num_layers))
+    return [{config.record.attention: {"key": key, "value": value}} for key, value in layers]
 
 
 def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list:
-    """The first ⌈L / P⌉ blocks of `init_cache`'s arrays, for L tokens of each row. What stands beyond the end of a row's prompt is
-    not looked at before it is overwritten."""
+    """The first ⌈L / P⌉ blocks of the arrays of `init_cache`, for L tokens of each row.
+
+    Padding beyond the prompt of a row fills positions that `decode` overwrites before it reads them.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
-    _, kept = Decoder(config).apply(variables, tokens_SxL, positions, jnp.ones_like(tokens_SxL), mutable=["prefilled"])
-    ((name, stacked),) = kept["prefilled"]["layers"].items()
-    key, value = (stacked[kind].swapaxes(2, 3).astype(config.dtype) for kind in ("key", "value"))  # [layers, S, K, L, C]
-    return [{name: dict(zip(("key", "value"), attention.in_blocks(key[i], value[i])))} for i in range(config.num_layers)]
+    _, state = Decoder(config).apply(variables, tokens_SxL, positions, jnp.ones_like(tokens_SxL), mutable=["prefilled"])
+    stacked = state["prefilled"]["layers"][config.record.attention]
+    keys, values = (stacked[name].swapaxes(2, 3).astype(config.dtype) for name in ("key", "value"))  # [layers, S, K, L, C]
+    layers = (attention.in_blocks(keys[i], values[i]) for i in range(config.num_layers))
+    return [{config.record.attention: {"key": key, "value": value}} for key, value in layers]
 
 
 def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array, position_S: jax.Array):
-    """Final hidden states [S, D] of one token per row, and the cache that it has joined.
+    """Decodes one token per row.
 
     Args:
       params, adapter: by layer, from `split_layers`; `adapter` may be None.
-      cache: from `init_cache`, filled for every position before `position_S`.
-      position_S: where the token stands in its row.
+      cache: from `init_cache`, filled at all positions before `position_S`.
+      position_S: the position of each token in its row.
+
+    Returns:
+      The final hidden states [S, D], and the cache with the keys and values of these tokens.
     """
     x_SxD = embed(params["embed_tokens"], token_S).astype(config.activations)
-    table, grown = rotary_table(position_S[:, None], config), []
+    table, new_cache = rotary_table(position_S[:, None], config), []
     for i in range(config.num_layers):
         variables = {"params": params["layers"][i], "cache": cache[i]}
         variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}
-        (x_SxD, _), changed = Layer(config).apply(variables, x_SxD, table, position_S, mutable=["cache"])
-        grown.append(changed["cache"])
-    return _norm(config, None).apply({"params": params["norm"]}, x_SxD), grown
+        (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, position_S, mutable=["cache"])
+        new_cache.append(state["cache"])
+    return _norm(config, None).apply({"params": params["norm"]}, x_SxD), new_cache
 
 
 def init_params(config: ModelConfig, key: jax.Array):

@@ -1,7 +1,7 @@
-"""Low-rank adapters: which projections carry one, how it starts, how it merges into the base.
+"""LoRA adapters: their projections, initial values, and the merge into the base.
 
-An adapter is a pytree that mirrors the base: `{"layers": {"mlp": {"down_proj": {"a": [N, in, r], "b": [N, r, out]}}}}`, float32,
-stacked over the N layers like the base itself.
+An adapter mirrors the base: `{"layers": {"mlp": {"down_proj": {"a": [N, in, r], "b": [N, r, out]}}}}`, float32, stacked over the
+N layers.
 """
 
 import math
@@ -13,44 +13,39 @@ from bilevel_jax.models import decoder
 
 
 def projections(config: decoder.ModelConfig) -> dict[str, tuple[str, int, int]]:
-    """Every linear layer of a decoder layer: name -> (submodule, input width, output width)."""
-    D, F, C = config.hidden_size, config.intermediate_size, config.head_dim
-    if config.architecture == "llama":
-        return {
-            "q_proj": ("self_attn", D, config.num_heads * C),
-            "k_proj": ("self_attn", D, config.num_kv_heads * C),
-            "v_proj": ("self_attn", D, config.num_kv_heads * C),
-            "o_proj": ("self_attn", config.num_heads * C, D),
-            "gate_proj": ("mlp", D, F),
-            "up_proj": ("mlp", D, F),
-            "down_proj": ("mlp", F, D),
-        }
+    """All linear layers of a decoder layer: name -> (submodule, input width, output width)."""
     return {
-        "query_key_value": ("attention", D, 3 * config.num_heads * C),
-        "dense": ("attention", config.num_heads * C, D),
-        "dense_h_to_4h": ("mlp", D, F),
-        "dense_4h_to_h": ("mlp", F, D),
+        name: (module, config.width(linear.inputs), config.width(linear.outputs))
+        for name, (module, linear) in config.record.projections.items()
     }
 
 
 def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
-    """Projection names for `"all-linear"`, names separated by commas, or a list of names.
+    """The names of the projections to adapt.
+
+    Args:
+      config: shape of the model.
+      targets: `"all-linear"`, names separated by commas, or a list of names.
 
     Raises:
-      ValueError: a name that this architecture does not have.
+      ValueError: the architecture does not have a name, or there is none.
     """
-    known = projections(config)
+    available = projections(config)
     if targets == "all-linear":
-        return tuple(known)
+        return tuple(available)
     names = tuple(targets.split(",") if isinstance(targets, str) else targets)
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in available]
     if unknown or not names:
-        raise ValueError(f"lora.targets: {unknown or 'nothing'} is not among {', '.join(known)} of {config.architecture}")
+        raise ValueError(f"lora.targets: {unknown or 'nothing'} is not among {', '.join(available)} of {config.architecture}")
     return names
 
 
 def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...]):
-    """PEFT's initialisation: A ~ U(-1/√in, 1/√in), which is kaiming_uniform(a=√5), and B = 0, so the model starts unchanged."""
+    """Initial adapter, as in PEFT: A ~ U(-1/√in, 1/√in), which is kaiming_uniform(a=√5), and B = 0, so the model is unchanged.
+
+    Raises:
+      ValueError: the rank is below 1.
+    """
     if rank < 1:
         raise ValueError(f"lora.rank must be at least 1, got {rank}")
     modules = {}
@@ -66,7 +61,7 @@ def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets
 
 
 def merge_adapter(config: decoder.ModelConfig, params, adapter):
-    """Base weights with the adapter folded in: W + scale · A B, computed in float32 and rounded once to the base's dtype."""
+    """Base weights W + scale · A B, computed in float32 and rounded once to the dtype of the base."""
     layers = {module: dict(weights) for module, weights in params["layers"].items()}
     for module, weights in adapter["layers"].items():
         for name, low_rank in weights.items():

@@ -1,0 +1,28 @@
+"""Models and adapters in the file formats of Hugging Face and PEFT, read and written without PyTorch.
+
+- `directory`: finds a model directory and reads its JSON files.
+- `config`: config.json to `decoder.ModelConfig`.
+- `weights`: base weights.
+- `adapters`: LoRA adapters.
+"""
+
+from bilevel_jax.models.huggingface.adapters import load_adapter, save_adapter
+from bilevel_jax.models.huggingface.config import eos_ids, read_config
+from bilevel_jax.models.huggingface.directory import PACKAGE, ModelError, locate
+from bilevel_jax.models.huggingface.weights import TensorReader, flatten, hf_name, load_model, load_params, save_params
+
+__all__ = [
+    "PACKAGE",
+    "ModelError",
+    "TensorReader",
+    "eos_ids",
+    "flatten",
+    "hf_name",
+    "load_adapter",
+    "load_model",
+    "load_params",
+    "locate",
+    "read_config",
+    "save_adapter",
+    "save_params",
+]

@@ -1,0 +1,127 @@
+"""LoRA adapters in the file format of PEFT."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from bilevel_jax import files
+from bilevel_jax.models import decoder, lora
+from bilevel_jax.models.huggingface.directory import ModelError, read_json
+from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES
+
+MATRICES = {"a": "lora_A", "b": "lora_B"}  # our name -> PEFT's
+
+# Options of PEFT that `load_adapter` reads, or that do not change the function of a saved adapter. All others must be off.
+_ALLOWED = {
+    *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern"),
+    *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+_OFF = (None, False, "none", [], {})
+_ALLOWED_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, ...) change the base too
+
+
+def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: str) -> list[str]:
+    """PEFT's names of one matrix of a projection, one per layer."""
+    prefix = "base_model.model." + config.record.outer_names["layers"]
+    return [f"{prefix}.{i}.{module}.{name}.{MATRICES[matrix]}.weight" for i in range(config.num_layers)]
+
+
+def save_adapter(directory: pathlib.Path, config: decoder.ModelConfig, adapter, *, alpha: float, base: str) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`."""
+    tensors, targets, rank = {}, [], 0
+    for module, weights in adapter["layers"].items():
+        for name, low_rank in weights.items():
+            targets.append(name)
+            rank = low_rank["a"].shape[-1]
+            for matrix in MATRICES:
+                stack = np.asarray(low_rank[matrix], np.float32)
+                for tensor_name, layer in zip(_tensor_names(config, module, name, matrix), stack):
+                    tensors[tensor_name] = np.ascontiguousarray(layer.T)
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    files.write_atomically(directory / "adapter_model.safetensors", weights)
+    files.write_atomically(directory / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+
+
+def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> tuple[decoder.ModelConfig, dict]:
+    """Reads a PEFT LoRA directory.
+
+    Returns:
+      The config with the `adapter_scale` of the adapter, and the adapter.
+
+    Raises:
+      ModelError: not a LoRA adapter of this model, or an option (DoRA, biases, ...) that is not supported.
+    """
+    directory = pathlib.Path(directory)
+    rank, scale = _read_options(directory / "adapter_config.json")
+    file = directory / "adapter_model.safetensors"
+    tensors = _read_tensors(file)
+    modules = {}
+    for name, (module, width_in, width_out) in lora.projections(config).items():
+        low_rank = {}
+        for matrix, shape in (("a", (rank, width_in)), ("b", (width_out, rank))):
+            layers = [tensors.pop(key) for key in _tensor_names(config, module, name, matrix) if key in tensors]
+            if not layers:
+                continue
+            if len(layers) != config.num_layers or any(layer.shape != shape for layer in layers):
+                label = f"{module}.{name}.{MATRICES[matrix]}"
+                raise ModelError(f"{file}: {label} does not fit {config.num_layers} layers of {shape}")
+            low_rank[matrix] = jnp.asarray(np.stack([layer.astype(np.float32).T for layer in layers]))
+        if len(low_rank) == 1:
+            raise ModelError(f"{file}: {module}.{name} has only one of lora_A and lora_B")
+        if low_rank:
+            modules.setdefault(module, {})[name] = low_rank
+    if tensors or not modules:
+        tensor = next(iter(tensors), "none")
+        raise ModelError(f"{file}: tensor '{tensor}' does not belong to a LoRA of this {config.architecture}")
+    return dataclasses.replace(config, adapter_scale=scale), {"layers": modules}
+
+
+def _read_options(file: pathlib.Path) -> tuple[int, float]:
+    """Rank and scale from `adapter_config.json`."""
+    raw = read_json(file)
+    if raw.get("peft_type") != "LORA":
+        raise ModelError(f"{file}: peft_type '{raw.get('peft_type')}' is not LORA")
+    for option, value in raw.items():
+        is_off = value in (_ALLOWED_INIT if option == "init_lora_weights" else _OFF)
+        if not is_off and (option not in _ALLOWED or option == "init_lora_weights"):
+            raise ModelError(f"{file}: {option}={value!r} is not supported")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
+        raise ModelError(f"{file}: r must be a positive integer and lora_alpha a number")
+    return rank, alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank
+
+
+def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        tensors = safetensors.numpy.load_file(file)
+    except FileNotFoundError:
+        raise ModelError(f"{file}: missing") from None
+    except Exception as error:  # its type varies, for dtypes that NumPy does not have
+        raise ModelError(f"{file}: not a safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ModelError(f"{file}: tensor '{name}' is {tensor.dtype}; quantised weights are not supported")
+    return tensors

@@ -1,0 +1,56 @@
+"""Finding a model directory, and reading its JSON files."""
+
+import json
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[2]
+MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a hub download: no pickles
+
+
+class ModelError(ValueError):
+    """An invalid model or adapter directory. The message names the file, the key and the remedy."""
+
+
+def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
+    """The local directory of a model, downloaded from the hub if necessary.
+
+    Args:
+      path: a directory, a directory of this package (`bilevel_jax/tiny`), or a hub id.
+      files: patterns of the files to download.
+
+    Raises:
+      ModelError: no such directory, and the hub does not have it or cannot be reached.
+    """
+    local = pathlib.Path(path)
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise ModelError(f"{path} is a file; a model is a directory with config.json, safetensors and a tokenizer")
+    if local.parts[:1] == (PACKAGE.name,) and (PACKAGE.parent / local).is_dir():
+        return PACKAGE.parent / local
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ModelError(f"{path}: no such directory; give a model directory or a hub id such as EleutherAI/pythia-1b")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+    except Exception as error:  # the hub raises a dozen types, from DNS to permissions; the user sees one message
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path}: no such directory, and the hub could not be reached for it ({reason})") from error
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """The JSON object of a file.
+
+    Raises:
+      ModelError: the file is missing, or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: contains a {type(content).__name__}, not an object")
+    return content

@@ -1,0 +1,170 @@
+"""Base weights in safetensors files.
+
+Names follow one rule: our weight `layers/mlp/up_proj/kernel`, stacked over layers, is `<prefix>.layers.<i>.mlp.up_proj.weight` in
+Hugging Face's format, transposed. The record of the architecture lists the prefix and the tensors outside the layers.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tqdm
+
+from bilevel_jax import sharding
+from bilevel_jax.models import decoder
+from bilevel_jax.models.huggingface.config import read_config
+from bilevel_jax.models.huggingface.directory import ModelError, locate, read_json
+
+WEIGHT_DTYPES = [np.dtype(dtype) for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+
+
+class TensorReader:
+    """Reads the tensors of a model directory, one at a time. Supports bfloat16 through `ml_dtypes`."""
+
+    def __init__(self, directory: pathlib.Path):
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise ModelError(f"{index}: weight_map must name a file for each tensor")
+            names = sorted(set(weight_map.values()))
+            if any(pathlib.PurePath(name).name != name for name in names):
+                raise ModelError(f"{index}: a shard lies outside the model directory")
+            files = [directory / name for name in names]
+        else:
+            files = [directory / "model.safetensors"]
+        self.handles = {}  # tensor name -> (file, open file)
+        for file in files:
+            if not file.exists():
+                raise ModelError(f"{file}: missing (weights are read from safetensors only)")
+            try:
+                handle = safetensors.safe_open(file, framework="numpy")
+                for name in handle.keys():
+                    self.handles[name] = (file, handle)
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: not a safetensors file ({error})") from error
+
+    def read(self, name: str, shape: tuple[int, ...], transposed: bool, source: pathlib.Path) -> np.ndarray:
+        """One tensor.
+
+        Args:
+          name: in Hugging Face's format.
+          shape: of the result.
+          transposed: whether the file has the transpose.
+          source: what an error names if no file has the tensor.
+
+        Raises:
+          ModelError: the tensor is missing, quantised, or has another shape.
+        """
+        if name not in self.handles:
+            raise ModelError(f"{source}: tensor '{name}' is missing")
+        file, handle = self.handles[name]
+        try:
+            tensor = handle.get_tensor(name)
+        except Exception as error:  # its type varies, for dtypes that NumPy does not have
+            raise ModelError(f"{file}: tensor '{name}' cannot be read ({error}); quantised weights are not supported") from error
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ModelError(f"{file}: tensor '{name}' is {tensor.dtype}; quantised weights are not supported")
+        expected = shape[::-1] if transposed else shape
+        if tensor.shape != expected:
+            raise ModelError(f"{file}: tensor '{name}' has shape {list(tensor.shape)}, the config requires {list(expected)}")
+        return tensor.T if transposed else tensor
+
+
+def hf_name(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bool]:
+    """The Hugging Face name of a parameter, with `{}` for the index of the layer, and whether the tensor is transposed."""
+    first, *rest = path
+    prefix = config.record.outer_names[first]
+    if not rest:
+        return f"{prefix}.weight", False
+    kind = "bias" if rest[-1] == "bias" else "weight"
+    middle = ["{}", *rest[:-1]] if first == "layers" else rest[:-1]
+    return ".".join([prefix, *middle, kind]), rest[-1] == "kernel"
+
+
+def flatten(tree) -> list[tuple[tuple[str, ...], object]]:
+    """The leaves of nested dictionaries, each with the path of its keys."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
+
+
+def _unflatten(leaves: dict[tuple[str, ...], object]) -> dict:
+    tree = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _insert(stack, tensor, layer, stack_sharding):
+    return jax.lax.with_sharding_constraint(stack.at[layer].set(tensor), stack_sharding)
+
+
+def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.sharding.Mesh | None = None):
+    """Base weights in `config.dtype`, stacked over layers and sharded over the mesh; without a mesh, on the first device.
+
+    Tensors are read, cast and put on the devices one at a time. Beside the weights, the host holds at most one stack, and a device
+    holds at most its shard of it.
+    """
+    mesh = mesh or sharding.make_mesh(1)
+    directory = pathlib.Path(directory)
+    reader = TensorReader(directory)
+    shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
+    params = {}
+    for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
+        if path[0] == "layers":
+            array = _load_stack(reader, path, leaf, config, mesh, directory)
+        else:
+            name, transposed = hf_name(path, config)
+            tensor = reader.read(name, leaf.shape, transposed, directory).astype(leaf.dtype)
+            array = sharding.device_put(tensor, sharding.weight_sharding(mesh, path, leaf.shape))
+        params[path] = array.block_until_ready()
+    return _unflatten(params)
+
+
+def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, mesh, directory: pathlib.Path) -> jax.Array:
+    """One parameter of all layers."""
+    name, transposed = hf_name(path, config)
+    shape = leaf.shape[1:]
+    for i in (0, config.num_layers - 1):  # fails before memory is allocated for a wrong number of layers
+        reader.read(name.format(i), shape, transposed, directory)
+    stack_sharding, layer_sharding = (sharding.weight_sharding(mesh, path, x) for x in (leaf.shape, shape))
+    stack = jnp.zeros(leaf.shape, leaf.dtype, device=stack_sharding)
+    for i in range(config.num_layers):
+        tensor = reader.read(name.format(i), shape, transposed, directory).astype(leaf.dtype)
+        stack = _insert(stack, sharding.device_put(tensor, layer_sharding), i, stack_sharding)
+    return stack
+
+
+def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, dict]:
+    """Config and base weights of a model directory or hub id, on the first device.
+
+    Raises:
+      ModelError: an invalid model, or a dtype that is not supported.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"model.dtype '{dtype}' is not among float32, bfloat16, float16")
+    directory = locate(path)
+    config = read_config(directory, dtype)
+    return config, load_params(directory, config)
+
+
+def save_params(directory: pathlib.Path, config: decoder.ModelConfig, params, dtype: str | None = None) -> None:
+    """Writes `model.safetensors` with Hugging Face names, in `dtype`, by default that of the weights."""
+    tensors = {}
+    for path, leaf in flatten(params):
+        name, transposed = hf_name(path, config)
+        stack = np.asarray(leaf if dtype is None else leaf.astype(dtype))
+        for i, tensor in enumerate(stack if path[0] == "layers" else [stack]):
+            tensors[name.format(i)] = np.ascontiguousarray(tensor.T if transposed else tensor)
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
