@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bilevel_jax.models import architectures
+
 AXES = ("data", "fsdp", "tensor")
 RULES = {
     "rows": ("data", "fsdp"),  # sequences, slots, positions that need logits
@@ -28,10 +30,7 @@ RULES = {
 }
 WEIGHTS = {  # dimensions of the matrices of the base, without the stack of layers; a bias has the last one, a norm is replicated
     **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query_key_value"), ("hidden", "heads")),
-    **dict.fromkeys(("o_proj", "dense"), ("heads", "hidden")),
-    **dict.fromkeys(("gate_proj", "up_proj", "dense_h_to_4h"), ("hidden", "mlp")),
-    **dict.fromkeys(("down_proj", "dense_4h_to_h"), ("mlp", "hidden")),
+    **architectures.sharding_axes(),
 }
 SEQUENCES = ("tokens", "segment_ids", "positions")  # fields of `Packed` with shape [M, S, L]
 
