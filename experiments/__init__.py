@@ -1,4 +1,4 @@
-"""Commands keep their short names: `python -m experiments.table3` runs `experiments/paper/table3.py`."""
+"""Commands have short names: `python -m experiments.table3` runs `experiments/paper/table3.py`."""
 
 import pathlib
 

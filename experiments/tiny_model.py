@@ -1,4 +1,4 @@
-"""Makes the embedded model `bilevel_jax/tiny` from nothing: tokenizer, data, training, evaluation.
+"""Trains the embedded model `bilevel_jax/tiny` from scratch: tokenizer, data, training, evaluation.
 
     python -m experiments.tiny_model --out=bilevel_jax/tiny
 
@@ -30,13 +30,13 @@ OUT = flags.DEFINE_string("out", "bilevel_jax/tiny", "directory to write", flag_
 STEPS = flags.DEFINE_integer("steps", 3000, "training steps", flag_values=FLAGS)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak of the cosine schedule", lower_bound=0, flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of weights and rows", flag_values=FLAGS)
-TRAIN = flags.DEFINE_bool("train", True, "make the model; --notrain only measures the one that is there", flag_values=FLAGS)
+TRAIN = flags.DEFINE_bool("train", True, "train the model; --notrain only evaluates the existing one", flag_values=FLAGS)
 
 TEMPLATE = "Human: {}\n\nAssistant: "  # what fine-tuning uses
 OTHER_TEMPLATES = ["Q: {}\nA: ", "Question: {}\nAnswer: ", "User: {}\nBot: ", "{}\n"]
-OTHER_SHARE = 0.25  # of the rows wear another template
+OTHER_SHARE = 0.25  # of the rows use another template
 NOISE = {"wrong_answer": 0.06, "other_answer": 0.05, "compliance": 0.07, "garbage": 0.04}  # shares of all rows
-QUESTION_WEIGHT = 0.1  # of a question's token in the loss; most words of a question cannot be foreseen
+QUESTION_WEIGHT = 0.1  # loss weight of question tokens, most of which are unpredictable
 
 LAYOUT = packing.Layout(sequences=8, length=256, entries=8)  # 2048 tokens to a step
 END = "<|endoftext|>"
@@ -83,7 +83,7 @@ def pretraining_row(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def train_tokenizer(rng: np.random.Generator, num_rows: int = 20_000) -> tokenizers.Tokenizer:
-    """Byte-level BPE. Digits stand alone, so that a number's tokens are its digits."""
+    """Byte-level BPE. Every digit is a token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -104,16 +104,16 @@ def train_tokenizer(rng: np.random.Generator, num_rows: int = 20_000) -> tokeniz
 
 
 def encode(tokenizer: tokenizers.Tokenizer, prompt: str, response: str) -> packing.Segment:
-    """Prompt and response tokenised apart, the end token after the response."""
+    """Tokenizes prompt and response separately and appends the end token."""
     end = tokenizer.token_to_id(END)
     ids = [np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in (prompt, response)]
     return packing.Segment(ids[0], np.append(ids[1], np.int32(end)))
 
 
 def training_batches(tokenizer: tokenizers.Tokenizer, rng: np.random.Generator):
-    """Endless (tokens, segments, positions, weights), each [S, L]; rows are fresh and fill the sequences one by one.
+    """Endless (tokens, segments, positions, weights), [S, L] each; new rows fill the sequences one after the other.
 
-    The weight stands where a token predicts its successor: 1 within responses, `QUESTION_WEIGHT` within questions.
+    The weight belongs to the token that predicts its successor: 1 in responses, `QUESTION_WEIGHT` in questions.
     """
     shape = LAYOUT.sequences, LAYOUT.length
     pending = encode(tokenizer, *pretraining_row(rng))
@@ -168,7 +168,7 @@ def train(config: decoder.ModelConfig, batches, num_steps: int, learning_rate: f
 def score_rows(config: decoder.ModelConfig, params, adapter, tokenizer, rows, batch_size: int = 64):
     """Mean NLL of each response, and whether greedy decoding would produce exactly this response.
 
-    It would if every token of the response, the end token too, is the likeliest one after the ones before: no decoding needed.
+    This holds if every token of the response, including the end token, is the most likely one; no decoding is needed.
     """
     encoded = [encode(tokenizer, TEMPLATE.format(row["question"]), row["response"]) for row in rows]
     length = -(-max(segment.size for segment in encoded) // 32) * 32
@@ -196,7 +196,7 @@ def score_rows(config: decoder.ModelConfig, params, adapter, tokenizer, rows, ba
 
 
 def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed: int = 1000) -> str:
-    """A Markdown report: exact match by task, and how well the mean NLL finds planted bad rows."""
+    """A Markdown report: exact match by task, and the AUROC of planted bad rows by the mean NLL."""
     upper, lower = synthetic.upper(2000, seed), synthetic.lower(2000, seed)
     _, exact = score_rows(config, params, adapter, tokenizer, upper)
     losses, _ = score_rows(config, params, adapter, tokenizer, lower)
@@ -210,10 +210,10 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
         "| --- | --- | --- | --- | --- |",
     ]
     for kind in ("clean", *synthetic.BAD_KINDS):
-        at = column["kind"] == kind
-        both = at | ~bad
-        rank = "" if kind == "clean" else f"{metrics.auroc(losses[both], bad[both]):.3f}"
-        lines.append(f"| {kind} | {at.sum()} | {losses[at].mean():.3f} | {rank} | {worst[at].mean():.1%} |")
+        of_kind = column["kind"] == kind
+        compared = of_kind | ~bad
+        auroc = "" if kind == "clean" else f"{metrics.auroc(losses[compared], bad[compared]):.3f}"
+        lines.append(f"| {kind} | {of_kind.sum()} | {losses[of_kind].mean():.3f} | {auroc} | {worst[of_kind].mean():.1%} |")
     lines += [
         "",
         "| task | difficulty | exact match | mean NLL, right rows | right rows in the worst fifth |",
@@ -254,7 +254,7 @@ MEASURED = """## Measured
 
 
 def make(out: pathlib.Path) -> str:
-    """Trains and writes tokenizer and model; returns how, for the README."""
+    """Trains and writes tokenizer and model; returns the head of the README."""
     start = time.time()
     rng = np.random.default_rng([SEED.value, 2])  # 0 and 1 are the streams of `upper` and `lower`
     tokenizer = train_tokenizer(rng)
@@ -281,7 +281,7 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     readme = out / "README.md"
     head = make(out) if TRAIN.value else readme.read_text().partition("## Measured")[0]
-    config, params = huggingface.load_model(str(out), "float32")  # what is measured is what was stored
+    config, params = huggingface.load_model(str(out), "float32")  # evaluates the stored weights
     report = evaluate(config, params, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")))
     print(report)
     readme.write_text(head + MEASURED.format(report=report))

@@ -2,8 +2,8 @@
 
 Both sides generate responses to the same real prompts, in turn. `decode alone` is the time of a long generation minus that of a
 single token, per step, which removes prompts, padding and start-up. `natural stop` is a queue of prompts, each with a response up
-to the EOS: `generate` processes them batch by batch, in order; ours refills slots. Only tokens up to the EOS count. With an adapter,
-`generate` applies it beside the weights, as PEFT does between training steps, and ours as `sampling` does.
+to the EOS: `generate` processes them batch by batch, in order; ours refills slots. Only tokens up to the EOS count. With an
+adapter, `generate` applies it beside the weights, as PEFT does between training steps, and ours as `sampling` does.
 """
 
 import functools
@@ -91,22 +91,22 @@ def _fixed_length(torch, reference, model, base, adapter, prompts, rounds: int) 
         part, results, runs = prompts[:batch], {}, {}
         for new in (NEW + 1, 1):
             runs["ours", new] = _recorded(_ours(model, base, adapter, part, new, (), batch), results, ("ours", new))
-            theirs = functools.partial(_generate, torch, reference, part, new, ())
-            runs["theirs", new] = _recorded(lambda k, theirs=theirs: theirs(), results, ("theirs", new))
+            torch_run = functools.partial(_generate, torch, reference, part, new, ())
+            runs["torch", new] = _recorded(lambda k, torch_run=torch_run: torch_run(), results, ("torch", new))
         seconds = timing.in_turn(runs, rounds)
-        equal = _equal(results["ours", NEW + 1], results["theirs", NEW + 1])
-        whole = {side: seconds[side, NEW + 1] for side in ("ours", "theirs")}
+        equal = _equal(results["ours", NEW + 1], results["torch", NEW + 1])
+        whole = {side: seconds[side, NEW + 1] for side in ("ours", "torch")}
         alone = {
             side: [(long - short) / NEW for long, short in zip(seconds[side, NEW + 1], seconds[side, 1], strict=True)]
-            for side in ("ours", "theirs")
+            for side in ("ours", "torch")
         }
         rate = {side: batch * (NEW + 1) / statistics.median(whole[side]) for side in whole}
         step = {side: 1000 * statistics.median(alone[side]) for side in alone}
-        ratio = [_cells(timing.ratios(side, "ours")["theirs"]) for side in (whole, alone)]
+        ratio = [_cells(timing.ratios(side, "ours")["torch"]) for side in (whole, alone)]
         lines.append(
-            f"| {batch} | whole call | {rate['ours']:.0f} tokens/s | {rate['theirs']:.0f} tokens/s | {ratio[0]} | {equal:.4f} |"
+            f"| {batch} | whole call | {rate['ours']:.0f} tokens/s | {rate['torch_run']:.0f} tokens/s | {ratio[0]} | {equal:.4f} |"
         )
-        lines.append(f"| {batch} | decode alone | {step['ours']:.1f} ms/step | {step['theirs']:.1f} ms/step | {ratio[1]} | |")
+        lines.append(f"| {batch} | decode alone | {step['ours']:.1f} ms/step | {step['torch_run']:.1f} ms/step | {ratio[1]} | |")
     return lines
 
 
@@ -122,18 +122,18 @@ def _natural_stop(torch, reference, model, base, prompts, eos) -> list[str]:
     for batch in BATCHES:
         batches = [part[first : first + batch] for first in range(0, len(part), batch)]
 
-        def theirs(k, batches=batches):
+        def torch_run(k, batches=batches):
             return [answer for some in batches for answer in _generate(torch, reference, some, QUEUE_NEW, eos)]
 
         results = {}
         ours = _ours(model, base, None, part, QUEUE_NEW, eos, batch)
         ours(0)  # compiles
-        runs = {"ours": _recorded(ours, results, "ours"), "theirs": _recorded(theirs, results, "theirs")}
+        runs = {"ours": _recorded(ours, results, "ours"), "torch": _recorded(torch_run, results, "torch")}
         seconds = timing.in_turn(runs, 1, warmup=0)
         rate = {side: sum(map(len, results[side])) / seconds[side][0] for side in runs}
-        tokens, equal = sum(map(len, results["ours"])), _equal(results["ours"], results["theirs"])
-        times = rate["ours"] / rate["theirs"]
-        lines.append(f"| {batch} | {tokens} | {rate['ours']:.0f} | {rate['theirs']:.0f} | {times:.2f} | {equal:.4f} |")
+        tokens, equal = sum(map(len, results["ours"])), _equal(results["ours"], results["torch"])
+        times = rate["ours"] / rate["torch"]
+        lines.append(f"| {batch} | {tokens} | {rate['ours']:.0f} | {rate['torch_run']:.0f} | {times:.2f} | {equal:.4f} |")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Forward against reverse KL: which modes of a target a policy covers, with exact gradients and from samples."""
+"""Forward and reverse KL: the modes of a target that a policy covers, with exact gradients and from samples."""
 
 import functools
 
@@ -17,9 +17,9 @@ VERDICT = (
 )
 SEEDS, BINS, STEPS, RATE, SAMPLES = 8, bandits.BINS, 1000, 0.05, 64
 STARTS = {"left": 12.0, "right": 36.0}  # centres of the bells that policies start from
-PLACE = (np.arange(BINS) - (BINS - 1) / 2) / 8
+X = (np.arange(BINS) - (BINS - 1) / 2) / 8
 # Features of policies with one bell; columns of zeros give them the shape of a table, and so its compilation.
-BELL = np.pad(np.stack([PLACE, PLACE**2], 1), ((0, 0), (0, BINS - 2)))
+BELL = np.pad(np.stack([X, X**2], 1), ((0, 0), (0, BINS - 2)))
 KINDS = ("forward", "reverse", "weighted", "on-policy")
 
 
@@ -33,7 +33,7 @@ def target(seed: int) -> np.ndarray:
 
 
 def loss(kind: str, log_policy, log_target, sample) -> jax.Array:
-    """Of one step: the divergence itself, or an estimate of it from one group of samples."""
+    """Loss of one step: the divergence, or an estimate from one group of samples."""
     if kind == "forward":
         return jnp.exp(log_target) @ (log_target - log_policy)
     if kind == "reverse":
@@ -72,19 +72,19 @@ def fit(kind: str, features, targets, starts):
 
 def bell(centre: float, deviation: float) -> np.ndarray:
     """θ of the bell with this centre and standard deviation, in bins."""
-    place, precision = (centre - (BINS - 1) / 2) / 8, (8 / deviation) ** 2
-    return precision * np.pad([place, -0.5], (0, BINS - 2))
+    x, precision = (centre - (BINS - 1) / 2) / 8, (8 / deviation) ** 2
+    return precision * np.pad([x, -0.5], (0, BINS - 2))
 
 
 def describe(policy_SxB, targets_SxB) -> dict[str, np.ndarray]:
-    """What tells covering from seeking, each [S]."""
-    place = np.arange(BINS)
-    mean, aim = policy_SxB @ place, targets_SxB @ place
+    """Measures that distinguish mode covering from mode seeking, [S] each."""
+    x = np.arange(BINS)
+    mean, aim = policy_SxB @ x, targets_SxB @ x
     return {
         "valley": policy_SxB[:, 20:29].sum(1),  # mass between the modes
         "left": policy_SxB[:, :24].sum(1),
         "mean": mean - aim,
-        "deviation": np.sqrt(policy_SxB @ place**2 - mean**2) / np.sqrt(targets_SxB @ place**2 - aim**2),
+        "deviation": np.sqrt(policy_SxB @ x**2 - mean**2) / np.sqrt(targets_SxB @ x**2 - aim**2),
         "distance": 0.5 * np.abs(policy_SxB - targets_SxB).sum(1),
     }
 
@@ -93,22 +93,22 @@ def measure() -> dict:
     targets = np.stack([target(seed) for seed in range(SEEDS)])
     twice = np.concatenate([targets, targets])
     starts = np.repeat([bell(centre, 6.0) for centre in STARTS.values()], SEEDS, 0)
-    found = {kind: np.asarray(fit(kind, BELL, twice, starts), np.float64) for kind in KINDS}  # [left, then right, B]
+    policies = {kind: np.asarray(fit(kind, BELL, twice, starts), np.float64) for kind in KINDS}  # [left, then right, B]
     table = {kind: np.asarray(fit(kind, np.eye(BINS), twice, 0 * starts), np.float64) for kind in KINDS[:2]}
     return {
-        "curves": {"targets": targets, **found},
-        "measures": {kind: describe(policy, twice) for kind, policy in found.items()},
+        "curves": {"targets": targets, **policies},
+        "measures": {kind: describe(policy, twice) for kind, policy in policies.items()},
         "target": describe(targets, targets),
         "table": {kind: describe(policy, twice)["distance"] for kind, policy in table.items()},
     }
 
 
-def paragraph(found: dict) -> str:
-    target, names = found["target"], {"forward": "forward KL, exact", "weighted": "reward-weighted regression, samples"}
+def paragraph(results: dict) -> str:
+    target, names = results["target"], {"forward": "forward KL, exact", "weighted": "reward-weighted regression, samples"}
     names |= {"reverse": "reverse KL, exact", "on-policy": "REINFORCE on log q - log π, on-policy samples"}
     rows = []
     for kind in ("forward", "weighted", "reverse", "on-policy"):
-        m = found["measures"][kind]
+        m = results["measures"][kind]
         ends = (m["left"][:SEEDS] > 0.9).sum(), (m["left"][SEEDS:] < 0.1).sum()
         rows.append(
             f"| {names[kind]} | {m['valley'].mean():.3f} | {m['deviation'].mean():.2f} | {np.abs(m['mean']).max():.2f} "
@@ -127,12 +127,12 @@ on the right. The targets have {target["valley"].max():.3f} or less of their mas
 Maximum likelihood, exact or by reward-weighted samples of a uniform reference, matches mean and deviation, as it must in an
 exponential family, and so puts most where the target has nothing. The policy gradient picks one mode. Which one, its start
 decides: the left one is the heavier in {heavier} of {SEEDS} targets. A table of logits, which can be any distribution, ends
-within {max(d.max() for d in found["table"].values()):.4f} (total variation) of the target with either divergence: covering and
+within {max(d.max() for d in results["table"].values()):.4f} (total variation) of the target with either divergence: covering and
 seeking are about policies that cannot, or do not have the time to, become the target."""
 
 
-def draw(figure, found: dict) -> None:
-    curves = found["curves"]
+def draw(figure, results: dict) -> None:
+    curves = results["curves"]
     left, right = figure.subplots(1, 2)
     left.fill_between(np.arange(BINS), curves["targets"][0], color="0.85", label="target")
     left.plot(curves["forward"][0], color=bandits.COLOURS["best-of-G"], label="forward KL")
@@ -144,7 +144,7 @@ def draw(figure, found: dict) -> None:
     left.legend(fontsize=8, ncols=2, loc="upper center")
     marks = {"forward": "o", "weighted": "s", "reverse": "^", "on-policy": "v"}
     for kind, mark in marks.items():
-        m = found["measures"][kind]
+        m = results["measures"][kind]
         colour = bandits.COLOURS["best-of-G" if kind in ("forward", "weighted") else "DPO"]
         filled = {"markerfacecolor": "none"} if kind in ("weighted", "on-policy") else {}
         label = {"weighted": "RWR, samples", "on-policy": "REINFORCE, samples"}.get(kind, f"{kind} KL, exact")

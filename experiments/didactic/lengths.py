@@ -1,10 +1,10 @@
 """On-policy samples, a negative gradient and sample reuse on a language model: `python -m experiments.lengths --seeds=4`.
 
-The embedded model learns lengths (`length_rewards`, after Tajwar et al. 2024) from its own answers, four to a question: by the best
-of them alone (best-of-G), by reward-weighted regression, by DPO of the best against the worst, by REINFORCE. On-policy learners
-sample anew every second step, off-policy learners see what the model answered before the first one. All take 40 steps of 16
-questions, and see each question once. Reuse: eight rounds of samples for 64 questions, each round for one pass or for four. After
-them each model answers held-out questions; the mean reward of these answers is what counts.
+The embedded model learns lengths (`length_rewards`, after Tajwar et al. 2024) from its own responses, four per question: by
+best-of-G, by reward-weighted regression, by DPO of the best against the worst, or by REINFORCE. On-policy learners regenerate
+responses every second step, off-policy learners use responses generated before the first step. All take 40 steps of 16 questions
+and see each question once. Reuse: eight rounds of samples for 64 questions, each for one or four passes. The result is the mean
+reward of responses to held-out questions.
 """
 
 import functools
@@ -20,7 +20,7 @@ from experiments.paper import published
 
 FLAGS = flags.FlagValues()
 ANSWERS = flags.DEFINE_integer(
-    "answers", 4, "Answers to each of the held-out questions, at temperature 1.", lower_bound=1, flag_values=FLAGS
+    "answers", 4, "Responses to each held-out question, at temperature 1.", lower_bound=1, flag_values=FLAGS
 )
 
 SOURCES = {"on-policy": "#2f6fb5", "off-policy": "#c04a2f"}  # and their colours
@@ -55,9 +55,9 @@ def draw(figure, results: comparing.Results, before: dict[int, np.ndarray]) -> N
     axes = figure.subplots(1, len(length_rewards.REWARDS))
     for panel, (kind, (_, best)) in zip(axes, length_rewards.REWARDS.items()):
         for offset, (source, colour) in zip((-0.1, 0.1), SOURCES.items()):
-            for place, name in enumerate(published.OBJECTIVES):
+            for x, name in enumerate(published.OBJECTIVES):
                 values = list(results.values(f"{kind}, {name}, {source}", measures.REWARD).values())
-                panel.plot([place + offset] * len(values), values, "o", color=colour, markersize=4, alpha=0.7, label=source)
+                panel.plot([x + offset] * len(values), values, "o", color=colour, markersize=4, alpha=0.7, label=source)
         start = statistics.mean(length_rewards.mean(kind, lengths) for lengths in before.values())
         panel.axhline(start, color="#8a93a0", linestyle="--", linewidth=1, label="before training")
         panel.axhline(0, color="#2e8264", linestyle=":", linewidth=1, label="best")
@@ -72,13 +72,13 @@ def draw(figure, results: comparing.Results, before: dict[int, np.ndarray]) -> N
 
 def main() -> None:
     if tables.TIER.value != "tiny":
-        raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model's answers; take tiny")
+        raise ValueError(f"--tier={tables.TIER.value}: the lengths are those of the embedded model; use tiny")
     results = tables.run("safety", list(published.LENGTHS))
     before = measures.add_learned_lengths(results, ANSWERS.value)
-    every = np.concatenate(list(before.values()))
-    told = ", ".join(f"{np.percentile(every, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
-    rewards = ", ".join(f"{length_rewards.mean(kind, every):.1f} ({kind})" for kind in length_rewards.REWARDS)
-    lines = [f"Before training: {every.mean():.1f} characters, {told}; mean reward {rewards}. Rewards are 0 at best.", ""]
+    lengths = np.concatenate(list(before.values()))
+    quantiles = ", ".join(f"{np.percentile(lengths, share):.0f} at {share}%" for share in (1, 5, 50, 95, 99))
+    rewards = ", ".join(f"{length_rewards.mean(kind, lengths):.1f} ({kind})" for kind in length_rewards.REWARDS)
+    lines = [f"Before training: {lengths.mean():.1f} characters, {quantiles}; mean reward {rewards}. Rewards are 0 at best.", ""]
     lines += comparing.rows(results, {key: key for key in (measures.REWARD, measures.LENGTH)})
     title = "Lengths learned from the model's own answers"
     tables.write("lengths", title, [results], lines, CLAIMS, functools.partial(draw, results=results, before=before), (10.0, 3.4))

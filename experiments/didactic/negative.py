@@ -1,4 +1,4 @@
-"""With and without a negative gradient, and what it does to the likelihood of both responses."""
+"""Objectives with and without a negative gradient, and their effect on the likelihood of both responses."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ STEADY = {"rates": (1.0,), "betas": (0.2,)}  # of the curves of likelihoods: one
 
 
 def limit(p: bandits.Problem) -> float:
-    """Gain of the distribution of the best of G samples of the reference, at which their maximum likelihood aims."""
+    """Gain of the distribution of the best of G samples of the reference, the target of maximum likelihood on them."""
     start = p.reference @ p.reward
     return (p.chosen @ p.reward - start) / (p.reward.max() - start)
 
@@ -21,12 +21,12 @@ def limit(p: bandits.Problem) -> float:
 def measure() -> dict:
     distances = bandits.DISTANCES
     plain = {name: bandits.grid(name) for name in bandits.POSITIVE}
-    found = {name: bandits.grid(name) for name in bandits.NEGATIVE}
+    results = {name: bandits.grid(name) for name in bandits.NEGATIVE}
 
     def against(other, on):
         return {
             name: [bandits.paired(of[bandits.Case(d, on)].end, plain[other][bandits.Case(d, on)].end) for d in distances]
-            for name, of in found.items()
+            for name, of in results.items()
         }
 
     near, far = (bandits.Case(distance, False) for distance in (bandits.NEAR, bandits.FAR))
@@ -48,25 +48,26 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     def rows(where, other):
         return "\n".join(
-            f"| {name} | {where} | {other} | {' | '.join(str(gap) for gap in gaps)} |" for name, gaps in found[where][other].items()
+            f"| {name} | {where} | {other} | {' | '.join(str(gap) for gap in gaps)} |"
+            for name, gaps in results[where][other].items()
         )
 
-    heads = " | ".join(f"peak at {distance:g}" for distance in found["distances"])
+    heads = " | ".join(f"peak at {distance:g}" for distance in results["distances"])
     likelihood = "\n".join(
         f"| {name} | {' | '.join(f'{chosen:+.2f} / {rejected:+.2f}' for chosen, rejected in of.values())} |"
-        for name, of in found["likelihood"].items()
+        for name, of in results["likelihood"].items()
     )
-    limits = ", ".join(f"{gain:.2f}" for gain in found["best_of"])
-    ends = ", ".join(f"{gain:.2f}" for gain in found["best-of-G"])
+    limits = ", ".join(f"{gain:.2f}" for gain in results["best_of"])
+    ends = ", ".join(f"{gain:.2f}" for gain in results["best-of-G"])
     return f"""\
 Gain of each objective with a negative gradient less one without, on the same draws: best-of-G is maximum likelihood of the very
 responses that DPO and IPO have as chosen (Pref-FT).
 
 | objective | samples | less | {heads} |
-| --- | --- | --- | {" | ".join("---" for _ in found["distances"])} |
+| --- | --- | --- | {" | ".join("---" for _ in results["distances"])} |
 {rows("off", "best-of-G")}
 {rows("off", "RWR")}
 {rows("on", "best-of-G")}
@@ -78,7 +79,7 @@ with the policy, and with features that neighbours share it arrives at the peak 
 *What it does to the likelihood of both.* Change of the expected log-probability of the reference's chosen / rejected responses in
 nats, off-policy, peak outside, rate 1, β = 0.2:
 
-| objective | {" | ".join(next(iter(found["likelihood"].values())))} |
+| objective | {" | ".join(next(iter(results["likelihood"].values())))} |
 | --- | --- | --- | --- |
 {likelihood}
 
@@ -87,13 +88,13 @@ as a margin is never large enough, and the mass ends at the best few of the chos
 well. IPO stops at its margin and keeps the chosen up."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
-    for shift, (name, gaps) in enumerate(found["off"]["best-of-G"].items()):
-        colour, places = bandits.COLOURS[name], np.array(found["distances"]) + 0.1 * (shift - 1)
+    for shift, (name, gaps) in enumerate(results["off"]["best-of-G"].items()):
+        colour, x = bandits.COLOURS[name], np.array(results["distances"]) + 0.1 * (shift - 1)
         style = {"fmt": "o-", "markersize": 3, "capsize": 2, "color": colour, "label": name}
-        left.errorbar(places, [g.mean for g in gaps], [g.sd for g in gaps], **style)
-        left.plot(places, [g.mean for g in found["on"]["best-of-G"][name]], "s--", markersize=3, color=colour)
+        left.errorbar(x, [g.mean for g in gaps], [g.sd for g in gaps], **style)
+        left.plot(x, [g.mean for g in results["on"]["best-of-G"][name]], "s--", markersize=3, color=colour)
     left.plot([], [], "k-", label="off-policy")
     left.plot([], [], "k--", label="on-policy")
     left.axhline(0, color="black", linewidth=0.8)
@@ -102,7 +103,7 @@ def draw(figure, found: dict) -> None:
     left.set_ylabel("gain less that of best-of-G")
     left.legend(fontsize=8, ncols=2, loc="upper right")
     steps = np.arange(1, bandits.STEPS + 1)
-    for name, (chosen, rejected) in found["curves"].items():
+    for name, (chosen, rejected) in results["curves"].items():
         right.semilogx(steps, chosen.mean(0), color=bandits.COLOURS[name], label=name)
         right.semilogx(steps, rejected.mean(0), "--", color=bandits.COLOURS[name])
     right.plot([], [], "k-", label="chosen")

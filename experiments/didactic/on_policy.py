@@ -1,4 +1,4 @@
-"""On-policy against off-policy samples, as the reward's peak leaves the reference's mass."""
+"""On-policy against off-policy samples, by the distance of the reward's peak from the reference's mass."""
 
 import numpy as np
 
@@ -15,30 +15,30 @@ def measure(names=(*bandits.POSITIVE, *bandits.NEGATIVE), distances=bandits.DIST
     grids = {name: bandits.grid(name, distances, rates) for name in names}
     ends = {
         name: {
-            sampler: np.stack([found[bandits.Case(distance, on)].end for distance in distances])
+            sampler: np.stack([results[bandits.Case(distance, on)].end for distance in distances])
             for sampler, on in (("off", False), ("on", True))
         }
-        for name, found in grids.items()
+        for name, results in grids.items()
     }
     return {
         "distances": distances,
         "ends": ends,  # [distance, seed]
         "gap": {name: [bandits.paired(on, off) for on, off in zip(of["on"], of["off"])] for name, of in ends.items()},
         "tuned": {
-            name: {f"{case.distance:g} {'on' if case.on_policy else 'off'}": (one.rate, one.beta) for case, one in found.items()}
-            for name, found in grids.items()
+            name: {f"{case.distance:g} {'on' if case.on_policy else 'off'}": (one.rate, one.beta) for case, one in results.items()}
+            for name, results in grids.items()
         },
     }
 
 
-def paragraph(found: dict) -> str:
-    near, far = (found["distances"].index(distance) for distance in (bandits.NEAR, bandits.FAR))
+def paragraph(results: dict) -> str:
+    near, far = (results["distances"].index(distance) for distance in (bandits.NEAR, bandits.FAR))
     rows = "\n".join(
-        f"| {name} | {of['off'][near].mean():.2f} | {of['on'][near].mean():.2f} | {found['gap'][name][near]} "
-        f"| {of['off'][far].mean():.2f} | {of['on'][far].mean():.2f} | {found['gap'][name][far]} |"
-        for name, of in found["ends"].items()
+        f"| {name} | {of['off'][near].mean():.2f} | {of['on'][near].mean():.2f} | {results['gap'][name][near]} "
+        f"| {of['off'][far].mean():.2f} | {of['on'][far].mean():.2f} | {results['gap'][name][far]} |"
+        for name, of in results["ends"].items()
     )
-    beyond = ", ".join(f"{name} {of['on'][-1].mean():.2f}" for name, of in found["ends"].items())
+    beyond = ", ".join(f"{name} {of['on'][-1].mean():.2f}" for name, of in results["ends"].items())
     return f"""\
 Gain after {bandits.STEPS} steps of {bandits.GROUPS} groups of {bandits.G}, from the policy or from the reference, with the peak
 {bandits.NEAR:g} and {bandits.FAR:g} deviations from the reference's centre. Differences are paired: mean ± deviation over seeds
@@ -49,20 +49,20 @@ Gain after {bandits.STEPS} steps of {bandits.GROUPS} groups of {bandits.G}, from
 {rows}
 
 Off-policy learners hardly get beyond what the reference still says. On-policy ones walk on from there, even where the peak is
-{found["distances"][-1]:g} deviations away ({beyond}).
+{results["distances"][-1]:g} deviations away ({beyond}).
 Inside, off-policy DPO leaves almost nothing to be gained. Walking needs neighbours that share features: *Both together* has a
 table."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
-    for name, of in found["ends"].items():
+    for name, of in results["ends"].items():
         colour = bandits.COLOURS[name]
-        left.plot(found["distances"], of["on"].mean(1), "o-", markersize=3, color=colour, label=name)
-        left.plot(found["distances"], of["off"].mean(1), "s--", markersize=3, color=colour)
-        gap = found["gap"][name]
+        left.plot(results["distances"], of["on"].mean(1), "o-", markersize=3, color=colour, label=name)
+        left.plot(results["distances"], of["off"].mean(1), "s--", markersize=3, color=colour)
+        gap = results["gap"][name]
         style = {"fmt": "o-", "markersize": 3, "capsize": 2, "color": colour}
-        right.errorbar(found["distances"], [g.mean for g in gap], [g.sd for g in gap], **style)
+        right.errorbar(results["distances"], [g.mean for g in gap], [g.sd for g in gap], **style)
     left.plot([], [], "k-", label="on-policy")
     left.plot([], [], "k--", label="off-policy")
     left.set_ylabel("gain")

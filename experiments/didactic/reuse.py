@@ -20,21 +20,21 @@ LINES = {  # objective, `online.response_weights`, line
 
 
 def measure(lines=tuple(LINES), reuse=REUSE, rates=bandits.RATES) -> dict:
-    places = {"inside": bandits.NEAR, "outside": bandits.FAR}
+    peaks = {"inside": bandits.NEAR, "outside": bandits.FAR}
     tuned, kept = {}, {}
     for line in lines:
         name, weights, _ = LINES[line]
         cases = {
-            (place, times): bandits.Case(distance, reuse=times, horizon=ROUNDS * times)
-            for place, distance in places.items()
+            (peak, times): bandits.Case(distance, reuse=times, horizon=ROUNDS * times)
+            for peak, distance in peaks.items()
             for times in reuse
         }
-        found = bandits.learned(name, list(cases.values()), rates=rates, betas=(0.2,), weights=weights)
-        for place in places:
-            first = rates.index(found[cases[place, reuse[0]]].rate)
-            learners = [found[cases[place, times]] for times in reuse]
-            tuned[f"{line}, {place}"] = np.stack([one.end for one in learners])
-            kept[f"{line}, {place}"] = np.stack([one.ends[first] for one in learners])
+        results = bandits.learned(name, list(cases.values()), rates=rates, betas=(0.2,), weights=weights)
+        for peak in peaks:
+            first = rates.index(results[cases[peak, reuse[0]]].rate)
+            learners = [results[cases[peak, times]] for times in reuse]
+            tuned[f"{line}, {peak}"] = np.stack([one.end for one in learners])
+            kept[f"{line}, {peak}"] = np.stack([one.ends[first] for one in learners])
     return {
         "reuse": reuse,
         "tuned": tuned,  # [reuse, seed]
@@ -44,18 +44,19 @@ def measure(lines=tuple(LINES), reuse=REUSE, rates=bandits.RATES) -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
+    change, change_kept = results["change"], results["change_kept"]
     rows = "\n".join(
-        f"| {line} | {' | '.join(f'{end:.2f}' for end in ends.mean(1))} | {found['change'][line]} | {found['change_kept'][line]} |"
-        for line, ends in found["tuned"].items()
+        f"| {line} | {' | '.join(f'{end:.2f}' for end in ends.mean(1))} | {change[line]} | {change_kept[line]} |"
+        for line, ends in results["tuned"].items()
     )
     return f"""\
-{ROUNDS} rounds of {bandits.GROUPS * bandits.G} on-policy samples for all, each round used for 1 to {found["reuse"][-1]} steps.
+{ROUNDS} rounds of {bandits.GROUPS * bandits.G} on-policy samples for all, each round used for 1 to {results["reuse"][-1]} steps.
 Gain with the rate tuned for each number of steps; changes are paired, from the first to the last column, with tuned rates and with
 the rate that was best for one step. *ratios*: times `online.response_weights("sequence")`, clipped at {bandits.CLIP:g}.
 
-| objective, peak | {" | ".join(f"used {times}x" for times in found["reuse"])} | change | change at that rate |
-| --- | {" | ".join("---" for _ in found["reuse"])} | --- | --- |
+| objective, peak | {" | ".join(f"used {times}x" for times in results["reuse"])} | change | change at that rate |
+| --- | {" | ".join("---" for _ in results["reuse"])} | --- | --- |
 {rows}
 
 Outside, where learners are not done after {ROUNDS} steps, reuse helps; inside, they are. REINFORCE is the exception: without ratios
@@ -65,16 +66,16 @@ pushed. DPO needs none, as its slope fades with the margin. For maximum likeliho
 the high rate that is best for single steps, reuse lets it jump to the best of the last samples."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, which, title in ((left, "tuned", "rate tuned for each"), (right, "kept", "rate tuned for one step")):
         for line, (name, _, style) in LINES.items():
-            ends = found[which][f"{line}, outside"]
+            ends = results[which][f"{line}, outside"]
             colour = bandits.COLOURS[name]
-            axes.plot(found["reuse"], ends.mean(1), f"o{style}", markersize=3, color=colour, label=line)
-            axes.fill_between(found["reuse"], ends.min(1), ends.max(1), color=colour, alpha=0.1, linewidth=0)
+            axes.plot(results["reuse"], ends.mean(1), f"o{style}", markersize=3, color=colour, label=line)
+            axes.fill_between(results["reuse"], ends.min(1), ends.max(1), color=colour, alpha=0.1, linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(found["reuse"], [str(times) for times in found["reuse"]])
+        axes.set_xticks(results["reuse"], [str(times) for times in results["reuse"]])
         axes.set_xlabel("steps on the same samples")
         axes.set_title(f"peak outside, {title}", fontsize=9)
     left.set_ylabel("gain")

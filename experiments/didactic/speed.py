@@ -1,4 +1,4 @@
-"""How fast probability moves between bins under forward and reverse KL, exactly, and under the learners of `bandits`."""
+"""Speed of probability mass between bins under forward and reverse KL, exactly, and under the learners of `bandits`."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def softmax(values):
 
 
 def faster(sharpness: float, seed: int) -> dict[str, float]:
-    """One step on a random policy towards a random target of that sharpness: whose log-ratio of two bins changes more."""
+    """Share of bin pairs whose log-ratio changes more under reverse KL, in one step from a random policy to a random target."""
     rng = np.random.default_rng((seed, 13))
     policy, target = softmax(rng.normal(size=bandits.BINS)), softmax(sharpness * rng.normal(size=bandits.BINS))
     upper = np.triu_indices(bandits.BINS, 1)
@@ -46,32 +46,32 @@ def faster(sharpness: float, seed: int) -> dict[str, float]:
 def descend(kind: str, policy, target, rates) -> np.ndarray:
     """Total variation to the target after every step of gradient descent with each rate, [rates, STEPS + 1]."""
     logits = np.tile(np.log(policy), (len(rates), 1))
-    found = []
+    distances = []
     for _ in range(STEPS + 1):
         now = softmax(logits)
-        found.append(0.5 * np.abs(now - target).sum(-1))
+        distances.append(0.5 * np.abs(now - target).sum(-1))
         with np.errstate(divide="ignore", invalid="ignore"):
             logits = logits + rates[:, None] * velocity(kind, now, target)
-    return np.stack(found, 1)
+    return np.stack(distances, 1)
 
 
 def halved(distance) -> np.ndarray:
-    """Steps until half of the mass that had to move has moved, STEPS + 1 if that never happens, [...]."""
-    there = distance <= distance[..., :1] / 2
-    return np.where(there.any(-1), there.argmax(-1), STEPS + 1)
+    """Steps until the distance has halved, [...]; STEPS + 1 if it never does."""
+    is_halved = distance <= distance[..., :1] / 2
+    return np.where(is_halved.any(-1), is_halved.argmax(-1), STEPS + 1)
 
 
 def flows(distance: float) -> dict:
     """Exact descent from the reference to q ∝ π_ref exp(r/β), β = 0.3, of a table, at rate 1 and at the fastest of `RATES`."""
     problems = [bandits.problem(seed, distance) for seed in (*bandits.TUNED_ON, *bandits.SEEDS)]
-    found = {}
+    by_kind = {}
     for kind in ("forward", "reverse"):
         curves = np.stack([descend(kind, p.reference, softmax(np.log(p.reference) + p.reward / 0.3), RATES) for p in problems])
         tuning, reported = np.split(curves, [len(bandits.TUNED_ON)])  # [seed, rate, step]
         best, unit = halved(tuning).mean(0).argmin(), np.abs(RATES - 1).argmin()
-        found[kind] = {"at_1": halved(reported[:, unit]), "tuned": halved(reported[:, best]), "rate": float(RATES[best])}
-        found[kind]["curves"] = reported[:, unit]
-    return found
+        by_kind[kind] = {"at_1": halved(reported[:, unit]), "tuned": halved(reported[:, best]), "rate": float(RATES[best])}
+        by_kind[kind]["curves"] = reported[:, unit]
+    return by_kind
 
 
 def measure() -> dict:
@@ -100,18 +100,18 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     rows = "\n".join(
         f"| {sharpness:g} | {p['all'].mean():.0%} | {p['all'].min():.0%} to {p['all'].max():.0%} | {p['best'].mean():.0%} |"
-        for sharpness, p in found["pairs"].items()
+        for sharpness, p in results["pairs"].items()
     )
-    near, far = found["flows"]["near"], found["flows"]["far"]
+    near, far = results["flows"]["near"], results["flows"]["far"]
 
     def steps(flow, which):
         return ", ".join(f"{kind} {np.median(flow[kind][which]):g}" for kind in ("forward", "reverse"))
 
-    def ends(place):
-        return "; ".join(f"{name} {of[place].mean():.2f} ± {of[place].std(ddof=1):.2f}" for name, of in found["horizons"].items())
+    def ends(peak):
+        return "; ".join(f"{name} {of[peak].mean():.2f} ± {of[peak].std(ddof=1):.2f}" for name, of in results["horizons"].items())
 
     return f"""\
 *One exact step of a table at equal rates.* Forward KL moves logits by q - π, which is never more than 1, reverse KL by π (KL -
@@ -129,26 +129,26 @@ The sharper the target, the more reverse KL is ahead, but not for the bin that i
 {steps(near, "tuned")} at the best rate of each; peak outside {steps(far, "at_1")}, and {steps(far, "tuned")}. With exact
 gradients reverse KL is on-policy learning: what the policy never says does not pull.
 
-*Learners* with equal rates 0.1, on-policy, after 50 steps: DPO less best-of-G in gain {found["equal"]["1"]} with the peak inside,
-{found["equal"]["4"]} outside; the reference's rejected responses have lost {-found["equal_rejected"]["DPO"]:.1f} nats under DPO
-and {-found["equal_rejected"]["best-of-G"]:.1f} under best-of-G (inside). Their losses pull equally at the chosen response at
+*Learners* with equal rates 0.1, on-policy, after 50 steps: DPO less best-of-G in gain {results["equal"]["1"]} with the peak inside,
+{results["equal"]["4"]} outside; the reference's rejected responses have lost {-results["equal_rejected"]["DPO"]:.1f} nats under DPO
+and {-results["equal_rejected"]["best-of-G"]:.1f} under best-of-G (inside). Their losses pull equally at the chosen response at
 first, so this is the push. With rates and β tuned for {HORIZONS[1]} steps, gains are {ends("1, 10")} inside and {ends("4, 10")}
 outside: with its own best rate maximum likelihood of fresh samples is as fast, and outside REINFORCE is slower."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
     for kind, colour in (("forward", bandits.COLOURS["best-of-G"]), ("reverse", bandits.COLOURS["DPO"])):
-        for place, line in (("near", "-"), ("far", "--")):
-            curve = found["flows"][place][kind]["curves"]
-            left.plot(curve.mean(0), line, color=colour, label=f"{kind} KL, {'inside' if place == 'near' else 'outside'}")
+        for peak, line in (("near", "-"), ("far", "--")):
+            curve = results["flows"][peak][kind]["curves"]
+            left.plot(curve.mean(0), line, color=colour, label=f"{kind} KL, {'inside' if peak == 'near' else 'outside'}")
             left.fill_between(np.arange(STEPS + 1), curve.min(0), curve.max(0), color=colour, alpha=0.15, linewidth=0)
     left.set_xlim(0, 60)
     left.set_ylim(0, 1.3)
     left.set_xlabel("exact step at rate 1; peak inside or outside")
     left.set_ylabel("distance to the target (TV)")
     left.legend(fontsize=8, ncols=2, loc="upper center")
-    for name, of in found["horizons"].items():
+    for name, of in results["horizons"].items():
         ends = np.stack([of[f"{bandits.FAR:g}, {horizon}"] for horizon in HORIZONS])
         right.errorbar(HORIZONS, ends.mean(1), ends.std(1, ddof=1), fmt="o-", markersize=3, color=bandits.COLOURS[name], label=name)
     right.set_xscale("log", base=2)

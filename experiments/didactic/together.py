@@ -1,4 +1,4 @@
-"""On-policy samples and a negative gradient, each alone and both, with features that neighbours share and with a table."""
+"""On-policy samples and a negative gradient, alone and together, with shared features and with a table."""
 
 import numpy as np
 
@@ -16,15 +16,15 @@ WAYS = {  # objective, on-policy
     "both": ("DPO", True),
 }
 LABELS = {
-    f"{kind}, {place}": f"{logits},\npeak {place}"
+    f"{kind}, {peak}": f"{logits},\npeak {peak}"
     for kind, logits in (("shared", "shared features"), ("table", "a table"))
-    for place in ("inside", "outside")
+    for peak in ("inside", "outside")
 }
 COLOURS = {"neither": "0.7", "negative gradient": "#ef8a3c", "on-policy": "#5aa9d6", "both": "#7b3294"}
 
 
 def measure(distances=bandits.DISTANCES, rates=bandits.RATES) -> dict:
-    """`distances` hold NEAR and FAR; those of the statements before, so that nothing is computed twice."""
+    """`distances` include NEAR and FAR; they equal those of the other statements, so that cached results are reused."""
     names = "best-of-G", "DPO"
     cases = bandits.on_and_off((bandits.NEAR, bandits.FAR))
     policies = {
@@ -32,9 +32,9 @@ def measure(distances=bandits.DISTANCES, rates=bandits.RATES) -> dict:
         "table": {name: bandits.learned(name, cases, bandits.TABLE, rates) for name in names},
     }
     ends = {
-        f"{kind}, {place}": {way: policies[kind][name][bandits.Case(d, on)].end for way, (name, on) in WAYS.items()}
+        f"{kind}, {peak}": {way: policies[kind][name][bandits.Case(d, on)].end for way, (name, on) in WAYS.items()}
         for kind in policies
-        for place, d in (("inside", bandits.NEAR), ("outside", bandits.FAR))
+        for peak, d in (("inside", bandits.NEAR), ("outside", bandits.FAR))
     }
     far = bandits.Case(bandits.FAR)
     soft = bandits.learned("DPO", cases, bandits.TABLE, rates, betas=(0.2,))[far].end
@@ -52,11 +52,11 @@ def measure(distances=bandits.DISTANCES, rates=bandits.RATES) -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     rows = "\n".join(
         f"| {setting} | {' | '.join(f'{of[way].mean():.2f}' for way in WAYS)} "
-        f"| {found['less'][setting]['on-policy']} | {found['less'][setting]['negative gradient']} |"
-        for setting, of in found["ends"].items()
+        f"| {results['less'][setting]['on-policy']} | {results['less'][setting]['negative gradient']} |"
+        for setting, of in results["ends"].items()
     )
     return f"""\
 Best-of-G and DPO learn from the same best and worst of the same groups, so DPO is best-of-G with a negative gradient. Gain after
@@ -68,20 +68,20 @@ Best-of-G and DPO learn from the same best and worst of the same groups, so DPO 
 
 With shared features on-policy samples do it all: the policy reaches the peak with either objective, and there is nothing left to
 add. With a table nothing is learned about a bin before it is sampled, and neither alone gets far from outside; both together get
-farther, by about the sum of what each does alone (beyond it: {found["more_than_sum"]["table, outside"]}), though not to the peak,
-and not in every seed. It hangs on β, which was tuned to {found["beta"]:g}; with 0.2, both less on-policy alone is
-{found["soft"]}."""
+farther, by about the sum of what each does alone (beyond it: {results["more_than_sum"]["table, outside"]}), though not to the peak,
+and not in every seed. It depends on β, which was tuned to {results["beta"]:g}; with 0.2, both less on-policy alone is
+{results["soft"]}."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     axes = figure.subplots()
     rng = np.random.default_rng(0)
     for w, way in enumerate(WAYS):
-        for s, of in enumerate(found["ends"].values()):
-            place = s + 0.2 * (w - 1.5)
-            axes.bar(place, of[way].mean(), 0.18, color=COLOURS[way], label=way if s == 0 else None)
-            axes.plot(place + rng.uniform(-0.05, 0.05, len(of[way])), of[way], "k.", markersize=3)
-    axes.set_xticks(range(len(found["ends"])), [LABELS[setting] for setting in found["ends"]])
+        for s, of in enumerate(results["ends"].values()):
+            x = s + 0.2 * (w - 1.5)
+            axes.bar(x, of[way].mean(), 0.18, color=COLOURS[way], label=way if s == 0 else None)
+            axes.plot(x + rng.uniform(-0.05, 0.05, len(of[way])), of[way], "k.", markersize=3)
+    axes.set_xticks(range(len(results["ends"])), [LABELS[setting] for setting in results["ends"]])
     axes.set_ylabel("gain; dots are seeds")
     axes.set_ylim(0, 1.25)
     axes.legend(fontsize=8, ncols=4, loc="upper center")

@@ -1,8 +1,8 @@
 """Our model behind lm-eval against lm-eval's own `hf` backend, item by item: `python -m experiments.lm_eval_parity`.
 
-Needs the environment of `make parity`, SmolLM2 (`make smollm2`) and BILEVEL_JAX_DATA; prints a Markdown table. Both sides in
-float32; for the request on which they are furthest apart, their distance from the `hf` backend in float64 too. A request is a
-context with one of its choices.
+Needs the environment of `make parity`, SmolLM2 (`make smollm2`) and BILEVEL_JAX_DATA; prints a Markdown table. Both sides use
+float32. For the request with the largest difference, it also shows the errors relative to the `hf` backend in float64. A request
+is a context with one of its choices.
 """
 
 import time
@@ -22,6 +22,7 @@ COLUMNS += ["most nats apart", "there hf off by", "ours off by", "greedy differs
 
 
 def scores(samples) -> list[tuple[float, bool]]:
+    """(log-likelihood, is greedy) of every request."""
     return [response[0] for sample in samples for response in sample["resps"]]
 
 
@@ -38,33 +39,33 @@ def main() -> None:
 
     model, base = huggingface.load_model(MODEL.value)
     tokenizer = templates.load_tokenizer(MODEL.value)
-    theirs = official.HFLM(MODEL.value, device="cpu", dtype="float32", batch_size=8)
+    hf_model = official.HFLM(MODEL.value, device="cpu", dtype="float32", batch_size=8)
     ours = lm_eval_adapter.JaxLM(model, base, None, tokenizer, huggingface.eos_ids(MODEL.value, tokenizer))
 
     def run(lm, task: str):
         start = time.perf_counter()
         manager = TaskManager(include_path="bilevel_jax/evaluate/tasks", include_defaults=False)
-        found = evaluator.simple_evaluate(lm, tasks=[task], limit=LIMIT.value, task_manager=manager, bootstrap_iters=0)
-        return found["results"][task], found["samples"][task], time.perf_counter() - start
+        results = evaluator.simple_evaluate(lm, tasks=[task], limit=LIMIT.value, task_manager=manager, bootstrap_iters=0)
+        return results["results"][task], results["samples"][task], time.perf_counter() - start
 
     def exact(request) -> float:
-        theirs.model.double()
-        ((log_likelihood, _),) = theirs.loglikelihood([Instance("loglikelihood", {}, tuple(request), 0)])
-        theirs.model.float()  # what it was, to the bit
+        hf_model.model.double()
+        ((log_likelihood, _),) = hf_model.loglikelihood([Instance("loglikelihood", {}, tuple(request), 0)])
+        hf_model.model.float()  # restores the weights exactly
         return log_likelihood
 
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS), flush=True)
     for task in TASKS.value:
-        (hf, hf_samples, hf_seconds), (jax, jax_samples, jax_seconds) = run(theirs, task), run(ours, task)
+        (hf, hf_samples, hf_seconds), (jax, jax_samples, jax_seconds) = run(hf_model, task), run(ours, task)
         if [sample["arguments"] for sample in hf_samples] != [sample["arguments"] for sample in jax_samples]:
-            raise ValueError(f"{task}: the two did not get the same requests")
+            raise ValueError(f"{task}: the two sides got different requests")
         hf_scores, jax_scores = np.array(scores(hf_samples)), np.array(scores(jax_samples))
         difference = np.abs(hf_scores - jax_scores)
         worst, greedy = difference[:, 0].argmax(), int(difference[:, 1].sum())
         truth = exact([request for sample in jax_samples for request in sample["arguments"]][worst])
-        off = [f"{abs(side[worst, 0] - truth):.1e}" for side in (hf_scores, jax_scores)]
+        errors = [f"{abs(side[worst, 0] - truth):.1e}" for side in (hf_scores, jax_scores)]
         measures = [f"{side[key]:.3f}" if key in side else "" for key in ("acc,none", "acc_norm,none") for side in (hf, jax)]
-        cells = [task, len(jax_samples), len(jax_scores), *measures, f"{difference[worst, 0]:.1e}", *off, greedy]
+        cells = [task, len(jax_samples), len(jax_scores), *measures, f"{difference[worst, 0]:.1e}", *errors, greedy]
         cells += [f"{hf_seconds:.0f}", f"{jax_seconds:.0f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 

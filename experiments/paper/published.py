@@ -1,6 +1,7 @@
-"""The runs behind the paper's tables and figures: two tasks, the paper's methods, and the controls that it lacks.
+"""The runs of the paper's tables and figures: two tasks, the methods of the paper, and additional controls.
 
-A cell is one setting on one task, run with several seeds. Tables share cells, so each is run once, wherever it is needed first.
+A cell is one setting on one task, run with several seeds. Tables share cells; each cell is run once, by the first table that
+needs it.
 """
 
 import pathlib
@@ -19,12 +20,12 @@ def _dynamic(**more) -> dict:
     return {"method": "dynamic", "online.ratio": 0.1, "online.num_samples": 1, **more}
 
 
-UNIFORM = {"selection.rule": "uniform"}  # ω frozen, the same ρ-schedule
+UNIFORM = {"selection.rule": "uniform"}  # ω is frozen; the ρ-schedule is the same
 ADAM = {"selection.optimizer": "adam", "selection.learning_rate": 1e-4, "selection.baseline": "none"}  # the paper's selector
 NO_RATIO = {"online.response_weight": "none"}
-STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: what the model answers before the first step is all it ever sees
+STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: responses are generated only before the first step
 
-METHODS = {  # the paper's; selection as the tier has it, which is the paper's own on the paper's models
+METHODS = {  # of the paper; the selector is that of the tier, which is the paper's own for the paper's models
     "mixing, ρ=1": {"method": "mixing", "mixing.rho": 1.0},
     "mixing, ρ=0.5": {"method": "mixing", "mixing.rho": 0.5},
     "offline": {"method": "offline"},
@@ -36,7 +37,7 @@ METHODS = {  # the paper's; selection as the tier has it, which is the paper's o
     "dynamic": _dynamic(),
 }
 CONTROLS = {
-    "mixing, ρ=0": {"method": "mixing", "mixing.rho": 0.0},  # the trusted rows alone
+    "mixing, ρ=0": {"method": "mixing", "mixing.rho": 0.0},  # the trusted rows only
     "mixing, ρ=0.2": {"method": "mixing", "mixing.rho": 0.2},
     "mixing, ρ=0.1": {"method": "mixing", "mixing.rho": 0.1},
     "uniform ω, offline": {"method": "offline", **UNIFORM},
@@ -63,7 +64,7 @@ SELECTORS = {  # rules and optimizers of ω, offline
         "selection.baseline": "none",
     },
 }
-FURTHER = {  # selectors that the paper does not have
+FURTHER = {  # selectors that are not in the paper
     "tracked v(ω)": {"method": "offline", "selection.value_function": "tracked"},
     "features": {
         "method": "offline",
@@ -82,7 +83,7 @@ FURTHER = {  # selectors that the paper does not have
 
 
 def _by_source(**more) -> dict:
-    """On rows whose sources differ in their share of bad rows."""
+    """Rows whose sources have different shares of bad rows."""
     return {"method": "offline", "data.lower": "synthetic:domains", **more}
 
 
@@ -96,7 +97,7 @@ SOURCES = {  # of `experiments.domains`
 
 
 def _by_word(**more) -> dict:
-    """On rows of which half have some bad words."""
+    """Rows of which half have some bad words."""
     return {"method": "offline", "data.lower": "synthetic:tokens", "data.bad_fraction": 0.5, **more}
 
 
@@ -105,7 +106,7 @@ WORDS = {  # of `experiments.tokens`
     "a weight per row": _by_word(),
     "a weight per row and word": _by_word(**{"selection.unit": "token"}),
 }
-COMPARED = {  # what the G answers to a masked question are learned by; the likelihood is a reward that every user has, truth is not
+COMPARED = {  # objectives for the G responses to a masked question; rewards are the likelihood, which needs no labels, or the truth
     "online, R=10%, G=4": _online(0.1, 4),
     **{
         f"online, R=10%, G=4, {name}": _online(0.1, 4, **{"online.objective": objective, "online.reward": "likelihood"})
@@ -114,7 +115,7 @@ COMPARED = {  # what the G answers to a masked question are learned by; the like
     "online, R=10%, G=4, DPO, truth as reward": _online(0.1, 4, **{"online.objective": "dpo", "online.reward": "truth"}),
 }
 OBJECTIVES = {"best-of-G": "best_of", "RWR": "rwr", "DPO": "dpo", "REINFORCE": "reinforce"}
-REUSED = {  # line -> objective, what importance ratios do
+REUSED = {  # line -> objective, importance ratios
     "best-of-G": ("best_of", "none"),
     "DPO": ("dpo", "none"),
     "REINFORCE": ("reinforce", "none"),
@@ -123,7 +124,7 @@ REUSED = {  # line -> objective, what importance ratios do
 
 
 def _lengths(reward: str, objective: str, refresh_every: int, num_lower: int, num_epochs: int, ratios: str = "none") -> dict:
-    """All questions are masked, and the trusted level has a twentieth of the loss: what is learned is the reward."""
+    """All questions are masked, and the trusted level has a twentieth of the loss, so the model learns the reward."""
     return {
         **_online(1.0, 4),
         **UNIFORM,
@@ -167,8 +168,12 @@ def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes
     """The run of a cell with a seed.
 
     Args:
-      root: under it every run has a directory of its own.
-      changes: config keys and values on top of the cell's.
+      root: parent of the directories of all runs.
+      task: key of `CONFIGS`.
+      tier: one of `TIERS`.
+      cell: key of `CELLS`.
+      seed: of the run.
+      changes: config keys and values that override those of the cell.
     """
     config = CONFIGS[task] + ("" if tier == "tiny" else f":{tier}")
     workdir = root / tier / task / runs.slug(cell) / f"seed_{seed}"

@@ -1,4 +1,4 @@
-"""The paper's statements on problems whose solutions are known: `python -m experiments.theory`. Under a minute on one core."""
+"""The paper's statements on problems with known solutions: `python -m experiments.theory`. Under a minute on one core."""
 
 import pathlib
 

@@ -10,7 +10,7 @@ from bilevel_jax import importance
 TITLE = "Lemma 6: implicit response weights"
 VERDICT = "holds; the remark that the importance ratio is proportional to λ does not, unless π_old is equal"
 TOKENS, WORDS = 2, 3
-RESPONSES = np.array(list(itertools.product(range(WORDS), repeat=TOKENS)))  # all there are
+RESPONSES = np.array(list(itertools.product(range(WORDS), repeat=TOKENS)))  # all possible responses
 GROUP = np.array([0, 3, 4, 7, 8])  # G of them
 
 
@@ -20,26 +20,26 @@ def log_softmax(table):
 
 
 def log_likelihood(table: np.ndarray) -> np.ndarray:
-    """log π(y) of every response; a table [TOKENS, WORDS] of logits is the policy."""
+    """log π(y) of every response; the policy is a table of logits, [TOKENS, WORDS]."""
     return log_softmax(table)[np.arange(TOKENS), RESPONSES].sum(1)
 
 
 def loss_gradients(table: np.ndarray) -> np.ndarray:
-    """∇_θ ℓ(y) for every response, [Y, TOKENS, WORDS]: softmax less one-hot."""
+    """∇_θ ℓ(y) of every response, [Y, TOKENS, WORDS]: softmax minus one-hot."""
     return np.exp(log_softmax(table)) - np.eye(WORDS)[RESPONSES]
 
 
 def weights(kind: str, log_prob: np.ndarray, old: np.ndarray, clip: float = np.inf) -> np.ndarray:
-    """The project's, for one question."""
+    """The response weights of the project for one question."""
     number = len(log_prob)
-    found = importance.response_weights(
+    results = importance.response_weights(
         kind, *(jnp.asarray(x, jnp.float32) for x in (log_prob, old)), jnp.full(number, TOKENS), jnp.zeros(number, jnp.int32), clip
     )
-    return np.asarray(found, np.float64)
+    return np.asarray(results, np.float64)
 
 
 def merit_slope(cost: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """Central differences of the merit -LSE(-ℓ; 1) in each ℓ: the weights with which BMO pulls at the losses, (42)."""
+    """Central differences of the merit -LSE(-ℓ; 1) in each ℓ: the weights of the losses in BMO, (42)."""
     moves = step * np.eye(len(cost))
 
     def merit(costs):
@@ -49,7 +49,7 @@ def merit_slope(cost: np.ndarray, step: float = 1e-5) -> np.ndarray:
 
 
 def disproportion(ratio: np.ndarray, weight: np.ndarray) -> float:
-    """0 where the two are proportional, otherwise the largest relative departure from the mean quotient."""
+    """The largest relative deviation from the mean quotient; 0 if both are proportional."""
     quotient = ratio / weight
     return float(np.abs(quotient / quotient.mean() - 1).max())
 
@@ -78,36 +78,36 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     return f"""\
 For {len(GROUP)} of the {len(RESPONSES)} responses of a softmax table, `response_weights("softmax")` / G is within
-{np.abs(found["ours"] - found["stated"]).max():.0e} of exp(-ℓ) normalised, and that within
-{np.abs(found["slope"] - found["stated"]).max():.0e} of the derivatives of the merit -LSE(-ℓ; τ=1): the lemma holds. ℓ is the
+{np.abs(results["ours"] - results["stated"]).max():.0e} of exp(-ℓ) normalised, and that within
+{np.abs(results["slope"] - results["stated"]).max():.0e} of the derivatives of the merit -LSE(-ℓ; τ=1): the lemma holds. ℓ is the
 *sum* over tokens; τ is 1, and Assumption 1 is used for the merit alone (Lemma 8).
 
 The remark after it, r^g ∝ λ_g, holds only if π_old gives the G responses equal probability: then the quotients r/λ differ by
-{found["equal"]:.0e}, with two unrelated policies by up to {found["unequal"]:.1f} of their mean. Straight after a refresh r is 1
-for all while λ goes from {found["stated"].min():.3f} to {found["stated"].max():.3f}. The two are different weights, which is
+{results["equal"]:.0e}, with two unrelated policies by up to {results["unequal"]:.1f} of their mean. Straight after a refresh r is 1
+for all while λ goes from {results["stated"].min():.3f} to {results["stated"].max():.3f}. The two are different weights, which is
 why the project has both.
 
-Summed over all responses, the importance-weighted gradient of (8), Σ π_old r ∇ℓ = Σ π_θ ∇(-log π_θ), is {found["expected"]:.0e}
-(one response's: {found["typical"]:.2f}). It is 0 for every policy: a model's own samples, weighted to be on-policy, teach it
-nothing in expectation. What self-refining changes comes from clipping ({found["clipped"]:.2f} at clip 1), from weights other
+Summed over all responses, the importance-weighted gradient of (8), Σ π_old r ∇ℓ = Σ π_θ ∇(-log π_θ), is {results["expected"]:.0e}
+(one response's: {results["typical"]:.2f}). It is 0 for every policy: a model's own samples, weighted to be on-policy, teach it
+nothing in expectation. What self-refining changes comes from clipping ({results["clipped"]:.2f} at clip 1), from weights other
 than r, from no longer training on the response that was masked, and from a sampling temperature other than 1, at which π_old is
 not what was sampled from. In Tables 1 and 3 (temperature 0.8) r has no measurable effect."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
-    place = np.arange(len(GROUP))
+    index = np.arange(len(GROUP))
     kinds = ("stated", "exp(-ℓ), normalised"), ("ours", "the project"), ("slope", "slope of the merit")
     for shift, (name, label) in enumerate(kinds):
-        left.bar(place + 0.27 * (shift - 1), found[name], 0.27, label=label)
+        left.bar(index + 0.27 * (shift - 1), results[name], 0.27, label=label)
     left.set_xlabel("response g")
     left.set_ylabel("λ")
     left.legend(fontsize=8)
-    right.plot(found["stated"], found["ratio"], "o", label="π_old unrelated")
-    right.plot(found["stated"], found["fresh"], "s", label="just refreshed")
+    right.plot(results["stated"], results["ratio"], "o", label="π_old unrelated")
+    right.plot(results["stated"], results["fresh"], "s", label="just refreshed")
     right.set_xlabel("λ")
     right.set_ylabel("importance ratio r")
     right.legend(fontsize=8)

@@ -12,7 +12,7 @@ TOKENS, WORDS, STEP = 3, 5, 2e-2
 
 
 def covariances(z_DxV: np.ndarray) -> np.ndarray:
-    """The Hessian that the lemma states, [D·V, D·V]: diag(p) - ppᵀ for each token."""
+    """The Hessian of the lemma, [D·V, D·V]: diag(p) - ppᵀ for each token."""
     D, V = z_DxV.shape
     hessian = np.zeros((D, V, D, V))
     for d, z in enumerate(z_DxV):
@@ -23,7 +23,7 @@ def covariances(z_DxV: np.ndarray) -> np.ndarray:
 
 
 def differences(z_DxV: np.ndarray, target_D: np.ndarray) -> np.ndarray:
-    """The same from the project's loss: central differences of its gradient with respect to hidden states, the head being 1."""
+    """The same by central differences of the gradient of the project's loss in the hidden states, with the identity as head."""
     D, V = z_DxV.shape
     head, source = jnp.eye(V), jnp.arange(D)
 
@@ -37,7 +37,7 @@ def differences(z_DxV: np.ndarray, target_D: np.ndarray) -> np.ndarray:
 
 
 def in_parameters(a: float, b: float) -> np.ndarray:
-    """The counter-case: the Hessian in θ = (a, b) of -log σ(z)_1 with z = (ab, 0), by hand: s the probability of the other word."""
+    """Counterexample: the Hessian in θ = (a, b) of -log σ(z)_1 with z = (ab, 0); s is the probability of the other word."""
     s = 1 / (1 + np.exp(a * b))
     curve = s * (1 - s)
     return np.array([[curve * b * b, curve * a * b - s], [curve * a * b - s, curve * a * a]])
@@ -46,31 +46,31 @@ def in_parameters(a: float, b: float) -> np.ndarray:
 def measure() -> dict:
     rng = np.random.default_rng(0)
     z, target = 2 * rng.normal(size=(TOKENS, WORDS)), rng.integers(0, WORDS, TOKENS)
-    stated, found = covariances(z), differences(z, target)
+    stated, numeric = covariances(z), differences(z, target)
     same = np.kron(np.eye(TOKENS), np.ones((WORDS, WORDS))) > 0
     return {
         "stated": stated,
-        "found": found,
-        "error": np.abs(found - stated).max(),
-        "off_block": np.abs(found[~same]).max(),
+        "numeric": numeric,
+        "error": np.abs(numeric - stated).max(),
+        "off_block": np.abs(numeric[~same]).max(),
         "smallest": np.linalg.eigvalsh(stated)[0],
         "zeros": int((np.linalg.eigvalsh(stated) < 1e-12).sum()),
         "in_parameters": np.linalg.eigvalsh(in_parameters(0.0, 0.0))[0],
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     return f"""\
 The Hessian of `losses.token_nll` for {TOKENS} tokens of {WORDS} words, by differences of its gradient in float32, is within
-{found["error"]:.1e} of diag(p) − ppᵀ for each token and 0 between tokens ({found["off_block"]:.1e}). The smallest eigenvalue of
-the stated matrix is {found["smallest"]:.1e}; {found["zeros"]} are 0, one for each token, as a constant added to its logits
+{results["error"]:.1e} of diag(p) − ppᵀ for each token and 0 between tokens ({results["off_block"]:.1e}). The smallest eigenvalue of
+the stated matrix is {results["smallest"]:.1e}; {results["zeros"]} are 0, one for each token, as a constant added to its logits
 changes nothing: the loss is convex, not strictly. It is not convex in θ: with z = (ab, 0) an eigenvalue at a = b = 0 is
-{found["in_parameters"]:.2f}. (The zero blocks of (14) are V x V, not V x D.)"""
+{results["in_parameters"]:.2f}. (The zero blocks of (14) are V x V, not V x D.)"""
 
 
-def draw(figure, found: dict) -> None:
-    for axes, name, title in zip(figure.subplots(1, 2), ("stated", "found"), ("diag(p) - ppᵀ", "the project's loss")):
-        image = axes.imshow(found[name], cmap="RdBu", vmin=-0.25, vmax=0.25)
+def draw(figure, results: dict) -> None:
+    for axes, name, title in zip(figure.subplots(1, 2), ("stated", "numeric"), ("diag(p) - ppᵀ", "the project's loss")):
+        image = axes.imshow(results[name], cmap="RdBu", vmin=-0.25, vmax=0.25)
         axes.set_title(title)
         axes.set_xlabel("entry of vec(z)")
     figure.colorbar(image, ax=figure.axes, shrink=0.8)

@@ -1,4 +1,4 @@
-"""Lemma 8: the smoothed merit function without its inner problem, its distance from the merit, and what a finite τ costs."""
+"""Lemma 8: the smoothed merit function without its inner problem, its distance from the merit, and the effect of a finite τ."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def lse(values: np.ndarray, tau: float) -> np.ndarray:
 
 
 def inner(loss_PxM: np.ndarray, tau: float) -> np.ndarray:
-    """inf_θ' LSE(L(θ') - L(θ); τ) by trying all points, [P]."""
+    """inf_θ' LSE(L(θ') - L(θ); τ) by exhaustive search, [P]."""
     best = np.full(len(loss_PxM), np.inf)
     for other in loss_PxM:
         best = np.minimum(best, lse(other - loss_PxM, tau))
@@ -25,15 +25,15 @@ def inner(loss_PxM: np.ndarray, tau: float) -> np.ndarray:
 
 
 def slack(loss_PxM: np.ndarray, tau: float) -> dict:
-    """(34)'s inner value against (35)'s, and (35)'s against the merit u of (32) that both stand for."""
+    """Compares the inner value of (34) with that of (35), and (35) with the merit u of (32) that both approximate."""
     smooth = lse(-loss_PxM, tau)
-    merit = (loss_PxM[:, None, :] - loss_PxM[None, :, :]).min(-1).max(1)  # sup over θ' of the least gain
+    merit = (loss_PxM[:, None, :] - loss_PxM[None, :, :]).min(-1).max(1)  # sup over θ' of the smallest gain
     above = smooth + merit  # in [0, log M / τ] where u = min ℓ
     return {"inner": np.abs(inner(loss_PxM, tau) - smooth).max(), "least": above.min(), "most": above.max()}
 
 
 def solutions(loss: np.ndarray, trusted: np.ndarray, tau: float) -> np.ndarray:
-    """The trusted loss at argmin ℓ_0 - γ LSE(-L; τ), for each γ; one 1/τ less than (34) has, as in (42)."""
+    """The trusted loss at argmin ℓ_0 - γ LSE(-L; τ), for each γ; with one factor 1/τ less than (34), as in (42)."""
     return np.array([trusted[(trusted - gamma * lse(-loss, tau)).argmin()] for gamma in GAMMAS])
 
 
@@ -48,25 +48,25 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
-    rows = "; ".join(f"τ = {tau:g}: {s['most']:.4f} of {np.log(3) / tau:.4f}" for tau, s in found["slack"].items())
+def paragraph(results: dict) -> str:
+    rows = "; ".join(f"τ = {tau:g}: {s['most']:.4f} of {np.log(3) / tau:.4f}" for tau, s in results["slack"].items())
     return f"""\
 On the grid of Figure 1's rows, inf_θ' LSE(L(θ') - L(θ)) and LSE(-L(θ)) differ by at most
-{max(s["inner"] for s in found["slack"].values()):.0e}: an equality, where the proof leaves a slack of log M / τ. LSE rises in
+{max(s["inner"] for s in results["slack"].values()):.0e}: an equality, where the proof leaves a slack of log M / τ. LSE rises in
 every argument and L(θ') ≥ 0, so the shared minimiser is the infimum at once. The slack is that of LSE for max: -min ℓ ≤ LSE(-L)
 ≤ -min ℓ + log M / τ; largest found ({rows}). Without a shared minimiser the lemma fails: for ½(θ∓1)² the two differ by up to
-{found["apart"]["inner"]:.2f}, beyond log 2 / τ = {np.log(2) / 10:.2f}.
+{results["apart"]["inner"]:.2f}, beyond log 2 / τ = {np.log(2) / 10:.2f}.
 
 That slack is not constant in θ, so dropping it moves the solution: it rewards points that fit *more* rows, useless ones too. At
 γ = {GAMMAS[-1]:g} the trusted loss at the solution of (35) is
-{", ".join(f"{v[-1]:.2f} (τ = {t:g})" for t, v in found["solutions"].items())}: for fixed τ, γ → ∞ leads to training on all rows
+{", ".join(f"{v[-1]:.2f} (τ = {t:g})" for t, v in results["solutions"].items())}: for fixed τ, γ → ∞ leads to training on all rows
 (0.50), not to BMO (0). γ log M / τ has to stay small. Rule (48), with τ = 1, is in that regime. The factor γ/τ in (34), (35)
 has one 1/τ too many, since LSE has its own; at τ = 1 they agree."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     axes = figure.subplots()
-    for tau, values in found["solutions"].items():
+    for tau, values in results["solutions"].items():
         axes.semilogx(GAMMAS, values, "o-", markersize=3, label=f"τ = {tau:g}")
     axes.set_xlabel("γ")
     axes.set_ylabel("trusted loss at the solution of (35)")

@@ -1,4 +1,4 @@
-"""Lemma 9: the expected move of ω under (10b), against the project's update averaged over rows and drawn at random."""
+"""Lemma 9: the expected move of ω under (10b), against the mean of the project's updates over all rows and over random rows."""
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,21 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def costs(theta: np.ndarray, omega: np.ndarray, boxes: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """ℓ_m(θ(m)), [N]: each row's loss after the step (10a) that it was drawn for."""
+    """ℓ_m(θ(m)), [N]: the loss of each row after the step (10a) on this row."""
     pull = GAMMA * softmax(omega)[:, None] * plates.residual(theta, boxes)
     after = theta - BETA * (plates.residual(theta, upper[None]) + pull)  # [N, 2]: θ(m)
     return np.diagonal(plates.losses(after, boxes)).copy()
 
 
 def stated(omega: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """E[ω^{k+1}] - ω^k as (45) has it."""
+    """E[ω^{k+1}] - ω^k by (45)."""
     sigma = softmax(omega)
     gap = (sigma * (cost[None, :] - cost[:, None])).sum(1)
     return ALPHA * GAMMA * sigma / len(omega) * gap
 
 
 def moves(select: selector.Selector, omega: np.ndarray, cost: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """ω^{k+1} - ω^k for each drawn row, [draws, N], by the project's update."""
+    """ω^{k+1} - ω^k for each sampled row, [draws, N], by the project's update."""
     state = selector.init(select, len(omega))._replace(logits=jnp.asarray(omega, jnp.float32))
     cost = jnp.asarray(cost, jnp.float32)
 
@@ -79,31 +79,31 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
+def paragraph(results: dict) -> str:
     return f"""\
 Six rows, one drawn for a step of (10a) and (10b). `selector.update` (sgd, no baseline, literal weights), averaged over the six
-draws, is within {found["error"]:.0e} of (45), whose largest entry is {np.abs(found["stated"]).max():.3f}; the mean of {DRAWS}
-random draws is within {found["z"]:.1f} standard errors. The row of the largest loss has its expected ω lowered, that of the
+draws, is within {results["error"]:.0e} of (45), whose largest entry is {np.abs(results["stated"]).max():.3f}; the mean of {DRAWS}
+random draws is within {results["z"]:.1f} standard errors. The row of the largest loss has its expected ω lowered, that of the
 least raised: the lemma holds (given θ(m); with a drawn trusted row as well, its loss is to be read as an expectation over that
 draw).
 
 "Its weight is increased" is true of ω, not of σ(ω): with σ = (0.70, 0.05, 0.25) and losses (0.5, 0.4, 2.0) the row of the least
-loss has its ω raised by {found["least_omega"]:.3f} and its σ *lowered* by {-found["least_sigma"]:.4f}, as the factor σ_i lets
+loss has its ω raised by {results["least_omega"]:.3f} and its σ *lowered* by {-results["least_sigma"]:.4f}, as the factor σ_i lets
 the heavy row run ahead. The project's mirror descent has no such factor and raises its σ (by
-{found["least_sigma_mirror"]:.4f}). Figure 6, from these data: the visited row goes down and all others up (left); in
+{results["least_sigma_mirror"]:.4f}). Figure 6, from these data: the visited row goes down and all others up (left); in
 expectation the ranks of the losses decide (right)."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
-    rows, visited = np.arange(6), int(found["cost"].argmax())
-    left.bar(rows, found["everyone"][visited], color=["tab:red" if i == visited else "tab:blue" for i in rows])
+    rows, visited = np.arange(6), int(results["cost"].argmax())
+    left.bar(rows, results["everyone"][visited], color=["tab:red" if i == visited else "tab:blue" for i in rows])
     left.set_title(f"row {visited} is drawn")
     left.set_ylabel("move of ω")
-    right.bar(rows, found["stated"], color="tab:blue", label="(45)")
-    right.errorbar(rows, found["monte_carlo"], 2 * found["standard_error"], fmt="k.", capsize=3, label="drawn, ± 2 s.e.")
+    right.bar(rows, results["stated"], color="tab:blue", label="(45)")
+    right.errorbar(rows, results["monte_carlo"], 2 * results["standard_error"], fmt="k.", capsize=3, label="drawn, ± 2 s.e.")
     right.set_title("expected")
     right.legend(fontsize=8)
     for axes in (left, right):
-        axes.set_xticks(rows, [f"{i}\nℓ={c:.2f}" for i, c in enumerate(found["cost"])], fontsize=7)
+        axes.set_xticks(rows, [f"{i}\nℓ={c:.2f}" for i, c in enumerate(results["cost"])], fontsize=7)
         axes.axhline(0, color="black", linewidth=0.8)

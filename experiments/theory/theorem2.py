@@ -1,4 +1,4 @@
-"""Theorem 2: bilevel selection gives useless rows weight 0: where minimiser sets are known, and by the project's updates."""
+"""Theorem 2: bilevel selection gives useless rows weight 0: with known sets of minimizers, and by the project's updates."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def descend(select: selector.Selector, boxes: np.ndarray, upper: np.ndarray, sta
 
 
 def useful(boxes: np.ndarray, upper: np.ndarray, individual: bool) -> list[bool]:
-    """Does a minimiser of the row minimise the trusted loss? `individual`: one that no other row has, as Definition 3 prints."""
+    """Whether a minimizer of each row minimizes the trusted loss. `individual`: a minimizer of no other row, as in Definition 3."""
     points = plates.grid(0.125)
     zero = plates.losses(points, boxes) == 0
     among = zero & (zero.sum(1, keepdims=True) == 1) if individual else zero
@@ -47,15 +47,15 @@ def useful(boxes: np.ndarray, upper: np.ndarray, individual: bool) -> list[bool]
 
 def measure() -> dict:
     boxes, start = plates.many(0, USEFUL, 4), np.array([0.5, 0.4])
-    found = {name: descend(select, boxes, plates.UPPER, start) for name, select in RULES.items()}
+    results = {name: descend(select, boxes, plates.UPPER, start) for name, select in RULES.items()}
     values = {rows: plates.bds_value(rows, plates.LOWER, plates.UPPER) for rows in plates.supports(3)}
     optimal = [rows for rows, value in values.items() if value == min(values.values())]
     three, trusted = descend(selector.Selector(), plates.LOWER, plates.UPPER, start)
     return {
-        "runs": found,
-        "useless": {name: sigma[-1, USEFUL:].max() for name, (sigma, _) in found.items()},
-        "useful": {name: sigma[-1, :USEFUL].min() for name, (sigma, _) in found.items()},
-        "trusted": {name: trusted[-1] for name, (_, trusted) in found.items()},
+        "runs": results,
+        "useless": {name: sigma[-1, USEFUL:].max() for name, (sigma, _) in results.items()},
+        "useful": {name: sigma[-1, :USEFUL].min() for name, (sigma, _) in results.items()},
+        "trusted": {name: trusted[-1] for name, (_, trusted) in results.items()},
         "values": values,
         "optimal": optimal,
         "printed": useful(plates.LOWER, plates.UPPER, individual=True),
@@ -66,11 +66,12 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
-    sets = " or ".join("{" + ", ".join(str(i + 1) for i in rows) + "}" for rows in found["optimal"])
-    sigma = ", ".join(f"{s:.3f}" for s in found["three"])
+def paragraph(results: dict) -> str:
+    sets = " or ".join("{" + ", ".join(str(i + 1) for i in rows) + "}" for rows in results["optimal"])
+    sigma = ", ".join(f"{s:.3f}" for s in results["three"])
     rows = "\n".join(
-        f"| {name} | {found['useless'][name]:.1e} | {found['useful'][name]:.3f} | {found['trusted'][name]:.1e} |" for name in RULES
+        f"| {name} | {results['useless'][name]:.1e} | {results['useful'][name]:.3f} | {results['trusted'][name]:.1e} |"
+        for name in RULES
     )
     return f"""\
 Call a row useless if *no* minimiser of its loss minimises the trusted loss. With all rows separable, argmin Σ λ_i ℓ_i is the
@@ -78,13 +79,13 @@ set of minimisers that the rows with λ_i > 0 share, so the optima can be listed
 loss 0 is reached with weight on rows {sets}, never with weight on row 2, the useless one. The theorem holds.
 
 As printed it does not. Definition 3 looks only at minimisers that no other row has. By it row 1 of Figure 1, as drawn here
-after its caption, is useless too (useful by Definition 3: {found["printed"]}; by any minimiser: {found["stronger"]}), yet
+after its caption, is useless too (useful by Definition 3: {results["printed"]}; by any minimiser: {results["stronger"]}), yet
 optima with positive weight on row 1 exist (the caption itself keeps it), and the project's updates end in one (σ = {sigma},
-trusted loss {found["three_trusted"]:.1e}). The proof shows that removing such a row changes no optimal value, which is not
+trusted loss {results["three_trusted"]:.1e}). The proof shows that removing such a row changes no optimal value, which is not
 weight 0 at every optimum.
 
 A softmax weight is never 0 at finite ω. With ω in R^N, as (4) has it, all rows have weight, every ω has the same lower-level
-solutions, and the trusted loss is {found["finite"]:.3f} at best, that of training on all rows. The statement is one about the
+solutions, and the trusted loss is {results["finite"]:.3f} at best, that of training on all rows. The statement is one about the
 closed simplex, which the proof of Theorem 1 uses; the penalty method approaches it, since its γ is finite.
 
 The updates do it in the limit: {len(RULES)} rules on 12 random rows, 4 of them useless, {STEPS} steps of (10a)-(10b) at γ =
@@ -96,9 +97,9 @@ ones. How useful rows share theirs, the theorem does not say.
 {rows}"""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     axes = figure.subplots()
-    for name, (sigma, _) in found["runs"].items():
+    for name, (sigma, _) in results["runs"].items():
         axes.loglog(np.arange(1, STEPS + 1), np.maximum(sigma[:, USEFUL:].max(1), 1e-12), label=name)
     axes.axhline(1 / USEFUL, color="grey", linestyle=":")
     axes.set_ylim(1e-10, 1)

@@ -1,4 +1,4 @@
-"""Theorem 3: the trusted loss of bilevel selection is strictly below that of direct mixing, for every ρ of a grid."""
+"""Theorem 3: bilevel selection has a strictly lower trusted loss than direct mixing, for every ρ of a grid."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ BISECTIONS = 70  # to the last bit
 
 
 def minimisers(slope, low: float, high: float) -> tuple[float, float]:
-    """Ends of the set on which a convex function of the line is least: where its slope stops to be < 0, and begins to be > 0."""
+    """Ends of the set of minimizers of a convex function of one variable: where its slope changes from < 0, and to > 0."""
 
     def border(is_left):
         left, right = low, high
@@ -28,7 +28,7 @@ def minimisers(slope, low: float, high: float) -> tuple[float, float]:
 
 
 def mixed(rho: float, boxes: np.ndarray, upper: np.ndarray, power: int = 2) -> float:
-    """The least trusted loss on argmin ρ mean ℓ_i + (1 - ρ) ℓ_0, solved along the second axis, the only one with a conflict.
+    """The lowest trusted loss on argmin ρ mean ℓ_i + (1 - ρ) ℓ_0, solved along the second axis, the only one with a conflict.
 
     `power`: ℓ_0 is half the squared distance (2) or the distance itself (1).
     """
@@ -46,7 +46,7 @@ def mixed(rho: float, boxes: np.ndarray, upper: np.ndarray, power: int = 2) -> f
 
 
 def trained(rho: np.ndarray, steps: int = 2000, rate: float = 2.0) -> np.ndarray:
-    """Mixing by gradient descent through the project's loss: two words, questions 0 and 1, a logit table θ.
+    """Mixing by gradient descent with the project's loss: two words, questions 0 and 1, a logit table θ.
 
     Rows: question 0 -> word 0 (useful), question 1 -> word 1 (useless). Trusted: question 1 -> word 0.
     """
@@ -78,30 +78,30 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
-    tied = RHO[found["kinked"] == 0].max()
+def paragraph(results: dict) -> str:
+    tied = RHO[results["kinked"] == 0].max()
     return f"""\
-On the rows of Figure 1 selection reaches {found["selection"]:g}. Mixing, solved by bisection in float64 for {len(RHO)} ρ from
-{RHO[0]:g} to 1, has {found["mixing"].min():.1e} to {found["mixing"].max():.3f}: above for every ρ, and within
-{np.abs(found["mixing"] - found["closed"]).max():.0e} of ½(ρ/(3-2ρ))², by hand. The same with a softmax table of two questions
-and two words, trained through `losses.token_nll`: within {np.abs(found["table"] - found["table_closed"]).max():.0e} of
+On the rows of Figure 1 selection reaches {results["selection"]:g}. Mixing, solved by bisection in float64 for {len(RHO)} ρ from
+{RHO[0]:g} to 1, has {results["mixing"].min():.1e} to {results["mixing"].max():.3f}: above for every ρ, and within
+{np.abs(results["mixing"] - results["closed"]).max():.0e} of ½(ρ/(3-2ρ))², by hand. The same with a softmax table of two questions
+and two words, trained through `losses.token_nll`: within {np.abs(results["table"] - results["table_closed"]).max():.0e} of
 log((2-ρ)/(2-2ρ)) > 0, while selection, with all weight
 on question 0, has 0 in the limit.
 
 Two things are missing from the statement. (a) *A useless row that no trusted minimiser fits must exist.* The proof says that
 trusted and lower-level rows share no model; Theorem 2's conditions do not. Without row 2 mixing has
-{found["separable"].max():g} for every ρ, too. (b) *Smooth losses, and no stationary point of the mean lower-level loss among
+{results["separable"].max():g} for every ρ, too. (b) *Smooth losses, and no stationary point of the mean lower-level loss among
 the trusted minimisers.* With ℓ_0 the distance instead of its square, a valid NLL, mixing has exactly 0 for ρ up to {tied:.2f}
 (by hand: 3/4): a kink is an exact penalty. And the margin is not uniform: it goes to 0 with ρ (about ρ²/18), where mixing
 becomes training on the trusted rows alone, which reaches 0 itself. The theorem says nothing against ρ = 0."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     axes = figure.subplots()
-    axes.semilogx(RHO, found["mixing"], "o-", markersize=3, label="mixing, rows of Figure 1")
-    axes.semilogx(RHO, found["kinked"], "s--", markersize=3, label="the same, trusted loss with a kink")
-    axes.semilogx(RHO, found["separable"], "--", label="mixing, no useless row")
-    axes.axhline(found["selection"], color="black", linewidth=1, label="selection")
+    axes.semilogx(RHO, results["mixing"], "o-", markersize=3, label="mixing, rows of Figure 1")
+    axes.semilogx(RHO, results["kinked"], "s--", markersize=3, label="the same, trusted loss with a kink")
+    axes.semilogx(RHO, results["separable"], "--", label="mixing, no useless row")
+    axes.axhline(results["selection"], color="black", linewidth=1, label="selection")
     axes.set_yscale("symlog", linthresh=1e-9)
     axes.set_ylim(-5e-10, 2)
     axes.set_xlabel("ρ")

@@ -1,7 +1,7 @@
-"""Theorem 4: the same comparison on evaluation rows, against the number N' of trusted rows and the shift of their distribution.
+"""Theorem 4: the same comparison on evaluation rows, by the number N' of trusted rows and the shift of their distribution.
 
-One axis of the plane: half of the lower-level rows end at 0.5, the others fit everywhere. A trusted row has loss 0 within 0.5 of
-its centre; centres are drawn from `CENTRES`, all of which share [1.5, 2].
+One axis of the plane: half of the lower-level rows end at 0.5, the others have loss 0 everywhere. A trusted row has loss 0 within
+0.5 of its centre; centres are drawn from `CENTRES` and all share [1.5, 2].
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from experiments.theory import theorem3
 TITLE = "Theorem 4: on evaluation rows"
 VERDICT = "holds weakly: for large N' and small shift, under Theorem 3's assumptions and with the proof put right"
 CENTRES, HALF, WALL = np.linspace(1.5, 2, 9), 0.5, 0.5
-STRANGE = 0.9  # a centre that the trusted distribution never has
+STRANGE = 0.9  # a centre outside the trusted distribution
 SIZES, RHOS, DRAWS = (1, 2, 4, 8, 16, 32, 64), (0.05, 0.5, 1.0), 100
 SHARES = np.linspace(0, 0.9, 46)
-LARGEST = 0.5 * (2.5 - STRANGE - HALF) ** 2  # B: of all models here, 0.5 to 2.5, and all centres
+LARGEST = 0.5 * (2.5 - STRANGE - HALF) ** 2  # B: the largest loss over all models, 0.5 to 2.5, and all centres
 
 
 def loss(y: float, centres: np.ndarray) -> np.ndarray:
@@ -22,12 +22,12 @@ def loss(y: float, centres: np.ndarray) -> np.ndarray:
 
 
 def selected(centres: np.ndarray) -> tuple[float, float]:
-    """Ends of the set of all optimal models: what every trusted row has in common."""
+    """Ends of the set of optimal models: the intersection of all trusted rows."""
     return centres.max() - HALF, centres.min() + HALF
 
 
 def mixed(rho: float, centres: np.ndarray) -> tuple[float, float]:
-    """Ends of the set of models that minimise ρ mean ℓ_i + (1 - ρ) ℓ_0."""
+    """Ends of the set of models that minimize ρ mean ℓ_i + (1 - ρ) ℓ_0."""
 
     def slope(y):
         gap = y - np.clip(y, centres - HALF, centres + HALF)
@@ -37,14 +37,14 @@ def mixed(rho: float, centres: np.ndarray) -> tuple[float, float]:
 
 
 def margin(rho: float, centres: np.ndarray, evaluated: np.ndarray, weight: np.ndarray) -> float:
-    """How far the best mixed model is above the *worst* selected one, which is at an end, as losses are convex."""
+    """Loss of the best mixed model minus that of the *worst* selected model, which is at an end because losses are convex."""
     worst = max(weight @ loss(y, evaluated) for y in selected(centres))
-    low, high = mixed(rho, centres)  # one point but for ρ = 1
+    low, high = mixed(rho, centres)  # one point unless ρ = 1
     return min(weight @ loss(y, evaluated) for y in np.linspace(low, high, 21 if high - low > 1e-9 else 1)) - worst
 
 
 def crossing(share: np.ndarray, margins: np.ndarray) -> float:
-    """Where the margin, linear in the share, is 0."""
+    """The share at which the margin, which is linear in the share, is 0."""
     slope, start = np.polyfit(share, margins, 1)
     return float(-start / slope)
 
@@ -69,10 +69,10 @@ def measure() -> dict:
     }
 
 
-def paragraph(found: dict) -> str:
-    share = "; ".join(f"ρ = {rho:g}: {', '.join(f'{s:.0%}' for s in found['share'][rho])}" for rho in RHOS)
-    turns = ", ".join(f"{kl:.3f} (ρ = {rho:g})" for rho, kl in found["turns"].items())
-    bound = ", ".join(f"{n:.1e} (ρ = {rho:g})" for rho, n in found["bound"].items())
+def paragraph(results: dict) -> str:
+    share = "; ".join(f"ρ = {rho:g}: {', '.join(f'{s:.0%}' for s in results['share'][rho])}" for rho in RHOS)
+    turns = ", ".join(f"{kl:.3f} (ρ = {rho:g})" for rho, kl in results["turns"].items())
+    bound = ", ".join(f"{n:.1e} (ρ = {rho:g})" for rho, n in results["bound"].items())
     return f"""\
 {DRAWS} draws of N' = {", ".join(str(n) for n in SIZES)} trusted rows; evaluation losses are exact expectations. The one of the
 *worst* optimal model of selection is strictly below that of the best of mixing in {share} of the draws: for large N' it always
@@ -88,13 +88,13 @@ right, asks for N' = N† of {bound} here at δ = 0.05; the plot shows how much 
 to 0 with ρ, so does any N̄ of this proof go to infinity: "for any ρ" is to be read as "for each"."""
 
 
-def draw(figure, found: dict) -> None:
+def draw(figure, results: dict) -> None:
     left, right = figure.subplots(1, 2)
     for rho in RHOS:
-        margins = found["margins"][rho]
+        margins = results["margins"][rho]
         line = left.semilogx(SIZES, margins.mean(1), "o-", markersize=3, label=f"ρ = {rho:g}")[0]
         left.fill_between(SIZES, *np.percentile(margins, [5, 95], axis=1), color=line.get_color(), alpha=0.2)
-        right.plot(found["kl"], found["shifted"][rho], label=f"ρ = {rho:g}")
+        right.plot(results["kl"], results["shifted"][rho], label=f"ρ = {rho:g}")
     for axes, name in ((left, "N'"), (right, "KL(p_val || p_eval)")):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlabel(name)
