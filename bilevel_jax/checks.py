@@ -100,7 +100,7 @@ def nearest(name: str, known) -> str:
 
 def keys(config: Mapping, prefix: str = "") -> list[str]:
     """The full names of all keys, sections left out."""
-    names = []
+    names: list[str] = []
     for key, value in config.items():
         names += keys(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else [prefix + key]
     return names
@@ -151,9 +151,9 @@ def _check_values(config: Config) -> None:
     for key, minimum in AT_LEAST.items():
         value = _value(config, key)
         _require(value >= minimum, f"{key}={value} must be at least {minimum}")
-    for key, (allowed, words) in RANGES.items():
+    for key, (in_range, words) in RANGES.items():
         value = _value(config, key)
-        _require(allowed(value), f"{key}={value} must be {words}")
+        _require(in_range(value), f"{key}={value} must be {words}")
     for key in ("data.upper", "data.lower"):
         _require(bool(_value(config, key).strip()), f"{key} is empty; name a file, a hub data set or a recipe")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")

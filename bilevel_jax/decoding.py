@@ -32,7 +32,7 @@ class Slots(NamedTuple):
 class Starts(NamedTuple):
     """Up to S responses to start; only the first `number` entries of each array are valid."""
 
-    number: np.ndarray  # [] int32
+    number: np.int32
     prefill_row: np.ndarray  # [S] int32, row of the prefill batch
     slot: np.ndarray  # [S] int32, S for none
     token: np.ndarray  # [S] int32, the last token of the prompt

@@ -1,6 +1,7 @@
 """Forward passes over packed micro-batches: hidden states, and the NLL of each target and of each response."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from bilevel_jax.models import decoder
 def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
     """Final hidden states [T, D] of micro-batch m."""
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
-    hidden_SxLxD = decoder.Decoder(config).apply(variables, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
+    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,7 +109,7 @@ class Schedule:
     prompts: Sequence[np.ndarray]
     keys: np.ndarray  # [n, G, 2]
     batches: list[tuple[list[Job], np.ndarray]]  # not prefilled yet; the last one is the next
-    responses: list[list[Response | None]]  # [n][G], None until finished
+    responses: list[list[Any]]  # [n][G], `Response` each, None until finished
     prefilled: list = dataclasses.field(default_factory=list)  # the cache of the latest prefill batch
     waiting: list[Job] = dataclasses.field(default_factory=list)  # its jobs without a slot
     running: dict[int, Job] = dataclasses.field(default_factory=dict)  # slot -> job
@@ -181,11 +181,11 @@ def _tokens_to_stop(tokens: np.ndarray, num_read: int, stop: Sequence[str], deto
 def _collect(sampler: Sampler, schedule: Schedule, state: Slots) -> Slots:
     """Moves finished responses from their slots to `schedule.responses`."""
     arrays = state.tokens, state.log_probs, state.sampled_log_probs, state.count, state.active
-    tokens_SxM, plain_SxM, sampled_SxM, count_S, active_S = jax.device_get(sampler.replicate(*arrays))
+    tokens_SxX, plain_SxX, sampled_SxX, count_S, active_S = jax.device_get(sampler.replicate(*arrays))
     active_S, stop = active_S.copy(), sampler.settings.stop
     for slot, job in list(schedule.running.items()):
         count = int(count_S[slot])
-        tokens = tokens_SxM[slot, :count]
+        tokens = tokens_SxX[slot, :count]
         eos = int(tokens[-1]) if count and tokens[-1] in sampler.eos else None
         stopped_at = _tokens_to_stop(tokens, schedule.num_read[slot], stop, sampler.detokenize) if stop else None
         schedule.num_read[slot] = count
@@ -197,11 +197,12 @@ def _collect(sampler: Sampler, schedule: Schedule, state: Slots) -> Slots:
         schedule.responses[job.prompt][job.sample_index] = Response(
             tokens=tokens[: count - (eos is not None)].copy(),
             eos=eos,
-            log_probs=plain_SxM[slot, :count].astype(np.float64),
-            sampled_log_probs=sampled_SxM[slot, :count].astype(np.float64),
+            log_probs=plain_SxX[slot, :count].astype(np.float64),
+            sampled_log_probs=sampled_SxX[slot, :count].astype(np.float64),
             finish_reason="length" if stopped_at is None and eos is None else "stop",
         )
-    return state._replace(active=sharding.device_put(active_S, sampler.shardings.active)) if stop else state
+    shardings: Any = sampler.shardings  # a `Slots` of shardings
+    return state._replace(active=sharding.device_put(active_S, shardings.active)) if stop else state
 
 
 # --------------------------------------------------------------------------------------------------------------------

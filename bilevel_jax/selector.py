@@ -160,7 +160,7 @@ def _feature_gradient(features, gradient_N, num_features: int) -> jax.Array:
 
 def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, features, ridge: jax.Array | float) -> SelectorState:
     """The optimizer's step on ω, or on φ with `ridge` times φ added to its gradient."""
-    if features is None:
+    if features is None or state.feature_params is None:
         updates, optimizer = _optimizer(selector).update(gradient_N, state.optimizer)
         return state._replace(logits=optax.apply_updates(state.logits, updates), optimizer=optimizer)
     gradient_A = _feature_gradient(features, gradient_N, len(state.feature_params)) + ridge * state.feature_params

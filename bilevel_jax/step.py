@@ -62,8 +62,8 @@ class State(NamedTuple):
 class Scales(NamedTuple):
     """The factors of the two levels' means: (1, γ) for bilevel selection, (1-ρ, ρ) for direct mixing."""
 
-    upper: jax.Array
-    lower: jax.Array
+    upper: jax.Array | float
+    lower: jax.Array | float
 
 
 def init(
@@ -260,8 +260,8 @@ def update_token_params(
 
     gradient_Ex2, nll_E = jax.jacfwd(weighted_nll, has_aux=True)(state.token_params)
     gradient_Ex2 = losses.row_losses(gradient_Ex2, batch.packed.length[:, None], problem.objective.reduction)
-    rate = problem.selector.token_learning_rate
-    return state.token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E
+    rate, token_params = problem.selector.token_learning_rate, jnp.asarray(state.token_params)
+    return token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E
 
 
 def _perturb(optimizer: optax.GradientTransformation, learner: Learner, gradient, upper_gradient, scale: float):

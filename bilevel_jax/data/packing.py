@@ -7,14 +7,15 @@ is an array of the batch, not part of its shape.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 CHUNK = 256  # target slots per chunk of logits
 CHUNK_ON_CPU = 128  # so that the logits fit into the CPU caches; on accelerators, small chunks read the output matrix too often
+Array = Any  # np.ndarray on the host, jax.Array in the step
 
 
 def chunk_size(num_targets: int) -> int:
@@ -43,31 +44,31 @@ class Segment(NamedTuple):
 class Packed(NamedTuple):
     """Packed segments: E entries (segments) in all, T = S·L tokens and P target slots per micro-batch."""
 
-    tokens: np.ndarray  # [M, S, L] int32
-    segment_ids: np.ndarray  # [M, S, L] int32, 1, 2, ... within a sequence; 0 for padding
-    positions: np.ndarray  # [M, S, L] int32, restarting at 0 in every segment
-    logit_index: np.ndarray  # [M, P] int32, flat token index in [0, T) whose hidden state predicts the target; T for padding
-    target: np.ndarray  # [M, P] int32
-    entry: np.ndarray  # [M, P] int32, segment of the target; E for padding
-    num_targets: np.ndarray  # [M] int32
-    length: np.ndarray  # [E] int32, predicted response tokens of each entry
-    num_micro: np.ndarray  # [] int32, micro-batches in use
+    tokens: Array  # [M, S, L] int32
+    segment_ids: Array  # [M, S, L] int32, 1, 2, ... within a sequence; 0 for padding
+    positions: Array  # [M, S, L] int32, restarting at 0 in every segment
+    logit_index: Array  # [M, P] int32, flat token index in [0, T) whose hidden state predicts the target; T for padding
+    target: Array  # [M, P] int32
+    entry: Array  # [M, P] int32, segment of the target; E for padding
+    num_targets: Array  # [M] int32
+    length: Array  # [E] int32, predicted response tokens of each entry
+    num_micro: Array  # [] int32, micro-batches in use
 
 
 class Batch(NamedTuple):
     """A step's packed segments with their roles in the joint update."""
 
     packed: Packed
-    row_index: np.ndarray  # [E] int32, index into the selector's logits; N for upper rows and padding
-    share: np.ndarray  # [E] float32, weight in the level's mean, sums to 1; both responses of a pair carry the pair's share
-    group: np.ndarray  # [E] int32, preference pair or question with generated responses; E for neither
-    sign: np.ndarray  # [E] float32, +1 chosen, -1 rejected, 0 otherwise
-    reference: np.ndarray  # [E] float32
-    old_log_prob: np.ndarray  # [E] float32, log π_old of generated responses; NaN for responses from the data
-    reward: np.ndarray  # [E] float32, of generated responses; NaN for no reward
-    num_lower_micro: np.ndarray  # [] int32, micro-batches [0, num_lower_micro) hold every lower-level row
-    first_upper_micro: np.ndarray  # [] int32, micro-batches from here on hold every upper-level row
-    num_lower: np.ndarray  # [] float32, number of lower-level rows B
+    row_index: Array  # [E] int32, index into the selector's logits; N for upper rows and padding
+    share: Array  # [E] float32, weight in the level's mean, sums to 1; both responses of a pair carry the pair's share
+    group: Array  # [E] int32, preference pair or question with generated responses; E for neither
+    sign: Array  # [E] float32, +1 chosen, -1 rejected, 0 otherwise
+    reference: Array  # [E] float32
+    old_log_prob: Array  # [E] float32, log π_old of generated responses; NaN for responses from the data
+    reward: Array  # [E] float32, of generated responses; NaN for no reward
+    num_lower_micro: Array  # [] int32, micro-batches [0, num_lower_micro) hold every lower-level row
+    first_upper_micro: Array  # [] int32, micro-batches from here on hold every upper-level row
+    num_lower: Array  # [] float32, number of lower-level rows B
 
 
 class Layout(NamedTuple):
@@ -117,35 +118,47 @@ def _groups(segments: Sequence[Segment], indices: Sequence[int]) -> list[list[in
     return list(pairs.values())
 
 
+def _offsets(segments: Sequence[Segment], bins: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (sequence, segment id, segment index, first token) of every segment, in the order of the bins."""
+    for b, members in enumerate(bins):
+        start = 0
+        for segment_id, i in enumerate(members, start=1):
+            yield b, segment_id, i, start
+            start += segments[i].size
+
+
+def _lay_out_tokens(segments: Sequence[Segment], bins: Sequence[Sequence[int]], layout: Layout) -> list[np.ndarray]:
+    """`tokens`, `segment_ids` and `positions` of `Packed`."""
+    shape = (layout.micro_batches, layout.sequences, layout.length)
+    tokens, segment_ids, positions = (np.zeros((shape[0] * shape[1], shape[2]), np.int32) for _ in range(3))
+    for b, segment_id, i, start in _offsets(segments, bins):
+        span = slice(start, start + segments[i].size)
+        tokens[b, span] = np.concatenate([segments[i].prompt, segments[i].response])
+        segment_ids[b, span] = segment_id
+        positions[b, span] = np.arange(segments[i].size)
+    return [array.reshape(shape) for array in (tokens, segment_ids, positions)]
+
+
 def lay_out(segments: Sequence[Segment], bins: Sequence[Sequence[int]], layout: Layout) -> Packed:
     """Writes the segments of each bin into one sequence; `bins` holds segment indices. Entry i of the result is segment i."""
     S, L, E = layout.sequences, layout.length, layout.entries
-    M, P, T = layout.micro_batches, layout.targets, layout.sequences * layout.length
-    tokens, segment_ids, positions = (np.zeros((M * S, L), np.int32) for _ in range(3))
-    logit_index = np.full((M, P), T, np.int32)
+    M, P = layout.micro_batches, layout.targets
+    logit_index = np.full((M, P), S * L, np.int32)
     target = np.zeros((M, P), np.int32)
     entry = np.full((M, P), E, np.int32)
     num_targets = np.zeros(M, np.int32)
     length = np.zeros(E, np.int32)
-    for b, members in enumerate(bins):
-        m, start = b // S, 0
-        for segment_id, i in enumerate(members, start=1):
-            segment = segments[i]
-            stop = start + segment.size
-            tokens[b, start:stop] = np.concatenate([segment.prompt, segment.response])
-            segment_ids[b, start:stop] = segment_id
-            positions[b, start:stop] = np.arange(segment.size)
-            # Without a prompt nothing predicts the first response token, so it is not scored.
-            predicted = segment.response if len(segment.prompt) else segment.response[1:]
-            first, count = num_targets[m], len(predicted)
-            slots = slice(first, first + count)
-            logit_index[m, slots] = (b % S) * L + np.arange(stop - count - 1, stop - 1)
-            target[m, slots] = predicted
-            entry[m, slots] = i
-            length[i] = count
-            num_targets[m] += count
-            start = stop
-    tokens, segment_ids, positions = (flat.reshape(M, S, L) for flat in (tokens, segment_ids, positions))
+    for b, _, i, start in _offsets(segments, bins):
+        m, stop = b // S, start + segments[i].size
+        # Without a prompt nothing predicts the first response token, so it is not scored.
+        predicted = segments[i].response if len(segments[i].prompt) else segments[i].response[1:]
+        length[i] = len(predicted)
+        slots = slice(num_targets[m], num_targets[m] + length[i])
+        logit_index[m, slots] = (b % S) * L + np.arange(stop - length[i] - 1, stop - 1)
+        target[m, slots] = predicted
+        entry[m, slots] = i
+        num_targets[m] += length[i]
+    tokens, segment_ids, positions = _lay_out_tokens(segments, bins, layout)
     num_micro = np.int32(-(-len(bins) // S))
     return Packed(tokens, segment_ids, positions, logit_index, target, entry, num_targets, length, num_micro)
 
