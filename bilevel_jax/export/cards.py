@@ -202,7 +202,7 @@ def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
         "",
         "## Bad rows",
         "",
-        f"The field `{label}` of the data marks bad rows; training does not read it. Marked are {sentence}.",
+        f"The field `{label}` of the data marks bad rows; training does not read it. Bad rows are {sentence}.",
         "",
         *_table(("", "share"), [(name, "" if np.isnan(share) else f"{share:.1%}") for name, share in kept_shares.items()]),
     ]

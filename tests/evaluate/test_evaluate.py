@@ -1,15 +1,13 @@
-"""lm-eval's requests against log-softmax in float64 from the logits of every request by itself, and by hand.
+"""lm-eval's requests against float64 log-softmax of the logits of each request alone, and by hand."""
 
-The command runs in a process of its own: other commands have flags of the same names.
-"""
-
-import concurrent.futures
+import functools
 import json
-import multiprocessing
 import pathlib
 import subprocess
 import sys
 
+import datasets
+import huggingface_hub
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
@@ -18,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from bilevel_jax import sampling
+from bilevel_jax import sampling, scoring
 from bilevel_jax.evaluate import lm_eval_adapter
 from tests.conftest import _logits, load, run_command, write_jsonl
 
@@ -28,11 +26,17 @@ END = "<|end|>"
 LONG = "1 and 2 make 3, as you can check. " * 20
 
 
-def make_lm(loaded, **options):
+LMS = {}
+
+
+def make_lm(loaded, eos=None):
+    """The model behind lm-eval's interface. Equal calls share one, with its compiled programs."""
     model, base, adapter, tokenizer = loaded
-    return lm_eval_adapter.JaxLM(
-        model, base, adapter, tokenizer, options.pop("eos", [tokenizer.eos_token_id]), batch_size=2, **options
-    )
+    eos = (tokenizer.eos_token_id,) if eos is None else tuple(eos)
+    key = id(base), id(adapter), eos  # `load` keeps the weights alive
+    if key not in LMS:
+        LMS[key] = lm_eval_adapter.JaxLM(model, base, adapter, tokenizer, eos, batch_size=2)
+    return LMS[key]
 
 
 def instances(kind, *arguments):
@@ -40,7 +44,7 @@ def instances(kind, *arguments):
 
 
 def logits_after(loaded, tokens):
-    """After each of the last 128 tokens, [128, V]; rows beyond their number mean nothing."""
+    """After each of the last 128 tokens, [128, V]; later rows are padding."""
     model, base, adapter, _ = loaded
     tokens = list(tokens)[-model.max_positions :]
     padded = jnp.array([tokens + [0] * (model.max_positions - len(tokens))])
@@ -83,7 +87,7 @@ def test_loglikelihood(neox, adapter, adapted):
     assert whole[: len(context)] == context
     requests = {  # texts -> context and continuation in tokens
         ("1 and 2 make", " 345"): (context, whole[len(context) :]),
-        ("1 and 2 make ", "345"): (context, whole[len(context) :]),  # the space goes over to the continuation
+        ("1 and 2 make ", "345"): (context, whole[len(context) :]),  # the space moves to the continuation
         ("", "nothing"): ([end], encode("nothing")),
         ("", END + "x"): ([end], encode("x")),
         (LONG + "so", " yes"): (encode(LONG + "so"), encode(" yes")),
@@ -97,7 +101,7 @@ def test_loglikelihood(neox, adapter, adapted):
 
 
 def test_greedy_means_every_token(neox):
-    """Also where a request takes all positions, and the last token one more."""
+    """Also if a request uses all positions, and the last token one more."""
     loaded = load(neox)
     prompt = loaded[3].encode("1 and 2 make")
     best = greedy_tokens(loaded, prompt, 128)
@@ -122,7 +126,7 @@ def test_rolling(neox):
     tokens = loaded[3].encode(text)
     n = len(tokens)
     assert 2 * 128 < n < 3 * 128
-    windows = [  # every token once, with all the context that fits where it is the last window
+    windows = [  # each token once; the last window has as much context as fits
         ([loaded[3].eos_token_id], tokens[:128]),
         (tokens[127:128], tokens[128:256]),
         (tokens[n - 129 : 256], tokens[256:]),
@@ -279,13 +283,26 @@ def test_beginning_of_a_hellaswag_sentence(ctx, query, bench, monkeypatch):
 
 @pytest.fixture(scope="module")
 def command(bench):
-    """`f(arguments)` -> what the command prints; it raises what the command raises. Compilations are kept from call to call."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("BILEVEL_JAX_DATA", str(bench))
-        environment.setenv("HF_HUB_OFFLINE", "1")
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-            yield lambda *arguments: process.submit(run_command, "evaluate", list(map(str, arguments))).result()
+    """`f(arguments)` -> the output of the command. It raises what the command raises. Calls share their compiled programs."""
+    make_scorer, scorers = scoring.make_scorer, {}
+
+    def cached(*settings, greedy):
+        return scorers.setdefault(settings, make_scorer(*settings, greedy=greedy))
+
+    @functools.cache
+    def manager(paths, defaults):  # it takes seconds to list all tasks of lm-eval
+        return TaskManager(include_path=list(paths), include_defaults=defaults)
+
+    def cached_manager(include_path, include_defaults=True):
+        return manager(tuple(include_path), include_defaults)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_JAX_DATA", str(bench))
+        patch.setattr(lm_eval.tasks, "TaskManager", cached_manager)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(scoring, "make_scorer", cached)
+        yield lambda *arguments: run_command("evaluate", list(map(str, arguments)))
 
 
 def test_command(command, finished):

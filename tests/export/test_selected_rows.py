@@ -1,4 +1,4 @@
-"""Which rows are kept, with which responses and columns, by hand; the files through `datasets.load_dataset`."""
+"""Kept rows, their responses and columns, by hand; files read by `datasets.load_dataset`."""
 
 import json
 
@@ -31,7 +31,7 @@ def parse(objects):
 
 
 def read(file, tmp_path):
-    """The rows as `datasets` gives them."""
+    """The rows as `datasets` reads them."""
     kind = "parquet" if file.suffix == ".parquet" else "json"
     return datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
 
@@ -44,104 +44,106 @@ def read(file, tmp_path):
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.8, 1.0])
 def test_select(finished, data, keep):
     table = weight_table.latest(finished)
-    found, _ = rows.read_rows(data / "lower.jsonl")
-    kept = selected_rows.select(found, table, keep)
+    candidates, _ = rows.read_rows(data / "lower.jsonl")
+    kept = selected_rows.select(candidates, table, keep)
 
-    verdicts = sorted(table.to_pylist(), key=lambda verdict: -verdict["weight"])[: round(keep * TRAINED)]
-    by_id = {row.id: row for row in found}
-    expected = [(by_id[v["id"]], v["weight"], v["rank"], v["masked"]) for v in verdicts]
+    records = sorted(table.to_pylist(), key=lambda record: -record["weight"])[: round(keep * TRAINED)]
+    by_id = {row.id: row for row in candidates}
+    expected = [(by_id[v["id"]], v["weight"], v["rank"], v["masked"]) for v in records]
     assert sorted(kept, key=lambda one: one.rank) == expected
-    places = [one.row.line for one in kept]
-    assert places == sorted(places)  # stored order
+    lines = [one.row.line for one in kept]
+    assert lines == sorted(lines)  # stored order
 
 
 def test_select_does_not_depend_on_the_order_of_the_rows(finished, data):
     table = weight_table.latest(finished)
-    found, _ = rows.read_rows(data / "lower.jsonl")
-    kept, backwards = selected_rows.select(found, table, 0.5), selected_rows.select(found[::-1], table, 0.5)
+    candidates, _ = rows.read_rows(data / "lower.jsonl")
+    kept, backwards = selected_rows.select(candidates, table, 0.5), selected_rows.select(candidates[::-1], table, 0.5)
     assert backwards == kept[::-1]
 
 
-@pytest.mark.parametrize("change", [lambda found: found[:5], lambda found: found[1:]])
+@pytest.mark.parametrize("change", [lambda parsed: parsed[:5], lambda parsed: parsed[1:]])
 def test_select_refuses_other_rows(finished, data, change):
     table = weight_table.latest(finished)
     trained = set(table["id"].to_pylist())
-    found = [row for row in rows.read_rows(data / "lower.jsonl")[0] if row.id in trained]
+    parsed = [row for row in rows.read_rows(data / "lower.jsonl")[0] if row.id in trained]
     with pytest.raises(rows.DataError, match="match no row"):
-        selected_rows.select(change(found), table, 1.0)
+        selected_rows.select(change(parsed), table, 1.0)
 
 
 def test_select_refuses_to_keep_nothing():
-    found = parse(MIXED)
-    table = weight_table.table(found, [0.0] * 4, [1] * 4, [False] * 4)
+    parsed = parse(MIXED)
+    table = weight_table.table(parsed, [0.0] * 4, [1] * 4, [False] * 4)
     with pytest.raises(rows.DataError, match="none of 4 rows"):
-        selected_rows.select(found, table, 0.1)
+        selected_rows.select(parsed, table, 0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The model's own responses
+# Generated responses
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def said(step, row_id, sample, text, **more):
+def response(step, row_id, sample, text, **more):
     return {"step": step, "id": row_id, "sample": sample, "text": text, "logprob": -1.0, "ratio": None} | more
 
 
 def test_latest_responses(tmp_path):
     lines = [
-        said(0, "a", 0, "old"),
-        said(8, "a", 1, "second sample"),
-        said(8, "a", 0, "first sample"),
-        said(4, "a", 0, "between"),
-        said(0, "b", 0, "only words"),
-        said(8, "b", 0, " \n"),
-        said(0, "c", 1, "whole", finish_reason="stop"),
-        said(0, "c", 0, "cut in the mid", finish_reason="length"),
-        said(0, "d", 0, "cut too", finish_reason="length"),
+        response(0, "a", 0, "old"),
+        response(8, "a", 1, "second sample"),
+        response(8, "a", 0, "first sample"),
+        response(4, "a", 0, "between"),
+        response(0, "b", 0, "only words"),
+        response(8, "b", 0, " \n"),
+        response(0, "c", 1, "whole", finish_reason="stop"),
+        response(0, "c", 0, "cut in the mid", finish_reason="length"),
+        response(0, "d", 0, "cut too", finish_reason="length"),
     ]
-    found = selected_rows.latest_responses(write_jsonl(tmp_path / "responses.jsonl", lines))
-    assert found == {"a": "first sample", "b": "only words", "c": "whole"}
+    parsed = selected_rows.latest_responses(write_jsonl(tmp_path / "responses.jsonl", lines))
+    assert parsed == {"a": "first sample", "b": "only words", "c": "whole"}
 
 
 def test_latest_responses_with_rewards(tmp_path):
     lines = [
-        said(0, "a", 0, "old", reward=9.0),
-        said(8, "a", 0, "worse", reward=-1.5),
-        said(8, "a", 1, "best", reward=2),
-        said(8, "a", 2, "as good", reward=2.0),
-        said(8, "a", 3, "cut", reward=3.0, finish_reason="length"),
+        response(0, "a", 0, "old", reward=9.0),
+        response(8, "a", 0, "worse", reward=-1.5),
+        response(8, "a", 1, "best", reward=2),
+        response(8, "a", 2, "as good", reward=2.0),
+        response(8, "a", 3, "cut", reward=3.0, finish_reason="length"),
     ]
     assert selected_rows.latest_responses(write_jsonl(tmp_path / "responses.jsonl", lines)) == {"a": "best"}
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"step": 0, "id": "a", "sample": 0}', json.dumps(said(0, "a", 0, "x", reward="1"))])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"step": 0, "id": "a", "sample": 0}', json.dumps(response(0, "a", 0, "x", reward="1"))]
+)
 def test_latest_responses_refuses_damage(tmp_path, line):
     file = tmp_path / "responses.jsonl"
-    file.write_text(json.dumps(said(0, "a", 0, "x")) + "\n" + line + "\n")
+    file.write_text(json.dumps(response(0, "a", 0, "x")) + "\n" + line + "\n")
     with pytest.raises(rows.DataError, match=r"responses.jsonl:2: not a response"):
         selected_rows.latest_responses(file)
 
 
 def test_refine_replaces_masked_responses_in_their_own_field():
-    found = parse(MIXED)
-    own = {row.id: f"own {row.line}" for row in found if row.line != 3}
-    kept = [selected_rows.Kept(row, 1.0, row.line, masked=row.line != 2) for row in found]
-    refined, told = zip(*selected_rows.refine(kept, own))
+    parsed = parse(MIXED)
+    responses = {row.id: f"own {row.line}" for row in parsed if row.line != 3}
+    kept = [selected_rows.Kept(row, 1.0, row.line, masked=row.line != 2) for row in parsed]
+    refined, columns = zip(*selected_rows.refine(kept, responses))
     assert (
         [one.row.fields for one in refined]
         == [
             MIXED[0] | {"response": "own 1"},
             MIXED[1],  # not masked
-            MIXED[2],  # masked, but never answered
+            MIXED[2],  # masked, but without a response
             {"messages": [*CHAT[:-1], CHAT[-1] | {"content": "own 4"}]},
         ]
     )
     assert [one.row.response for one in refined] == ["own 1", "3", "d", "own 4"]
-    assert [columns["refined"] for columns in told] == [True, False, False, True]
-    assert [columns["original_response"] for columns in told] == ["b", "3", "d", "Hey"]
-    assert MIXED[3]["messages"][-1]["content"] == "Hey"  # the data are left alone
-    assert selected_rows.with_response(found[1], "x").fields["output"] == "x"
-    assert selected_rows.with_response(found[2], "x").fields["completion"] == "x"
+    assert [one["refined"] for one in columns] == [True, False, False, True]
+    assert [one["original_response"] for one in columns] == ["b", "3", "d", "Hey"]
+    assert MIXED[3]["messages"][-1]["content"] == "Hey"  # the data are not changed
+    assert selected_rows.with_response(parsed[1], "x").fields["output"] == "x"
+    assert selected_rows.with_response(parsed[2], "x").fields["completion"] == "x"
 
 
 def test_refine_refuses_preferences():
@@ -156,13 +158,13 @@ def test_refine_refuses_preferences():
 
 
 @pytest.mark.parametrize(
-    "places, template, expected",
+    "indices, template, expected",
     [([0], "chat", "chat"), ([0, 2], "chat", "chat"), ([0, 3], "human", "text"), ([2], "chat", "as is"), ([2], "none", "as is")],
 )
-def test_resolve_format(places, template, expected):
-    found = parse([MIXED[i] for i in places])
-    assert selected_rows.resolve_format("auto", found, template) == expected
-    assert selected_rows.resolve_format("original", found, template) == "original"
+def test_resolve_format(indices, template, expected):
+    parsed = parse([MIXED[i] for i in indices])
+    assert selected_rows.resolve_format("auto", parsed, template) == expected
+    assert selected_rows.resolve_format("original", parsed, template) == "original"
 
 
 def test_pairs_stay_pairs():
@@ -172,26 +174,26 @@ def test_pairs_stay_pairs():
 
 
 def test_chats():
-    made = [selected_rows.prompt_columns(row, "chat", None, None) for row in parse(MIXED)]
+    chats = [selected_rows.prompt_columns(row, "chat", None, None) for row in parse(MIXED)]
     user = [[{"role": "user", "content": content}] for content in ("a?", "Add.\n1 2", "c ")]
-    assert [columns["prompt"] for columns in made] == [[{"role": "system", "content": "S"}] + user[0], *user[1:], CHAT[:-1]]
+    assert [columns["prompt"] for columns in chats] == [[{"role": "system", "content": "S"}] + user[0], *user[1:], CHAT[:-1]]
     answers = ["b", "3", "d", "Hey"]
-    assert [columns["completion"] for columns in made] == [[{"role": "assistant", "content": answer}] for answer in answers]
+    assert [columns["completion"] for columns in chats] == [[{"role": "assistant", "content": answer}] for answer in answers]
 
 
 @pytest.mark.parametrize("template", ["human", "alpaca", "none"])
 def test_texts_are_those_of_a_run(neox, template):
-    """Together the text that a run learns, parted at a token's end."""
+    """Together they are the text of the run, split at a token boundary."""
     *_, tokenizer = load(neox)
-    found = parse(MIXED)
-    for row, example in zip(found, templates.encode(found, tokenizer, template=template)):
+    parsed = parse(MIXED)
+    for row, example in zip(parsed, templates.encode(parsed, tokenizer, template=template)):
         columns = selected_rows.prompt_columns(row, "text", tokenizer, template)
         expected = tokenizer.decode([*example.prompt, *example.response], clean_up_tokenization_spaces=False)
         assert columns["prompt"] + columns["completion"] + tokenizer.eos_token == expected
         assert not columns["prompt"].endswith(" ") and columns["completion"].strip() == row.response
 
 
-def test_join_keeps_what_is_in_the_way_under_another_name():
+def test_join_renames_conflicting_fields():
     objects = [{"question": "a", "response": "b", "weight": 3, "text": "t", "labels": None}, {"question": "c", "response": "d"}]
     columns = [{"weight": 0.5, "prompt": "a"}, {"weight": 1.5, "prompt": "c"}]
     joined, renamed = selected_rows.join(parse(objects), columns, {"text", "labels"})
@@ -202,16 +204,16 @@ def test_join_keeps_what_is_in_the_way_under_another_name():
     ]
 
 
-def test_join_leaves_equal_values_alone():
+def test_join_keeps_equal_values():
     joined, renamed = selected_rows.join(parse([MIXED[2]]), [{"prompt": "c ", "completion": "d", "rank": 1}], ())
     assert joined == [MIXED[2] | {"rank": 1}] and not renamed
 
 
 @pytest.mark.parametrize("other", [{"original_rank": 1}, {"original_response": "x", "response": "y", "rank": None}])
 def test_join_refuses_to_lose_a_field(other):
-    found = parse([{"question": "a", "response": "b", "rank": 9} | other])
+    parsed = parse([{"question": "a", "response": "b", "rank": 9} | other])
     with pytest.raises(rows.DataError, match="line 1: .* taken"):
-        selected_rows.join(found, [{"rank": 1, "original_response": "b"}], {"response"})
+        selected_rows.join(parsed, [{"rank": 1, "original_response": "b"}], {"response"})
 
 
 def test_misread():
@@ -228,17 +230,17 @@ def test_misread():
 
 @pytest.mark.parametrize("name", ["kept.jsonl", "new/kept.parquet"])
 def test_datasets_reads_rows_of_every_schema(name, tmp_path):
-    found = parse(MIXED)
-    columns = [{"weight": 1.0, "rank": row.line} | selected_rows.prompt_columns(row, "chat", None, None) for row in found]
-    records, _ = selected_rows.join(found, columns, selected_rows.misread("chat", found))
+    parsed = parse(MIXED)
+    columns = [{"weight": 1.0, "rank": row.line} | selected_rows.prompt_columns(row, "chat", None, None) for row in parsed]
+    records, _ = selected_rows.join(parsed, columns, selected_rows.misread("chat", parsed))
     assert selected_rows.write(tmp_path / name, records) == []
     assert [file.name for file in (tmp_path / name).parent.glob("kept*")] == [(tmp_path / name).name]
     loaded = read(tmp_path / name, tmp_path)
     absent = dict.fromkeys(key for record in records for key in record)
-    for theirs, record in zip(loaded, records, strict=True):
+    for row, record in zip(loaded, records, strict=True):
         if record.get("original_messages"):  # a struct has one set of keys
-            theirs["original_messages"] = [{k: v for k, v in turn.items() if v} for turn in theirs["original_messages"]]
-        assert theirs == absent | record
+            row["original_messages"] = [{k: v for k, v in turn.items() if v} for turn in row["original_messages"]]
+        assert row == absent | record
 
 
 def test_parquet_refuses_a_field_of_two_types(tmp_path):
@@ -247,23 +249,23 @@ def test_parquet_refuses_a_field_of_two_types(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     (tmp_path / "kept.jsonl").write_text("before")
     with pytest.raises(TypeError):
         selected_rows.write(tmp_path / "kept.jsonl", [{"a": "b"}, {"a": {("no", "key"): "of JSON"}}])
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
-def test_half_a_surrogate_pair_is_written_as_it_was_read(tmp_path):
+def test_lone_surrogates_are_written_as_json_escapes(tmp_path):
     """JSON can spell it, UTF-8 cannot."""
     selected_rows.write(tmp_path / "kept.jsonl", [{"a": "☃\ud800"}])
     assert (tmp_path / "kept.jsonl").read_bytes() == b'{"a": "' + "☃".encode() + b'\\ud800"}\n'
 
 
-@pytest.mark.parametrize("place, late", [(0, []), (11, ["note"])])
-def test_fields_that_datasets_would_miss_are_told(tmp_path, place, late):
+@pytest.mark.parametrize("index, late", [(0, []), (11, ["note"])])
+def test_fields_that_datasets_would_miss_are_reported(tmp_path, index, late):
     """With `note` in the eleventh megabyte, `datasets` infers fields without it and fails."""
-    records = [{"text": "x" * 10**6, **({"note": "here"} if i == place else {})} for i in range(12)]
+    records = [{"text": "x" * 10**6, **({"note": "here"} if i == index else {})} for i in range(12)]
     assert selected_rows.write(tmp_path / "kept.jsonl", records) == late
     if late:
         with pytest.raises(datasets.exceptions.DatasetGenerationError):
@@ -271,4 +273,4 @@ def test_fields_that_datasets_would_miss_are_told(tmp_path, place, late):
     else:
         assert read(tmp_path / "kept.jsonl", tmp_path)[0]["note"] == "here"
     selected_rows.write(tmp_path / "kept.parquet", records)
-    assert read(tmp_path / "kept.parquet", tmp_path)[place]["note"] == "here"
+    assert read(tmp_path / "kept.parquet", tmp_path)[index]["note"] == "here"

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import http.server
 import json
+import sys
 import threading
 import time
 
@@ -87,6 +88,22 @@ def test_protocol():
     assert (path, body) == ("/v1/chat/completions", BODY)
     assert headers["Authorization"] == f"Bearer {KEY}" and headers["Content-Type"] == "application/json"
     assert "Authorization" not in without
+
+
+def test_the_environment_adds_nothing_to_a_request(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret of another service")
+    with serve(lambda number, body: completion("Ja")) as server:
+        make(server.endpoint)(BODY)
+        make(server.endpoint, None)(BODY)
+    assert [headers["Authorization"] for _, headers, _, _ in server.requests] == [f"Bearer {KEY}", None]
+    assert not any("another service" in value for _, headers, _, _ in server.requests for value in headers.values())
+
+
+def test_without_the_openai_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"pip install 'bilevel_jax\[judge\]'$"):
+        client.check_installed()
 
 
 def slow(number, body):

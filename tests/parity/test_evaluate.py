@@ -1,4 +1,4 @@
-"""Our model behind lm-eval against lm-eval's own `hf` backend, recomputed live with PyTorch: `make parity`."""
+"""The model behind lm-eval against lm-eval's `hf` backend with PyTorch: `make parity`."""
 
 import os
 import pathlib
@@ -22,14 +22,14 @@ SMOLLM2 = pathlib.Path("local/smollm2")
 REAL = os.environ.get("BILEVEL_JAX_DATA")
 TASKS = ["local_arc_easy", "local_boolq", "local_hellaswag", "local_piqa", "local_winogrande"]
 LIMIT = 6  # items of each
-ATOL = 1e-3  # nats, of a whole continuation
+ATOL = 1e-3  # nats per continuation
 LONG = "1 and 2 make 3, as you can check. " * 20
 
 needs_smollm2 = pytest.mark.skipif(not SMOLLM2.exists(), reason="local/smollm2 is absent: make smollm2")
 
 
 def make_pair(directory, adapter=None):
-    """Their backend and ours."""
+    """The `hf` backend and the backend under test."""
     theirs = HFLM(str(directory), peft=adapter and str(adapter), device="cpu", dtype="float32", batch_size=8)
     tokenizer = templates.load_tokenizer(str(directory))
     model, base = huggingface.load_model(str(directory))
@@ -43,7 +43,7 @@ def smollm2():
 
 
 def ask(pair, kind, *arguments):
-    """What both say."""
+    """The results of both backends."""
     return [getattr(lm, kind)([Instance(kind, {}, each, place) for place, each in enumerate(arguments)]) for lm in pair]
 
 
@@ -76,13 +76,13 @@ def test_smollm2(smollm2):
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     assert theirs.apply_chat_template(chat) == ours.apply_chat_template(chat)
     templated = ours.apply_chat_template(chat)
-    said = ["The capital of France is ", "Count: one, two, three,", templated]
+    prefixes = ["The capital of France is ", "Count: one, two, three,", templated]
     options = {"until": ["\n\n"], "max_gen_toks": 24}
-    prompts = [(text, options) for text in said] + [(text, {"until": [","], "max_gen_toks": 6}) for text in said[1:]]
+    prompts = [(text, options) for text in prefixes] + [(text, {"until": [","], "max_gen_toks": 6}) for text in prefixes[1:]]
     expected, answers = ask(smollm2, "generate_until", *prompts)
     assert answers == expected and len(set(answers)) > 3 and all("," not in text for text in answers[3:])
 
-    texts = [(said[0], "Paris"), (said[0], "London"), ("", "Hello world"), ("", "<|im_start|>user"), (templated, "Paris.")]
+    texts = [(prefixes[0], "Paris"), (prefixes[0], "London"), ("", "Hello world"), ("", "<|im_start|>user"), (templated, "Paris.")]
     texts.append((templated, answers[2]))  # what greedy decoding gives
     found = ask(smollm2, "loglikelihood", *texts)
     assert_same_scores(*found)
@@ -93,7 +93,7 @@ def test_smollm2(smollm2):
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])
 def test_peft_adapter(architecture, make_adapter, request, tmp_path):
-    """A tiny model, so that contexts are cut and texts take several windows."""
+    """A tiny model, so that contexts are cut and texts need several windows."""
     directory = request.getfixturevalue(architecture)
     plain, adapted = make_pair(directory), make_pair(directory, make_adapter(directory, tmp_path / "adapter"))
     texts = [("1 and 2 make ", "345"), ("", "nothing"), (LONG + "so", " yes"), ("a", LONG[:200]), ("so", " 1 and")]

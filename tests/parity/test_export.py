@@ -1,8 +1,6 @@
-"""What is exported, in the hands of those it is for: `transformers`, `peft`, `datasets` and TRL's SFTTrainer."""
+"""Exported files with `transformers`, `peft`, `datasets` and TRL's SFTTrainer."""
 
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,21 +14,18 @@ import transformers
 import trl
 
 from bilevel_jax import config as configuration
-from bilevel_jax.data import (
-    rows,
-    templates,
-)
+from bilevel_jax.data import rows, templates
 from bilevel_jax.export import merged_model
 from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.runtime import weight_table
-from tests.conftest import make_model, make_rows, write_jsonl
+from tests.conftest import make_model, make_rows, run_command, write_jsonl
 from tests.export.test_selected_rows import CHAT, MIXED
 from tests.models.fixtures import make
 
 pytestmark = pytest.mark.parity
 SEED = 999
 SMOLLM2 = "local/smollm2"
-LLAMA3 = (  # as Llama 3 writes chats: nothing follows the EOS
+LLAMA3 = (  # the chat format of Llama 3, with nothing after the EOS
     "{% for m in messages %}{{ '<|head|>' + m['role'] + '\n\n' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|head|>assistant\n\n' }}{% endif %}"
 )
@@ -45,7 +40,7 @@ logits_of = jax.jit(decoder.logits, static_argnums=0)
 @pytest.mark.parametrize("max_shard", [10**9, 24 * 1024])
 @pytest.mark.parametrize("name", [*make.ADAPTERS, "llama_bfloat16"])
 def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp_path):
-    """Equal to those of PEFT with the adapter beside the base, and to ours; with biases and with tied embeddings, too."""
+    """Equal to those of PEFT with base and adapter, and to those of this package; also with biases and tied embeddings."""
     base, options = make.ADAPTERS.get(name, (name, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}))
     model = make.save(make.build(base, SEED), base, tmp_path / "base")
     make.adapt(model, options, SEED).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -74,14 +69,14 @@ def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp
 def models(tmp_path_factory):
     """Directories of tiny models: without a chat template, with Llama 3's, and with SmolLM2's tokenizer."""
     root = tmp_path_factory.mktemp("models")
-    found = {"plain": make_model(root / "plain", "llama")}
-    found["llama3"] = shutil.copytree(found["plain"], root / "llama3")
-    (found["llama3"] / "chat_template.jinja").write_text(LLAMA3)
+    directories = {"plain": make_model(root / "plain", "llama")}
+    directories["llama3"] = shutil.copytree(directories["plain"], root / "llama3")
+    (directories["llama3"] / "chat_template.jinja").write_text(LLAMA3)
     tokenizer = templates.load_tokenizer(SMOLLM2)
     tokenizer.save_pretrained(root / "smollm2")
     sizes = make.SIZES | {"vocab_size": len(tokenizer), "num_attention_heads": 4}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(root / "smollm2")
-    return found | {"smollm2": root / "smollm2"}
+    return directories | {"smollm2": root / "smollm2"}
 
 
 @pytest.fixture
@@ -97,23 +92,21 @@ def export(models, tmp_path):
         config.data.lower, config.data.template, config.model.path = str(file), template, str(models[name])
         (workdir / "config.json").write_text(config.to_json(indent=2))
         (workdir / "summary.json").write_text("{}")
-        found, _ = rows.read_rows(file)
-        table = weight_table.table(found, np.arange(len(found)), [1] * len(found), [True] * len(found))
+        parsed, _ = rows.read_rows(file)
+        table = weight_table.table(parsed, np.arange(len(parsed)), [1] * len(parsed), [True] * len(parsed))
         weight_table.write(workdir / "weights" / "epoch_1.parquet", table)
-        lines = [{"step": 0, "id": row.id, "sample": 0, "text": f"My {row.line}"} for row in found[::2]]
+        lines = [{"step": 0, "id": row.id, "sample": 0, "text": f"My {row.line}"} for row in parsed[::2]]
         write_jsonl(workdir / "responses.jsonl", lines)
         out = tmp_path / f"kept.{suffix}"
-        command = [sys.executable, "-m", "bilevel_jax.export", f"--workdir={workdir}", f"--selected={out}", "--keep=1", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_command("export", [f"--workdir={workdir}", f"--selected={out}", "--keep=1", *arguments])
         kind = {"jsonl": "json"}.get(suffix, suffix)
-        return datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache")), found
+        return datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache")), parsed
 
     return run
 
 
 def train(directory, dataset, tmp_path):
-    """Token ids and labels of every row as SFTTrainer prepares them with its own settings; it takes a step, too."""
+    """Token ids and labels of each row from SFTTrainer with its default settings, which also takes a training step."""
     settings = trl.SFTConfig(str(tmp_path / "sft"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = templates.load_tokenizer(str(directory))
@@ -123,65 +116,65 @@ def train(directory, dataset, tmp_path):
     return prepared
 
 
-def of_run(found, tokenizer, template):
+def of_run(parsed, tokenizer, template):
     """Token ids and labels of every row in a run."""
-    pairs = [(x.prompt.tolist(), x.response.tolist()) for x in templates.encode(found, tokenizer, template=template)]
+    pairs = [(x.prompt.tolist(), x.response.tolist()) for x in templates.encode(parsed, tokenizer, template=template)]
     return [(prompt + response, [-100] * len(prompt) + response) for prompt, response in pairs]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("name, after", [("llama3", ""), ("smollm2", "\n")])
 def test_trl_learns_the_same_chats(export, models, tmp_path, name, after, suffix):
-    """To the token, but for the line feed that SmolLM2's template writes after the EOS."""
-    dataset, found = export(name, MIXED, suffix=suffix)
+    """Equal tokens, except the line feed that SmolLM2's template writes after the EOS."""
+    dataset, parsed = export(name, MIXED, suffix=suffix)
     tokenizer = templates.load_tokenizer(str(models[name]))
     rest = tokenizer(after, add_special_tokens=False)["input_ids"]
-    expected = [(ids + rest, labels + rest) for ids, labels in of_run(found, tokenizer, "chat")]
+    expected = [(ids + rest, labels + rest) for ids, labels in of_run(parsed, tokenizer, "chat")]
     assert train(models[name], dataset, tmp_path) == expected
 
 
 def test_trl_learns_chats_that_keep_their_messages(export, models, tmp_path):
-    dataset, found = export("llama3", [{"messages": CHAT}, {"messages": CHAT[1:3]}])
+    dataset, parsed = export("llama3", [{"messages": CHAT}, {"messages": CHAT[1:3]}])
     assert "messages" in dataset.column_names
     tokenizer = templates.load_tokenizer(str(models["llama3"]))
-    assert train(models["llama3"], dataset, tmp_path) == of_run(found, tokenizer, "chat")
+    assert train(models["llama3"], dataset, tmp_path) == of_run(parsed, tokenizer, "chat")
 
 
 def test_trl_learns_refined_responses(export, models, tmp_path):
-    dataset, found = export("llama3", MIXED, "--refined")
+    dataset, parsed = export("llama3", MIXED, "--refined")
     assert dataset["refined"] == [True, False, True, False]
     tokenizer = templates.load_tokenizer(str(models["llama3"]))
     prepared = train(models["llama3"], dataset, tmp_path)
-    told = [tokenizer.decode([label for label in labels if label != -100]) for _, labels in prepared]
-    assert told == [f"{text}<|end|>" for text in ("My 1", "3", "My 3", "Hey")]
+    texts = [tokenizer.decode([label for label in labels if label != -100]) for _, labels in prepared]
+    assert texts == [f"{text}<|end|>" for text in ("My 1", "3", "My 3", "Hey")]
 
 
 def test_trl_learns_the_same_texts(export, models, tmp_path):
-    """Template none, no token across the border: the same tokens. A field `text` would be learned in their place."""
+    """Template none, no token across the boundary: equal tokens. SFTTrainer would train on a field `text` instead."""
     objects = [row | {"text": "not to be learned"} for row in make_rows(5, seed=3)]
-    dataset, found = export("plain", objects, template="none")
+    dataset, parsed = export("plain", objects, template="none")
     assert "text" not in dataset.column_names and dataset["original_text"] == ["not to be learned"] * 5
     tokenizer = templates.load_tokenizer(str(models["plain"]))
-    assert train(models["plain"], dataset, tmp_path) == of_run(found, tokenizer, "none")
+    assert train(models["plain"], dataset, tmp_path) == of_run(parsed, tokenizer, "none")
 
 
 def test_trl_takes_prompt_and_completion_as_they_are(export, models, tmp_path):
     objects = [{"prompt": "Where is it?", "completion": "Über there"}, {"prompt": "1+1=", "completion": "two", "source": "x"}]
-    dataset, found = export("llama3", objects)
+    dataset, parsed = export("llama3", objects)
     assert [{key: value for key, value in row.items() if value is not None} for row in dataset] == [
         row | {"weight": pytest.approx(weight), "rank": rank}
         for row, weight, rank in zip(objects, 2 / (1 + np.exp([1, -1])), (2, 1))
     ]
     tokenizer = templates.load_tokenizer(str(models["llama3"]))
-    assert train(models["llama3"], dataset, tmp_path) == of_run(found, tokenizer, "none")
+    assert train(models["llama3"], dataset, tmp_path) == of_run(parsed, tokenizer, "none")
 
 
 def test_trl_learns_the_same_words_where_tokens_merge(export, models, tmp_path):
-    """Under `human` the space before a response becomes part of its first token: the same text, and the loss on the response."""
-    dataset, found = export("plain", [*MIXED, *make_rows(5, seed=3)])
+    """With `human` the space before a response merges with its first token: equal texts, and the loss on the response."""
+    dataset, parsed = export("plain", [*MIXED, *make_rows(5, seed=3)])
     tokenizer = templates.load_tokenizer(str(models["plain"]))
     for (ids, labels), (expected, _), row in zip(
-        train(models["plain"], dataset, tmp_path), of_run(found, tokenizer, "human"), found, strict=True
+        train(models["plain"], dataset, tmp_path), of_run(parsed, tokenizer, "human"), parsed, strict=True
     ):
         assert tokenizer.decode(ids) == tokenizer.decode(expected)
         learned = [label for label in labels if label != -100]

@@ -1,12 +1,7 @@
-"""Responses against log-softmax in float64 from the logits of every row by itself, against `score`, and against each other.
+"""Responses against float64 log-softmax of the logits of each row alone, against `score`, and against each other."""
 
-The command runs in a process of its own: `score` has flags of the same names, so that the two cannot be imported side by side.
-"""
-
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -19,7 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from absl import flags as absl_flags
 
+from bilevel_jax import sampling
 from bilevel_jax.data import rows
 from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.score import scorer
@@ -32,7 +29,7 @@ CHAT = [
     {"role": "assistant", "content": "Ho"},
     {"role": "user", "content": "And?"},
 ]
-OBJECTS = [  # with the text that the template `human` makes of them
+OBJECTS = [  # with their text in the template `human`
     ({"question": "Where?"}, "Human: Where?\n\nAssistant: "),
     ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Human: Add.\n1 2\n\nAssistant: "),
     ({"prompt": "Once", "completion": " upon a time"}, "Human: Once\n\nAssistant: "),
@@ -47,10 +44,18 @@ GREEDY = ["--temperature=0", "--max_new_tokens=24"]
 
 @pytest.fixture(scope="module")
 def command():
-    """`f(arguments)` -> what the command prints; it raises what the command raises."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-        yield lambda *arguments: process.submit(run_command, "sample", list(map(str, arguments))).result()
+    """`f(arguments)` -> the output of the command. Calls with equal settings share their compiled programs."""
+    make_sampler, samplers = sampling.make_sampler, {}
+
+    def cached(model, settings, eos, *, slots, length, mesh, detokenize):
+        key = model, settings, tuple(eos), slots, length
+        if settings.stop or key not in samplers:
+            samplers[key] = make_sampler(model, settings, eos, slots=slots, length=length, mesh=mesh, detokenize=detokenize)
+        return samplers[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "make_sampler", cached)
+        yield lambda *arguments: run_command("sample", list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampled(command, prompts, tmp_path_factory):
-    """`f(model, *flags)` -> the rows written for the prompts above; the same call is answered from memory."""
+    """`f(model, *flags)` -> the rows written for the prompts above; equal calls are cached."""
     out = tmp_path_factory.mktemp("sampled") / "out.jsonl"
 
     @functools.cache
@@ -173,7 +178,7 @@ def test_greedy(sampled, neox, adapter, adapted):
         assert result == first | {"sample": result["sample"], "logprob": pytest.approx(first["logprob"], rel=1e-5)}
 
 
-def test_the_adapter_counts(sampled, neox, adapter):
+def test_the_adapter_has_an_effect(sampled, neox, adapter):
     base, adapted = sampled(neox, *GREEDY), sampled(neox, f"--adapter={adapter}", *GREEDY)
     assert all(a["tokens"] != b["tokens"] for a, b in zip(base, adapted))
 
@@ -212,7 +217,7 @@ def test_bfloat16(sampled, neox, adapter):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What decides a response, and what does not
+# Dependence on seed and batch
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +230,7 @@ def test_seeds(command, neox, prompts, tmp_path):
     assert written["a"] == written["b"] != written["c"]
     tokens = {name: [row["tokens"] for row in map(json.loads, written[name].splitlines())] for name in written}
     assert all(a != c for a, c in zip(tokens["a"], tokens["c"]))
-    assert len(set(map(tuple, tokens["a"]))) == len(tokens["a"])  # samples and repeated questions differ too
+    assert len(set(map(tuple, tokens["a"]))) == len(tokens["a"])  # samples and repeated questions differ, too
 
 
 ALL = slice(None)
@@ -241,9 +246,9 @@ ALL = slice(None)
         (["--num_samples=3"], slice(3, 4)),
     ],
 )
-def test_what_happens_beside_it_does_not_change_a_response(sampled, neox, flags, part, tmp_path):
+def test_responses_do_not_depend_on_the_batch(sampled, neox, flags, part, tmp_path):
     expected = {(r["id"], r["sample"]): r for r in sampled(neox, *SOME, "--num_samples=3")}
-    chosen = [row for row, _ in OBJECTS[:5]][part]  # without the repeated one, which is told from the first by its place
+    chosen = [row for row, _ in OBJECTS[:5]][part]  # without the repeated question
     results = sampled(neox, *SOME, *flags, prompts=write_jsonl(tmp_path / "chosen.jsonl", chosen))
     assert len(results) == len(chosen) * int(flags[-1][-1])
     for result in results:
@@ -253,7 +258,7 @@ def test_what_happens_beside_it_does_not_change_a_response(sampled, neox, flags,
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Ends
+# Ends of responses
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -332,12 +337,12 @@ def test_template_none_takes_the_question_as_it_is(sampled, neox):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What cannot be used
+# Unusable prompts and refusals
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def test_command(neox, adapter, tmp_path):
-    """Prompts that cannot be used keep their place."""
+    """Prompts that cannot be used keep their position."""
     good = [json.dumps(row, ensure_ascii=False) for row, _ in OBJECTS[:5]]
     empty = json.dumps({"question": " "})
     lines = [good[0], "{not json", good[1], empty, json.dumps({"question": "so " * 200}), *good[2:], '{"a": 1}']
@@ -364,7 +369,7 @@ def test_command(neox, adapter, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
-def test_prompts_that_the_model_has_no_tokens_for(sampled, model_copy, tmp_path):
+def test_prompts_without_valid_tokens(sampled, model_copy, tmp_path):
     file = model_copy / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.normalizer = tokenizers.normalizers.Replace("gone", "")
@@ -422,13 +427,13 @@ def test_refusals(command, neox, prompts, tmp_path, changes, reason):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no directory that even root cannot write to")
 def test_a_directory_that_cannot_be_written_to(command, prompts):
-    """Shows before the model is looked at."""
+    """Fails before the model is read."""
     with pytest.raises(OSError, match="--out: no file can be written to /proc"):
         command("--model=absent/dir/ectory", f"--prompts={prompts}", "--out=/proc/self/out.jsonl")
 
 
-def test_a_failure_leaves_what_was_there(command, model_copy, prompts, tmp_path):
-    """Weights that are not numbers show last of all."""
+def test_a_failure_leaves_the_old_file(command, model_copy, prompts, tmp_path):
+    """Weights that are not numbers are detected last."""
     file = model_copy / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file({name: np.full_like(tensor, np.nan) for name, tensor in tensors.items()}, file)
@@ -446,9 +451,15 @@ def test_settings_for_generation_that_cannot_be_read(command, model_copy, prompt
         command(f"--model={model_copy}", f"--prompts={prompts}", f"--out={tmp_path}/out.jsonl")
 
 
-@pytest.mark.parametrize("flag, named", [("--num_smaples=2", "num_smaples"), ("--template=x", "template"), ("--top_p=2", "top_p")])
-def test_errors_are_one_line(neox, prompts, flag, named):
-    arguments = [f"--model={neox}", f"--prompts={prompts}", "--out=out.jsonl", flag]
+@pytest.mark.parametrize("flag, named, error", [("--template=x", "template", absl_flags.Error), ("--top_p=2", "top_p", ValueError)])
+def test_errors_name_the_flag(command, neox, prompts, flag, named, error):
+    with pytest.raises(error, match=named) as raised:
+        command(f"--model={neox}", f"--prompts={prompts}", "--out=out.jsonl", flag)
+    assert "\n" not in str(raised.value)
+
+
+def test_errors_are_one_line(neox, prompts):
+    named, arguments = "num_smaples", [f"--model={neox}", f"--prompts={prompts}", "--out=out.jsonl", "--num_smaples=2"]
     done = subprocess.run([sys.executable, "-m", "bilevel_jax.sample", *arguments], capture_output=True, text=True)
     assert done.returncode != 0 and named in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

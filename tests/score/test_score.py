@@ -1,4 +1,4 @@
-"""Scores against log-softmax in float64, from the logits of every row by itself."""
+"""Scores against float64 log-softmax of the logits of each row alone."""
 
 import json
 import subprocess
@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 from bilevel_jax import scoring
 from bilevel_jax.data import rows
 from bilevel_jax.score import scorer
-from tests.conftest import load, make_rows, read_jsonl, token_log_probs, write_jsonl
+from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
 
 SCHEMAS = [
     {"question": "Where?", "response": "Über ☃ here"},
@@ -24,6 +25,20 @@ NONE = "none", False
 HUMAN = "human", True
 
 
+@pytest.fixture(autouse=True, scope="module")
+def shared_scorers():
+    """Calls with equal settings share their compiled programs."""
+    make_scorer, scorers = scoring.make_scorer, {}
+
+    def cached(*settings):
+        key = *settings, scoring.SHORT, scoring.ENTRIES
+        return scorers.setdefault(key, make_scorer(*settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "make_scorer", cached)
+        yield
+
+
 @pytest.fixture(scope="module")
 def adapters(neox, llama, make_adapter, tmp_path_factory):
     """Model directory -> adapter directory."""
@@ -32,7 +47,7 @@ def adapters(neox, llama, make_adapter, tmp_path_factory):
 
 
 def question_and_response(row) -> tuple[str, str]:
-    """Of the rows above, by hand."""
+    """Question and response of a row above, by hand."""
     if "messages" in row:
         return row["messages"][0]["content"], row["messages"][1]["content"]
     if "instruction" in row:
@@ -63,7 +78,7 @@ def test_values(architecture, adapted, template, eos, adapters, request):
 
 def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
     items = list(rows.parse(enumerate(OBJECTS, 1)))
-    found = {
+    results = {
         (adapted, eos): scorer.score_rows(
             items, *load(neox, adapters[neox] if adapted else None), template="none", eos=eos, batch_size=4
         )
@@ -71,8 +86,8 @@ def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
         for eos in (False, True)
     }
     for i in range(len(items)):
-        assert len({round(results[i]["logprob"], 3) for results in found.values()}) == 4
-        assert found[False, True][i]["num_tokens"] == found[False, False][i]["num_tokens"] + 1
+        assert len({round(scores[i]["logprob"], 3) for scores in results.values()}) == 4
+        assert results[False, True][i]["num_tokens"] == results[False, False][i]["num_tokens"] + 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -90,7 +105,7 @@ TOO_LONG = {"question": "How?", "response": "so " * 200}
 
 
 def test_command(neox, adapters, tmp_path):
-    """Rows that cannot be scored keep their place."""
+    """Rows that cannot be scored keep their position."""
     good = [json.dumps(row, ensure_ascii=False) for row in OBJECTS[-5:]]
     empty = json.dumps({"question": "Why?", "response": " "})
     lines = [good[0], "{not json", good[1], empty, json.dumps(TOO_LONG), *good[2:], '{"a": 1}']
@@ -129,15 +144,21 @@ def test_no_row_that_fits(neox):
         ({"adapter": "absent"}, "absent/adapter_config.json"),
         ({"out": "absent/scores.jsonl"}, "--out"),
         ({"dtype": "float64"}, "dtype"),
-        ({"bach_size": "1"}, "bach_size"),
     ],
 )
-def test_command_refuses(neox, tmp_path, changes, reason):
+def test_command_refuses(neox, tmp_path, monkeypatch, changes, reason):
+    monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "data.jsonl", OBJECTS)
     (tmp_path / "empty.jsonl").touch()
-    flags = {"model": str(neox), "data": "data.jsonl", "out": "scores.jsonl"} | changes
-    arguments = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    values = {"model": str(neox), "data": "data.jsonl", "out": "scores.jsonl"} | changes
+    with pytest.raises((ValueError, OSError, flags.Error), match=reason) as error:
+        run_command("score", [f"--{key}={value}" for key, value in values.items()])
+    assert "\n" not in str(error.value)
+
+
+def test_errors_are_one_line(neox, tmp_path):
+    arguments = [f"--model={neox}", "--data=data.jsonl", "--out=scores.jsonl", "--bach_size=1"]
     command = [sys.executable, "-m", "bilevel_jax.score", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode != 0 and reason in done.stderr
+    assert done.returncode != 0 and "bach_size" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
