@@ -2,9 +2,9 @@
 
     python -m experiments.tiny_model --out=bilevel_jax/tiny
 
-The model plays a language model that is pretrained but not aligned. Its rows come from `data/synthetic/`, a part of them bad:
-it has seen forbidden requests answered about as often as refused, and many of its rows wear another template than the one
-that is fine-tuned later. So it knows the tasks, ranks right above wrong fairly well, and has something left to learn.
+The model takes the role of a pretrained, unaligned language model. Its rows come from `data/synthetic/`, and some of them are bad:
+forbidden requests are answered about as often as refused, and many rows use another template than fine-tuning does. So the model
+knows the tasks, mostly prefers right to wrong answers, and can still improve.
 """
 
 import functools

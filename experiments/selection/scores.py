@@ -73,19 +73,15 @@ def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, l
         return jax.grad(loss)(adapter)
 
     @jax.jit
-    def total(adapter, packed):
-        def add(m, sums):
-            return jax.tree.map(jnp.add, sums, gradients(adapter, packed, m))
+    def visit(adapter, packed, direction):
+        """The sum of the gradients of all rows, and the cosine of each gradient with `direction`; 0 if a gradient vanishes."""
 
-        return jax.lax.fori_loop(0, packed.num_micro, add, jax.tree.map(jnp.zeros_like, adapter))
-
-    @jax.jit
-    def cosines(adapter, packed, direction):
-        def cosine(m):  # 0 if the gradient of a row vanishes
+        def add(sums, m):
             gradient = gradients(adapter, packed, m)
-            return optax.tree.vdot(gradient, direction) / jnp.maximum(optax.tree.norm(gradient), 1e-30)
+            cosine = optax.tree.vdot(gradient, direction) / jnp.maximum(optax.tree.norm(gradient), 1e-30)
+            return jax.tree.map(jnp.add, sums, gradient), cosine
 
-        return jax.lax.map(cosine, jnp.arange(packed.tokens.shape[0]))
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, adapter), jnp.arange(packed.tokens.shape[0]))
 
     def batches(examples):
         """Indices of some rows, and these rows packed, one per sequence."""
@@ -98,12 +94,12 @@ def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, l
                 bins = [[i] for i in sorted(range(len(part)), key=lambda i: -segments[i].size)]
                 yield np.array(part), packing.lay_out(segments, bins, packing.Layout(1, size, CHUNK))
 
-    sums = jax.tree.map(jnp.zeros_like, adapter)
+    zeros = sums = jax.tree.map(jnp.zeros_like, adapter)
     for _, packed in batches(upper.examples):
-        sums = jax.tree.map(jnp.add, sums, total(adapter, packed))
+        sums = jax.tree.map(jnp.add, sums, visit(adapter, packed, zeros)[0])
     direction = jax.tree.map(lambda leaf: leaf / optax.tree.norm(sums), sums)
     alignments = np.zeros(len(lower.examples))
     for part, packed in batches(lower.examples):
-        values, entries = np.asarray(cosines(adapter, packed, direction)), packed.entry[: len(part), 0]
+        values, entries = np.asarray(visit(adapter, packed, direction)[1]), packed.entry[: len(part), 0]
         alignments[part[entries]] = values[: len(part)]
     return alignments

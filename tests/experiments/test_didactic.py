@@ -1,4 +1,4 @@
-"""Each conclusion of the didactic study, on fewer learning rates and cases than it has, and its exact parts by other means."""
+"""The conclusions of the didactic study on fewer learning rates and cases, and its exact parts by independent computations."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ DISTANCES = (bandits.NEAR, bandits.FAR)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_beta():
-    """All learners of a kind then have the same number of runs, and share a compilation."""
+    """With one β, all learners of a kind have the same number of runs and share a compilation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bandits, "BETAS", BETAS)
         yield
@@ -43,8 +43,8 @@ def test_best_of_g_by_enumeration():
 
 def test_draw_takes_bins_in_proportion():
     probabilities = np.array([0.25, 0.0, 0.5, 0.25])
-    found = bandits.draw(jnp.asarray(probabilities), (jnp.arange(1000) + 0.5) / 1000)
-    np.testing.assert_allclose(np.bincount(found, minlength=4) / 1000, probabilities)
+    values = bandits.draw(jnp.asarray(probabilities), (jnp.arange(1000) + 0.5) / 1000)
+    np.testing.assert_allclose(np.bincount(values, minlength=4) / 1000, probabilities)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
@@ -63,17 +63,19 @@ def test_velocities_are_gradients_of_the_divergences(kind):
 
 def test_forward_kl_matches_moments_and_reverse_kl_takes_a_mode(monkeypatch):
     monkeypatch.setattr(kl, "SEEDS", 4)
-    found = kl.measure()
-    forward, reverse = found["measures"]["forward"], found["measures"]["reverse"]
-    np.testing.assert_allclose(forward["mean"], 0, atol=0.02)  # as the stationary point of an exponential family has
+    values = kl.measure()
+    forward, reverse = values["measures"]["forward"], values["measures"]["reverse"]
+    np.testing.assert_allclose(forward["mean"], 0, atol=0.02)  # as at the stationary point of an exponential family
     np.testing.assert_allclose(forward["deviation"], 1, atol=0.01)
-    assert forward["valley"].min() > 0.2 and found["target"]["valley"].max() < 0.05
+    assert forward["valley"].min() > 0.2 and values["target"]["valley"].max() < 0.05
     for kind in ("reverse", "on-policy"):
-        measured = found["measures"][kind]
+        measured = values["measures"][kind]
         assert measured["valley"].max() < 0.1 and measured["deviation"].max() < 0.4
-        assert (measured["left"][:4] > 0.9).all() and (measured["left"][4:] < 0.1).all()  # the one that it started in
-    assert found["measures"]["weighted"]["valley"].min() > 0.2
-    assert reverse["distance"].max() > 0.2 and max(d.max() for d in found["table"].values()) < 0.02  # a table can have both
+        assert (measured["left"][:4] > 0.9).all() and (measured["left"][4:] < 0.1).all()  # the mode nearest to the start
+    assert values["measures"]["weighted"]["valley"].min() > 0.2
+    assert (
+        reverse["distance"].max() > 0.2 and max(d.max() for d in values["table"].values()) < 0.02
+    )  # a table can represent both modes
 
 
 def test_reverse_kl_is_ahead_between_most_bins_for_sharp_targets_only():
@@ -103,10 +105,10 @@ def test_on_policy_samples_win_and_most_where_the_peak_is_outside(samplers):
 
 def test_a_negative_gradient_wins_off_policy_and_not_on_policy(samplers):
     ends = samplers["ends"]
-    for place in range(2):
-        gap = bandits.paired(ends["DPO"]["off"][place], ends["best-of-G"]["off"][place])
+    for peak in range(2):
+        gap = bandits.paired(ends["DPO"]["off"][peak], ends["best-of-G"]["off"][peak])
         assert gap.above >= gap.seeds - 1 and gap.mean > 0.1
-        assert abs(ends["DPO"]["on"][place].mean() - ends["best-of-G"]["on"][place].mean()) < 0.05
+        assert abs(ends["DPO"]["on"][peak].mean() - ends["best-of-G"]["on"][peak].mean()) < 0.05
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -124,10 +126,10 @@ def test_dpo_lowers_chosen_responses_too_and_ipo_keeps_them_up(samplers):
 
 def test_both_together_are_ahead_of_each_alone_on_a_table(monkeypatch):
     monkeypatch.setattr(bandits, "BETAS", dict.fromkeys(bandits.BETAS, (1.0,)))
-    found = together.measure(DISTANCES, RATES)
-    for gap in found["less"]["table, outside"].values():
+    values = together.measure(DISTANCES, RATES)
+    for gap in values["less"]["table, outside"].values():
         assert gap.mean > 0.05 and gap.above >= 5
-    assert abs(found["less"]["shared, outside"]["on-policy"].mean) < 0.05
+    assert abs(values["less"]["shared, outside"]["on-policy"].mean) < 0.05
 
 
 def test_reuse_helps_unless_stale_samples_are_pushed_down_without_ratios(reused):
@@ -140,9 +142,9 @@ def test_reuse_helps_unless_stale_samples_are_pushed_down_without_ratios(reused)
 
 def test_gains_are_those_of_the_policies_on_seeds_that_tuned_nothing(samplers):
     assert not set(bandits.TUNED_ON) & set(bandits.SEEDS) and len(bandits.SEEDS) >= 4
-    found = bandits.grid("DPO", DISTANCES, RATES)[bandits.Case(bandits.FAR, False)]
-    np.testing.assert_allclose(found.policy.sum(-1), 1, rtol=1e-5)
-    for gain, policy, seed in zip(found.end, found.policy, bandits.SEEDS):
+    values = bandits.grid("DPO", DISTANCES, RATES)[bandits.Case(bandits.FAR, False)]
+    np.testing.assert_allclose(values.policy.sum(-1), 1, rtol=1e-5)
+    for gain, policy, seed in zip(values.end, values.policy, bandits.SEEDS):
         p = bandits.problem(seed, bandits.FAR)
         start = p.reference @ p.reward
         assert gain == pytest.approx((policy @ p.reward - start) / (p.reward.max() - start), abs=1e-4)

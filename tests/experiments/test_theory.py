@@ -36,15 +36,15 @@ def test_a_losss_gradient_is_its_residual():
 def test_bds_values_of_boxes_are_those_of_a_search(rows):
     points = plates.grid(0.125)
     best = theorem1.minimisers(np.eye(3)[list(rows)].mean(0)[None], plates.losses(points, plates.LOWER))[0]
-    found = plates.losses(points[best], plates.UPPER[None]).min()
-    assert plates.bds_value(rows, plates.LOWER, plates.UPPER) == pytest.approx(found, abs=1e-12)
+    values = plates.losses(points[best], plates.UPPER[None]).min()
+    assert plates.bds_value(rows, plates.LOWER, plates.UPPER) == pytest.approx(values, abs=1e-12)
 
 
 def test_lemma7_hessian_of_the_projects_loss_is_the_covariance_of_each_token():
-    found = lemma7.measure()
-    assert found["error"] < 1e-4  # float32 differences; entries are up to 0.25
-    assert found["off_block"] < 1e-6
-    assert found["smallest"] > -1e-14 and found["zeros"] == lemma7.TOKENS
+    values = lemma7.measure()
+    assert values["error"] < 1e-4  # float32 differences; entries are up to 0.25
+    assert values["off_block"] < 1e-6
+    assert values["smallest"] > -1e-14 and values["zeros"] == lemma7.TOKENS
 
 
 def test_lemma7_the_loss_is_not_convex_in_parameters_that_multiply():
@@ -64,12 +64,12 @@ def test_lemma7_the_loss_is_not_convex_in_parameters_that_multiply():
 
 
 def test_theorem1_weak_pareto_points_are_the_weighted_minimisers_of_the_closed_simplex():
-    found = theorem1.measure()
-    assert (found["pareto"] == found["union"]).all()
-    assert found["bmo"] == found["bds"] == 0
-    assert found["lemma5"] == 0
+    values = theorem1.measure()
+    assert (values["pareto"] == values["union"]).all()
+    assert values["bmo"] == values["bds"] == 0
+    assert values["lemma5"] == 0
     # Finite ω: only what all rows share, and with it the loss of training on all rows, ½·1².
-    assert found["inside"].sum() < found["pareto"].sum() and found["bds_inside"] == pytest.approx(0.5)
+    assert values["inside"].sum() < values["pareto"].sum() and values["bds_inside"] == pytest.approx(0.5)
 
 
 def test_theorem1_without_a_shared_minimiser():
@@ -82,9 +82,9 @@ def test_theorem1_without_a_shared_minimiser():
 
 
 def test_theorem1_a_local_solution_of_bds_that_is_none_of_bmo():
-    found = theorem1.local_solutions()
-    assert found["bds_near"] == found["here"] == pytest.approx(0.5)
-    assert found["bmo_near"] == pytest.approx(0.5 * 0.75**2)
+    values = theorem1.local_solutions()
+    assert values["bds_near"] == values["here"] == pytest.approx(0.5)
+    assert values["bmo_near"] == pytest.approx(0.5 * 0.75**2)
 
 
 @pytest.mark.parametrize("rule", ["bds, mirror (default)", "bds, sgd as (10b)", "bds, adam 1e-2"])
@@ -111,10 +111,10 @@ def test_theorem2_as_printed_has_a_counterexample(selection):
 
 
 def test_theorem3_selection_is_strictly_below_mixing_for_every_rho():
-    found = theorem3.measure()
-    np.testing.assert_allclose(found["mixing"], found["closed"], rtol=1e-6)
-    assert (found["mixing"] > found["selection"] + 1e-10).all()
-    np.testing.assert_allclose(found["table"], found["table_closed"], rtol=1e-4)
+    values = theorem3.measure()
+    np.testing.assert_allclose(values["mixing"], values["closed"], rtol=1e-6)
+    assert (values["mixing"] > values["selection"] + 1e-10).all()
+    np.testing.assert_allclose(values["table"], values["table_closed"], rtol=1e-4)
 
 
 def test_theorem3_mixing_ties_without_useless_rows_or_with_a_kink():
@@ -125,15 +125,15 @@ def test_theorem3_mixing_ties_without_useless_rows_or_with_a_kink():
 
 
 def test_theorem4_the_margin_is_sure_for_many_trusted_rows_and_turns_under_a_large_shift():
-    found = theorem4.measure()
+    values = theorem4.measure()
     for rho in theorem4.RHOS:
-        assert found["share"][rho][-2:].min() == 1
-        assert found["shifted"][rho][0] > 0 > found["shifted"][rho][-1]
-    assert found["share"][0.05][0] < 0.9  # one trusted row is too few
-    assert found["turns"][0.05] < found["turns"][0.5] < found["turns"][1.0]
+        assert values["share"][rho][-2:].min() == 1
+        assert values["shifted"][rho][0] > 0 > values["shifted"][rho][-1]
+    assert values["share"][0.05][0] < 0.9  # one trusted row is too few
+    assert values["turns"][0.05] < values["turns"][0.5] < values["turns"][1.0]
     # ρ = 1 stays at 1/2, selection is in [1.5, 2]: of the strange centre's loss, 0 there, 0.6²/2 at 2.
     mean = np.mean(0.5 * (theorem4.CENTRES - 1) ** 2)
-    assert found["turns"][1.0] == pytest.approx(-np.log(1 - mean / (mean + 0.18)), rel=1e-6)
+    assert values["turns"][1.0] == pytest.approx(-np.log(1 - mean / (mean + 0.18)), rel=1e-6)
 
 
 def test_theorem4_mixing_by_hand():
@@ -143,45 +143,45 @@ def test_theorem4_mixing_by_hand():
 
 
 def test_lemma6_softmax_weights_are_the_slopes_of_the_merit():
-    found = lemma6.measure()
-    np.testing.assert_allclose(found["ours"], found["stated"], atol=1e-6)
-    np.testing.assert_allclose(found["slope"], found["stated"], atol=1e-8)
+    values = lemma6.measure()
+    np.testing.assert_allclose(values["ours"], values["stated"], atol=1e-6)
+    np.testing.assert_allclose(values["slope"], values["stated"], atol=1e-8)
 
 
 def test_lemma6_ratios_are_proportional_to_them_only_for_equal_old_probabilities():
-    found = lemma6.measure()
-    assert found["equal"] < 1e-5
-    assert found["unequal"] > 0.5
-    assert np.ptp(found["fresh"]) < 1e-6 and np.ptp(found["stated"]) > 0.1
+    values = lemma6.measure()
+    assert values["equal"] < 1e-5
+    assert values["unequal"] > 0.5
+    assert np.ptp(values["fresh"]) < 1e-6 and np.ptp(values["stated"]) > 0.1
 
 
 def test_lemma6_own_responses_weighted_to_be_on_policy_have_no_expected_gradient_unless_clipped():
-    found = lemma6.measure()
-    assert found["expected"] < 1e-6
-    assert found["clipped"] > 0.05
+    values = lemma6.measure()
+    assert values["expected"] < 1e-6
+    assert values["clipped"] > 0.05
 
 
 def test_lemma8_is_an_equality_under_assumption_1():
-    found = lemma8.measure()
-    for tau, slack in found["slack"].items():
+    values = lemma8.measure()
+    for tau, slack in values["slack"].items():
         assert slack["inner"] < 1e-12
         assert -1e-12 < slack["least"] and slack["most"] < np.log(3) / tau + 1e-12
-    assert found["apart"]["inner"] > np.log(2) / 10 + 0.1
+    assert values["apart"]["inner"] > np.log(2) / 10 + 0.1
     # For fixed τ, γ → ∞ trains on all rows; a τ far above γ gives BMO.
-    assert found["solutions"][1.0][-1] == pytest.approx(0.5) and found["solutions"][1000.0][-1] == 0
+    assert values["solutions"][1.0][-1] == pytest.approx(0.5) and values["solutions"][1000.0][-1] == 0
 
 
 def test_lemma9_expected_move():
-    found = lemma9.measure()
-    np.testing.assert_allclose(found["mean"], found["stated"], atol=1e-6)
-    assert found["z"] < 4.5
-    assert found["stated"][found["cost"].argmax()] < -1e-3 and found["stated"][found["cost"].argmin()] > 1e-3
-    assert np.abs(found["mirror"] - found["stated"]).max() > 1e-2  # another rule, another expectation
+    values = lemma9.measure()
+    np.testing.assert_allclose(values["mean"], values["stated"], atol=1e-6)
+    assert values["z"] < 4.5
+    assert values["stated"][values["cost"].argmax()] < -1e-3 and values["stated"][values["cost"].argmin()] > 1e-3
+    assert np.abs(values["mirror"] - values["stated"]).max() > 1e-2  # another rule, another expectation
 
 
 def test_lemma9_the_least_loss_may_lose_weight():
-    found = lemma9.measure()
-    assert found["least_omega"] > 1e-3 and found["least_sigma"] < -1e-3 < 1e-3 < found["least_sigma_mirror"]
+    values = lemma9.measure()
+    assert values["least_omega"] > 1e-3 and values["least_sigma"] < -1e-3 < 1e-3 < values["least_sigma_mirror"]
 
 
 def test_the_command_writes_a_page_with_its_figures(tmp_path):
