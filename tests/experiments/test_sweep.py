@@ -104,7 +104,7 @@ def test_configs_declare_a_sweep_over_r_and_g(task):
 @pytest.mark.parametrize(
     "pairs, reason",
     [
-        (["online.ration=0.1"], "the config has no key ration"),
+        (["online.ration=0.1"], "the config has no key online.ration (did you mean online.ratio?)"),
         (["online.num_samples=1,two"], "two"),
         (["online.ratio=0.1,2"], "online.ratio=2.0 must be in [0, 1]"),
         (["method=online,ofline"], "method='ofline'"),
@@ -321,7 +321,9 @@ def test_no_picture(points, tmp_path):
 def test_mistakes_end_the_command_in_one_line(tmp_path):
     line = [sys.executable, "-m", "experiments.sweep", f"--config={SAFETY}", f"--workdir={tmp_path}/sweep"]
     done = subprocess.run([*line, "--set", "online.ration=0.1"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: the config has no key ration")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: the config has no key online.ration (did you mean online.ratio?)"
+    )
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
