@@ -173,15 +173,21 @@ def mounts() -> bool:
 ALL_STAGES = ["config.json", "metrics", "checkpoint", "responses", "weights", "adapter", "summary.json"]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(make_config, tmp_path_factory):
+    """Config and workdir of a run with enough space."""
+    config, workdir = make_config(REFINED | {"log.tensorboard": True, "num_epochs": 1}), tmp_path_factory.mktemp("expected") / "run"
+    train.run(config, workdir)
+    return config, workdir
+
+
 @pytest.mark.skipif(not mounts(), reason="this machine does not allow tests to mount")
 @pytest.mark.parametrize(
     "stages", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(ALL_STAGES, marks=pytest.mark.long)]
 )
-def test_a_full_disk_loses_nothing(make_config, tmp_path, stages):
+def test_a_full_disk_loses_nothing(uninterrupted, tmp_path, stages):
     """The run fails with one line at each stage, and with free space it ends as an uninterrupted run."""
-    config = make_config(REFINED | {"log.tensorboard": True, "num_epochs": 1})
-    expected = tmp_path / "expected"
-    train.run(config, expected)
+    config, expected = uninterrupted
     (tmp_path / "config.json").write_text(config.to_json())
     for name in ("disk", "locked"):
         (tmp_path / name).mkdir()
