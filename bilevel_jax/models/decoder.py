@@ -4,7 +4,7 @@ The module is Linen, not NNX: the training step is a pure function of `(base, ad
 collections of one `apply` call.
 
 - `params`: the frozen base weights.
-- `adapter`: LoRA. Without this collection, a call computes the base model, which is what a reference policy needs.
+- `adapter`: LoRA. Without this collection, a call computes the base model, as a reference policy requires.
 - `cache`: with this collection, a layer decodes. Its input is one token of each row, see `decode`.
 - `prefilled`: if mutable, a call stores the keys and values in it, see `prefill`.
 

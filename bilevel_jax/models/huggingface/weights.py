@@ -56,7 +56,7 @@ class TensorReader:
           name: in Hugging Face's format.
           shape: of the result.
           transposed: whether the file has the transpose.
-          source: what an error names if no file has the tensor.
+          source: the directory that the error names if no file has the tensor.
 
         Raises:
           ModelError: the tensor is missing, quantised, or has another shape.
@@ -111,8 +111,8 @@ def _insert(stack, tensor, layer, stack_sharding):
 def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.sharding.Mesh | None = None):
     """Base weights in `config.dtype`, stacked over layers and sharded over the mesh; without a mesh, on the first device.
 
-    Tensors are read, cast and put on the devices one at a time. Beside the weights, the host holds at most one stack, and a device
-    holds at most its shard of it.
+    Tensors are read, cast and put on the devices one at a time. In addition to the weights, the host holds at most one stack, and
+    a device holds at most its shard of it.
     """
     mesh = mesh or sharding.make_mesh(1)
     directory = pathlib.Path(directory)
