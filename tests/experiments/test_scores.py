@@ -13,7 +13,7 @@ from bilevel_jax.data import levels, rows, templates
 from bilevel_jax.models import decoder, huggingface, lora
 from experiments import measures
 from experiments.selection import scores
-from tests.models.test_decoder import FIXTURES
+from tests.models.models import FIXTURES
 
 LENGTHS = [(3, 2), (1, 4), (30, 9), (5, 2)]  # of prompts and responses; the third needs a sequence of 64
 LONGEST = 39

@@ -1,7 +1,6 @@
-"""Merged directories against the logits that PEFT computed with base and adapter, and what is refused."""
+"""Merged models against the logits of PEFT with base and adapter, and refusals."""
 
 import json
-import pathlib
 import shutil
 import types
 
@@ -13,10 +12,11 @@ import safetensors
 import safetensors.numpy
 
 from bilevel_jax.export import merged_model
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import huggingface
 from tests.conftest import make_model
+from tests.models import models
+from tests.models.models import FIXTURES
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "models" / "fixtures"
 BASES = {
     "neox_all": "neox_parallel",
     "neox_subset": "neox_sequential",
@@ -24,7 +24,6 @@ BASES = {
     "llama_subset": "llama_mha",
     "llama_rslora": "llama_bias",
 }
-logits_of = jax.jit(decoder.logits, static_argnums=0)
 
 
 def merge(name, out, **options):
@@ -32,30 +31,30 @@ def merge(name, out, **options):
 
 
 def names_and_shapes(directory):
-    found = {}
+    shapes = {}
     for file in directory.glob("model*.safetensors"):
         with safetensors.safe_open(file, framework="numpy") as handle:
             assert handle.metadata() == {"format": "pt"}  # without it transformers does not read the file
-            found |= {name: handle.get_slice(name).get_shape() for name in handle.keys()}
-    return found
+            shapes |= {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+    return shapes
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_logits_are_those_of_peft(name, tmp_path):
+def test_logits_equal_peft(name, tmp_path):
     number = merge(name, tmp_path / "new" / "merged")
     merged = tmp_path / "new" / "merged"
     config, params = huggingface.load_model(str(merged))
     assert config == huggingface.read_config(FIXTURES / BASES[name])
     reference = safetensors.numpy.load_file(FIXTURES / "adapters" / name / "reference.safetensors")
-    ours = logits_of(config, params, None, reference["tokens"])
-    np.testing.assert_allclose(ours, reference["logits"], rtol=0, atol=1e-4)
+    logits = models.logits(config, params, None, reference["tokens"])
+    np.testing.assert_allclose(logits, reference["logits"], rtol=0, atol=1e-4)
     shapes = names_and_shapes(merged)
     assert shapes == names_and_shapes(FIXTURES / BASES[name])
     assert number == sum(np.prod(shape) for shape in shapes.values())
 
 
-def test_weights_are_the_formula(tmp_path):
-    """W + α/r · B A in float64, rounded to bfloat16 once; others as they are."""
+def test_weights_equal_the_formula(tmp_path):
+    """W + α/r · B A in float64, rounded to bfloat16 once; others unchanged."""
     merge("neox_subset", tmp_path / "merged", dtype="bfloat16")
     merged = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
     base = safetensors.numpy.load_file(FIXTURES / "neox_sequential" / "model.safetensors")
@@ -74,7 +73,7 @@ def test_weights_are_the_formula(tmp_path):
 
 
 def test_a_float16_base_is_stored_in_float32(tmp_path):
-    """An update of 1e-5 to a weight of 1 is below what float16 or bfloat16 can hold."""
+    """An update of 1e-5 to a weight of 1 is below the resolution of float16 and bfloat16."""
     base = shutil.copytree(FIXTURES / "llama_mha", tmp_path / "base")
     adapter = shutil.copytree(FIXTURES / "adapters" / "llama_subset", tmp_path / "adapter")
     stored = safetensors.numpy.load_file(base / "model.safetensors")
@@ -94,9 +93,9 @@ def test_a_float16_base_is_stored_in_float32(tmp_path):
 
 
 def test_large_models_are_split(tmp_path):
-    """Every file but those of one tensor within the limit, and the whole as without it."""
+    """Each file is within the limit, unless it has one tensor. The weights do not depend on the limit."""
     limit = 24 * 1024
-    merge("llama_subset", tmp_path / "whole")
+    merge("llama_subset", tmp_path / "single")
     merge("llama_subset", tmp_path / "parts", max_shard=limit)
     index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "parts").glob("*.safetensors"))
@@ -110,11 +109,11 @@ def test_large_models_are_split(tmp_path):
         assert size <= limit or len(tensors) == 1
         total += size
     assert index["metadata"]["total_size"] == total
-    whole, parts = (huggingface.load_model(str(tmp_path / name))[1] for name in ("whole", "parts"))
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    single, parts = (huggingface.load_model(str(tmp_path / name))[1] for name in ("single", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, single, parts)
 
 
-def test_tokenizer_settings_and_terms_go_along(tmp_path):
+def test_tokenizer_settings_and_licence_are_copied(tmp_path):
     base = make_model(tmp_path / "base", "llama")
     for name in ("LICENSE", "generation_config.json", "chat_template.jinja", "trainer_state.json", "optimizer.bin"):
         (base / name).write_text("{}")
@@ -122,7 +121,7 @@ def test_tokenizer_settings_and_terms_go_along(tmp_path):
     config = huggingface.read_config(base)
     pair = {"a": np.ones((2, 16, 1), np.float32), "b": np.ones((2, 1, 16), np.float32)}
     huggingface.save_adapter(adapter, config, {"layers": {"self_attn": {"q_proj": pair}}}, alpha=1, base="x")
-    (tmp_path / "merged").mkdir()  # an empty one is as good as none
+    (tmp_path / "merged").mkdir()  # an empty directory is accepted
     merged_model.write_merged_model(base, adapter, tmp_path / "merged", texts={"README.md": "Hällo"})
     merged = tmp_path / "merged"
     assert {file.name for file in merged.iterdir()} == {
@@ -132,7 +131,7 @@ def test_tokenizer_settings_and_terms_go_along(tmp_path):
     assert (merged / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     config = json.loads((base / "config.json").read_text())
     assert json.loads((merged / "config.json").read_text()) == config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    assert {file.stat().st_mode & 0o044 for file in merged.iterdir()} == {0o044}  # others may read it, as the umask has it
+    assert {file.stat().st_mode & 0o044 for file in merged.iterdir()} == {0o044}  # readable by others, as the umask allows
 
 
 def _taken(tmp_path, monkeypatch):
@@ -156,7 +155,7 @@ def _breaks(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spoil, error, reason",
+    "prepare, error, reason",
     [
         (_taken, FileExistsError, "another directory"),
         (_file, FileExistsError, "another directory"),
@@ -164,8 +163,8 @@ def _breaks(tmp_path, monkeypatch):
         (_breaks, OSError, "No space left"),
     ],
 )
-def test_all_or_nothing(spoil, error, reason, tmp_path, monkeypatch):
-    spoil(tmp_path, monkeypatch)
+def test_all_or_nothing(prepare, error, reason, tmp_path, monkeypatch):
+    prepare(tmp_path, monkeypatch)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(error, match=reason):
         merge("llama_subset", tmp_path / "merged")

@@ -1,8 +1,7 @@
-"""Files in and out: PEFT's adapters, our own back again, older configs, memory while loading, and every refusal."""
+"""Files of models and adapters: round trips, PEFT's adapters, older configs, memory while loading, and refusals."""
 
 import functools
 import json
-import pathlib
 import shutil
 import tracemalloc
 
@@ -16,19 +15,19 @@ import safetensors
 import safetensors.numpy
 
 from bilevel_jax.models import decoder, huggingface, lora
+from tests.models import models
+from tests.models.models import FIXTURES
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 ADAPTERS = ["neox_all", "neox_subset", "llama_all", "llama_subset", "llama_rslora"]
-logits_of = jax.jit(decoder.logits, static_argnums=0)
 
 
-def assert_trees_equal(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def assert_trees_equal(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
 
 def edit_json(file, **changes):
-    """Sets keys of a JSON object; None takes a key away."""
+    """Sets keys of a JSON object; None removes a key."""
     content = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -50,41 +49,41 @@ def truncate(file):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_sharded", "llama_bfloat16"])
-def test_weights_are_cast_as_asked_and_placed_by_name(variant, dtype):
+def test_weights_are_cast_and_assigned_by_name(variant, dtype):
     config, params = huggingface.load_model(str(FIXTURES / variant), dtype)
     files = FIXTURES.joinpath(variant).glob("model*.safetensors")
     stored = {name: tensor for file in files for name, tensor in safetensors.numpy.load_file(file).items()}
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(tensor.size for tensor in stored.values())
     if config.architecture == "llama":
-        module, name, theirs = "self_attn", "k_proj", "model.layers.1.self_attn.k_proj.weight"
+        module, name, hf_name = "self_attn", "k_proj", "model.layers.1.self_attn.k_proj.weight"
     else:
-        module, name, theirs = "mlp", "dense_h_to_4h", "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
-    ours = params["layers"][module][name]["kernel"][1]
-    np.testing.assert_array_equal(ours, stored[theirs].T.astype(ours.dtype))
+        module, name, hf_name = "mlp", "dense_h_to_4h", "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+    kernel = params["layers"][module][name]["kernel"][1]
+    np.testing.assert_array_equal(kernel, stored[hf_name].T.astype(kernel.dtype))
 
 
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_bias", "llama_gqa_tied", "llama_bfloat16"])
-def test_saved_weights_are_the_files_they_came_from(variant, tmp_path):
+def test_saved_weights_equal_the_loaded_files(variant, tmp_path):
     stored = safetensors.numpy.load_file(FIXTURES / variant / "model.safetensors")
     dtype = "bfloat16" if variant == "llama_bfloat16" else "float32"
-    config, params = huggingface.load_model(str(FIXTURES / variant), dtype)
+    config, params = models.load(variant, dtype)
     huggingface.save_params(tmp_path, config, params)
-    ours = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    assert ours.keys() == stored.keys()
-    for name, tensor in ours.items():
+    saved = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    for name, tensor in saved.items():
         assert tensor.dtype == stored[name].dtype
         np.testing.assert_array_equal(tensor, stored[name])
 
 
 def test_save_can_change_the_dtype(tmp_path):
-    config, params = huggingface.load_model(str(FIXTURES / "llama_mha"))
+    config, params = models.load("llama_mha")
     huggingface.save_params(tmp_path, config, params, "bfloat16")
     saved = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-OLDER = {  # variant -> what transformers 4 wrote in place of `rope_parameters`
+OLDER = {  # variant -> the keys that transformers 4 wrote instead of `rope_parameters`
     "neox_parallel": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
     "neox_rotary_full": {"rotary_pct": 1.0, "rotary_emb_base": 10000, "rope_scaling": None},
     "llama_mha": {"rope_theta": 500.0, "rope_scaling": None, "head_dim": None},
@@ -111,7 +110,7 @@ def test_configs_of_older_transformers_mean_the_same(variant, tmp_path):
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_loading_never_holds_more_than_one_copy(stored, tmp_path):
-    """Beside the weights themselves, NumPy holds one stack and the tensor on its way there, whatever the files hold."""
+    """Beside the weights, NumPy holds one stack and one tensor, whatever the dtype of the files."""
     config = decoder.ModelConfig(
         architecture="llama",
         vocab_size=1000,
@@ -127,19 +126,19 @@ def test_loading_never_holds_more_than_one_copy(stored, tmp_path):
         norm_eps=1e-5,
         rope_theta=1e4,
     )
-    params = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
+    params = models.init_params(config, jax.random.key(0))
     huggingface.save_params(tmp_path, config, params, stored)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     del params
     tracemalloc.start()
     loaded = jax.block_until_ready(huggingface.load_params(tmp_path, config))
-    kept, peak = tracemalloc.get_traced_memory()  # kept: where JAX uses NumPy's memory as it is instead of copying it
+    shared, peak = tracemalloc.get_traced_memory()  # shared: JAX arrays that share the memory of NumPy
     tracemalloc.stop()
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded)) == sum(sizes)
     allowance = 2**20  # Python's own objects
-    assert kept <= sum(sizes) + allowance
+    assert shared <= sum(sizes) + allowance
     one_tensor = 1000 * 256 * 4
-    assert peak - kept <= max(sizes) + one_tensor + allowance < sum(sizes) / 2
+    assert peak - shared <= max(sizes) + one_tensor + allowance < sum(sizes) / 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -150,37 +149,37 @@ def test_loading_never_holds_more_than_one_copy(stored, tmp_path):
 def load_adapted(name):
     directory = FIXTURES / "adapters" / name
     base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-    config, params = huggingface.load_model(str(FIXTURES / base))
+    config, params = models.load(base)
     config, adapter = huggingface.load_adapter(directory, config)
-    return config, params, adapter, safetensors.numpy.load_file(directory / "reference.safetensors")
+    return config, params, adapter, models.reference(f"adapters/{name}")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_of_peft_give_its_logits(name):
     config, params, adapter, reference = load_adapted(name)
-    logits = logits_of(config, params, adapter, reference["tokens"])
+    logits = models.logits(config, params, adapter, reference["tokens"])
     np.testing.assert_allclose(logits, reference["logits"], rtol=0, atol=1e-4)
-    assert np.abs(logits_of(config, params, None, reference["tokens"]) - reference["logits"]).max() > 0.1
+    assert np.abs(np.asarray(models.logits(config, params, None, reference["tokens"])) - reference["logits"]).max() > 0.1
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_saved_adapters_are_the_files_they_came_from(name, tmp_path):
+def test_saved_adapters_equal_the_loaded_files(name, tmp_path):
     config, _, adapter, _ = load_adapted(name)
     rank = jax.tree.leaves(adapter)[0].shape[-1]
     huggingface.save_adapter(tmp_path, config, adapter, alpha=config.adapter_scale * rank, base="somewhere")
-    ours = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
-    theirs = safetensors.numpy.load_file(FIXTURES / "adapters" / name / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        np.testing.assert_array_equal(ours[key], theirs[key])
-    again, loaded = huggingface.load_adapter(tmp_path, config)
+    saved = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    expected = safetensors.numpy.load_file(FIXTURES / "adapters" / name / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    for key in saved:
+        np.testing.assert_array_equal(saved[key], expected[key])
+    loaded_config, loaded = huggingface.load_adapter(tmp_path, config)
     assert_trees_equal(loaded, adapter)
-    assert again.adapter_scale == pytest.approx(config.adapter_scale)
+    assert loaded_config.adapter_scale == pytest.approx(config.adapter_scale)
     description = json.loads((tmp_path / "adapter_config.json").read_text())
     assert description["base_model_name_or_path"] == "somewhere" and description["r"] == rank
 
 
-def test_a_fresh_adapter_survives_saving(tmp_path):
+def test_an_initial_adapter_survives_saving(tmp_path):
     config = huggingface.read_config(FIXTURES / "neox_parallel")
     adapter = lora.init_adapter(config, jax.random.key(0), 3, ("dense", "dense_4h_to_h"))
     huggingface.save_adapter(tmp_path, config, adapter, alpha=12, base="base")
@@ -194,9 +193,9 @@ def test_a_fresh_adapter_survives_saving(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(what, words):
+def assert_refused(function, words):
     with pytest.raises(huggingface.ModelError) as caught:
-        what()
+        function()
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -222,9 +221,9 @@ BROKEN_CONFIGS = {
 
 @pytest.mark.parametrize("case", BROKEN_CONFIGS)
 def test_broken_config_is_refused(case, tmp_path):
-    spoil, words = BROKEN_CONFIGS[case]
+    corrupt, words = BROKEN_CONFIGS[case]
     directory = shutil.copytree(FIXTURES / "llama_mha", tmp_path / "model")
-    spoil(directory / "config.json")
+    corrupt(directory / "config.json")
     assert_refused(lambda: huggingface.load_model(str(directory)), ["config.json", *words])
 
 
@@ -247,9 +246,9 @@ BROKEN_WEIGHTS = {
 
 @pytest.mark.parametrize("case", BROKEN_WEIGHTS)
 def test_broken_weights_are_refused(case, tmp_path):
-    spoil, words = BROKEN_WEIGHTS[case]
+    corrupt, words = BROKEN_WEIGHTS[case]
     directory = shutil.copytree(FIXTURES / "llama_mha", tmp_path / "model")
-    spoil(directory / "model.safetensors")
+    corrupt(directory / "model.safetensors")
     assert_refused(lambda: huggingface.load_model(str(directory)), [str(directory), *words])
 
 
@@ -274,9 +273,9 @@ BROKEN_SHARDS = {
 
 @pytest.mark.parametrize("case", BROKEN_SHARDS)
 def test_broken_shards_are_refused(case, tmp_path):
-    spoil, words = BROKEN_SHARDS[case]
+    corrupt, words = BROKEN_SHARDS[case]
     directory = shutil.copytree(FIXTURES / "llama_sharded", tmp_path / "model")
-    spoil(directory)
+    corrupt(directory)
     assert_refused(lambda: huggingface.load_model(str(directory)), words)
 
 
@@ -305,7 +304,7 @@ BROKEN_ADAPTERS = {
     "ranks": (edit_config(rank_pattern={"q_proj": 8}), ["rank_pattern"]),
     "PiSSA": (edit_config(init_lora_weights="pissa"), ["init_lora_weights"]),
     "aLoRA": (edit_config(alora_invocation_tokens=[1, 2]), ["alora_invocation_tokens"]),
-    "unheard-of": (edit_config(use_tomorrow=True), ["use_tomorrow"]),
+    "unknown option": (edit_config(use_tomorrow=True), ["use_tomorrow"]),
     "no rank": (edit_config(r=None), ["adapter_config.json", "r must"]),
     "rank 0": (edit_config(r=0), ["adapter_config.json", "r must"]),
     "alpha": (edit_config(lora_alpha="big"), ["lora_alpha"]),
@@ -314,15 +313,15 @@ BROKEN_ADAPTERS = {
     "one layer short": (edit_weights(lambda tensors: tensors.pop(LORA_B)), ["q_proj.lora_B", "2 layers"]),
     "no B": (edit_weights(drop_all_b), ["q_proj", "only one"]),
     "shape": (edit_weights(lambda tensors: tensors.update({LORA_B: np.zeros((32, 3))})), ["q_proj.lora_B", "32"]),
-    "stranger": (edit_weights(lambda tensors: tensors.update(extra=np.zeros(2))), ["'extra'"]),
+    "extra tensor": (edit_weights(lambda tensors: tensors.update(extra=np.zeros(2))), ["'extra'"]),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN_ADAPTERS)
 def test_broken_adapter_is_refused(case, tmp_path):
-    spoil, words = BROKEN_ADAPTERS[case]
+    corrupt, words = BROKEN_ADAPTERS[case]
     directory = shutil.copytree(FIXTURES / "adapters" / "llama_subset", tmp_path / "adapter")
-    spoil(directory)
+    corrupt(directory)
     config = huggingface.read_config(FIXTURES / "llama_mha")
     assert_refused(lambda: huggingface.load_adapter(directory, config), [str(directory), *words])
 
@@ -334,7 +333,7 @@ def test_adapter_of_another_model_is_refused():
         assert_refused(load, ["adapter_model.safetensors", "_proj"])
 
 
-def test_paths_that_are_no_model_are_refused(monkeypatch):
+def test_invalid_paths_are_refused(monkeypatch):
     assert_refused(lambda: huggingface.load_model(__file__), [__file__, "is a file"])
     assert_refused(lambda: huggingface.load_model("./no/such/place"), ["./no/such/place", "no such directory"])
     assert_refused(lambda: huggingface.load_model("pythia"), ["pythia", "EleutherAI/pythia-1b"])
@@ -347,16 +346,16 @@ def test_paths_that_are_no_model_are_refused(monkeypatch):
     assert_refused(lambda: huggingface.load_model("someone/something"), ["someone/something", "no route"])
 
 
-def test_a_hub_id_brings_everything_but_pickles(monkeypatch):
-    asked = {}
+def test_a_hub_download_leaves_out_pickles(monkeypatch):
+    request = {}
 
     def download(path, allow_patterns):
-        asked.update(path=path, patterns=allow_patterns)
+        request.update(path=path, patterns=allow_patterns)
         return str(FIXTURES / "llama_mha")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     config, _ = huggingface.load_model("someone/something")
-    assert config == huggingface.read_config(FIXTURES / "llama_mha") and asked["path"] == "someone/something"
+    assert config == huggingface.read_config(FIXTURES / "llama_mha") and request["path"] == "someone/something"
     wanted = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
-    assert list(huggingface_hub.utils.filter_repo_objects(wanted, allow_patterns=asked["patterns"])) == wanted
-    assert not list(huggingface_hub.utils.filter_repo_objects(["pytorch_model.bin"], allow_patterns=asked["patterns"]))
+    assert list(huggingface_hub.utils.filter_repo_objects(wanted, allow_patterns=request["patterns"])) == wanted
+    assert not list(huggingface_hub.utils.filter_repo_objects(["pytorch_model.bin"], allow_patterns=request["patterns"]))
