@@ -1,4 +1,4 @@
-"""Models and adapters against `transformers` and `peft`, recomputed live with PyTorch: `make parity`."""
+"""Models and adapters against `transformers` and `peft`, recomputed with PyTorch: `make parity`."""
 
 import dataclasses
 import json
@@ -16,17 +16,13 @@ import safetensors.numpy
 import transformers
 from tokenizers import Regex, pre_tokenizers
 
-from bilevel_jax.models import (
-    decoder,
-    huggingface,
-    lora,
-)
+from bilevel_jax.models import huggingface, lora
+from tests.models import models
 from tests.models.fixtures import make
 from third_party import smollm2
 
 pytestmark = pytest.mark.parity
-logits_of = jax.jit(decoder.logits, static_argnums=0)
-SEED = 12345  # far from the seeds of the committed fixtures
+SEED = 12345  # not a seed of the committed fixtures
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -35,22 +31,22 @@ SEED = 12345  # far from the seeds of the committed fixtures
 
 
 @pytest.mark.parametrize("variant", make.VARIANTS)
-def test_fresh_checkpoints_give_equal_logits(variant, tmp_path):
+def test_new_checkpoints_give_equal_logits(variant, tmp_path):
     reference = make.save(make.build(variant, SEED), variant, tmp_path)
     tokens = make.draw_tokens(SEED)
     config, params = huggingface.load_model(str(tmp_path))
-    ours = logits_of(config, params, None, tokens.numpy())
-    np.testing.assert_allclose(ours, make.compute_logits(reference, tokens), rtol=0, atol=1e-4)
+    logits = models.logits(config, params, None, tokens.numpy())
+    np.testing.assert_allclose(logits, make.compute_logits(reference, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_bias", "llama_gqa_tied"])
-def test_transformers_reads_what_we_save(variant, tmp_path):
+def test_transformers_reads_saved_models(variant, tmp_path):
     make.save(make.build(variant, SEED), variant, tmp_path)
     config, params = huggingface.load_model(str(tmp_path))
     huggingface.save_params(tmp_path, config, params)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for name, parameter in make.build(variant, SEED).state_dict().items():
-        assert torch.equal(parameter, again.state_dict()[name]), name
+        assert torch.equal(parameter, loaded.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("name", make.ADAPTERS)
@@ -62,13 +58,13 @@ def test_adapters_of_peft_give_equal_logits(name, tmp_path):
     config, params = huggingface.load_model(str(tmp_path / "base"))
     config, adapter = huggingface.load_adapter(tmp_path / "adapter", config)
     tokens = make.draw_tokens(SEED)
-    ours = logits_of(config, params, adapter, tokens.numpy())
-    np.testing.assert_allclose(ours, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
+    logits = models.logits(config, params, adapter, tokens.numpy())
+    np.testing.assert_allclose(logits, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "some"])
 @pytest.mark.parametrize("base", ["neox_parallel", "llama_gqa_tied"])
-def test_peft_reads_our_adapters(base, targets, tmp_path):
+def test_peft_reads_saved_adapters(base, targets, tmp_path):
     make.save(make.build(base, SEED), base, tmp_path / "base")
     config, params = huggingface.load_model(str(tmp_path / "base"))
     if targets == "some":
@@ -82,14 +78,14 @@ def test_peft_reads_our_adapters(base, targets, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     tokens = make.draw_tokens(SEED)
-    ours = logits_of(config, params, adapter, tokens.numpy())
-    np.testing.assert_allclose(ours, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
-    ours = logits_of(config, lora.merge_adapter(config, params, adapter), None, tokens.numpy())
-    np.testing.assert_allclose(ours, make.compute_logits(adapted.merge_and_unload(), tokens), rtol=0, atol=1e-4)
+    logits = models.logits(config, params, adapter, tokens.numpy())
+    np.testing.assert_allclose(logits, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
+    logits = models.logits(config, lora.merge_adapter(config, params, adapter), None, tokens.numpy())
+    np.testing.assert_allclose(logits, make.compute_logits(adapted.merge_and_unload(), tokens), rtol=0, atol=1e-4)
 
 
 def settings(file):
-    """A JSON file of the fixtures without what differs from day to day: versions, and the order of PEFT's sets."""
+    """A JSON file of the fixtures without versions, and with PEFT's sets sorted."""
     content = json.loads(file.read_text())
     for key in ("transformers_version", "peft_version"):
         content.pop(key, None)
@@ -98,12 +94,12 @@ def settings(file):
     return content
 
 
-def test_committed_fixtures_are_what_make_makes(tmp_path):
+def test_committed_fixtures_are_up_to_date(tmp_path):
     make.make(tmp_path)
     kinds = ("*.json", "*.safetensors")
-    made = {file.relative_to(tmp_path) for kind in kinds for file in tmp_path.rglob(kind)}
-    assert made == {file.relative_to(make.HERE) for kind in kinds for file in make.HERE.rglob(kind)}
-    for name in made:
+    generated = {file.relative_to(tmp_path) for kind in kinds for file in tmp_path.rglob(kind)}
+    assert generated == {file.relative_to(make.HERE) for kind in kinds for file in make.HERE.rglob(kind)}
+    for name in generated:
         if name.name == "initial.json":
             for variant, now in settings(tmp_path / name).items():
                 then = settings(make.HERE / name)[variant]["projections"]
@@ -119,7 +115,7 @@ def test_committed_fixtures_are_what_make_makes(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# SmolLM2-135M-Instruct: third_party/smollm2.py against transformers' own reading of the GGUF file
+# SmolLM2-135M-Instruct: third_party/smollm2.py against the GGUF reader of transformers
 # --------------------------------------------------------------------------------------------------------------------
 
 SMOLLM2 = pathlib.Path("local/smollm2")
@@ -145,8 +141,8 @@ DIGITS_AFTER_SPACE = ["a  12", "x =   3.5", "\n\n1. one\n   2. two", "\t7", "٣�
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """`(model, tokenizer)` as transformers makes them of the GGUF file. Makes local/smollm2 of it where that is absent."""
+def reference(tmp_path_factory):
+    """`(model, tokenizer)` of the GGUF file, read by transformers. Creates local/smollm2 if it is absent."""
     scratch = tmp_path_factory.mktemp("gguf")
     file = smollm2.fetch(None, scratch)
     if not SMOLLM2.exists():
@@ -158,46 +154,48 @@ def theirs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(theirs):
+def converted(reference):
     """`(config, params, tokenizer)` of local/smollm2."""
     return *huggingface.load_model(str(SMOLLM2)), transformers.AutoTokenizer.from_pretrained(SMOLLM2)
 
 
-def test_smollm2_weights_are_equal(theirs):
-    converted = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).state_dict()
-    state = theirs[0].state_dict()
-    assert state.keys() == converted.keys()
-    for name, tensor in converted.items():
+def test_smollm2_weights_are_equal(reference):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).state_dict()
+    state = reference[0].state_dict()
+    assert state.keys() == loaded.keys()
+    for name, tensor in loaded.items():
         assert torch.equal(tensor, state[name]), name
 
 
-def test_smollm2_logits_are_equal(theirs, ours):
-    """Up to float32: these logits reach 40. From PyTorch's own in float64, its float32 ones are up to 0.9e-4 away (1.2e-5 in the
-    mean), ours up to 1.9e-4 (1.6e-5)."""
-    config, params, tokenizer = ours
+def test_smollm2_logits_are_equal(reference, converted):
+    """Equal up to float32; the logits reach 40.
+
+    Maximum (mean) distance to the float64 logits of PyTorch: 0.9e-4 (1.2e-5) for PyTorch in float32, 1.9e-4 (1.6e-5) here.
+    """
+    config, params, tokenizer = converted
     prompts = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in CHATS]
     prompts += [tokenizer(text).input_ids for text in TEXTS[:4]]
     padded = np.array([prompt + [0] * (max(map(len, prompts)) - len(prompt)) for prompt in prompts])
-    logits = np.asarray(logits_of(config, params, None, padded))
+    logits = np.asarray(models.logits(config, params, None, padded))
     for row, prompt in enumerate(prompts):
-        expected = make.compute_logits(theirs[0], torch.tensor([prompt]))[0].numpy()
+        expected = make.compute_logits(reference[0], torch.tensor([prompt]))[0].numpy()
         difference = np.abs(logits[row, : len(prompt)] - expected)
         print(f"{len(prompt)} tokens: max {difference.max():.1e}, mean {difference.mean():.1e}")
         assert difference.max() < 4e-4 and difference.mean() < 3e-5
 
 
-def test_smollm2_greedy_answer(theirs, ours):
-    """Each token of their greedy answer is our most likely next one, so ours is the same."""
-    config, params, tokenizer = ours
+def test_smollm2_greedy_answer(reference, converted):
+    """Each token of the greedy answer of transformers is the most likely next token, so the greedy answers are equal."""
+    config, params, tokenizer = converted
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    tokens = theirs[0].generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0].tolist()
+    tokens = reference[0].generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0].tolist()
     assert tokenizer.decode(tokens[len(prompt) :]).startswith(ANSWER)
-    best = np.asarray(logits_of(config, params, None, np.array([tokens]))).argmax(-1)[0]
+    best = np.asarray(models.logits(config, params, None, np.array([tokens]))).argmax(-1)[0]
     assert best[len(prompt) - 1 : -1].tolist() == tokens[len(prompt) :]
 
 
-def test_smollm2_tokenizers_are_equal(theirs, ours):
-    (_, expected), (config, _, tokenizer) = theirs, ours
+def test_smollm2_tokenizers_are_equal(reference, converted):
+    (_, expected), (config, _, tokenizer) = reference, converted
     assert tokenizer.get_vocab() == expected.get_vocab()
     assert len(tokenizer) == config.vocab_size == 49152
     for kind, token in {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>", "unk": "<|endoftext|>"}.items():
@@ -213,10 +211,12 @@ def test_smollm2_tokenizers_are_equal(theirs, ours):
             assert tokenizer.apply_chat_template(chat, **render) == expected.apply_chat_template(chat, **render)
 
 
-def test_smollm2_cuts_out_digits_before_anything_else(theirs, ours):
-    r"""As llama.cpp does for `smollm`: first `\p{N}`, then GPT-2's expression. transformers leaves out the first cut,
-    which shows where a digit follows two spaces: the spaces are one token, not a space and the space of a word."""
-    (_, expected), (_, _, tokenizer) = theirs, ours
+def test_smollm2_splits_digits_first(reference, converted):
+    r"""As in llama.cpp for `smollm`: first `\p{N}`, then GPT-2's expression.
+
+    transformers omits the first split. The difference shows if a digit follows two spaces: they are one token, not two.
+    """
+    (_, expected), (_, _, tokenizer) = reference, converted
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     plain = expected.backend_tokenizer.pre_tokenizer
     expected.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
