@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,17 @@ def intermediate_shapes():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def kept_compilations(tmp_path_factory):
-    """What is the same compiles once, in the processes that tests start too."""
+def quick_compilation(tmp_path_factory):
+    """Few optimizations, and one cache of compiled programs for all workers and for the processes that tests start.
+
+    The tests compile much and compute little.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the workers share
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations")),
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(root / "compilations"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }

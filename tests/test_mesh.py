@@ -22,8 +22,9 @@ from tests.conftest import read_jsonl
 from tests.runtime.test_distributed import free_address
 
 SINGLE = (1, 1, 1)
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4)]
-NAMES = {shape: "x".join(map(str, shape)) for shape in [SINGLE, *MESHES]}
+QUICK_MESH, MORE_MESHES = (2, 2, 2), [(8, 1, 1), (2, 4, 1), (1, 2, 4)]
+MESHES = [QUICK_MESH, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE_MESHES)]
+NAMES = {shape: "x".join(map(str, shape)) for shape in [SINGLE, QUICK_MESH, *MORE_MESHES]}
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = NAMES[SINGLE]
 NUM_SPLIT = 8 * 1013
@@ -60,7 +61,7 @@ LLAMAS = {  # run -> mesh and what differs; it has fewer heads of keys and value
 }
 MORTAL = """
 import os, runpy, signal
-from bilevel_jax import checkpoint
+from bilevel_jax.runtime import checkpoint
 
 save = checkpoint.Checkpoints.save
 
@@ -79,50 +80,66 @@ import json, pathlib, ml_collections
 def get_config():
     return ml_collections.ConfigDict(json.loads((pathlib.Path(__file__).parent / "config.json").read_text()))
 """
-QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles much and computes little
 
 
-def run_on_meshes(directory: str):
-    """To a directory for each mesh; in a process of its own. Beside each run stands where its arrays were."""
+def configured(directory: str, shape, changes=()):
+    config = configuration.default()
+    config.update(json.loads((pathlib.Path(directory) / "config.json").read_text()))
+    config.update_from_flattened_dict({f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape)} | dict(changes))
+    return config
+
+
+@contextlib.contextmanager
+def recorded_shardings():
+    """Yields a dictionary that receives the shapes of the base's shards and, at each save, where the state's arrays are."""
+    record = {}
     load, save = huggingface.load_params, checkpoint.Checkpoints.save
 
-    def load_and_note(*args):
+    def load_and_record(*args):
         base = load(*args)
-        noted["base"] = {"/".join(path): leaf.addressable_shards[0].data.shape for path, leaf in huggingface.flatten(base)}
+        record["base"] = {"/".join(path): leaf.addressable_shards[0].data.shape for path, leaf in huggingface.flatten(base)}
         return base
 
-    def save_and_note(self, step, state, *rest):
-        noted["whole"] = [len(leaf.sharding.device_set) * leaf.is_fully_replicated for leaf in jax.tree.leaves(state)]
+    def save_and_record(self, step, state, *rest):
+        record["replicated"] = [len(leaf.sharding.device_set) * leaf.is_fully_replicated for leaf in jax.tree.leaves(state)]
         save(self, step, state, *rest)
 
-    def configured(shape, changes=()):
-        config = configuration.default()
-        config.update(json.loads((pathlib.Path(directory) / "config.json").read_text()))
-        config.update_from_flattened_dict({f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape)} | dict(changes))
-        return config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "load_params", load_and_record)
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_record)
+        patch.setattr(page, "write", lambda *_: None)
+        yield record
 
-    huggingface.load_params, checkpoint.Checkpoints.save, page.write = load_and_note, save_and_note, lambda *_: None
-    for shape, name in NAMES.items():
-        noted = {}
-        train.run(configured(shape), pathlib.Path(directory) / name)
-        (pathlib.Path(directory) / f"{name}.json").write_text(json.dumps(noted))
-    huggingface.load_params, checkpoint.Checkpoints.save = load, save
+
+def run_on_meshes(directory: str, shapes):
+    """One run for each mesh, with a file of its shardings beside it. In a process of its own."""
+    for shape in shapes:
+        with recorded_shardings() as record:
+            train.run(configured(directory, shape), pathlib.Path(directory) / NAMES[shape])
+        (pathlib.Path(directory) / f"{NAMES[shape]}.json").write_text(json.dumps(record))
+
+
+def run_llamas(directory: str):
     for name, (shape, changes) in LLAMAS.items():
         model = {"model.path": str(pathlib.Path(directory) / "model")}
-        train.run(configured(shape, model | changes), pathlib.Path(directory) / name)
+        with recorded_shardings():
+            train.run(configured(directory, shape, model | changes), pathlib.Path(directory) / name)
 
-    def save_and_stop(self, step, state, *rest):
-        save_and_note(self, step, state, *rest)
-        if step == last:
-            raise InterruptedError
 
-    # Begun on one device, gone on with on eight, ω split between them, ended on eight with ω whole.
-    checkpoint.Checkpoints.save, noted, split = save_and_stop, {}, {"mesh.shard_selector": True}
-    for last, shape, changes in ((1, SINGLE, {}), (3, (2, 2, 2), split), (None, (8, 1, 1), {})):
-        with contextlib.suppress(InterruptedError):
-            train.run(configured(shape, {"checkpoint.every": 1} | changes), pathlib.Path(directory) / "moved")
-        (pathlib.Path(directory) / f"moved_{last}.json").write_text(json.dumps(noted))
-    (pathlib.Path(directory) / "update.hlo").write_text(compiled_update())
+def run_moved(directory: str):
+    """One run in three parts: on one device, on eight with ω split between them, and on eight with ω replicated."""
+    for last, shape, changes in ((1, SINGLE, {}), (3, (2, 2, 2), {"mesh.shard_selector": True}), (None, (8, 1, 1), {})):
+        with recorded_shardings() as record, pytest.MonkeyPatch.context() as patch, contextlib.suppress(InterruptedError):
+            save = checkpoint.Checkpoints.save
+
+            def save_and_stop(self, step, *rest, last=last, save=save):
+                save(self, step, *rest)
+                if step == last:
+                    raise InterruptedError
+
+            patch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
+            train.run(configured(directory, shape, {"checkpoint.every": 1} | changes), pathlib.Path(directory) / "moved")
+        (pathlib.Path(directory) / f"moved_{last}.json").write_text(json.dumps(record))
 
 
 def compiled_update() -> str:
@@ -132,49 +149,78 @@ def compiled_update() -> str:
     state = jax.tree.map(sharding.device_put, state, sharding.shardings(mesh, state, "examples"))
     entries = sharding.replicate((np.arange(4, dtype=np.int32), *np.ones((2, 4), np.float32)), mesh)
 
-    def update(state, sample, share, cost):
-        return selector.update(adam, state, sample, share, 4.0, cost, 0.1)
+    def update(state, row_index, share, cost):
+        return selector.update(adam, state, row_index, share, 4.0, cost, 0.1)
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(update, out_shardings=places).lower(state, *entries).compile().as_text()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(update, out_shardings=shardings).lower(state, *entries).compile().as_text()
 
 
 def start(*arguments, **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=os.environ | QUICK | environment, **pipes)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipes)
+
+
+def start_on_eight_devices(directory, calls: str) -> subprocess.Popen:
+    """A process with eight devices that makes calls of this module; `d` is the directory in them."""
+    script = f"from tests.test_mesh import *; d = {str(directory)!r}; {calls}"
+    return start("-c", script, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+def wait(process) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
 
 
 def start_pair(directory, name: str, *changes: str, mortal=()) -> list[subprocess.Popen]:
     """Two processes of one run, the base and ω split between them. A mortal one dies when it has two checkpoints."""
     arguments = [f"--config={directory / 'config.py'}", f"--workdir={directory / name}", "--config.mesh.fsdp=2"]
     arguments += ["--config.mesh.shard_selector=True", *changes]
-    place = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
+    cluster = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": "2"}
     commands = [("-c", MORTAL) if i in mortal else ("-m", "bilevel_jax.main") for i in range(2)]
-    return [start(*command, *arguments, **place, JAX_PROCESS_ID=str(i)) for i, command in enumerate(commands)]
+    return [start(*command, *arguments, **cluster, JAX_PROCESS_ID=str(i)) for i, command in enumerate(commands)]
 
 
 @pytest.fixture(scope="module")
-def under_way(make_config, llama, tmp_path_factory):
-    """The directory of all runs; two processes that share one; what they are compared with, made meanwhile."""
+def directory(make_config, llama, tmp_path_factory):
+    """Directory of all runs, with those on one device and on `QUICK_MESH`."""
     directory = tmp_path_factory.mktemp("meshes")
     (directory / "config.json").write_text(make_config(SETTINGS).to_json())
     (directory / "config.py").write_text(CONFIG)
     (directory / "model").symlink_to(llama)
-    meshes = f"from tests import test_mesh; test_mesh.run_on_meshes({str(directory)!r})"
-    alone = start("-c", meshes, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    calls = f"run_on_meshes(d, {[SINGLE, QUICK_MESH]}); (pathlib.Path(d) / 'update.hlo').write_text(compiled_update())"
+    wait(start_on_eight_devices(directory, calls))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def under_way(directory):
+    """The process of all other runs on eight devices, and two processes that share a run meanwhile."""
+    alone = start_on_eight_devices(directory, f"run_on_meshes(d, {MORE_MESHES}); run_llamas(d); run_moved(d)")
     pair = start_pair(directory, "pair")
-    yield directory, alone, pair
+    yield alone, pair
     for process in (alone, *pair):
         process.kill()
 
 
 @pytest.fixture(scope="module")
-def directory(under_way):
-    """Where the runs on every mesh are."""
-    directory, alone, _ = under_way
-    _, errors = alone.communicate()
-    assert alone.returncode == 0, errors
+def all_runs(directory, under_way):
+    """The directory, when all runs on eight devices are in it."""
+    wait(under_way[0])
     return directory
+
+
+@pytest.fixture
+def run_of(directory, request):
+    """`f(shape)` -> the workdir of the run on a mesh."""
+
+    def workdir(shape):
+        if shape in MORE_MESHES:
+            request.getfixturevalue("all_runs")
+        return directory / NAMES[shape]
+
+    return workdir
 
 
 def assert_same_run(workdir, other):
@@ -196,8 +242,8 @@ def assert_same_run(workdir, other):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_every_mesh_gives_the_trajectory_of_one_device(directory, shape):
-    assert_same_run(directory / NAMES[shape], directory / ONE)
+def test_every_mesh_gives_the_trajectory_of_one_device(run_of, shape):
+    assert_same_run(run_of(shape), run_of(SINGLE))
 
 
 def learned(run) -> tuple[np.ndarray, np.ndarray]:
@@ -207,28 +253,32 @@ def learned(run) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([theta[key].ravel() for key in sorted(theta)]), omega
 
 
-def test_so_it_does_with_few_heads_of_keys_and_a_tied_head(directory):
-    assert_same_run(directory / "llama, eight", directory / "llama")
+@pytest.mark.slow
+def test_so_it_does_with_few_heads_of_keys_and_a_tied_head(all_runs):
+    assert_same_run(all_runs / "llama, eight", all_runs / "llama")
 
 
-def test_and_with_weights_of_tokens(directory):
-    runs = [directory / name for name in ("llama, tokens", "llama, tokens, eight")]
+@pytest.mark.slow
+def test_and_with_weights_of_tokens(all_runs):
+    runs = [all_runs / name for name in ("llama, tokens", "llama, tokens, eight")]
     for one, eight in zip(*map(learned, runs)):
         np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
-    one, eight = (np.concatenate(weight_table.of_tokens(run)["weight"].to_pylist()) for run in runs)
+    one, eight = (np.concatenate(weight_table.read_tokens(run)["weight"].to_pylist()) for run in runs)
     np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
     assert np.ptp(one) > 0.01
 
 
-def test_in_half_precision_a_mesh_changes_less_than_the_precision_does(directory):
+@pytest.mark.slow
+def test_in_half_precision_a_mesh_changes_less_than_the_precision_does(all_runs):
     """Both are rounding to 8 bits: on a mesh sums are split, and their parts rounded, but inputs and weights stay as they are."""
-    runs = [learned(directory / name) for name in ("llama, offline", "llama, half", "llama, half, eight")]
+    runs = [learned(all_runs / name) for name in ("llama, offline", "llama, half", "llama, half, eight")]
     for full, half, eight in zip(*runs):
         assert 0 < np.linalg.norm(eight - half) < np.linalg.norm(half - full) < 0.1 * np.linalg.norm(full)
 
 
-def test_a_run_goes_on_with_another_mesh(directory):
-    assert_same_run(directory / "moved", directory / ONE)
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(all_runs):
+    assert_same_run(all_runs / "moved", all_runs / ONE)
 
 
 def test_the_trajectory_goes_somewhere(directory):
@@ -240,9 +290,9 @@ def test_the_trajectory_goes_somewhere(directory):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_the_base_is_split_and_what_learns_is_whole(directory, shape):
+def test_the_base_is_split_and_what_learns_is_replicated(run_of, shape):
     """Two layers of hidden width 16, 2 heads of 8, feed-forward 24, vocabulary 300."""
-    (data, fsdp, tensor), found = shape, json.loads((directory / f"{NAMES[shape]}.json").read_text())
+    (data, fsdp, tensor), record = shape, json.loads(run_of(shape).with_suffix(".json").read_text())
     expected = {
         "embed_tokens": [300 // tensor, 16 // fsdp],
         "lm_head": [300 // tensor, 16 // fsdp],
@@ -255,8 +305,8 @@ def test_the_base_is_split_and_what_learns_is_whole(directory, shape):
         "layers/mlp/dense_h_to_4h/kernel": [2, 16 // fsdp, 24 // tensor],
         "layers/mlp/dense_4h_to_h/kernel": [2, 24 // tensor, 16 // fsdp],
     }
-    assert {key: found["base"][key] for key in expected} == expected
-    assert set(found["whole"]) == {data * fsdp * tensor}
+    assert {key: record["base"][key] for key in expected} == expected
+    assert set(record["replicated"]) == {data * fsdp * tensor}
 
 
 def test_no_device_sees_all_of_a_split_omega(directory):
@@ -264,22 +314,25 @@ def test_no_device_sees_all_of_a_split_omega(directory):
     assert f"f32[{NUM_SPLIT // 8}]" in program and f"[{NUM_SPLIT}]" not in program
 
 
-def test_omega_is_split_where_it_is_to_be(directory):
+@pytest.mark.slow
+def test_omega_is_split_where_it_is_to_be(all_runs):
     """Logits and visits, nothing else: mirror descent has no moments."""
     for last, split in ((1, 0), (3, 2), (None, 0)):
-        found = json.loads((directory / f"moved_{last}.json").read_text())["whole"]
+        found = json.loads((all_runs / f"moved_{last}.json").read_text())["replicated"]
         assert found.count(0) == split and set(found) - {0} == {1 if last == 1 else 8}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_trajectory_of_one(under_way, directory):
     """The weights are split between them; one of them writes the run."""
-    _, _, pair = under_way
+    _, pair = under_way
     told = [process.communicate(timeout=100) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told
     assert f"in {directory / 'pair'}" in told[0][0] and "pair" not in told[1][0]
     assert_same_run(directory / "pair", directory / ONE)
 
 
+@pytest.mark.slow
 def test_where_the_first_process_dies_the_other_ends_and_the_pair_goes_on(under_way, directory):
     """To the very bits. The first one holds JAX's coordinator, without which the other could not even wait."""
     pair = start_pair(directory, "killed", "--config.checkpoint.every=1", mortal=[0])

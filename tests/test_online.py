@@ -195,7 +195,7 @@ def test_arrays_hold_everything(own):
     assert all(array.size for array in arrays.values())  # an empty one could not be saved
     found = online.from_arrays(arrays)
     assert found.step == own.step
-    for name in ("masked", "row", "sample", "log_prob", "log_ratio"):
+    for name in ("masked", "row_index", "sample_index", "log_prob", "log_ratio"):
         np.testing.assert_array_equal(getattr(found, name), getattr(own, name))
         assert getattr(found, name).dtype == getattr(own, name).dtype
     for name in ("reward", "reference"):  # None where there are none
@@ -266,7 +266,7 @@ def test_the_best_against_the_worst(objective):
     """The pair of `objectives.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
     do not fit together."""
     prompt, sign = int32(3, 3), objectives.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
-    found = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, room=2 * 2 + 2 + 5)
+    found = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, max_pair_tokens=2 * 2 + 2 + 5)
     assert [(place, s.share, s.sign, s.reference, s.group) for place, s in found] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
     assert [int(sign[place]) for place, _ in found] == [1, -1] and np.abs(sign).sum() == 2
     for row, room, best in ((4, 2 * 2 + 2 + 5 - 1, 2), (1, 100, 1)):
@@ -368,7 +368,7 @@ def test_all_asks_the_needed_ones_first_and_by_themselves():
     assert rows_asked(every) == [[2, 6], [1, 4]] and len(said) == 8
     np.testing.assert_array_equal(every.asked[0][1], needed.asked[0][1])
     assert every.scored[0] == needed.scored[0]
-    assert more.row.tolist() == [2, 2, 6, 6, 1, 1, 4, 4] and more.sample.tolist() == [0, 1] * 4
+    assert more.row_index.tolist() == [2, 2, 6, 6, 1, 1, 4, 4] and more.sample_index.tolist() == [0, 1] * 4
     np.testing.assert_array_equal(more.log_prob[:4], own.log_prob)
     assert {row: more.by_row[row] for row in (2, 6)} == own.by_row
 
@@ -587,8 +587,8 @@ def spell(tokens):
     return "".join(LETTERS[int(token)] for token in tokens)
 
 
-def retire(record, own):
-    record.retire(own, IDS, spell, eos=(2,))
+def write(log, store):
+    log.write(store, IDS, spell, eos=(2,))
 
 
 def recorded(file):
@@ -597,11 +597,11 @@ def recorded(file):
 
 
 def test_what_is_recorded(tmp_path):
-    record = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
+    log = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
     own = some()
     own.log_ratio[2] = 5000.0
-    retire(record, own)
-    record.close()
+    write(log, own)
+    log.close()
     found = recorded(tmp_path / "responses.jsonl")
     assert [list(line) for line in found] == [["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"]] * 3
     first = {"step": 8, "id": "row-1", "sample": 1, "text": "Grüße ☃\u2028\x85\n", "logprob": -1.5, "ratio": None}
@@ -612,19 +612,19 @@ def test_what_is_recorded(tmp_path):
 
 
 def test_rewards_are_recorded(tmp_path):
-    record = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
-    retire(record, judged())
-    record.close()
+    log = response_log.ResponseLog(tmp_path / "responses.jsonl", 0, 4)
+    write(log, judged())
+    log.close()
     assert [line["reward"] for line in recorded(tmp_path / "responses.jsonl")] == [0.5, -2.0, 1e9]
 
 
-def advance(record, first, last, every, num_steps):
+def advance(log, first, last, every, num_steps):
     """A run from step `first`: at each refresh the responses of the one before go out of use, at the end the last ones."""
     for k in range(first, last):
         if k and k % every == 0:
-            retire(record, some(k - every))
+            write(log, some(k - every))
     if last == num_steps:
-        retire(record, some((num_steps - 1) // every * every))
+        write(log, some((num_steps - 1) // every * every))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 20])
@@ -635,24 +635,24 @@ def test_an_interrupted_record_ends_as_if_it_had_not_been(every, tmp_path):
     for died in range(1, num_steps + 1):
         for resumed in range(died + 1):
             file = tmp_path / f"{died}-{resumed}.jsonl"
-            record = response_log.ResponseLog(file, 0, every)
-            advance(record, 0, died, every, num_steps)
-            record.close()
+            log = response_log.ResponseLog(file, 0, every)
+            advance(log, 0, died, every, num_steps)
+            log.close()
             with open(file, "a") as torn:
                 torn.write('{"step": 0, "id": "row')
-            record = response_log.ResponseLog(file, resumed, every)
-            advance(record, resumed, num_steps, every, num_steps)
-            record.close()
+            log = response_log.ResponseLog(file, resumed, every)
+            advance(log, resumed, num_steps, every, num_steps)
+            log.close()
             assert [line["step"] for line in recorded(file)] == expected, (died, resumed)
 
 
 def test_a_line_cut_short_is_dropped(tmp_path):
     """Wherever it was cut, in the middle of a letter too. Nothing else is."""
     file = tmp_path / "responses.jsonl"
-    record = response_log.ResponseLog(file, 0, 4)
-    retire(record, some(0))
-    retire(record, some(4))
-    record.close()
+    log = response_log.ResponseLog(file, 0, 4)
+    write(log, some(0))
+    write(log, some(4))
+    log.close()
     whole = file.read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
     for end in range(last, len(whole) - 1):
@@ -660,16 +660,16 @@ def test_a_line_cut_short_is_dropped(tmp_path):
         response_log.ResponseLog(file, 12, 4).close()
         assert file.read_bytes() == whole[:last]
     file.write_bytes(whole[:-1])  # all but the end of the line
-    record = response_log.ResponseLog(file, 12, 4)
-    retire(record, some(8))
-    record.close()
+    log = response_log.ResponseLog(file, 12, 4)
+    write(log, some(8))
+    log.close()
     assert [line["step"] for line in recorded(file)] in ([0] * 3 + [4] * 3 + [8] * 3, [0] * 3 + [4] * 2 + [8] * 3)
 
 
 def test_a_new_run_starts_a_new_record(tmp_path):
     file = tmp_path / "responses.jsonl"
-    record = response_log.ResponseLog(file, 0, 4)
-    retire(record, some(0))
-    record.close()
+    log = response_log.ResponseLog(file, 0, 4)
+    write(log, some(0))
+    log.close()
     response_log.ResponseLog(file, 0, 4).close()
     assert file.read_bytes() == b""

@@ -39,14 +39,7 @@ PAPER = Objective()  # C at θ^{k+1}, v(ω) ≡ 0, token means
 LAYOUT = Layout(sequences=2, length=16, entries=8)
 UPPER_SIZES, LOWER_SIZES = [(3, 4), (5, 2), (2, 9)], [(4, 3), (0, 7), (1, 10), (6, 1)]  # (prompt, response)
 SAMPLES = (4, 1, 0, 3)  # ω's rows of the lower batch
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """These tests compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+WITNESS_LENGTH = 16  # of every row that the witness computes: one compilation
 
 
 def jitter(tree, seed, std):
@@ -124,9 +117,12 @@ def _response_nll(config, base, adapter, tokens, is_response):
 
 
 def response_nll(config, adapter, row):
-    """Summed NLL of one row's response, with the row alone in a sequence that is just as long."""
-    tokens = np.concatenate([row.prompt, row.response])
-    return _response_nll(config, model(config)[0], adapter, tokens, np.arange(row.size) >= len(row.prompt))
+    """Summed NLL of one row's response, with the row alone in a sequence; what follows it there has no part in the NLL."""
+    tokens = np.zeros(WITNESS_LENGTH, np.int32)
+    tokens[: row.size] = np.concatenate([row.prompt, row.response])
+    position = np.arange(WITNESS_LENGTH)
+    is_response = (position >= len(row.prompt)) & (position < row.size)
+    return _response_nll(config, model(config)[0], adapter, tokens, is_response)
 
 
 def num_predicted(row):
@@ -967,7 +963,7 @@ def test_one_compilation_for_any_number_of_rows():
     [
         ({"upper": "ppo"}, "loss.upper='ppo'"),
         ({"lower": "rwr"}, "loss.lower='rwr'"),
-        ({"own": "ppo"}, "online.objective='ppo'"),
+        ({"generated": "ppo"}, "online.objective='ppo'"),
         ({"reward_temperature": 0.0}, "online.reward_temperature.*0.0"),
         ({"reduction": "max"}, "loss.reduction='max'"),
         ({"coefficient_at": "now"}, "selection.coefficient_at='now'"),

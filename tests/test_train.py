@@ -169,11 +169,12 @@ def test_evaluation(finished, neox, data, when):
 # step, both once the checkpoint before it, of an even step, is on disk.
 COMMAND = """
 import os, pathlib, runpy, signal, sys, time
-from bilevel_jax import checkpoint, online, progress
+from bilevel_jax import online
+from bilevel_jax.runtime import checkpoint, step_log
 
 how, at, workdir = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 sys.argv[1:] = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}"]
-dispatched, save, make_refresh = progress.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh
+dispatched, save, make_refresh = step_log.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh
 
 def die_once_saved(step):
     while not (workdir / "checkpoints" / str(step)).is_dir():
@@ -201,7 +202,7 @@ def make_and_die(*args):
         return refresh(base, adapter, step, masked, visited, lambda: die_once_saved((at - 1) // 2 * 2) if die else stopped())
     return refresh_and_die
 
-progress.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh = dispatch, save_and_die, make_and_die
+step_log.StepLog.push, checkpoint.Checkpoints.save, online.make_refresh = dispatch, save_and_die, make_and_die
 runpy.run_module("bilevel_jax.main", run_name="__main__")
 """
 CONFIG = """
@@ -388,8 +389,8 @@ def load_tokenizer(config):
 
 def batch_ids(config, level, k) -> list[str]:
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    own = online.empty(len(level["lower"].rows))
-    return batches.make_batch(config, level["upper"], level["lower"], layout, k, own).ids
+    store = online.empty(len(level["lower"].rows))
+    return batches.make_batch(config, level["upper"], level["lower"], layout, k, store).ids
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +420,7 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     three times; the second is masked, but has no answer."""
     config, level = levels({"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128})
     first, second, third, fourth = (int(i) for i in shuffle.lower_rows(config.seed, len(level["lower"].rows), 4, 0))
-    own = online.ResponseStore(
+    store = online.ResponseStore(
         step=0,
         masked=np.isin(np.arange(len(level["lower"].rows)), [first, second, third]),
         row_index=np.array([third, first, first, first]),
@@ -430,9 +431,9 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     )
     layout = packing.Layout(2, 128, (2 + 3) * 4)
     above = dataclasses.replace(level["upper"], references=np.zeros((len(level["upper"].rows), 2)))
-    drawn = batches.make_batch(config, above, level["lower"], layout, 0, own)
+    drawn = batches.make_batch(config, above, level["lower"], layout, 0, store)
     lower = [first] * 3 + [second, third, fourth]
-    assert drawn.places.tolist() == [1, 2, 3, -1, 0, -1] + [-1] * 8
+    assert drawn.store_index.tolist() == [1, 2, 3, -1, 0, -1] + [-1] * 8
     assert drawn.ids[:6] == [level["lower"].rows[i].id for i in lower] and len(drawn.ids) == 14
     batch = drawn.batch
     np.testing.assert_array_equal(batch.row_index[:6], lower)
@@ -445,7 +446,7 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     prompts = [len(level["lower"].examples[i].prompt) for i in lower]
     upper = [level["upper"].examples[j] for j in shuffle.upper_rows(config.seed, len(level["upper"].rows), 4, 0)]
     pairs = sum(2 * len(pair.prompt) + len(pair.response) + len(pair.rejected) for pair in upper)
-    assert drawn.tokens == sum(prompts) + sum(batch.packed.length[:6]) + pairs and batch.num_lower == 4
+    assert drawn.num_tokens == sum(prompts) + sum(batch.packed.length[:6]) + pairs and batch.num_lower == 4
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -578,7 +579,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 
     rows, loaded = {row.id: row for row in data_levels.reopen(config)}, load(config.model.path, workdir / "adapter")
     marked, found = [], []
-    for of_row in weight_table.of_tokens(workdir).to_pylist():
+    for of_row in weight_table.read_tokens(workdir).to_pylist():
         row = rows[of_row["id"]]
         nll = -np.array(token_log_probs(loaded, row.question, row.response))
         share = np.exp(phi @ [nll, np.maximum.accumulate([0.0, *nll[:-1]])])
@@ -654,16 +655,16 @@ def refined(make_config, tmp_path_factory):
 
     @functools.cache
     def run(items):
-        workdir, retired, retire = tmp_path_factory.mktemp("refined") / "run", [], response_log.ResponseLog.retire
+        workdir, stores, write = tmp_path_factory.mktemp("refined") / "run", [], response_log.ResponseLog.write
 
-        def note(record, own, *rest, **more):
-            retired.append(own)
-            retire(record, own, *rest, **more)
+        def write_and_keep(log, store, *rest):
+            stores.append(store)
+            write(log, store, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(response_log.ResponseLog, "retire", note)
+            patch.setattr(response_log.ResponseLog, "write", write_and_keep)
             train.run(make_config(REFINED | dict(items)), workdir)
-        return workdir, [own for own in retired if own.step >= 0]
+        return workdir, [store for store in stores if store.step >= 0]
 
     return lambda changes=(): run(tuple(sorted(dict(changes).items())))
 
@@ -707,15 +708,15 @@ def test_metrics_of_refreshes(refined):
 @pytest.mark.parametrize("method", ["online", "dynamic"])
 def test_recorded_responses(refined, method):
     """Of every refresh: two to each question that was masked and visited before the next one, all of them used."""
-    workdir, retired = refined({"method": method})
+    workdir, stores = refined({"method": method})
     lines = responses_of(workdir)
     assert all(list(line) == ["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"] for line in lines)
     eos = load_tokenizer(ConfigDict(json.loads((workdir / "config.json").read_text()))).eos_token_id
-    ends = ["stop" if tokens[-1] == eos else "length" for own in retired for tokens in own.tokens]
+    ends = ["stop" if tokens[-1] == eos else "length" for store in stores for tokens in store.tokens]
     assert [line["finish_reason"] for line in lines] == ends and set(ends) == {"stop", "length"}
     table = table_of(workdir, 2)
-    for own, step in zip(retired, range(0, STEPS, EVERY), strict=True):
-        masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(own.masked)}
+    for store, step in zip(stores, range(0, STEPS, EVERY), strict=True):
+        masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(store.masked)}
         visited = set.union(*(rows_of_step(table, k) for k in range(step, step + EVERY)))
         mine = [line for line in lines if line["step"] == step]
         assert len(masked) == NUM_MASKED and {line["id"] for line in mine} == masked & visited
@@ -727,9 +728,9 @@ def test_recorded_responses(refined, method):
         assert all(abs(ratio - 1) > 1e-3 for ratio in stale)
     assert masked_in(workdir, 2) == masked  # that of the last refresh
     if method == "online":
-        assert all((own.masked == retired[0].masked).all() for own in retired)
+        assert all((store.masked == stores[0].masked).all() for store in stores)
     else:
-        assert len({own.masked.tobytes() for own in retired}) == len(retired)
+        assert len({store.masked.tobytes() for store in stores}) == len(stores)
 
 
 def test_refreshes_ask_for_what_the_config_says(levels, monkeypatch):
@@ -766,11 +767,11 @@ class Verbatim:
 
 def test_recorded_log_probabilities(refined, neox, make_config):
     """π_old at step 0 is the base model, plain and at temperature 1, and each response scored alone."""
-    workdir, retired = refined()
+    workdir, stores = refined()
     model, base, _, tokenizer = load(neox)
     rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
     lines = [line for line in responses_of(workdir) if line["step"] == 0]
-    for line, row, sample, tokens in zip(lines, retired[0].row_index, retired[0].sample_index, retired[0].tokens, strict=True):
+    for line, row, sample, tokens in zip(lines, stores[0].row_index, stores[0].sample_index, stores[0].tokens, strict=True):
         assert (line["id"], line["sample"]) == (rows[row].id, sample)
         spoken = [token for token in tokens if token != tokenizer.eos_token_id]
         assert line["text"] == tokenizer.backend_tokenizer.decode(spoken)  # to the space
@@ -856,7 +857,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
 
 def test_no_mask_is_offline(refined, tmp_path, make_config):
     """Bit for bit: R = 0 generates nothing and changes nothing."""
-    nothing, retired = refined(SINGLE | {"online.ratio": 0.0})
+    nothing, stores = refined(SINGLE | {"online.ratio": 0.0})
     offline, _ = refined(SINGLE | {"method": "offline"})
     assert not (offline / "responses.jsonl").exists() and responses_of(nothing) == []
     for file in TRAINED:
@@ -867,13 +868,13 @@ def test_no_mask_is_offline(refined, tmp_path, make_config):
 
 def test_all_masked(refined):
     """R = 1: no response of the data is looked at. What is told of the ratios is of all that were used since the last event."""
-    workdir, retired = refined(SINGLE | {"online.ratio": 1.0, "log.every": 4})
+    workdir, stores = refined(SINGLE | {"online.ratio": 1.0, "log.every": 4})
     assert len(masked_in(workdir, 1)) == len(masked_in(workdir, 2)) == NUM_ROWS
     table, lines = table_of(workdir, 2), responses_of(workdir)
     seen = [rows_of_step(table, k) for k in range(STEPS)]
-    for own in retired:
-        of_refresh = {line["id"] for line in lines if line["step"] == own.step}
-        assert of_refresh == set.union(*seen[own.step : own.step + EVERY])
+    for store in stores:
+        of_refresh = {line["id"] for line in lines if line["step"] == store.step}
+        assert of_refresh == set.union(*seen[store.step : store.step + EVERY])
     assert all(line["ratio"] is not None for line in lines) and len(lines) == EPOCHS * NUM_ROWS
 
     training = [event for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event]

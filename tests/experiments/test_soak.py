@@ -1,28 +1,26 @@
 """The soak in small: a run that is killed twice and has a checkpoint damaged ends as the one that was left alone."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from bilevel_jax.runtime import checkpoint
-from experiments.reliability import kills, page
+from experiments.reliability import kills, page, soak
+from tests.experiments.commands import command_line
 
-ROOT = pathlib.Path(__file__).parents[2]
 
-
+@pytest.mark.slow
 def test_killed_twice(neox, tmp_path, monkeypatch):
     """With a smaller model than that of the command, and shorter."""
     smaller = {"model.path": str(neox), "data.max_length": 128, "num_epochs": 1, "online.refresh_every": 3, "checkpoint.every": 2}
+    smaller |= {"data.num_upper": 20, "data.num_lower": 70, "eval.num_upper": 4, "eval.num_lower": 4, "online.max_new_tokens": 8}
     monkeypatch.setattr(kills, "SMALL", kills.SMALL | smaller | {"log.tensorboard": False})
     monkeypatch.setattr(kills, "PHASES", {"train": (6, 0.2), "checkpoint": (3, 0.05)})
-    found = kills.interrupt(tmp_path, num_kills=2, num_faults=1, rng=np.random.default_rng(0))
-    assert found["mismatches"] == []
-    assert sum(found["kills"].values()) == 2 and found["tries"] == found["runs"] + 2
-    lines = page.lines("command", {"runs": found})
+    results = kills.interrupt(tmp_path, num_kills=2, num_faults=1, rng=np.random.default_rng(0))
+    assert results["mismatches"] == []
+    assert sum(results["kills"].values()) == 2 and results["tries"] == results["runs"] + 2
+    lines = page.lines("command", {"runs": results})
     assert "| runs killed | 2 |" in lines and "| mismatches with the uninterrupted run | 0 |" in lines
 
 
@@ -42,9 +40,9 @@ def test_only_the_newest_of_two_whole_checkpoints_is_damaged(kind, tmp_path):
 def test_it_removes_only_its_own(tmp_path):
     (tmp_path / "soak").mkdir()
     (tmp_path / "soak" / "precious").touch()
-    command = [sys.executable, "-m", "experiments.soak", f"--workdir={tmp_path / 'soak'}", "--kills=0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "holds something else" in done.stderr
+    with command_line("experiments.soak", [f"--workdir={tmp_path / 'soak'}", "--kills=0"], soak.FLAGS):
+        with pytest.raises(ValueError, match="holds something else"):
+            soak.main()
     assert (tmp_path / "soak" / "precious").exists()
 
 
