@@ -56,7 +56,7 @@ def test_each_parameter_of_a_reference_matters(variant):
     config, params, reference = load(variant)
     leaves, tree = jax.tree.flatten(params)
     for i, leaf in enumerate(leaves):
-        without = tree.unflatten([*leaves[:i], np.zeros_like(leaf), *leaves[i + 1 :]])
+        without = tree.unflatten([*leaves[:i], jnp.zeros_like(leaf), *leaves[i + 1 :]])
         change = np.abs(np.asarray(models.logits(config, without, None, reference["tokens"])) - reference["logits"]).max()
         assert change > 1e-2, jax.tree_util.tree_flatten_with_path(params)[0][i][0]
 
