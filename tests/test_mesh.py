@@ -165,7 +165,8 @@ def start(*arguments, **environment):
 def start_on_eight_devices(directory, calls: str) -> subprocess.Popen:
     """A process with eight devices that makes calls of this module; `d` is the directory in them."""
     script = f"from tests.test_mesh import *; d = {str(directory)!r}; {calls}"
-    return start("-c", script, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    return start("-c", script, XLA_FLAGS=flags)
 
 
 def wait(process) -> None:

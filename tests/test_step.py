@@ -116,13 +116,16 @@ def _response_nll(config, base, adapter, tokens, is_response):
     return jnp.sum(jnp.where(is_response[1:], nll, 0.0))
 
 
-def response_nll(config, adapter, row):
-    """Summed NLL of one row's response, with the row alone in a sequence; what follows it there has no part in the NLL."""
-    tokens = np.zeros(WITNESS_LENGTH, np.int32)
+def padded(row, length=WITNESS_LENGTH):
+    """The tokens of a row alone in a sequence, and which of them are its response. One length, so that one program serves all."""
+    tokens, position = np.zeros(length, np.int32), np.arange(length)
     tokens[: row.size] = np.concatenate([row.prompt, row.response])
-    position = np.arange(WITNESS_LENGTH)
-    is_response = (position >= len(row.prompt)) & (position < row.size)
-    return _response_nll(config, model(config)[0], adapter, tokens, is_response)
+    return tokens, (position >= len(row.prompt)) & (position < row.size)
+
+
+def response_nll(config, adapter, row):
+    """Summed NLL of one row's response. The padding after it has no part in the NLL."""
+    return _response_nll(config, model(config)[0], adapter, *padded(row))
 
 
 def num_predicted(row):
@@ -163,8 +166,10 @@ def descend(adapter, loss):
     return jax.tree.map(lambda x, g: x - RATE * g, adapter, gradient), gradient
 
 
-def update_by_hand(config, upper, lower):
-    """(θ, ω) after one step of `PAPER` and `MIRROR` at γ = GAMMA."""
+@functools.cache
+def update_by_hand(config):
+    """(θ, ω) after one step of `PAPER` and `MIRROR` on `rows()` at γ = GAMMA."""
+    upper, lower = rows()
     scales, weights = Scales(1.0, GAMMA), N * softmax(OMEGA)
     theta, _ = descend(model(config)[1], lambda adapter: theta_loss(config, adapter, upper, lower, scales, weights))
     omega = OMEGA.copy()
@@ -243,7 +248,7 @@ def test_every_split_gives_the_same_update(layout, pack_rows, num_micro):
     batch = pack_rows(upper, lower, layout)
     assert batch.packed.num_micro == num_micro
     after, _ = compiled(NEOX)(model(NEOX)[0], begin(NEOX), batch, Scales(1.0, GAMMA))
-    theta, omega = update_by_hand(NEOX, upper, lower)
+    theta, omega = update_by_hand(NEOX)
     assert_close(after.policy.adapter, theta)
     np.testing.assert_allclose(after.selector.logits, omega, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(after.selector.visits, np.isin(np.arange(N), SAMPLES))
@@ -324,26 +329,25 @@ TOKENS = dataclasses.replace(MIRROR, token_learning_rate=0.5)
 PHI = np.array([-0.8, 0.5], np.float32)
 
 
-@jax.jit(static_argnums=0)
-def _token_nll(config, base, adapter, ids):
-    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, ids[None, :-1])[0])
-    return -jnp.take_along_axis(log_probs, ids[1:, None], axis=1)[:, 0]
+@jax.jit(static_argnums=(0, 6))
+def _token_loss(config, base, adapter, tokens, is_response, phi, reduction):
+    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, tokens[None, :-1])[0])
+    nll, predicted = -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1)[:, 0], is_response[1:]
+    fixed = jax.lax.stop_gradient(jnp.where(predicted, nll, 0.0))
+    before = jnp.max(jnp.where(np.tri(len(fixed), k=-1, dtype=bool), fixed, 0.0), axis=1)  # the largest of the tokens before
+    count = predicted.sum()
+    weight = count * jax.nn.softmax(jnp.where(predicted, phi[0] * fixed + phi[1] * before, -jnp.inf))
+    return jnp.sum(weight * jnp.where(predicted, nll, 0.0)) / (count if reduction == "mean" else 1)
 
 
 def token_loss(config, adapter, row, phi, reduction):
-    """ℓ_i of a row whose tokens are weighed, with its tokens' losses by themselves."""
-    nll = _token_nll(config, model(config)[0], adapter, np.concatenate([row.prompt, row.response]))[-num_predicted(row) :]
-    fixed = jax.lax.stop_gradient(nll)
-    before = jnp.stack([jnp.max(fixed[:t], initial=0.0) for t in range(len(nll))])
-    weight = len(nll) * jax.nn.softmax(phi[0] * fixed + phi[1] * before)
-    return jnp.mean(weight * nll) * (1 if reduction == "mean" else len(nll))
+    """ℓ_i of a row whose tokens have weights."""
+    return _token_loss(config, model(config)[0], adapter, *padded(row), phi, reduction)
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, Layout(1, 16, 8), Layout(8, 12, 8)], ids=["two", "one at a time", "all at once"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_weights_of_tokens(layout, reduction):
-    """θ descends the weighted tokens' losses, and (10b) is taken of the same at θ^{k+1}, in ω and in φ."""
-    config = LLAMA
+@functools.cache
+def token_update_by_hand(config, reduction):
+    """θ and ω after one step with weights of tokens, and the gradient of φ at θ^{k+1}."""
     upper, lower = rows()
     weights = N * softmax(OMEGA)
 
@@ -351,12 +355,20 @@ def test_weights_of_tokens(layout, reduction):
         return GAMMA * mean(weights[row.row_index] * token_loss(config, adapter, row, phi, reduction) for row in lower)
 
     adapter = model(config)[1]
-    theta, _ = descend(adapter, lambda x: upper_loss(config, x, upper, reduction) + jax.jit(lower_loss)(x, PHI))
-    pull = jax.grad(lambda phi: lower_loss(theta, phi))(jnp.array(PHI))
+    theta, _ = descend(adapter, lambda x: upper_loss(config, x, upper, reduction) + lower_loss(x, PHI))
     omega = OMEGA.copy()
     for row in lower:
         omega[row.row_index] -= ALPHA * GAMMA * token_loss(config, theta, row, PHI, reduction)
+    return theta, omega, jax.grad(lambda phi: lower_loss(theta, phi))(jnp.array(PHI))
 
+
+@pytest.mark.parametrize("layout", [LAYOUT, Layout(1, 16, 8), Layout(8, 12, 8)], ids=["two", "one at a time", "all at once"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_weights_of_tokens(layout, reduction):
+    """θ descends the weighted tokens' losses, and (10b) is taken of the same at θ^{k+1}, in ω and in φ."""
+    config, adapter = LLAMA, model(LLAMA)[1]
+    upper, lower = rows()
+    theta, omega, pull = token_update_by_hand(config, reduction)
     state = begin(config, TOKENS)
     state = state._replace(token_params=jnp.array(PHI))
     advance = compiled(config, Objective(reduction=reduction), TOKENS)
@@ -526,10 +538,7 @@ def _own_nll(adapter, tokens, is_response):
 
 def own_nll(adapter, row):
     """Summed NLL of a response and its gradient, with the row alone in a sequence; what follows it has no part in either."""
-    tokens = np.zeros(ROOM.length, np.int32)
-    tokens[: row.size] = np.concatenate([row.prompt, row.response])
-    place = np.arange(ROOM.length)
-    return _own_nll(adapter, tokens, (place >= len(row.prompt)) & (place < row.size))
+    return _own_nll(adapter, *padded(row, ROOM.length))
 
 
 @functools.cache
