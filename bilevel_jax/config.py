@@ -129,7 +129,7 @@ class Data:
 class Eval:
     num_upper: int = 200  # rows held out, never trained on
     num_lower: int = 200  # the same, of the lower level
-    keep: float = 0.8  # share of rows that counts as kept when bad rows among the kept ones are counted
+    keep: float = 0.8  # share of rows that counts as kept where kept bad rows are counted
 
 
 @dataclasses.dataclass(frozen=True)

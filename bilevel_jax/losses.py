@@ -3,7 +3,7 @@
 Only positions that predict a response token need logits. Their hidden states are gathered first and go through the output matrix
 in chunks, so that at most `packing.chunk_size` rows of logits exist at a time, in the forward and in the backward pass.
 
-Axes: T packed tokens, P targets, C positions of a chunk, D hidden size, V vocabulary, E entries (rows of the batch).
+Axes: T packed tokens, P targets, Z targets of a chunk, D hidden width, V vocabulary, E entries (rows of the batch).
 """
 
 import jax
@@ -14,14 +14,14 @@ from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
 
-def _chunk(hidden_TxD, head_VxD, logit_index_C, target_C):
-    """Negative log-likelihoods [C] of one chunk, its logits, e = exp(logits - max) [C, V] and z = Σ e [C, 1]; softmax is e / z."""
-    hidden = sharding.constrain(hidden_TxD.at[logit_index_C].get(mode="fill", fill_value=0), "rows")
+def _chunk(hidden_TxD, head_VxD, logit_index_Z, target_Z):
+    """Negative log-likelihoods [Z] of one chunk, its logits, e = exp(logits - max) [Z, V] and z = Σ e [Z, 1]; softmax is e / z."""
+    hidden = sharding.constrain(hidden_TxD.at[logit_index_Z].get(mode="fill", fill_value=0), "rows")
     logits = decoder.project(hidden, head_VxD)
     highest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - highest)
     total = weights.sum(axis=-1, keepdims=True)
-    nll = jnp.log(total) - (jnp.take_along_axis(logits, target_C[:, None], axis=-1) - highest)
+    nll = jnp.log(total) - (jnp.take_along_axis(logits, target_Z[:, None], axis=-1) - highest)
     return nll[:, 0], logits, weights, total
 
 

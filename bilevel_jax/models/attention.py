@@ -1,7 +1,7 @@
 """Attention within packed sequences, and of one new token per row to a cache.
 
 Axes: S sequences, L positions, H query heads, K key/value heads, R = H / K query heads per key head, C head width. Packed
-sequences: a block of Q queries attends to the U positions up to its end. Cache: B blocks of P positions.
+sequences: a block of Q queries attends to the U positions up to its end. Cache: B blocks of W positions.
 """
 
 import functools
@@ -120,16 +120,16 @@ attend.defvjp(_attend, _attend_backward)
 # --------------------------------------------------------------------------------------------------------------------
 
 
-CACHE_BLOCK = 64  # P
+CACHE_BLOCK = 64  # W
 
 
 def cache_window(length: int) -> int:
-    """The capacity B·P of a cache for `length` positions."""
+    """The capacity B·W of a cache for `length` positions."""
     return -(-length // CACHE_BLOCK) * CACHE_BLOCK
 
 
 def in_blocks(key_SxKxLxC: jax.Array, value_SxKxLxC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys [S, K, B, C, P] and values [S, K, B, P, C], padded with zeros. The products of one query read them in this order."""
+    """Keys [S, K, B, C, W] and values [S, K, B, W, C], padded with zeros. The products of one query read them in this order."""
     S, K, L, C = key_SxKxLxC.shape
     padding = (0, 0), (0, 0), (0, -L % CACHE_BLOCK), (0, 0)
     key, value = (jnp.pad(x, padding).reshape(S, K, -1, CACHE_BLOCK, C) for x in (key_SxKxLxC, value_SxKxLxC))
@@ -145,18 +145,18 @@ def append(cache: dict[str, jax.Array], key_SxKxC: jax.Array, value_SxKxC: jax.A
     }
 
 
-def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxP: jax.Array, value_SxKxBxPxC: jax.Array, position_S: jax.Array) -> jax.Array:
+def attend_cached(q_SxHxC: jax.Array, key_SxKxBxCxW: jax.Array, value_SxKxBxWxC: jax.Array, position_S: jax.Array) -> jax.Array:
     """Attention of one query per row to the cache positions 0 ... position_S, [S, H, C].
 
     Blocks are summed in order, and a block after the position of a row adds exact zeros. So the result does not depend on B.
     """
-    S, K, B, C, P = key_SxKxBxCxP.shape
+    S, K, B, C, W = key_SxKxBxCxW.shape
     q_SxKxBxRxC = jnp.broadcast_to(q_SxHxC.reshape(S, K, 1, -1, C), (S, K, B, q_SxHxC.shape[1] // K, C))  # R queries per key head
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC.astype(key_SxKxBxCxP.dtype), key_SxKxBxCxP) / C**0.5
-    visible = jnp.arange(B * P).reshape(B, 1, P) <= position_S[:, None, None, None, None]
+    scores = product("skbrc,skbcp->skbrp", q_SxKxBxRxC.astype(key_SxKxBxCxW.dtype), key_SxKxBxCxW) / C**0.5
+    visible = jnp.arange(B * W).reshape(B, 1, W) <= position_S[:, None, None, None, None]
     scores = jnp.where(visible, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(axis=(2, 4), keepdims=True))
-    parts = product("skbrp,skbpc->skbrc", weights.astype(value_SxKxBxPxC.dtype), value_SxKxBxPxC), weights.sum(axis=-1)
+    parts = product("skbrp,skbpc->skbrc", weights.astype(value_SxKxBxWxC.dtype), value_SxKxBxWxC), weights.sum(axis=-1)
     weighted_sum, total = (functools.reduce(jnp.add, (part[:, :, b] for b in range(B))) for part in parts)
     return (weighted_sum / total[..., None]).reshape(q_SxHxC.shape).astype(q_SxHxC.dtype)

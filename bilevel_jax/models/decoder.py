@@ -12,7 +12,7 @@ Layers are stacked and scanned, so compile time does not grow with depth. Submod
 convert by one rule, see `huggingface/weights.py`.
 
 Axes: S sequences, L positions, T = S·L tokens, D hidden, H query heads, K key/value heads, C head width, F feed-forward width,
-V vocabulary, I input and O output width of a product; B blocks of P positions in a cache. Activations have shape [T, D], and
+V vocabulary, I input and O output width of a product; B blocks of W positions in a cache. Activations have shape [T, D], and
 [S, L, ...] inside attention only: on a CPU this makes the backward pass of the products 1.4x faster, elsewhere it is free.
 """
 
@@ -319,14 +319,14 @@ def split_layers(tree, config: ModelConfig):
 
 
 def init_cache(config: ModelConfig, sequences: int, length: int) -> list:
-    """Zero keys [S, K, B, C, P] and values [S, K, B, P, C] of each layer, with room for `length` positions."""
+    """Zero keys [S, K, B, C, W] and values [S, K, B, W, C] of each layer, with room for `length` positions."""
     zeros = jnp.zeros((sequences, config.num_kv_heads, attention.cache_window(length), config.head_dim), config.dtype)
     layers = (attention.in_blocks(zeros, zeros) for _ in range(config.num_layers))
     return [{config.record.attention: {"key": key, "value": value}} for key, value in layers]
 
 
 def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list:
-    """The first ⌈L / P⌉ blocks of the arrays of `init_cache`, for L tokens of each row.
+    """The first ⌈L / W⌉ blocks of the arrays of `init_cache`, for L tokens of each row.
 
     Padding beyond the prompt of a row fills positions that `decode` overwrites before it reads them.
     """
