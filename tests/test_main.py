@@ -37,6 +37,9 @@ def call(directory, monkeypatch, capsys):
                 delattr(main.FLAGS, name)
             else:
                 main.FLAGS[name].unparse()
+        for name, module in [*sys.modules.items()]:  # ml_collections executes a config file in the module of the last one
+            if "get_config" in getattr(module, "__dict__", {}):
+                monkeypatch.delitem(sys.modules, name)
         with pytest.raises(SystemExit) as caught:
             cli.parse(sys.argv, main.FLAGS)
             cli.call(main.main)
