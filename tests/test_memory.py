@@ -71,6 +71,7 @@ def test_parameters(planned, sizes, number, billions):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_base_on_a_device(planned, sizes, mesh, base):
     assert planned(sizes, mesh)[1]["base parameters"] == base
 
@@ -118,6 +119,7 @@ def test_offline_selection_has_no_cache(planned):
     assert "KV cache" not in items and "response store" not in items
 
 
+@pytest.mark.slow
 def test_activations_with_remat(planned):
     """The input of each of the 32 layers, and all activations of one layer, with [S, H, L, L] of attention in float32."""
     full, part = (planned(EIGHT, mesh, {"model.remat": True})[1]["activations of a micro-batch"] for mesh in ((1, 1, 1), (2, 2, 2)))
@@ -136,6 +138,7 @@ SMALL = decoder.ModelConfig("llama", 4096, 256, 1024, 4, 8, 4, 32, 32, 512, "sil
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_residuals_of_a_layer():
     """Per token: the input of the layer; q, k, v; the output of attention, its maximum and sum; the outputs of `o_proj`,
     `gate_proj` and `up_proj`; and x A of all seven. With `remat`, only the input."""
@@ -150,6 +153,7 @@ def test_residuals_of_a_layer():
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_plan_agrees_with_xla(remat):
     """For a compiled step: arguments to the byte, temporaries within the free share of the plan."""
     sequences, length, rank, num_rows, targets = 2, 512, 8, 10, ALL_LINEAR

@@ -246,6 +246,7 @@ def respond_on_four_devices(path: str):
     pathlib.Path(path).write_text(json.dumps(tokens))
 
 
+@pytest.mark.slow
 def test_slots_on_four_devices_give_the_same_responses(tmp_path):
     path = tmp_path / "tokens.json"
     command = [sys.executable, "-c", f"from tests import test_sampling; test_sampling.respond_on_four_devices({str(path)!r})"]

@@ -243,6 +243,7 @@ def test_theta_follows_the_gradient_of_the_objective(config, reduction, scales):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
+@pytest.mark.slow
 def test_every_split_gives_the_same_update(layout, pack_rows, num_micro):
     upper, lower = rows()
     batch = pack_rows(upper, lower, layout)
@@ -304,6 +305,7 @@ def test_omega_follows_the_gradient_of_the_objective(coefficient_at, weight_scal
 
 
 @pytest.mark.parametrize("coefficient_at", ["next", "current"])
+@pytest.mark.slow
 def test_tracked_value_function(coefficient_at):
     upper, lower = rows()
     scales, weights = Scales(1.0, GAMMA), N * softmax(OMEGA)
@@ -364,6 +366,7 @@ def token_update_by_hand(config, reduction):
 
 @pytest.mark.parametrize("layout", [LAYOUT, Layout(1, 16, 8), Layout(8, 12, 8)], ids=["two", "one at a time", "all at once"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.slow
 def test_weights_of_tokens(layout, reduction):
     """θ descends the weighted tokens' losses, and (10b) is taken of the same at θ^{k+1}, in ω and in φ."""
     config, adapter = LLAMA, model(LLAMA)[1]
@@ -403,6 +406,7 @@ UNROLLED = Objective(cost="unrolled", coefficient_at="current")
     [(SGD, LAYOUT), (optax.adam(0.01), Layout(1, 16, 8)), (optax.adam(0.01), Layout(8, 12, 8))],
     ids=["sgd", "adam, a sequence at a time", "adam, all at once"],
 )
+@pytest.mark.slow
 def test_unrolled_cost_is_what_a_row_s_weight_does_to_the_upper_loss(optimizer, layout):
     """Against d⟨∇L0(θ^k), θ^{k+1}(w)⟩/dw, differentiating a step that is written out; the second, so that Adam has a past."""
     upper, lower = rows()
@@ -430,6 +434,7 @@ def test_unrolled_cost_is_what_a_row_s_weight_does_to_the_upper_loss(optimizer, 
     np.testing.assert_allclose(found, expected, atol=0.02)  # a difference over a way that is not infinitely small
 
 
+@pytest.mark.slow
 def test_unrolled_cost_is_finite_where_adam_has_no_past():
     """B = 0 before the first step: the gradient of A is 0, and Adam's slope there infinite."""
     targets = lora.resolve_targets(LLAMA, "all-linear")
@@ -605,6 +610,7 @@ def cost_of(state):
 @pytest.mark.parametrize(
     "kind, coefficient_at", [("sequence", "next"), ("geometric", "current"), ("softmax", "next"), ("none", "current")]
 )
+@pytest.mark.slow
 def test_own_responses_stand_in_for_those_of_the_data(kind, coefficient_at):
     """Whatever they share a sequence and a micro-batch with: the answers to one question too may be anywhere."""
     upper, lower = own_rows()
@@ -648,6 +654,7 @@ def test_own_responses_and_a_tracked_value_function():
 
 
 @pytest.mark.parametrize("name, length", [("llama", 20), ("tiny", 40)])
+@pytest.mark.slow
 def test_ratios_are_one_straight_after_scoring(name, length):
     """π_old by the scorer of whole data sets, π_θ in the step, each packing as it likes. A moved adapter gives other ratios."""
     config, (base, adapter) = LLAMA, model(LLAMA)
@@ -899,6 +906,7 @@ def numpy_losses(objective, base, adapter):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.slow
 def test_objectives_against_finite_differences(name):
     """Losses, costs and directional derivatives in float64, for two packings in which pairs and groups lie differently."""
     objective, base = OBJECTIVES[name], model(LLAMA)[0]

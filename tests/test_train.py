@@ -98,6 +98,7 @@ def test_summary(finished):
     assert {key: first[key] for key in EVAL} == {key: summary[key.replace("eval", "start")] for key in EVAL}
 
 
+@pytest.mark.slow
 def test_seconds_add_up(make_config, tmp_path):
     """To the wall time of the run, the time before it included; the rest is loading the test's own modules."""
     began = time.perf_counter()
@@ -522,6 +523,7 @@ def test_mixing(make_config, tmp_path, rho):
         ("bmo", "mirror", {}),
     ],
 )
+@pytest.mark.slow
 def test_offline(make_config, tmp_path, rule, optimizer, options):
     options = {"rule": rule, "optimizer": optimizer} | options
     summary, _ = finish(make_config, {f"selection.{key}": value for key, value in options.items()}, tmp_path)
@@ -546,6 +548,7 @@ def test_features(amortised, make_config, tmp_path, monkeypatch):
         assert (tmp_path / file).read_bytes() == (amortised / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_rows_of_a_source_weigh_the_same(by_source, tmp_path, monkeypatch):
     config, workdir = by_source
     table = table_of(workdir, EPOCHS)
@@ -566,6 +569,7 @@ def test_one_source_is_nothing_to_choose_from(make_config, tmp_path):
         train.run(make_config(changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     """As a run leaves them: against the adapter that it left, token by token; and the same after an interruption."""
     lower = read_jsonl(data / "lower.jsonl")
@@ -599,6 +603,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
         assert (broken / file).read_bytes() == (workdir / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_unrolled(make_config, tmp_path):
     changes = {"selection.cost": "unrolled", "selection.coefficient_at": "current"}
     assert np.isfinite(list(train.run(make_config(changes), tmp_path).values())).all()
@@ -615,6 +620,7 @@ def test_uniform(make_config, tmp_path):
         assert event["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dpo(make_config, tmp_path):
     changes = {"loss.upper": "dpo", "data.upper": make_pairs(tmp_path), "data.max_length": 128, "log.every": 1}
     summary, events = finish(make_config, changes, tmp_path / "run")
@@ -706,6 +712,7 @@ def test_metrics_of_refreshes(refined):
 
 
 @pytest.mark.parametrize("method", ["online", "dynamic"])
+@pytest.mark.slow
 def test_recorded_responses(refined, method):
     """Of every refresh: two to each question that was masked and visited before the next one, all of them used."""
     workdir, stores = refined({"method": method})
@@ -794,6 +801,7 @@ TRAINED = ("adapter/adapter_model.safetensors", "weights/epoch_1.parquet", "weig
 
 
 @pytest.mark.parametrize("method", ["online", "dynamic"])
+@pytest.mark.slow
 def test_answers_that_are_not_needed_change_nothing(refined, method):
     (needed, _), (every, _) = refined({"method": method}), refined({"method": method, "online.generate": "all"})
     for file in TRAINED:
@@ -825,6 +833,7 @@ def interrupt_refresh(patch, at):
     patch.setattr(online, "make_refresh", make)
 
 
+@pytest.mark.slow
 def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config, tmp_path, capsys):
     """Stopped while responses are sampled, in the first refresh and later; killed there, and between a refresh and the next
     checkpoint, when the record is ahead of what will be resumed."""
@@ -855,6 +864,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
     assert found == events
 
 
+@pytest.mark.slow
 def test_no_mask_is_offline(refined, tmp_path, make_config):
     """Bit for bit: R = 0 generates nothing and changes nothing."""
     nothing, stores = refined(SINGLE | {"online.ratio": 0.0})
@@ -866,6 +876,7 @@ def test_no_mask_is_offline(refined, tmp_path, make_config):
     assert "time/generate" in summary_of(nothing) and summary_of(offline)["time/generate"] == 0
 
 
+@pytest.mark.slow
 def test_all_masked(refined):
     """R = 1: no response of the data is looked at. What is told of the ratios is of all that were used since the last event."""
     workdir, stores = refined(SINGLE | {"online.ratio": 1.0, "log.every": 4})
@@ -923,6 +934,7 @@ def make_flipped(directory) -> str:
     return str(write_jsonl(directory / "lower.jsonl", rows))
 
 
+@pytest.mark.slow
 def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
     """Own pairs stand among pairs of the data. Stopped while responses are sampled, and between a refresh and the next one, a
     run ends with the same bits: rewards and references are saved with the responses."""
@@ -957,6 +969,7 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])
+@pytest.mark.slow
 def test_pair_accuracy(make_config, tmp_path, neox, level):
     """Against each held-out response scored alone: the share whose likelihood rose more than that of the rejected one."""
     file = make_flipped(tmp_path)
@@ -1009,6 +1022,7 @@ def test_one_row_one_answer_one_token(make_config, tmp_path, neox):
 
 
 @pytest.mark.parametrize("optimizer, outcome", [("sgd", "stops"), ("mirror", "one row has all weight")])
+@pytest.mark.slow
 def test_weights_that_overflow(make_config, tmp_path, optimizer, outcome):
     """ω beyond float32 stops the run in one line; ω that is merely huge is a weight of N on one row."""
     rate = {"sgd": 3e38, "mirror": 1e30}[optimizer]

@@ -305,6 +305,7 @@ def command(bench):
         yield lambda *arguments: run_command("evaluate", list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_command(command, finished):
     printed = command(f"--workdir={finished}", "--tasks=local_p*,local_boolq", "--limit=3", "--samples", "--batch_size=2")
     assert "|local_boolq|" in printed and "|acc_norm|" in printed and str(finished / "lm_eval.json") in printed
@@ -359,6 +360,7 @@ def test_command_on_a_model(command, neox, adapter, tmp_path):
         (["--chat_template"], ValueError, "--chat_template"),
     ],
 )
+@pytest.mark.slow
 def test_command_refuses(command, neox, flags, error, message):
     with pytest.raises(error, match=message):
         command(f"--model={neox}", "--tasks=local_piqa", *flags)

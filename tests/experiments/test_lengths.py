@@ -42,6 +42,7 @@ def test_every_cell_has_a_valid_config(cell):
         assert rows == 640 and steps == 40 and config.online.refresh_every == (2 if "on-policy" in cell else 10**6)
 
 
+@pytest.mark.slow
 def test_answers_are_measured(finished):
     """The answers of a trained adapter differ from those of the base model to the same questions."""
     run = comparing.Run(finished, {})

@@ -12,6 +12,7 @@ from tests.conftest import COMMON, MODELS
 
 
 @pytest.mark.parametrize("architecture", list(MODELS))
+@pytest.mark.slow
 def test_the_model_has_the_shape_and_loads(neox, tmp_path, architecture):
     out = tmp_path / "model"
     random_model.make(out, COMMON | MODELS[architecture], str(neox))

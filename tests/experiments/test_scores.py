@@ -69,6 +69,7 @@ def test_difficulty_is_the_ratio_of_losses_with_and_without_the_question(model):
     np.testing.assert_allclose(scores.difficulty(score, base, given), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_alignment_is_the_cosine_of_full_gradients(model):
     config, base, adapter = model
     base = jax.tree.map(jnp.asarray, base)

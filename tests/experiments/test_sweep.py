@@ -169,6 +169,7 @@ COMMAND = "import sys; from bilevel_jax import cli; from experiments import runs
 COMMAND += "runs.PROGRAM = (sys.executable, '-S', {!r}); cli.run(sweep.main, sweep.FLAGS)"
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_continues(points, tmp_path, fake):
     directory = tmp_path / "sweep"
     directory.mkdir()
@@ -327,6 +328,7 @@ def test_mistakes_end_the_command_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
     """The training runs are real processes; the command of the sweep runs in this one."""
     monkeypatch.chdir(ROOT)

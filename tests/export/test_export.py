@@ -54,6 +54,7 @@ def front_matter(text):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_score_new(amortised, data, tmp_path):
     """Training rows given as new rows get the same weights; a row that does not fit is counted and skipped."""
     table = weight_table.latest(amortised)
@@ -177,6 +178,7 @@ def test_data_card(finished, data, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_merged_and_selected_in_a_process(finished, neox, tmp_path):
     merged = tmp_path / "merged"
     done = run(f"--workdir={finished}", f"--merged={merged}", f"--selected={tmp_path / 'kept.jsonl'}")

@@ -92,6 +92,7 @@ def test_packed_rows_equal_rows_alone(variant):
 
 
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+@pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients(variant):
     config, params, reference = load(variant)
 
@@ -222,6 +223,7 @@ def test_decoding_equals_the_forward_pass(variant):
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+@pytest.mark.slow
 def test_decoding_with_an_adapter_equals_the_forward_pass(variant, merged):
     config, params, _ = load(variant)
     config = dataclasses.replace(config, adapter_scale=1.5)

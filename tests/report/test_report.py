@@ -267,6 +267,7 @@ ALL = "losses", *WEIGHED, "responses", "time"
         (_frozen, ("sources", "rows", "lengths"), "All weights are equal"),
     ],
 )
+@pytest.mark.slow
 def test_sections_without_data_say_why(run_dir, tmp_path, change, empty, reason):
     workdir = tmp_path / "run"
     shutil.copytree(run_dir, workdir)

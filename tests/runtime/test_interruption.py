@@ -185,6 +185,7 @@ def uninterrupted(make_config, tmp_path_factory):
 @pytest.mark.parametrize(
     "stages", [["metrics", "checkpoint", "weights", "summary.json"], pytest.param(ALL_STAGES, marks=pytest.mark.long)]
 )
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(uninterrupted, tmp_path, stages):
     """The run fails with one line at each stage, and with free space it ends as an uninterrupted run."""
     config, expected = uninterrupted

@@ -118,6 +118,7 @@ def with_eos(result, tokenizer):
 
 
 @pytest.mark.parametrize("architecture, adapted", [("neox", False), ("neox", True), ("llama", False)])
+@pytest.mark.slow
 def test_schema_order_and_log_probs(sampled, adapter, architecture, adapted, request):
     directory = request.getfixturevalue(architecture)
     loaded = load(directory, adapter if adapted else None)
@@ -246,6 +247,7 @@ ALL = slice(None)
         (["--num_samples=3"], slice(3, 4)),
     ],
 )
+@pytest.mark.slow
 def test_responses_do_not_depend_on_the_batch(sampled, neox, flags, part, tmp_path):
     expected = {(r["id"], r["sample"]): r for r in sampled(neox, *SOME, "--num_samples=3")}
     chosen = [row for row, _ in OBJECTS[:5]][part]  # without the repeated question

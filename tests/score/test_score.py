@@ -92,6 +92,7 @@ def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("short, entries", [(512, 256), (8, 5)])  # one shape for all, or one for every power of two
+@pytest.mark.slow
 def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, entries):
     monkeypatch.setattr(scoring, "SHORT", short)
     monkeypatch.setattr(scoring, "ENTRIES", entries)
