@@ -43,6 +43,7 @@ AT_LEAST = {
     "online.refresh_every": 1,
     "online.max_new_tokens": 1,
     "online.slots": 1,
+    "selection.outer_steps": 1,
 }
 RANGES = {  # key -> (allowed?, in words); those of `Selector`, `Objective` and `sampling.Settings` are checked there
     "seed": (lambda value: value < 2**32, "below 2^32"),
@@ -227,15 +228,18 @@ def _check_selection(config: Config) -> None:
         built.baseline != "batch" or config.batch.size > 1,
         "selection.baseline=batch with batch.size=1 subtracts a row's loss from itself; take running or none",
     )
-    if built.rule == "uniform":
+    _require(
+        built.rule != "metagradient" or (config.method == "offline" and config.loss.upper == config.loss.lower == "sft"),
+        "selection.rule=metagradient differentiates whole runs on given responses: it takes method=offline, loss.upper=sft and loss.lower=sft",
+    )
+    if built.frozen:
         without_effect = {
             "selection.value_function=tracked": s.value_function != "zero",
-            "selection.cost=unrolled": s.cost != "loss",
             "selection.unit=domain": s.unit == "domain",
             "selection.parameterization=features": built.parameterization != "table",
         }
         for setting, is_set in without_effect.items():
-            _require(not is_set, f"{setting} has no effect with selection.rule=uniform, which never moves ω")
+            _require(not is_set, f"{setting} has no effect with selection.rule={built.rule}, which never moves ω")
     _require(
         s.unit != "domain" or s.parameterization == "table",
         "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",

@@ -16,6 +16,7 @@ ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16")
+EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
 UNITS = ("sample", "domain", "token")
 
 
@@ -46,16 +47,20 @@ class Selection:
     unit: str = "sample"
     parameterization: str = "table"  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
     ridge: float = 0.3  # (parameterization=features) pull of φ to 0
-    rule: str = "bds"  # bds (10b), bmo (48), uniform (ω frozen: the control)
+    # bds (10b); bmo (48); metagradient (exact, by whole runs before the run: about 4 times its time for each outer step; offline);
+    # uniform (ω frozen: the control)
+    rule: str = "bds"
+    outer_steps: int = 1  # of rule=metagradient
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
     learning_rate: float = 1.0  # of ω: mirror takes about 1, the paper's Adam 1e-4
     tau: float = 1.0  # of bmo
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
     baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
-    cost: str = "loss"  # what lowers a row's weight: loss (10b), unrolled (how its gradient moves θ against L0's descent; at θ^k)
+    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows), loss (10b, the paper)
+    cost: str = "influence"
     value_function: str = "zero"  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
     weight_scale: str = "dataset"  # dataset: N·σ(ω), mean 1; literal: σ(ω)
-    coefficient_at: str = "next"  # a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
+    coefficient_at: str = "next"  # (cost=loss) a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +216,9 @@ def to_selector(config: Config) -> selector.Selector:
 
 def to_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimizer of θ."""
-    return getattr(optax, config.optimizer.name)(config.optimizer.learning_rate)
+    o = config.optimizer
+    more = {"eps_root": EPS_ROOT} if to_selector(config).rule == "metagradient" and o.name != "sgd" else {}
+    return getattr(optax, o.name)(o.learning_rate, **more)
 
 
 def to_objective(config: Config) -> objective.Objective:

@@ -21,7 +21,8 @@ def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Pa
 def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
     hidden_TxD = hidden_states(config, base, adapter, packed, m)
-    return losses.token_nll(hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m])
+    token_nll = losses.token_nll_plain if config.second_order else losses.token_nll
+    return token_nll(hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m])
 
 
 def micro_nll(

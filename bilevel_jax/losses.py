@@ -102,6 +102,24 @@ def _token_nll_backward(residuals, cotangent_P):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
+def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax.Array:
+    """`token_nll`, with derivatives of every order and in both modes. The backward pass computes the logits of a chunk again."""
+    P = logit_index_P.shape[0]
+    size = packing.chunk_size(P)
+
+    @jax.checkpoint
+    def chunk(index_Z, target_Z):
+        return _chunk(hidden_TxD, head_VxD, index_Z, target_Z)[0]
+
+    def body(first, index_and_target):
+        nll_Z = jax.lax.cond(first < num_targets, lambda: chunk(*index_and_target), lambda: jnp.zeros(size, jnp.float32))
+        return first + size, nll_Z
+
+    chunks = logit_index_P.reshape(-1, size), target_P.reshape(-1, size)
+    _, nll = jax.lax.scan(body, jnp.int32(0), chunks)
+    return jnp.where(jnp.arange(P) < num_targets, nll.reshape(P), 0.0)
+
+
 def token_scores(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> tuple[jax.Array, jax.Array]:
     """`token_nll` [P], and whether another token is more likely than the target, bool [P], False at padding. Forward only."""
     head_VxD = _gathered(head_VxD)

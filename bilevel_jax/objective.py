@@ -21,7 +21,7 @@ from bilevel_jax import importance, losses, preferences
 from bilevel_jax.data import packing
 
 COEFFICIENTS = ("next", "current")
-COSTS = ("loss", "unrolled")
+COSTS = ("influence", "loss")
 VALUE_FUNCTIONS = ("zero", "tracked")
 LOSSES = ("sft", *preferences.PAIRS)
 RESPONSE_LOSSES = (*LOSSES, "best_of", *preferences.RANKED)
@@ -41,8 +41,8 @@ class Objective:
       reward_temperature: β of reward-weighted regression.
       reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`). It applies to the log-ratios of IPO too; those
         of DPO are always sums.
-      cost: C_b, what lowers a row's weight: its `loss`, or `unrolled`, how its gradient moves θ against the descent of L0.
-      coefficient_at: the θ at which C_b is taken: θ^{k+1} (`next`, eq. (10c)) or θ^k (`current`).
+      cost: C_b, what lowers a row's weight: its `loss`, or its `influence`, minus what it does for the trusted rows, see `step`.
+      coefficient_at: with `cost="loss"`, the θ at which C_b is taken: θ^{k+1} (`next`, eq. (10c)) or θ^k (`current`).
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
       response_weight: the factor of each generated response, see `importance.response_weights`.
@@ -74,11 +74,8 @@ class Objective:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{key}={getattr(self, field)!r} is not among {', '.join(allowed)}")
-        if self.cost == "unrolled" and (self.coefficient_at, self.value_function) != ("current", "zero"):
-            raise ValueError(
-                "selection.cost=unrolled compares losses at θ^k alone; take selection.coefficient_at=current and "
-                "selection.value_function=zero"
-            )
+        if self.cost == "influence" and self.value_function != "zero":
+            raise ValueError("selection.value_function=tracked is a cost of losses; take selection.cost=loss")
         if not self.beta > 0:
             raise ValueError(f"loss.beta must be positive, got {self.beta}")
         if not self.reward_temperature > 0:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-RULES = ("bds", "bmo", "uniform")
+RULES = ("bds", "bmo", "metagradient", "uniform")
 OPTIMIZERS = ("adam", "sgd", "mirror")
 BASELINES = ("none", "batch", "running")
 WEIGHT_SCALES = ("dataset", "literal")
@@ -29,6 +29,8 @@ class SelectorState(NamedTuple):
     logits: jax.Array  # [N] float32, ω; with features, X φ
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
+    loss: jax.Array  # [N] float32, ℓ of each row at its last visit, before the step that learned from it; NaN: never visited
+    cost: jax.Array  # [N] float32, sum over visits of C, as it came
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
 
@@ -38,7 +40,8 @@ class Selector:
     """How ω moves, see `update`.
 
     Attributes:
-      rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `uniform`, ω frozen at 0: the control.
+      rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `metagradient`, ω frozen where `search` put it before the first step; `uniform`,
+        ω frozen at 0: the control.
       optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
         `parameterization="table"`.
       learning_rate: α.
@@ -87,6 +90,10 @@ class Selector:
                 "selection.unit=domain tie together; take adam or sgd"
             )
 
+    @property
+    def frozen(self) -> bool:
+        return self.rule in ("metagradient", "uniform")
+
     def scale(self, num_rows: int) -> float:
         """The factor of σ in the loss: N, or 1 for the paper's literal form."""
         return float(num_rows) if self.weight_scale == "dataset" else 1.0
@@ -102,7 +109,8 @@ def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorSt
     visits = jnp.zeros(num_rows, jnp.float32)
     feature_params = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
     optimizer = _optimizer(selector).init(logits if feature_params is None else feature_params)
-    return SelectorState(logits, visits, jnp.float32(jnp.nan), optimizer, feature_params)
+    never, zeros = jnp.full(num_rows, jnp.nan, jnp.float32), jnp.zeros(num_rows, jnp.float32)
+    return SelectorState(logits, visits, jnp.float32(jnp.nan), never, zeros, optimizer, feature_params)
 
 
 def probabilities(logits_N: jax.Array, row_index_E: jax.Array) -> jax.Array:
@@ -170,6 +178,20 @@ def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, featur
     return state._replace(logits=logits, feature_params=feature_params, optimizer=optimizer)
 
 
+def record(state: SelectorState, row_index_E, part_E, loss_E, cost_E) -> SelectorState:
+    """Notes the losses of the rows of a batch, and adds their costs.
+
+    Args:
+      part_E: each entry's part of its row: 1, or 1/G for one of G responses; 0 for padding.
+    """
+
+    def per_row(value_E):
+        return jnp.zeros_like(state.visits).at[row_index_E].add(part_E * value_E, mode="drop")
+
+    visited_N = per_row(jnp.ones_like(part_E)) > 0
+    return state._replace(loss=jnp.where(visited_N, per_row(loss_E), state.loss), cost=state.cost + per_row(cost_E))
+
+
 def update(
     selector: Selector, state: SelectorState, row_index_E, share_E, num_lower, cost_E, gamma, features=None
 ) -> SelectorState:
@@ -181,7 +203,7 @@ def update(
         bds, mirror         ω_{i_b} -= α γ C_b                          exponentiated gradient on the simplex
         bmo, sgd and mirror ω_{i_b} -= α (ω_{i_b} + τ C_b)              mirror descent with an entropy term            (48)
         bmo, adam           g_{i_b} = ω_{i_b} + τ C_b, then Adam                                                       (47)
-        uniform             ω stays
+        metagradient, uniform   ω stays
 
     Where ω is a function of features, φ follows Σ_i x_i g_i + λφ (bds), or + Bλφ (bmo, whose g is a sum over the batch).
     With `weight_scale="literal"` the bds moves are 1/N of these.
@@ -203,7 +225,7 @@ def update(
     cost_E, baseline = _center(selector, state, jnp.where(share_E > 0, cost_E, 0.0), share_E)
     part_E = share_E * num_lower  # of its row: 1, or 1/G
     state = state._replace(visits=state.visits.at[row_index_E].add(part_E, mode="drop"), baseline=baseline)
-    if selector.rule == "uniform":
+    if selector.frozen:
         return state
 
     if selector.rule == "bmo":

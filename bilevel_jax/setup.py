@@ -99,6 +99,7 @@ class Program:
     score: Callable  # see `scoring.make_scorer`
     batch_of: Callable  # (k, store) -> StepBatch
     features: jax.Array | None  # of the rows, on the devices
+    layout: packing.Layout  # of every batch
 
 
 def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
@@ -113,7 +114,8 @@ def init_state(config: configuration.Config, setup: Setup, num_features: int) ->
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     tracked = objective.value_function == "tracked"
     optimizer = configuration.to_optimizer(config)
-    state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE)
+    influence = objective.cost == "influence" and not selector.frozen
+    state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE, influence)
     shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
     return jax.tree.map(sharding.device_put, state, shardings), shardings
 
@@ -126,7 +128,7 @@ def compile_program(
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
     entries = configuration.entries_per_row(config) * config.batch.size
-    layout = packing.Layout(micro_size, length, entries, separate_levels=objective.cost == "unrolled")
+    layout = packing.Layout(micro_size, length, entries, separate_levels=state.influence is not None)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper = with_references(setup.upper, objective.upper, score, base)
     lower = with_references(setup.lower, objective.lower, score, base)
@@ -137,7 +139,7 @@ def compile_program(
         first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()
-    return Program(train_step, score, batch_of, values)
+    return Program(train_step, score, batch_of, values, layout)
 
 
 def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:

@@ -10,14 +10,15 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
 `make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `row_costs`, and
 `selector.update`. The losses that L0 and ℓ_b can be are in `objective`.
 
-This is the gradient of the penalty. ω can also follow the gradient of L0 itself, through the one step that it takes part in
-(`cost="unrolled"`: learning to reweight, Ren et al. 2018; with Adam, SAMA, Choe et al. 2023). The optimizer computes
-θ^{k+1} = θ^k - u(g); with D = ∂u/∂g, which is diagonal,
+This is the gradient of the penalty. ω can also follow the gradient of L0 itself (`cost="influence"`). With D the preconditioner of
+the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i times
 
-    dL0(θ^{k+1})/dω = γ · mean_b [ N ∇σ_{i_b}(ω) · C_b ],   C_b = -⟨∇ℓ_b, D ∇L0⟩ at θ^k, where ∇L0 is taken too,
+    ⟨∇ℓ_i(θ^k), D ∇L0(θ^k)⟩,   so   C_b = -⟨∇ℓ_b, D m⟩,   m = a running mean of ∇L0 over the last batches             (I)
 
-which is (10b) with another cost. The product is a finite difference of ℓ_b along D ∇L0, one forward pass, in units of its root
-mean square over the batch.
+which is (10b) with another cost: rows lose weight whose gradients work against that of the trusted rows, whatever their loss. One
+batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product is a
+finite difference of ℓ_b along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al. 2024;
+in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.)
 
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights.
 
@@ -41,7 +42,9 @@ from bilevel_jax.models import decoder
 from bilevel_jax.objective import Objective, entry_losses, lower_losses
 
 TINY = 1e-30
-FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D ∇L0, as a share of θ's norm
+FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
+UPPER_DECAY = 0.95  # of the running mean of ∇L0: about 20 batches
+SPREAD_DECAY = 0.9  # of the running mean square of the influences
 
 
 class Learner(NamedTuple):
@@ -57,6 +60,14 @@ class State(NamedTuple):
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
     token_params: jax.Array | None = None  # [2] float32, φ of `token_weights`; None where tokens have no weights
+    influence: "Influence | None" = None  # None for other costs
+
+
+class Influence(NamedTuple):
+    """What the costs of `cost="influence"` remember from step to step."""
+
+    upper_gradient: dict  # Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
+    mean_square: jax.Array  # [] float32, running mean square of the costs, by which they are divided; NaN before the first
 
 
 class Scales(NamedTuple):
@@ -73,12 +84,14 @@ def init(
     num_rows: int,
     tracked: bool,
     num_features: int = 0,
+    influence: bool = False,
 ) -> State:
     """The state before the first step, for `num_rows` lower-level rows. θ' starts as a copy of θ."""
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
     token_params = jnp.zeros(len(token_weights.SCORES), jnp.float32) if selector.token_learning_rate else None
-    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params)
+    memory = Influence(jax.tree.map(jnp.zeros_like, adapter), jnp.float32(jnp.nan)) if influence else None
+    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, memory)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -96,12 +109,13 @@ class Problem:
     optimizer: optax.GradientTransformation
 
     @property
-    def unrolled(self) -> bool:
-        return self.objective.cost == "unrolled" and self.selector.rule != "uniform"
+    def influence(self) -> bool:
+        return self.objective.cost == "influence" and not self.selector.frozen
 
     @property
     def costs_at_next(self) -> bool:
-        return self.objective.coefficient_at == "next" and self.selector.rule != "uniform"
+        o = self.objective
+        return o.cost == "loss" and o.coefficient_at == "next" and not self.selector.frozen
 
 
 class Shares(NamedTuple):
@@ -202,7 +216,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
         return loss_of_micro
 
     upper_gradient = None
-    if problem.unrolled:  # ∇L0 is needed alone: one pass over each level
+    if problem.influence:  # ∇L0 is needed alone: one pass over each level
         upper_only, lower_only = scaled_loss(Scales(1.0, 0.0)), scaled_loss(Scales(0.0, 1.0))
         first, end = batch.first_upper_micro, packed.num_micro
         (_, (upper, upper_nll_E)), upper_gradient = _gradient(upper_only, adapter, end, E, first)
@@ -264,23 +278,46 @@ def update_token_params(
     return token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E
 
 
-def _perturb(optimizer: optax.GradientTransformation, learner: Learner, gradient, upper_gradient, scale: float):
-    """θ moved a small way along -D ∇L0, D = ∂u/∂g at the step's gradient g; the way is `scale` times θ's norm long."""
+def _preconditioned(optimizer_state, gradient):
+    """D times a gradient: divided by √v + ε where the optimizer keeps v, a running mean of squares."""
+    square = optax.tree.get(optimizer_state, "nu", default=None)
+    if square is None:
+        return gradient
+    # An entry without a gradient so far has v = 0, and m = 0 with it.
+    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
 
-    def update_of(gradient):
-        return optimizer.update(gradient, learner.optimizer, learner.adapter)[0]
 
-    _, direction = jax.jvp(update_of, (gradient,), (upper_gradient,))
-    # Adam's D is infinite where no gradient has been.
-    direction = jax.tree.map(lambda d, s: jnp.where(s == 0, 0.0, d), direction, upper_gradient)
-    size = scale * optax.tree.norm(learner.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
-    return jax.tree.map(lambda leaf, d: leaf + size * d, learner.adapter, direction)
+def update_influence(
+    problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, batch: packing.Batch, shares: Shares
+) -> tuple[Influence, jax.Array]:
+    """C_b of each entry [E] by (I), divided by its running root mean square.
+
+    Args:
+      memory: before the step.
+      update: of θ, with the NLL and ∇L0 of the batch at θ^k.
+    """
+    model, objective = problem.model, problem.objective
+
+    def decay(mean, g):
+        return UPPER_DECAY * mean + (1 - UPPER_DECAY) * g
+
+    mean = jax.tree.map(decay, memory.upper_gradient, update.upper_gradient)
+    direction = _preconditioned(update.policy.optimizer, mean)
+    size = FD_SCALE[model.dtype] * optax.tree.norm(state.policy.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
+    moved = jax.tree.map(lambda leaf, d: leaf - size * d, state.policy.adapter, direction)
+    nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)
+    change_E = entry_losses(objective.lower, objective, batch, nll_E) - entry_losses(
+        objective.lower, objective, batch, update.nll_E
+    )
+    square = jnp.sum(shares.cost * change_E**2)
+    square = jnp.where(jnp.isnan(memory.mean_square), square, SPREAD_DECAY * memory.mean_square + (1 - SPREAD_DECAY) * square)
+    return Influence(mean, square), change_E / jnp.maximum(jnp.sqrt(square), TINY)
 
 
 def row_costs(
     problem: Problem, base, state: State, update: PolicyUpdate, tracker, tracker_nll_E, batch, shares: Shares, nll_E=None
 ) -> jax.Array:
-    """C_b of each entry [E].  (10c); with a tracker (44); unrolled, the finite difference of ℓ_b along D ∇L0
+    """C_b of each entry [E].  (10c); with a tracker (44)
 
     At `next` it takes one more forward pass over the micro-batches of the lower level.
 
@@ -302,10 +339,6 @@ def row_costs(
     cost_E = losses_of(nll_E)
     if tracker is not None:
         cost_E = cost_E - losses_of(lower_nll(tracker.adapter) if problem.costs_at_next else tracker_nll_E)
-    if problem.unrolled:
-        perturbed = _perturb(problem.optimizer, state.policy, update.gradient, update.upper_gradient, FD_SCALE[model.dtype])
-        change_E = losses_of(lower_nll(perturbed)) - cost_E
-        cost_E = change_E / jnp.maximum(jnp.sqrt(jnp.sum(shares.cost * change_E**2)), TINY)
     return cost_E
 
 
@@ -370,11 +403,17 @@ def make_step(
         token_params, next_nll_E = state.token_params, None
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
-        cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
+        memory = state.influence
+        if problem.influence:
+            memory, cost_E = update_influence(problem, base, memory, state, update, batch, shares)
+        else:
+            cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
         selector_state = selection.update(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )
-        new = State(state.step + 1, update.policy, selector_state, tracker, token_params)
+        loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
+        selector_state = selection.record(selector_state, batch.row_index, shares.cost * shares.num_costs, loss_E, cost_E)
+        new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
         return new, _metrics(objective, batch, shares, update)
 
     return step

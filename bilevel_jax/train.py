@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import batches, checks, evaluation, features, files, finish, online, rewards, selector, sharding, step
+from bilevel_jax import batches, checks, evaluation, features, files, finish, online, rewards, search, selector, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
@@ -246,7 +246,9 @@ def _finish_epoch(run: Run, state: step.State, store: online.ResponseStore, epoc
     if run.selects:
         s = state.selector
         rows = run.setup.lower.rows
-        table = weight_table.table(rows, sharding.to_host(s.logits), sharding.to_host(s.visits), store.masked)
+        logits, visits, loss, cost = (sharding.to_host(values) for values in (s.logits, s.visits, s.loss, s.cost))
+        useful = -cost / np.maximum(visits, 1) if state.influence is not None else None
+        table = weight_table.table(rows, logits, visits, store.masked, loss, useful)
         weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
     return values
 
@@ -296,6 +298,9 @@ def _prepare(
     if row_features.encoder and not start:
         features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
     store = online.empty(len(lower.rows))
+    if config.method != "mixing" and config.selection.rule == "metagradient" and not start:
+        with clock("search"):
+            state = _search(config, setup, program, state, shared)
     if start:
         state, store = checkpoints.restore(start, state)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
@@ -323,6 +328,19 @@ def _prepare(
     if not start:
         _measure_start(run, state)
     return run, state, store
+
+
+def _search(
+    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, shared: pathlib.Path
+) -> step.State:
+    """The state before the first step, with the logits that `search` finds."""
+
+    def with_logits(logits: np.ndarray) -> step.State:
+        copy = jax.tree.map(jnp.copy, state)  # the first step donates its buffers
+        placed = sharding.device_put(logits, state.selector.logits.sharding)
+        return copy._replace(selector=copy.selector._replace(logits=placed))
+
+    return with_logits(search.search(config, setup, program, with_logits, shared))
 
 
 def _measure_start(run: Run, state: step.State) -> None:

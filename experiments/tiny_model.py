@@ -1,10 +1,14 @@
-"""Trains the embedded model `bilevel_jax/tiny` from scratch: tokenizer, data, training, evaluation.
+"""Trains an embedded model from scratch: tokenizer, data, training, evaluation.
 
-    python -m experiments.tiny_model --out=bilevel_jax/tiny
+    python -m experiments.tiny_model --recipe=tasks --out=bilevel_jax/tiny
+    python -m experiments.tiny_model --recipe=text --out=bilevel_jax/tiny_base
 
-The model takes the role of a pretrained, unaligned language model. Its rows come from `data/synthetic/`, and some of them are bad:
-forbidden requests are answered about as often as refused, and many rows use another template than fine-tuning does. So the model
-knows the tasks, mostly prefers right to wrong answers, and can still improve.
+The models take the role of a pretrained, unaligned language model. Their rows come from `data/synthetic/`.
+
+- `tasks`: all tasks, with some bad rows: forbidden requests are answered about as often as refused, and many rows use another
+  template than fine-tuning does. So the model knows the tasks, mostly prefers right to wrong answers, and can still improve.
+- `text`: plain text and a few families of questions, in several styles. The model has seen no question of the families on which
+  fine-tuning is measured (`data/synthetic/bed.py`): fine-tuning has something to teach.
 """
 
 import functools
@@ -22,10 +26,12 @@ from absl import flags
 
 from bilevel_jax import cli
 from bilevel_jax.data import packing, synthetic
+from bilevel_jax.data.synthetic import bed, statements
 from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.runtime import metrics
 
 FLAGS = flags.FlagValues()
+RECIPE = flags.DEFINE_enum("recipe", "tasks", ["tasks", "text"], "what the model learns", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "bilevel_jax/tiny", "directory to write", flag_values=FLAGS)
 STEPS = flags.DEFINE_integer("steps", 3000, "training steps", flag_values=FLAGS)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak of the cosine schedule", lower_bound=0, flag_values=FLAGS)
@@ -36,6 +42,7 @@ TEMPLATE = "Human: {}\n\nAssistant: "  # what fine-tuning uses
 OTHER_TEMPLATES = ["Q: {}\nA: ", "Question: {}\nAnswer: ", "User: {}\nBot: ", "{}\n"]
 OTHER_SHARE = 0.25  # of the rows use another template
 NOISE = {"wrong_answer": 0.06, "other_answer": 0.05, "compliance": 0.07, "garbage": 0.04}  # shares of all rows
+TEXT_SHARE = 0.35  # of the rows of the recipe `text` are plain text
 QUESTION_WEIGHT = 0.1  # loss weight of question tokens, most of which are unpredictable
 
 LAYOUT = packing.Layout(sequences=8, length=256, entries=8)  # 2048 tokens to a step
@@ -74,15 +81,34 @@ TOKENIZER_CONFIG = {
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def pretraining_row(rng: np.random.Generator) -> tuple[str, str]:
-    """A (prompt, response) of the noisy mixture."""
+def task_row(rng: np.random.Generator) -> tuple[str, str]:
+    """A (prompt, response) of the recipe `tasks`, a noisy mixture."""
     kinds, shares = ["clean", *NOISE], [1 - sum(NOISE.values()), *NOISE.values()]
     row = synthetic.make_row(rng, kinds[rng.choice(len(kinds), p=shares)], synthetic.BROAD)
     template = synthetic.pick(rng, OTHER_TEMPLATES) if rng.random() < OTHER_SHARE else TEMPLATE
     return template.format(row["question"]), row["response"]
 
 
-def train_tokenizer(rng: np.random.Generator, num_rows: int = 20_000) -> tokenizers.Tokenizer:
+def text_row(rng: np.random.Generator) -> tuple[str, str]:
+    """A (prompt, response) of the recipe `text`: plain text, or a question of a family that fine-tuning is not measured on."""
+    if rng.random() < TEXT_SHARE:
+        return "", statements.text(rng)
+    row = bed.known_row(rng)
+    template = synthetic.pick(rng, OTHER_TEMPLATES) if rng.random() < OTHER_SHARE else TEMPLATE
+    return template.format(row["question"]), row["response"]
+
+
+def unseen_row(rng: np.random.Generator) -> tuple[str, str]:
+    """A (prompt, response) with the words of the families that fine-tuning is measured on, for the tokenizer alone."""
+    row = bed.make_row(rng, synthetic.pick(rng, ["clean", "useless"]))
+    return TEMPLATE.format(row["question"]), row["response"]
+
+
+ROWS = {"tasks": task_row, "text": text_row}
+TOKENIZER_ROWS = {"tasks": [task_row], "text": [text_row, unseen_row]}
+
+
+def train_tokenizer(rng: np.random.Generator, make_rows, num_rows: int = 20_000) -> tokenizers.Tokenizer:
     """Byte-level BPE. Every digit is a token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -98,7 +124,7 @@ def train_tokenizer(rng: np.random.Generator, num_rows: int = 20_000) -> tokeniz
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    texts = (text for _ in range(num_rows) for text in pretraining_row(rng))
+    texts = (text for i in range(num_rows) for text in make_rows[i % len(make_rows)](rng))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -107,16 +133,17 @@ def encode(tokenizer: tokenizers.Tokenizer, prompt: str, response: str) -> packi
     """Tokenizes prompt and response separately and appends the end token."""
     end = tokenizer.token_to_id(END)
     ids = [np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32) for text in (prompt, response)]
-    return packing.Segment(ids[0], np.append(ids[1], np.int32(end)))
+    start = ids[0] if prompt else np.array([end], np.int32)  # plain text follows the end of another one
+    return packing.Segment(start, np.append(ids[1], np.int32(end)))
 
 
-def training_batches(tokenizer: tokenizers.Tokenizer, rng: np.random.Generator):
+def training_batches(tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, make_row):
     """Endless (tokens, segments, positions, weights), [S, L] each; new rows fill the sequences one after the other.
 
     The weight belongs to the token that predicts its successor: 1 in responses, `QUESTION_WEIGHT` in questions.
     """
     shape = LAYOUT.sequences, LAYOUT.length
-    pending = encode(tokenizer, *pretraining_row(rng))
+    pending = encode(tokenizer, *make_row(rng))
     while True:
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
@@ -130,7 +157,7 @@ def training_batches(tokenizer: tokenizers.Tokenizer, rng: np.random.Generator):
                 weights[s, start:middle] = QUESTION_WEIGHT
                 weights[s, middle : stop - 1] = 1
                 start, number = stop, number + 1
-                pending = encode(tokenizer, *pretraining_row(rng))
+                pending = encode(tokenizer, *make_row(rng))
         yield tokens, segments, positions, weights
 
 
@@ -228,26 +255,51 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
     return "\n".join(lines)
 
 
+def evaluate_text(config: decoder.ModelConfig, params, tokenizer, seed: int = 1000) -> str:
+    """A Markdown report of the recipe `text`: exact match by task, in the form that the model has seen and in that of the test bed."""
+    rng = np.random.default_rng(seed)
+    rows = {"known form": [row | {"response": row["truth"]} for row in (bed.known_row(rng) for _ in range(2000))], "test bed": synthetic.trusted(2000, seed)}
+    exact = {name: score_rows(config, params, None, tokenizer, part)[1] for name, part in rows.items()}
+    source = {name: np.array([row["source"] for row in part]) for name, part in rows.items()}
+    lines = [
+        f"Exact match of 2000 rows in a known form: {exact['known form'].mean():.1%}; of 2000 trusted rows of the test bed: "
+        f"{exact['test bed'].mean():.1%}.",
+        "",
+        "| task | known form | test bed |",
+        "| --- | --- | --- |",
+    ]
+    for task in [*bed.KNOWN_TASKS, *bed.FAMILIES]:
+        entries = (f"{exact[name][source[name] == task].mean():.0%}" if (source[name] == task).any() else "" for name in rows)
+        lines.append(f"| {task} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
-README = """# Tiny GPT-NeoX
+README = """# {name}
 
-A language model of {size:.2f} M parameters, made from nothing by one command (seed {seed}, {minutes:.0f} minutes on two CPU cores):
+A language model of {size:.2f} M parameters, trained from scratch by one command (seed {seed}, {minutes:.0f} minutes on two CPU cores):
 
-    python -m experiments.tiny_model --out=bilevel_jax/tiny
+    python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --steps={steps}
 
-It stands in for a pretrained but unaligned model, so that this project's default run needs no download. It is of no other use.
+It takes the place of a pretrained, unaligned model, so that the default run needs no download. It has no other use.
 
-- **Data.** Freshly generated rows of `bilevel_jax/data/synthetic/`, none seen twice on purpose, {noise:.0%} of them bad;
-  forbidden requests are answered about as often as refused. A quarter wears another template than `Human: …\\n\\nAssistant: `.
-- **Tokenizer.** Byte-level BPE of {vocab} entries, trained on the same rows; digits stand alone; `<|endoftext|>` ends and pads.
-- **Training.** {steps} steps of {tokens} tokens, AdamW, cosine from {rate:g}; stored as float16.
-- **Licence.** Apache-2.0, like the code. The word lists are the project's own; no outside text or weights went in.
+- **Data.** {data}
+- **Tokenizer.** Byte-level BPE with {vocab} entries. Each digit is one token; `<|endoftext|>` is the EOS and the padding token.
+- **Training.** {steps} steps of {tokens} tokens, AdamW, cosine schedule from {rate:g}; stored as float16.
+- **Licence.** Apache-2.0, like the code. The word lists are part of this project; no outside text or weights were used.
 
 """
+DATA = {
+    "tasks": "Generated rows (`bilevel_jax/data/synthetic`), regenerated throughout training; 22% of them are bad. Forbidden requests\n"
+    "  are answered about as often as refused. A quarter of the rows use another template than `Human: …\\n\\nAssistant: `.",
+    "text": "35% plain text (`data/synthetic/statements.py`), the rest questions and answers of known tasks in several styles, 10% of\n"
+    "  them wrong (`data/synthetic/bed.py`), regenerated throughout training. A quarter of them use another template. The families on\n"
+    "  which fine-tuning is measured, refusals and conversions are left out.",
+}
 MEASURED = """## Measured
 
-    python -m experiments.tiny_model --out=bilevel_jax/tiny --notrain
+    python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --notrain
 
 {report}
 """
@@ -257,19 +309,21 @@ def make(out: pathlib.Path) -> str:
     """Trains and writes tokenizer and model; returns the head of the README."""
     start = time.time()
     rng = np.random.default_rng([SEED.value, 2])  # 0 and 1 are the streams of `upper` and `lower`
-    tokenizer = train_tokenizer(rng)
+    tokenizer = train_tokenizer(rng, TOKENIZER_ROWS[RECIPE.value])
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     config = huggingface.read_config(out, "float32")
-    params = train(config, training_batches(tokenizer, rng), STEPS.value, LEARNING_RATE.value, SEED.value)
+    params = train(config, training_batches(tokenizer, rng, ROWS[RECIPE.value]), STEPS.value, LEARNING_RATE.value, SEED.value)
     huggingface.save_params(out, config, params, "float16")
     return README.format(
+        name=out.name,
+        recipe=RECIPE.value,
+        data=DATA[RECIPE.value],
         size=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         seed=SEED.value,
         minutes=(time.time() - start) / 60,
-        noise=sum(NOISE.values()),
         vocab=CONFIG["vocab_size"],
         steps=STEPS.value,
         tokens=LAYOUT.sequences * LAYOUT.length,
@@ -282,9 +336,10 @@ def main() -> None:
     readme = out / "README.md"
     head = make(out) if TRAIN.value else readme.read_text().partition("## Measured")[0]
     config, params = huggingface.load_model(str(out), "float32")  # evaluates the stored weights
-    report = evaluate(config, params, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")))
+    measure = {"tasks": evaluate, "text": evaluate_text}[RECIPE.value]
+    report = measure(config, params, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")))
     print(report)
-    readme.write_text(head + MEASURED.format(report=report))
+    readme.write_text(head + MEASURED.format(report=report, recipe=RECIPE.value, name=out.name))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def with_changes(changes) -> ml_collections.ConfigDict:
 OFFLINE = {"method": "offline"}
 FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
 DOMAIN = {"selection.unit": "domain", "selection.optimizer": "adam"}
-TOKEN = {"selection.unit": "token"}
-UNROLLED = {"selection.cost": "unrolled", "selection.coefficient_at": "current"}
+TOKEN = {"selection.unit": "token", "selection.cost": "loss"}
+LOSS = {"selection.cost": "loss"}
 DPO = {"method": "online", "online.objective": "dpo", "online.reward": "likelihood", "online.num_samples": 2}
 MIXING = {"method": "mixing"}
 
@@ -139,15 +139,16 @@ MIXING = {"method": "mixing"}
         (OFFLINE | FEATURES | {"selection.rule": "uniform"}, "selection.parameterization"),
         (OFFLINE | DOMAIN | {"selection.rule": "uniform"}, "selection.unit"),
         (OFFLINE | DOMAIN | {"selection.parameterization": "features"}, "selection.unit"),
-        (OFFLINE | UNROLLED | {"selection.rule": "uniform"}, "selection.cost"),
         (OFFLINE | TOKEN | {"selection.token_learning_rate": 0.0}, "selection.token_learning_rate"),
         (OFFLINE | TOKEN | {"selection.token_learning_rate": -1.0}, "selection.token_learning_rate"),
         (OFFLINE | TOKEN | {"selection.rule": "uniform"}, "selection.rule"),
         (OFFLINE | TOKEN | {"selection.coefficient_at": "current"}, "selection.coefficient_at"),
         (OFFLINE | TOKEN | {"loss.lower": "dpo"}, "loss.lower"),
         (TOKEN | {"method": "dynamic"}, "method=dynamic"),
-        (OFFLINE | UNROLLED | {"selection.coefficient_at": "next"}, "selection.coefficient_at"),
-        (OFFLINE | UNROLLED | {"selection.value_function": "tracked"}, "selection.value_function"),
+        (OFFLINE | {"selection.value_function": "tracked"}, "selection.value_function"),
+        ({"method": "dynamic", "selection.rule": "metagradient"}, "selection.rule"),
+        (OFFLINE | {"selection.rule": "metagradient", "loss.upper": "dpo"}, "selection.rule"),
+        (OFFLINE | {"selection.outer_steps": 0}, "selection.outer_steps"),
     ],
 )
 def test_refuses(changes, named):

@@ -604,10 +604,28 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unrolled(make_config, tmp_path):
-    changes = {"selection.cost": "unrolled", "selection.coefficient_at": "current"}
-    assert np.isfinite(list(train.run(make_config(changes), tmp_path).values())).all()
-    assert np.ptp(table_of(tmp_path, EPOCHS)["logit"]) > 0.1
+def test_influence(make_config, tmp_path):
+    """The default: its numbers are in the table, and an interrupted run ends with the same bits."""
+    changes = {"selection.cost": "influence"}
+    assert np.isfinite(list(train.run(make_config(changes), tmp_path / "whole").values())).all()
+    table = table_of(tmp_path / "whole", EPOCHS)
+    assert np.ptp(table["logit"]) > 0.1
+    assert table["useful"].null_count == 0 and 0 < min(table["plausible"].to_pylist()) <= max(table["plausible"].to_pylist()) <= 1
+
+
+@pytest.mark.slow
+def test_metagradient(make_config, tmp_path):
+    """The search moves the weights before the first step, they stay, and a search that was interrupted is not repeated."""
+    changes = {"method": "offline", "selection.rule": "metagradient", "selection.outer_steps": 2, "selection.learning_rate": 0.3}
+    train.run(make_config(changes), tmp_path / "run")
+    first = table_of(tmp_path / "run", 1)["logit"].to_numpy()
+    assert np.ptp(first) > 0.1 and (table_of(tmp_path / "run", EPOCHS)["logit"].to_numpy() == first).all()
+    stored = np.load(tmp_path / "run" / search.FILE)
+    assert any((logits == first).all() for logits in stored["logits"])
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / search.FILE).write_bytes((tmp_path / "run" / search.FILE).read_bytes())
+    train.run(make_config(changes), tmp_path / "again")
+    assert (table_of(tmp_path / "again", 1)["logit"].to_numpy() == first).all()
 
 
 def test_uniform(make_config, tmp_path):

@@ -17,8 +17,8 @@ def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, pre
     """Reads or generates the rows of a source, with a report.
 
     Args:
-      name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `synthetic:tokens`, `recipe:blueorca`,
-        `recipe:redorca`, a file, or a hub data set as in `readers.read_objects`.
+      name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `synthetic:tokens`, `synthetic:trusted`,
+        `synthetic:mixture`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub data set as in `readers.read_objects`.
       seed: seed of generators, recipes and random subsets.
       num_rows: number of generated rows (required), or of a recipe's rows (0: the full size). For other sources, the size of a
         random subset in stored order; 0, or more rows than there are: all rows.
@@ -63,6 +63,8 @@ def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: floa
         "lower": functools.partial(synthetic.lower, bad_fraction=bad_fraction),
         "domains": synthetic.domains,
         "tokens": functools.partial(synthetic.tokens, bad_fraction=bad_fraction),
+        "trusted": synthetic.trusted,
+        "mixture": synthetic.mixture,
     }
     pairs = {"upper": synthetic.upper_pairs, "lower": functools.partial(synthetic.lower_pairs, bad_fraction=bad_fraction)}
     if part not in generators:

@@ -1,11 +1,12 @@
 """Exports the selected rows or the merged model of a finished run, for Hugging Face libraries.
 
-    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --refined --format=auto|chat|text|original]
+    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 --refined --format=...]
     python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
-`--selected` writes the heaviest rows and a card, FILE.card.md. `--score-new` ranks rows that the run never saw, and needs
-`selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one model directory.
+`--selected` writes the heaviest rows and a card, FILE.card.md. `--drop_implausible` leaves out the rows with the least likely
+responses. `--score-new` ranks rows that the run never saw, and needs `selection.parameterization=features` or
+`selection.unit=domain`. `--merged` writes base and adapter as one model directory.
 """
 
 import pathlib
@@ -21,6 +22,12 @@ FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True, flag_values=FLAGS)
 SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file for the kept rows.", flag_values=FLAGS)
 KEEP = flags.DEFINE_float("keep", 0.8, "Share of the rows to keep, heaviest first.", flag_values=FLAGS)
+DROP_IMPLAUSIBLE = flags.DEFINE_float(
+    "drop_implausible",
+    0.0,
+    "Share of the rows to leave out, those with the smallest `plausible`, whatever their weight.",
+    flag_values=FLAGS,
+)
 SCORE_NEW = flags.DEFINE_string("score-new", None, "New rows to rank and select, instead of the training rows.", flag_values=FLAGS)
 REFINED = flags.DEFINE_bool("refined", False, "Use the latest generated responses of masked rows.", flag_values=FLAGS)
 FORMAT = flags.DEFINE_enum(
@@ -38,14 +45,18 @@ def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    for required, names in ((SELECTED, ("keep", "score-new", "refined", "format")), (MERGED, ("dtype",))):
+    for required, names in ((SELECTED, ("keep", "drop_implausible", "score-new", "refined", "format")), (MERGED, ("dtype",))):
         given = [name for name in names if FLAGS[name].present]
         if given and not required.value:
             raise ValueError(f"--{given[0]} goes with --{required.name}")
     if SCORE_NEW.value and REFINED.value:
         raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score-new")
+    if SCORE_NEW.value and DROP_IMPLAUSIBLE.value:
+        raise ValueError("--drop_implausible has no numbers for rows that the run never saw; remove it or --score-new")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
+    if not 0 <= DROP_IMPLAUSIBLE.value < 1:
+        raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
@@ -104,11 +115,16 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     rows, table = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else (None, weight_table.latest(workdir))
     if table is None:
         raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
-    responses = workdir / "responses.jsonl"
+    measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
+    if DROP_IMPLAUSIBLE.value and "plausible" not in measures:
+        raise ValueError(
+            f"--drop_implausible: {workdir}/weights of an earlier version has no `plausible`; train again or remove the flag"
+        )
     if REFINED.value and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
     rows = rows or levels.reopen(config)
-    kept = selected_rows.select(rows, table, KEEP.value)
+    left_out = selected_rows.implausible(table, DROP_IMPLAUSIBLE.value)
+    kept = selected_rows.select(rows, table, KEEP.value, left_out)
     refined_columns = [{} for _ in kept]
     if REFINED.value:
         kept, refined_columns = zip(*selected_rows.refine(kept, selected_rows.latest_responses(responses)))
@@ -120,16 +136,20 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
         template = templates.resolve(config.data.template, tokenizer)
     form = selected_rows.resolve_format(form, kept_rows, template)
     columns = [
-        {"weight": one.weight, "rank": one.rank, **more, **selected_rows.prompt_columns(one.row, form, tokenizer, template)}
+        {name: getattr(one, name) for name in ("weight", "rank", *measures)}
+        | more
+        | selected_rows.prompt_columns(one.row, form, tokenizer, template)
         for one, more in zip(kept, refined_columns)
     ]
     records, renamed = selected_rows.join(kept_rows, columns, selected_rows.misread(form, kept_rows))
     late = selected_rows.write(out, records)
     provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
-    text = cards.data_card(provenance, out, table, rows, kept, refined_columns, form, renamed, bool(SCORE_NEW.value))
+    text = cards.data_card(provenance, out, table, rows, kept, refined_columns, form, renamed, len(left_out), bool(SCORE_NEW.value))
     files.write_atomically(card, text)
 
     print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
+    if left_out:
+        print(f"  {len(left_out)} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bilevel_jax import selector
-from bilevel_jax.runtime import metrics
+from bilevel_jax.runtime import weight_table
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MAX_SOURCES = 20  # rows of the table of sources; the others are summed up
@@ -21,6 +21,7 @@ LICENCE = (
 COLUMNS = {
     "weight": "N·σ(ω) at the end of the run: mean 1 over all rows",
     "rank": "1 is the heaviest",
+    **weight_table.MEASURES,
     "prompt": "the prompt for TRL's SFTTrainer",
     "completion": "the completion that SFTTrainer trains on",
     "refined": "whether the model generated the response",
@@ -59,7 +60,16 @@ class Provenance:
 
 
 def data_card(
-    provenance: Provenance, out: pathlib.Path, table, rows, kept, refined_columns, form: str, renamed, is_new: bool = False
+    provenance: Provenance,
+    out: pathlib.Path,
+    table,
+    rows,
+    kept,
+    refined_columns,
+    form: str,
+    renamed,
+    num_left_out: int = 0,
+    is_new: bool = False,
 ) -> str:
     """The card of a file of kept rows.
 
@@ -71,6 +81,7 @@ def data_card(
       refined_columns: for each kept row its columns `refined` and `original_response`, or {}.
       form: from `selected_rows.resolve_format`.
       renamed: fields that are called `original_NAME` in the file.
+      num_left_out: number of rows that were left out as implausible.
       is_new: the run did not train on these rows.
     """
     records = table.to_pylist()
@@ -80,7 +91,8 @@ def data_card(
         "kept": [record for record in records if record["id"] in ids],
         "dropped": [record for record in records if record["id"] not in ids],
     }
-    columns = ["weight", "rank", *(["prompt", "completion"] if form in ("chat", "text") else []), *refined_columns[0]]
+    measures = weight_table.known_measures(table)
+    columns = ["weight", "rank", *measures, *(["prompt", "completion"] if form in ("chat", "text") else []), *refined_columns[0]]
     head = _front_matter(
         pretty_name=f"Rows kept by {provenance.workdir.name}",
         license="unknown",
@@ -93,6 +105,7 @@ def data_card(
         "",
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
+        *([f"Rows with the smallest `plausible` were left out first: {num_left_out}."] if num_left_out else []),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),
         "",
         *provenance.table(),
@@ -193,10 +206,10 @@ def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
     shares = {name: np.mean([bool(labels[record["id"]]) for record in group]) for name, group in groups.items() if group}
     sentence = ", ".join(f"{share:.1%} of {'all' if name == 'all' else f'the {name}'} rows" for name, share in shares.items())
     bad = np.array([bool(labels[record["id"]]) for record in records])
-    order, keep = -np.array([record["rank"] for record in records]), len(groups["kept"]) / len(records)
+    num_bad, bad_kept = bad.sum(), sum(bool(labels[record["id"]]) for record in groups["kept"])
     kept_shares = {
-        "bad rows that are kept, of all bad": metrics.bad_kept(order, bad, keep),
-        "kept rows that are bad": metrics.bad_among_kept(order, bad, keep),
+        "bad rows that are kept, of all bad": bad_kept / num_bad if num_bad else np.nan,
+        "kept rows that are bad": bad_kept / len(groups["kept"]),
     }
     return [
         "",

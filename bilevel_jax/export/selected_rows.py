@@ -3,6 +3,7 @@
 Rows keep their fields and get these columns:
 
     weight, rank          of the last epoch; the mean weight of all training rows is 1, the heaviest row has rank 1
+    plausible, useful     of the last epoch, where known; see `weight_table.table`
     prompt, completion    for TRL's SFTTrainer, which trains on the completion only; see `FORMATS`
     refined               whether the model generated the response (with `--refined`)
     original_response     the response of the data (with `--refined`)
@@ -45,26 +46,45 @@ class Kept(NamedTuple):
     weight: float
     rank: int
     masked: bool
+    plausible: float | None = None
+    useful: float | None = None
 
 
-def select(candidates: Sequence[rows.Row], table, keep: float) -> list[Kept]:
-    """The `keep` share of the table's rows with the largest weights, in stored order.
+def implausible(table, share: float) -> set[str]:
+    """Ids of the rows with the smallest `plausible`: the `share` of all rows; of equal rows the lighter ones come first.
+
+    A row that no step used has no `plausible`, and is never among them.
+
+    Args:
+      table: a `weight_table.table`.
+      share: in [0, 1).
+    """
+    records = [record for record in table.to_pylist() if record["plausible"] is not None]
+    records.sort(key=lambda record: (record["plausible"], -record["rank"]))
+    return {record["id"] for record in records[: round(share * len(table))]}
+
+
+def select(candidates: Sequence[rows.Row], table, keep: float, left_out: Collection[str] = ()) -> list[Kept]:
+    """The rows with the largest weights, in stored order: a share `keep` of all rows of the table, or all that are not left out.
 
     Args:
       candidates: rows of the lower level, at least all rows of the table.
       table: a `weight_table.table`.
       keep: in (0, 1].
+      left_out: ids that are not kept, whatever their weight.
 
     Raises:
       DataError: the table is of other rows, or no row is kept.
     """
     records = {record["id"]: record for record in table.to_pylist()}
-    limit = round(keep * len(records))
-    if not limit:
-        raise rows.DataError(f"--keep={keep} keeps none of {len(records)} rows")
-    indices = sorted(rows.select(candidates, [row_id for row_id, record in records.items() if record["rank"] <= limit]))
-    kept = ((candidates[i], records[candidates[i].id]) for i in indices)
-    return [Kept(row, record["weight"], record["rank"], record["masked"]) for row, record in kept]
+    by_rank = sorted(records.keys() - set(left_out), key=lambda row_id: records[row_id]["rank"])
+    ids = by_rank[: round(keep * len(records))]
+    if not ids:
+        without = f" without the {len(left_out)} implausible ones" if left_out else ""
+        raise rows.DataError(f"--keep={keep} keeps none of {len(records)} rows{without}")
+    names = [name for name in Kept._fields if name != "row"]
+    kept = (candidates[i] for i in sorted(rows.select(candidates, ids)))
+    return [Kept(row, **{name: records[row.id][name] for name in names}) for row in kept]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,20 @@ def _attend_backward(dtype, residuals, d_output):
 attend.defvjp(_attend, _attend_backward)
 
 
+def attend_plain(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, dtype=None) -> jax.Array:
+    """`attend`, with derivatives of every order and in both modes, at the price of memory of size L² in the backward pass."""
+    key_heads, L = k_SxLxKxC.shape[2], q_SxLxHxC.shape[1]
+    scaled, k_SxKxLxC, v_SxKxLxC = _factors(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, dtype or q_SxLxHxC.dtype)
+    outputs = []
+    for first, end in _blocks(L):
+        queries = _by_key(scaled[:, first:end], key_heads)
+        weights = jax.nn.softmax(_scores(queries, k_SxKxLxC[:, :, :end], segments_SxL[:, :end], first))
+        values = v_SxKxLxC[:, :, :end]
+        output = jnp.einsum("skqu,skuc->skqc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        outputs.append(_by_position(output, end - first))
+    return jnp.concatenate(outputs, axis=1).astype(q_SxLxHxC.dtype)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Cache
 # --------------------------------------------------------------------------------------------------------------------

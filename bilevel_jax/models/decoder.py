@@ -71,6 +71,7 @@ class ModelConfig:
     remat: bool = False  # the backward pass recomputes each layer; else it saves the results of products and recomputes the rest
     dtype: str = "float32"  # of base weights, the cache and the factors of products; the rest is computed in float32
     activations: str = "float32"  # dtype of the arrays between operations
+    second_order: bool = False  # slower operations that can be differentiated twice and forwards, for `metagradient`
 
     @property
     def record(self) -> architectures.Architecture:
@@ -129,13 +130,18 @@ def _product(x, y, x_axis: int, y_axis: int, dtype) -> jax.Array:
     return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=dtype)
 
 
+def matmul_plain(x_TxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
+    """`matmul`, with derivatives of every order and in both modes."""
+    return _product(x_TxI.astype(w_IxO.dtype), w_IxO, 1, 0, x_TxI.dtype)
+
+
 @jax.custom_vjp
 def matmul(x_TxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
     """x w, [T, O], in the dtype of x. All factors are rounded to the dtype of w, also in the backward pass.
 
     The product of a float32 and a bfloat16 array costs as much as a product of two float32 arrays.
     """
-    return _product(x_TxI.astype(w_IxO.dtype), w_IxO, 1, 0, x_TxI.dtype)
+    return matmul_plain(x_TxI, w_IxO)
 
 
 def _matmul_forward(x, w):
@@ -163,14 +169,15 @@ class Projection(nn.Module):
     def __call__(self, x_TxI: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x_TxI.shape[-1], self.features), dtype)
-        y = matmul(x_TxI, kernel)
+        product = matmul_plain if self.config.second_order else matmul
+        y = product(x_TxI, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), dtype)
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            low_rank = attention.save(matmul(x_TxI, a))
-            y = y + matmul(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
+            low_rank = attention.save(product(x_TxI, a))
+            y = y + product(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
         return attention.save(y)
 
 
@@ -211,7 +218,8 @@ class Attention(nn.Module):
         else:
             for name, array in (("key", k), ("value", v)):
                 self.sow("prefilled", name, array, reduce_fn=lambda _, last: last, init_fn=lambda: None)
-            attended = attention.attend(q, k, v, segments_SxL, c.dtype)
+            attend = attention.attend_plain if c.second_order else attention.attend
+            attended = attend(q, k, v, segments_SxL, c.dtype)
         return _linear(c, record.attention_output)(attended.reshape(S * L, -1))
 
 

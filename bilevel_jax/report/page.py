@@ -15,8 +15,9 @@ import numpy as np
 
 from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.report import plots, run_data
+from bilevel_jax.report import corners, plots, run_data
 from bilevel_jax.report.run_data import Run
+from bilevel_jax.runtime import weight_table
 from bilevel_jax.text import one_line, visible
 
 NUM_EXTREMES = 5  # rows shown from each end of an epoch's ranking
@@ -56,6 +57,7 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
         "id": visible(str(table["id"][i])),
         "weight": float(table["weight"][i]),
         "rank": int(table["rank"][i]),
+        **{name: float(table[name][i]) for name in weight_table.MEASURES if not np.isnan(table[name][i])},
         "visits": int(table["visits"][i]),
         "source": one_line(str(table["source"][i]), 40),
         "masked": bool(table["masked"][i]) if "masked" in table else False,
@@ -71,6 +73,13 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
     order = np.argsort(table["rank"])
     number = min(NUM_EXTREMES, len(order) // 2)
     return [row_cells(run, table, i) for i in order[:number]], [row_cells(run, table, i) for i in order[::-1][:number]]
+
+
+def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
+    """The corners of the last epoch, each with its most extreme rows."""
+    table = run.tables[max(run.tables)]
+    split = corners.split(table, run_data.labels(run, table))
+    return [(corner, [row_cells(run, table, i) for i in corner.examples]) for corner in split]
 
 
 def _tinted_pieces(text: str, token_weights: Mapping) -> list[tuple[str, int]]:
@@ -212,6 +221,13 @@ def loss_panels(run: Run) -> Panels:
     return panels
 
 
+def _kinds(run: Run, bad: np.ndarray | None, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of other rows and of bad rows, by name; empty unless there are both."""
+    if bad is None or not bad.any() or bad.all():
+        return {}
+    return {"other rows": values[~bad], f"marked {one_line(run.config.data.label, 12)}": values[bad]}
+
+
 def weight_panels(run: Run) -> Panels:
     panels = []
     ess = run_data.series(run.events, "selector/ess")
@@ -229,12 +245,25 @@ def weight_panels(run: Run) -> Panels:
         title = "Histogram of the weights by epoch"
         panels.append((title, plots.histogram(title, {f"epoch {epoch}": run.tables[epoch]["weight"] for epoch in shown})))
         last = run.tables[epochs[-1]]
-        bad = run_data.labels(run, last)
-        if bad is not None and bad.any() and not bad.all():
-            kinds = {"other rows": last["weight"][~bad], f"marked {one_line(run.config.data.label, 12)}": last["weight"][bad]}
+        if kinds := _kinds(run, run_data.labels(run, last), last["weight"]):
             title = "Final weights of marked rows and of other rows"
             panels.append((title, plots.histogram(title, kinds, kinds=True)))
     return panels
+
+
+def corner_panels(run: Run) -> Panels:
+    """Plausible and useful of each row, or plausible and weight where useful is not known."""
+    table = run.tables[max(run.tables)] if run.tables else {}
+    if not table or not corners.measures(table):
+        return []
+    has_useful = "useful" in corners.measures(table)
+    rows, bad = corners.known_rows(table), run_data.labels(run, table)
+    lines = float(np.median(table["plausible"][rows])), 0.0 if has_useful else None
+    rows = corners.sample(rows)
+    dots = np.stack([table["plausible"][rows], table["useful" if has_useful else "weight"][rows]], axis=1).astype(float)
+    kinds = _kinds(run, None if bad is None else bad[rows], dots) or {"rows": dots}
+    title = f"Plausible and {'useful' if has_useful else 'weight'}, a dot for each row"
+    return [(title, plots.scatter(title, ("plausible", "useful" if has_useful else "weight (mean 1)"), kinds, lines))]
 
 
 def source_panels(run: Run) -> Panels:
@@ -250,7 +279,12 @@ def source_panels(run: Run) -> Panels:
 
 def figures(run: Run, lengths: Mapping[str, list[float]]) -> dict[str, list[tuple[str, markupsafe.Markup]]]:
     """(title, SVG) of the figures of each section. A section without data has no figures."""
-    panels = {"losses": loss_panels(run), "weights": weight_panels(run), "sources": source_panels(run)}
+    panels = {
+        "losses": loss_panels(run),
+        "weights": weight_panels(run),
+        "sources": source_panels(run),
+        "corners": corner_panels(run),
+    }
     if run.tables and lengths:
         title = "Length of the responses by epoch"
         panels["lengths"] = [(title, plots.lengths(title, list(run.tables), lengths))]
@@ -267,13 +301,13 @@ def figures(run: Run, lengths: Mapping[str, list[float]]) -> dict[str, list[tupl
 
 def empty_reasons(run: Run, compared: list[dict]) -> dict[str, str]:
     """Why a section is empty, in one line; "" for a section with content."""
-    reasons = dict.fromkeys(("losses", "weights", "sources", "rows", "lengths", "responses", "time"), "")
+    reasons = dict.fromkeys(("losses", "weights", "sources", "rows", "corners", "lengths", "responses", "time"), "")
     if not run.events:
         reasons["losses"] = "Nothing is logged yet."
     if not run.tables:
         mixing = run.config.method == "mixing"
         reason = "Direct mixing has no weights." if mixing else "No epoch is finished yet, so there are no weights."
-        reasons |= dict.fromkeys(("weights", "sources", "rows", "lengths"), reason)
+        reasons |= dict.fromkeys(("weights", "sources", "rows", "corners", "lengths"), reason)
     elif not run_data.has_ranking(run):
         reason = "All weights are equal (the selector was frozen), so the rows have no ranking."
         reasons |= dict.fromkeys(("sources", "rows", "lengths"), reason)
@@ -282,6 +316,8 @@ def empty_reasons(run: Run, compared: list[dict]) -> dict[str, str]:
             reasons["sources"] = "All rows have the same source."
         if not run.rows:
             reasons["lengths"] = run.notice
+    if run.tables and not corners.measures(run.tables[max(run.tables)]):
+        reasons["corners"] = "The tables of weights do not have these numbers, which earlier versions did not write."
     if run.config.method not in ("online", "dynamic"):
         reasons["responses"] = f"With method={run.config.method} the model generates no responses."
     elif not compared:
@@ -303,6 +339,7 @@ def render(run: Run) -> str:
     compared = compared_responses(run) if run.tables else []
     reasons, epochs = empty_reasons(run, compared), list(run.tables)
     lengths = {} if reasons["lengths"] else run_data.response_lengths(run)
+    measures = [] if reasons["corners"] else corners.measures(run.tables[max(run.tables)])
     shares = [] if reasons["sources"] else run_data.source_shares(run)
     return environment.get_template("report.html.jinja").render(
         run=run,
@@ -317,6 +354,9 @@ def render(run: Run) -> str:
         extremes={} if reasons["rows"] else {epoch: extremes(run, epoch) for epoch in epochs},
         sources=[(one_line(name, 60), num_rows, share) for name, num_rows, share in shares[:MAX_TABLE_SOURCES]],
         num_more_sources=max(0, len(shares) - MAX_TABLE_SOURCES),
+        measures={name: weight_table.MEASURES[name] for name in measures},
+        corners=corner_rows(run) if measures else [],
+        max_dots=corners.MAX_DOTS,
         lengths=lengths,
         token_weighted=token_weighted_responses(run) if run.tables else [],
         compared=compared,

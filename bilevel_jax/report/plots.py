@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import patches, ticker
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 
 INK, MUTED, GRID, BLUE, RED, GREEN = "#1d2430", "#5d6675", "#e3e6ea", "#2f6fb5", "#c04a2f", "#2e8264"
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", BLUE: "--blue", RED: "--red", GREEN: "--green"}
@@ -163,6 +164,36 @@ def histogram(label: str, groups: Mapping[str, np.ndarray], kinds: bool = False)
             axes.stairs(share, edges, color=BLUE, alpha=strength[i], linewidth=1.8 if last else 1.1, label=name)
     axes.yaxis.set_major_formatter(PERCENT)
     axes.set_xlim(0, heaviest)
+    _legend(axes)
+    return _svg(figure, label)
+
+
+@styled
+def scatter(label: str, names: tuple[str, str], kinds: Mapping[str, np.ndarray], lines: tuple[float, float | None]) -> str:
+    """A dot for each row, and dashed lines at x and y (None: no line). Outliers are drawn at the edge.
+
+    Args:
+      names: of the axes.
+      kinds: [rows, 2] by name: of one kind of rows, or of other rows and bad rows.
+    """
+    figure, axes = _panel(*names)
+    axes.grid(visible=False)
+    low, first, last, high = np.quantile(np.concatenate([*kinds.values()]), (0, 0.01, 0.99, 1), axis=0)
+    margin = np.where(last > first, 0.25 * (last - first), 0.5)
+    low, high = np.maximum(low, first - margin), np.minimum(high, last + margin)
+    for (name, dots), color in zip(kinds.items(), (BLUE,) if len(kinds) == 1 else (GREEN, RED)):
+        # Lines without length and with round ends are one short element. Markers would be an element each.
+        path = Path(np.clip(dots, low, high).repeat(2, axis=0), np.tile([Path.MOVETO, Path.LINETO], len(dots)))
+        path.should_simplify = False  # it would remove them
+        axes.add_patch(
+            patches.PathPatch(path, fill=False, edgecolor=color, linewidth=4, capstyle="round", alpha=0.55, clip_on=False)
+        )
+        axes.plot([], [], "o", color=color, markersize=4.5, label=name)
+    axes.axvline(lines[0], color=MUTED, linewidth=1, linestyle="--")
+    if lines[1] is not None:
+        axes.axhline(lines[1], color=MUTED, linewidth=1, linestyle="--")
+    axes.set_xlim(low[0] - 0.2 * margin[0], high[0] + 0.2 * margin[0])
+    axes.set_ylim(low[1] - 0.2 * margin[1], high[1] + 0.2 * margin[1])
     _legend(axes)
     return _svg(figure, label)
 

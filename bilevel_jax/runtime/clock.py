@@ -6,7 +6,7 @@ import time
 
 import jax
 
-ACTIVITIES = ("start", "load", "compile", "train", "generate", "eval", "checkpoint", "report", "other")
+ACTIVITIES = ("start", "load", "compile", "search", "train", "generate", "eval", "checkpoint", "report", "other")
 
 
 class Clock:

@@ -20,26 +20,48 @@ SCHEMA = pa.schema(
         "weight": pa.float64(),
         "logit": pa.float32(),
         "rank": pa.int64(),
+        "plausible": pa.float32(),
+        "useful": pa.float32(),
         "visits": pa.int64(),
         "masked": pa.bool_(),
         "source": pa.string(),
     }
 )
+MEASURES = {  # null where they are not known, and in tables of earlier versions
+    "plausible": "how likely the model finds the response: the geometric mean of the probabilities of its tokens, from 0 to 1",
+    "useful": "how much the row helps the trusted rows; below 0 it harms them",
+}
 TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
 TOKENS_SCHEMA = pa.schema(
     {"id": pa.string(), "weight": pa.list_(pa.float32()), "start": pa.list_(pa.int32()), "stop": pa.list_(pa.int32())}
 )
 
 
-def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray, masked: np.ndarray) -> pa.Table:
-    """Columns `id`, `weight` (N·σ(ω), mean 1), `logit`, `rank` (1 is the largest weight), `visits`, `masked`, `source`.
+def table(
+    rows: Sequence[data_rows.Row],
+    logits: np.ndarray,
+    visits: np.ndarray,
+    masked: np.ndarray,
+    loss: np.ndarray | None = None,
+    useful: np.ndarray | None = None,
+) -> pa.Table:
+    """One line for each row.
+
+        weight      N·σ(ω), mean 1
+        rank        1 is the largest weight
+        plausible   exp(-ℓ), how likely the model finds the response: the geometric mean of its tokens' probabilities, in (0, 1]
+        useful      how much the row helps the trusted rows: minus its mean cost over visits, in units of the usual size of a cost;
+                    below 0 it harms them
 
     Args:
       rows: training rows, N.
       logits: ω, [N].
       visits: number of steps that used each row, [N].
       masked: whether the model answers the row's question, [N].
+      loss: ℓ at the last visit, [N], nats; NaN for rows that were never visited.
+      useful: [N]; None if costs are losses.
     """
+    loss = np.full(len(rows), np.nan) if loss is None else np.asarray(loss, np.float64)
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
@@ -51,6 +73,8 @@ def table(rows: Sequence[data_rows.Row], logits: np.ndarray, visits: np.ndarray,
             "weight": weights,
             "logit": logits.astype(np.float32),
             "rank": ranks,
+            "plausible": pa.array(np.exp(-loss).astype(np.float32), mask=np.isnan(loss)),
+            "useful": pa.nulls(len(rows), pa.float32()) if useful is None else np.asarray(useful, np.float32),
             "visits": np.rint(visits).astype(np.int64),
             "masked": np.asarray(masked, bool),
             "source": [row.source for row in rows],
@@ -75,12 +99,21 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
       FileNotFoundError: there is no file.
     """
     try:
-        return pyarrow.parquet.read_table(path).select(schema.names).cast(schema)
+        stored = pyarrow.parquet.read_table(path)
+        for name in MEASURES if schema is SCHEMA else ():
+            if name not in stored.column_names:
+                stored = stored.append_column(name, pa.nulls(len(stored), pa.float32()))
+        return stored.select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
     except Exception as error:  # Arrow raises errors of many types for damaged files and wrong columns
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
+
+
+def known_measures(weights: pa.Table) -> list[str]:
+    """The `MEASURES` that have a value in the table."""
+    return [name for name in MEASURES if weights[name].null_count < len(weights)]
 
 
 def epoch_files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:

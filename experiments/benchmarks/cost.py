@@ -15,7 +15,7 @@ VARIANTS = {
     "mixing": objective.Objective(coefficient_at="current"),
     "offline, current": objective.Objective(coefficient_at="current"),
     "offline, next": objective.Objective(coefficient_at="next"),
-    "offline, unrolled": objective.Objective(coefficient_at="current", cost="unrolled"),
+    "offline, influence": objective.Objective(cost="influence"),
     "offline, next, tokens": objective.Objective(coefficient_at="next"),
     "offline, next, tracked": objective.Objective(coefficient_at="next", value_function="tracked"),
 }
@@ -37,11 +37,14 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
         rule, token_rate = "uniform" if name == "mixing" else "bds", 0.1 if name.endswith("tokens") else 0.0
         select = selector.Selector(rule=rule, token_learning_rate=token_rate)
-        states[name] = step.init(adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked")
+        influence = variant.cost == "influence"
+        states[name] = step.init(
+            adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked", influence=influence
+        )
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[variant.cost == "unrolled"]):
+        def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[variant.cost == "influence"]):
             states[name], metrics = jitted(base, states[name], steps[k], scales)
             return metrics["loss"]
 

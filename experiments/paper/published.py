@@ -73,12 +73,7 @@ FURTHER = {  # selectors that are not in the paper
         "selection.optimizer": "adam",
         "selection.learning_rate": 1e-2,
     },
-    "unrolled": {
-        "method": "offline",
-        "selection.cost": "unrolled",
-        "selection.coefficient_at": "current",
-        "selection.learning_rate": 0.3,
-    },
+    "influence": {"method": "offline", "selection.cost": "influence"},
 }
 
 
@@ -177,4 +172,5 @@ def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes
     """
     config = CONFIGS[task] + ("" if tier == "tiny" else f":{tier}")
     workdir = root / tier / task / runs.slug(cell) / f"seed_{seed}"
-    return runs.make(config, workdir, {"seed": seed, "log.tensorboard": False} | CELLS[cell] | changes)
+    paper = {"selection.cost": "loss"}  # (10b), which is not the default
+    return runs.make(config, workdir, {"seed": seed, "log.tensorboard": False} | paper | CELLS[cell] | changes)

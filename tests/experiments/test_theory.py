@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.theory import __main__ as command
-from experiments.theory import lemma6, lemma7, lemma8, lemma9, plates, theorem1, theorem2, theorem3, theorem4
+from experiments.theory import lemma6, lemma7, lemma8, lemma9, plates, selection_rules, theorem1, theorem2, theorem3, theorem4
 from tests.experiments.commands import command_line
 
 
@@ -14,7 +14,7 @@ from tests.experiments.commands import command_line
 def measured_once():
     """Every statement is measured once, for its tests and for the page."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lemma6, lemma7, lemma8, lemma9, theorem1, theorem2, theorem3, theorem4):
+        for module in (lemma6, lemma7, lemma8, lemma9, selection_rules, theorem1, theorem2, theorem3, theorem4):
             patch.setattr(module, "measure", functools.cache(module.measure))
         yield
 
@@ -184,9 +184,104 @@ def test_lemma9_the_least_loss_may_lose_weight():
     assert values["least_omega"] > 1e-3 and values["least_sigma"] < -1e-3 < 1e-3 < values["least_sigma_mirror"]
 
 
+@pytest.fixture(scope="module")
+def rules(measured_once):
+    return selection_rules.measure()
+
+
+@pytest.mark.parametrize("name", selection_rules.PROBLEMS)
+def test_selection_rules_optimal_weights_are_the_best_of_a_search(name):
+    _, losses, optimal = selection_rules.PROBLEMS[name]
+    weights = theorem1.simplex(len(optimal), 8)
+    values = np.array([losses.loss(selection_rules.retrained(losses, sigma))[0] for sigma in weights])
+    np.testing.assert_allclose(weights[values.argmin()], optimal, atol=1e-12)
+    assert np.sort(values)[1] > values.min() + 1e-3 or name == "a"
+
+
+@pytest.mark.parametrize("name", selection_rules.PROBLEMS)
+def test_selection_rules_gradients_and_metagradients_are_finite_differences(name):
+    losses = selection_rules.PROBLEMS[name].losses
+    theta, step = losses.start() + np.array([0.3, -0.2]), 1e-5
+    moves = step * np.eye(2)
+    slope = [(losses.loss(theta + move) - losses.loss(theta - move)) / (2 * step) for move in moves]
+    np.testing.assert_allclose(losses.gradient(theta).T, slope, atol=1e-8)
+    curve = [(losses.gradient(theta + move) - losses.gradient(theta - move)) / (2 * step) for move in moves]
+    np.testing.assert_allclose(losses.hessian(theta).transpose(1, 0, 2), curve, atol=1e-8)
+
+    weights = np.arange(3.0, 3.0 + losses.loss(theta).size - 1)
+    weights /= weights.sum()
+
+    def trained(weights):
+        return losses.loss(selection_rules.train(losses, weights, steps=20)[0])[0]
+
+    _, metagradient = selection_rules.train(losses, weights, steps=20)
+    moves = step * np.eye(len(weights))
+    np.testing.assert_allclose(metagradient, [(trained(weights + m) - trained(weights - m)) / (2 * step) for m in moves], atol=1e-8)
+    assert np.abs(metagradient).max() > 1e-3
+
+
+def test_selection_rules_metagradient_of_the_counterexample_by_hand():
+    # L0(θ*) = -Σ p log(s p + (1-s) q): derivative in s of a mixture.
+    p, q, s = np.array([0.6, 0.4]), np.array([0.9, 0.1]), 0.7
+    theta, metagradient = selection_rules.train(selection_rules.TWO, np.array([s, 1 - s]), steps=400)
+    np.testing.assert_allclose(selection_rules.softmax(theta), s * p + (1 - s) * q, atol=1e-12)
+    assert metagradient[0] - metagradient[1] == pytest.approx(-(p * (p - q) / (s * p + (1 - s) * q)).sum(), abs=1e-9)
+
+
+def test_selection_rules_the_loss_rule_drops_the_row_that_is_identical_to_the_trusted_ones(rules):
+    values, p, q = rules["problems"]["c"], np.array([0.6, 0.4]), np.array([0.9, 0.1])
+    gammas = selection_rules.RHOS / (1 - selection_rules.RHOS)
+    slowest = selection_rules.ALPHA * selection_rules.STEPS * gammas.sum() * 0.3 * np.log(1.5)
+    assert values["sigma"]["loss (10b)"][0] < np.exp(-slowest) < 1e-12
+    np.testing.assert_allclose(selection_rules.softmax(values["theta"]["loss (10b)"]), (p + 9 * q) / 10, atol=1e-6)
+    assert values["joint"]["loss (10b)"] == pytest.approx(p @ np.log(10 * p / (p + 9 * q)), abs=1e-6)
+    assert values["excess"]["loss (10b)"] == pytest.approx(p @ np.log(p / q), abs=1e-9)
+    for rule in selection_rules.RULES[1:]:
+        assert values["sigma"][rule][0] > 0.94 and rules["four"]["sigma"][rule][0] > 0.94
+        assert (np.diff(values["path"][rule][:, 0]) > -1e-12).all()  # towards 1 in every step
+    assert rules["printed"][0] < 0.01
+    assert rules["four"]["excess"]["loss (10b)"] == pytest.approx(-np.log(4 * 0.85) / 4 - 0.75 * np.log(4 * 0.05), abs=1e-9)
+
+
+def test_selection_rules_which_solve_which_problem(rules):
+    loss, tracked, influence, metagradient = selection_rules.RULES
+    assert rules["solved"] == {
+        "a": [loss, tracked, influence],
+        "b": [tracked, influence, metagradient],
+        "c": [tracked, influence, metagradient],
+        "d": [loss, tracked, influence, metagradient],
+        "e": [loss, tracked, metagradient],
+        "f": [],
+    }
+    failed = [values["excess"][rule] for values in rules["problems"].values() for rule in selection_rules.RULES]
+    assert not any(0.5 * selection_rules.SOLVED < excess < 10 * selection_rules.SOLVED for excess in failed)  # none is close
+    assert rules["by_luck"][0] < 1e-6  # the loss rule in e, with larger steps
+    tracked_sigma, influence_sigma = rules["overshoot"]["sigma"][1:]
+    np.testing.assert_allclose(tracked_sigma, (5 / 8, 3 / 8, 0), atol=0.01)
+    assert abs(influence_sigma[0] - 5 / 8) > 0.1
+
+
+def test_selection_rules_fixed_points_by_hand(rules):
+    sigma = rules["problems"]["e"]["sigma"]
+    # θ = ((3/2 + γx)/(1 + γ), (4γx - 1/2)/(1 + 4γ)), θ' = (x, x), x = σ_1 - 1/2, γ = 9. Influence: ⟨(1, 4), θ - t⟩ = 0.
+    assert sigma["influence"][0] == pytest.approx(0.5 + (1.5 / 10 - 8 / 37) / (1 / 10 + 16 / 37), abs=1e-3)
+    # (44): ⟨(1, 4), θ - θ'⟩ = 0.
+    assert sigma["tracked (44)"][0] == pytest.approx(0.5 + (1.5 / 10 - 2 / 37) / (1 / 10 + 4 / 37), abs=1e-2)
+
+
+def test_selection_rules_a_separable_lower_level_is_flat_and_f_has_two_local_solutions(rules):
+    assert rules["flat"][10] > 0.1 and rules["flat"][selection_rules.TRAIN_STEPS] < 1e-4
+    assert rules["flat"][10 * selection_rules.TRAIN_STEPS] < 1e-30
+    assert rules["short"][0] > 0.99
+    losses = selection_rules.PROBLEMS["f"].losses
+    curve = [losses.loss(selection_rules.retrained(losses, np.array([s, 1 - s])))[0] for s in np.linspace(0, 1, 21)]
+    assert np.argmax(curve) not in (0, 20) and curve[-1] < curve[0] < curve[1] and curve[-1] < curve[-2]
+    assert curve[9] < curve[10]  # at equal weights the way down leads to row 2
+
+
 def test_the_command_writes_a_page_with_its_figures(tmp_path):
     with command_line("theory", [f"--out={tmp_path}/theory"], command.FLAGS):
         command.main()
     page = (tmp_path / "theory.md").read_text()
     figures = sorted(file.name for file in (tmp_path / "theory").iterdir())
-    assert len(figures) == 8 and all(f"](theory/{name})" in page for name in figures)
+    assert len(figures) == 9 and all(f"](theory/{name})" in page for name in figures)

@@ -23,11 +23,14 @@ def provenance(tmp_path):
     return cards.Provenance(tmp_path, config, "python -m bilevel_jax.export --selected=a|b.jsonl")
 
 
-def card_of(provenance, objects, keep, renamed=()):
+def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     parsed = list(rows.parse(enumerate(objects, 1)))
-    table = weight_table.table(parsed, np.log(np.arange(1, len(parsed) + 1)), [1] * len(parsed), [False] * len(parsed))
-    kept = selected_rows.select(parsed, table, keep)
-    return cards.data_card(provenance, provenance.workdir / "a.jsonl", table, parsed, kept, [{} for _ in kept], "original", renamed)
+    ones = np.ones(len(parsed))
+    table = weight_table.table(parsed, np.log(np.arange(1, len(parsed) + 1)), ones, 0 * ones, **measures)
+    left_out = selected_rows.implausible(table, share)
+    kept = selected_rows.select(parsed, table, keep, left_out)
+    out = provenance.workdir / "a.jsonl"
+    return cards.data_card(provenance, out, table, parsed, kept, [{} for _ in kept], "original", renamed, len(left_out))
 
 
 def front_matter(card):
@@ -48,6 +51,20 @@ def test_shares_of_bad_rows_by_hand(provenance):
     objects = [{"question": f"{i}", "response": "x", "bad": i in (0, 1, 4)} for i in range(5)]
     card = card_of(provenance, objects, 0.8)
     assert "| bad rows that are kept, of all bad | 66.7% |" in card and "| kept rows that are bad | 50.0% |" in card
+
+
+def test_measures(provenance):
+    """Rows 3 and 4 of 5 are bad, and row 4, the heaviest, is the least plausible: 1 of 2 bad rows is kept, 1 of 4 kept rows."""
+    objects = [{"question": f"{i}", "response": "x", "bad": i > 2} for i in range(5)]
+    loss = np.array([0, 0, 0, 0, 1.0])
+    card = card_of(provenance, objects, 0.8, share=0.2, loss=loss, useful=-loss)
+    assert "`rank` (1 is the heaviest), `plausible` (how likely the model finds the response: " in card
+    assert "and `useful` (how much the row helps the trusted rows; below 0 it harms them)." in card
+    assert "Rows with the smallest `plausible` were left out first: 1." in card
+    assert "| bad rows that are kept, of all bad | 50.0% |" in card and "| kept rows that are bad | 25.0% |" in card
+    card = card_of(provenance, objects, 0.8, loss=loss)
+    assert "`plausible` (how" in card and "`useful`" not in card and "left out" not in card
+    assert "plausible" not in card_of(provenance, objects, 0.8)
 
 
 def test_many_sources_are_summed_up(provenance):

@@ -18,7 +18,7 @@ from bilevel_jax.runtime import weight_table
 from tests.conftest import HELD_OUT, NUM_LOWER, make_rows, read_jsonl, run_command, write_jsonl
 
 TRAINED = NUM_LOWER - HELD_OUT
-ADDED = {"weight", "rank", "prompt", "completion"}
+ADDED = {"weight", "rank", *weight_table.MEASURES, "prompt", "completion"}
 
 
 def run(*arguments):
@@ -111,6 +111,46 @@ def test_jsonl_and_parquet(finished, data, tmp_path):
         assert row["completion"] == f" {row['response']}"
     head = front_matter((tmp_path / "new" / "kept.card.md").read_text())
     assert head["configs"] == [{"config_name": "default", "data_files": "kept.parquet"}]
+
+
+def measure(workdir, **measures):
+    """Writes new columns into the last table of a run, or drops all if there are none."""
+    file = max((workdir / "weights").glob("epoch_*.parquet"))
+    table = pyarrow.parquet.read_table(file).drop_columns(list(weight_table.MEASURES))
+    for name, values in measures.items():
+        table = table.append_column(name, pa.array(values, pa.float32()))
+    pyarrow.parquet.write_table(table, file)
+    return table.to_pylist()
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+def test_implausible_rows(copied, tmp_path, name):
+    workdir, _ = copied
+    rng = np.random.default_rng(0)
+    useful = rng.normal(size=TRAINED).astype(np.float32)
+    records = measure(workdir, plausible=rng.permutation(TRAINED) / TRAINED, useful=useful)
+    out = tmp_path / name
+    printed = command(f"--workdir={workdir}", f"--selected={out}", "--drop_implausible=0.2", "--keep=0.5")
+    left_out, number = round(0.2 * TRAINED), round(0.5 * TRAINED)
+    assert f"{number} of {TRAINED} rows kept" in printed and f"{left_out} of the others are left out as implausible" in printed
+    rest = sorted((record for record in records if record["plausible"] >= left_out / TRAINED), key=lambda record: record["rank"])
+    expected = {record["rank"]: record for record in rest[:number]}
+    kept = read_jsonl(out) if name.endswith("jsonl") else pyarrow.parquet.read_table(out).to_pylist()
+    assert {row["rank"] for row in kept} == expected.keys()
+    for row in kept:
+        assert all(row[key] == expected[row["rank"]][key] for key in ("weight", "plausible", "useful"))
+    assert f"Rows with the smallest `plausible` were left out first: {left_out}." in out.with_suffix(".card.md").read_text()
+
+
+def test_tables_of_earlier_versions(copied, tmp_path):
+    workdir, _ = copied
+    measure(workdir)
+    arguments = f"--workdir={workdir}", f"--selected={tmp_path / 'kept.jsonl'}"
+    with pytest.raises(ValueError, match="no `plausible`; train again or remove the flag") as error:
+        command(*arguments, "--drop_implausible=0.1")
+    assert "\n" not in str(error.value) and not (tmp_path / "kept.jsonl").exists()
+    assert "implausible" not in command(*arguments, "--drop_implausible=0")
+    assert not {"plausible", "useful"} & read_jsonl(tmp_path / "kept.jsonl")[0].keys()
 
 
 def test_formats(finished, tmp_path):
@@ -266,6 +306,11 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
         (["--selected=kept.csv"], ".parquet"),
         (["--selected=kept.jsonl", "--keep=1.5"], "--keep"),
         (["--selected=kept.jsonl", "--keep=0"], "--keep"),
+        (["--selected=kept.jsonl", "--drop_implausible=1"], r"--drop_implausible=1.0 must be in \[0, 1\)"),
+        (["--selected=kept.jsonl", "--drop_implausible=-0.1"], "--drop_implausible=-0.1 must be in"),
+        (["--selected=kept.jsonl", "--drop_implausible=nan"], "--drop_implausible=nan must be in"),
+        (["--merged=m", "--drop_implausible=0.1"], "--drop_implausible goes with --selected"),
+        (["--selected=kept.jsonl", "--score-new=new.jsonl", "--drop_implausible=0.1"], "--drop_implausible has no numbers"),
         ([], "--selected=FILE.jsonl, --merged=DIR or both"),
         (["--merged=m", "--refined"], "--refined goes with --selected"),
         (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),

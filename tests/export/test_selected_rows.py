@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from bilevel_jax.data import rows, templates
@@ -49,7 +50,8 @@ def test_select(finished, data, keep):
 
     records = sorted(table.to_pylist(), key=lambda record: -record["weight"])[: round(keep * TRAINED)]
     by_id = {row.id: row for row in candidates}
-    expected = [(by_id[v["id"]], v["weight"], v["rank"], v["masked"]) for v in records]
+    names = "weight", "rank", "masked", "plausible", "useful"
+    expected = [(by_id[record["id"]], *map(record.get, names)) for record in records]
     assert sorted(kept, key=lambda one: one.rank) == expected
     lines = [one.row.line for one in kept]
     assert lines == sorted(lines)  # stored order
@@ -69,6 +71,54 @@ def test_select_refuses_other_rows(finished, data, change):
     parsed = [row for row in rows.read_rows(data / "lower.jsonl")[0] if row.id in trained]
     with pytest.raises(rows.DataError, match="match no row"):
         selected_rows.select(change(parsed), table, 1.0)
+
+
+def measured(plausible, logits, useful=None):
+    """Rows, and their table; a `plausible` of 0 is not known."""
+    parsed = parse([{"question": f"{i}", "response": "x"} for i in range(len(plausible))])
+    with np.errstate(divide="ignore"):
+        loss = np.where(np.array(plausible) > 0, -np.log(plausible), np.nan)
+    zeros = np.zeros(len(parsed))
+    return parsed, weight_table.table(parsed, logits, zeros, zeros, loss, useful)
+
+
+@pytest.mark.parametrize(
+    "keep, share, expected",
+    [
+        (1.0, 0.0, range(10)),
+        (1.0, 0.04, range(10)),  # rounds to no row
+        (1.0, 0.3, [1, 3, 4, 5, 6, 8, 9]),  # 7 is the least plausible; 0 and 2 are as plausible as 4 and lighter
+        (0.7, 0.3, [1, 3, 4, 5, 6, 8, 9]),  # a share of all rows, which are as many as there are
+        (0.8, 0.3, [1, 3, 4, 5, 6, 8, 9]),
+        (0.3, 0.3, [6, 8, 9]),
+        (0.3, 0.0, [7, 8, 9]),
+        (1.0, 0.9, [1]),  # row 1 has no plausible; the other 9 are left out
+        (1.0, 0.99, [1]),
+    ],
+)
+def test_implausible_rows_are_left_out(keep, share, expected):
+    """Weights rise with the index."""
+    parsed, table = measured([0.2, 0, 0.2, 0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.5], np.arange(10.0))
+    kept = selected_rows.select(parsed, table, keep, selected_rows.implausible(table, share))
+    assert [int(one.row.question) for one in kept] == list(expected)
+
+
+def test_implausible_rows_of_many():
+    rng = np.random.default_rng(0)
+    plausible, logits = rng.uniform(0.01, 1, 200), rng.normal(size=200)
+    parsed, table = measured(plausible, logits, useful=rng.normal(size=200))
+    rest = np.argsort(plausible)[50:]
+    heaviest = rest[np.argsort(-logits[rest])][:100]
+    kept = selected_rows.select(parsed, table, 0.5, selected_rows.implausible(table, 0.25))
+    assert [int(one.row.question) for one in kept] == sorted(heaviest)
+    np.testing.assert_allclose([one.plausible for one in kept], plausible[np.sort(heaviest)], rtol=1e-6)
+    assert [one.useful for one in kept] == table["useful"].to_numpy()[np.sort(heaviest)].tolist()
+
+
+def test_select_refuses_to_leave_all_out():
+    parsed, table = measured([0.5, 0.6], [0.0, 1.0])
+    with pytest.raises(rows.DataError, match=r"--keep=0.5 keeps none of 2 rows without the 2 implausible ones$"):
+        selected_rows.select(parsed, table, 0.5, selected_rows.implausible(table, 0.8))
 
 
 def test_select_refuses_to_keep_nothing():

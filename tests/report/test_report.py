@@ -276,7 +276,7 @@ def test_sections_without_data_say_why(run_dir, tmp_path, change, empty, reason)
     change(workdir)
     found = report(workdir)
     shown = {attributes["id"] for tag, attributes in found.elements if tag == "section"}
-    assert shown == {*ALL, "settings"}
+    assert shown == {*ALL, "corners", "settings"}
     assert reason in " ".join("".join(found.words.values()).split())
     for section in ALL:
         assert (section in found.filled) == (section not in empty), section

@@ -24,7 +24,7 @@ def make(rows, logits=LOGITS):
 
 def test_columns(rows):
     table = make(rows)
-    assert table.column_names == ["id", "weight", "logit", "rank", "visits", "masked", "source"]
+    assert table.column_names == ["id", "weight", "logit", "rank", "plausible", "useful", "visits", "masked", "source"]
     columns = table.to_pydict()
     sigma = np.exp(LOGITS) / np.exp(LOGITS).sum()
     np.testing.assert_allclose(columns["weight"], 5 * sigma, rtol=1e-6)
@@ -47,6 +47,25 @@ def test_latest(rows, tmp_path):
         weight_table.write(tmp_path / "weights" / f"epoch_{epoch}.parquet", make(rows, LOGITS * epoch))
     assert weight_table.latest(tmp_path)["logit"].to_pylist() == (10 * LOGITS).tolist()
     assert pyarrow.parquet.read_table(tmp_path / "weights" / "epoch_10.parquet").equals(weight_table.latest(tmp_path))
+
+
+def test_measures(rows, tmp_path):
+    zeros, loss = np.zeros(5), np.array([0.0, np.log(2), np.nan, 3.0, 200.0])
+    table = weight_table.table(rows, LOGITS, zeros, zeros, loss, useful=np.array([1.5, -2, 0, 0, 1]))
+    plausible = table["plausible"].to_pylist()
+    np.testing.assert_allclose(plausible[:2] + plausible[3:], [1, 0.5, np.exp(-3), 0], rtol=1e-6)
+    assert plausible[2] is None  # never visited
+    assert table["useful"].to_pylist() == [1.5, -2, 0, 0, 1] and weight_table.known_measures(table) == ["plausible", "useful"]
+    table = weight_table.table(rows, LOGITS, zeros, zeros, loss)
+    assert table["useful"].null_count == 5 and weight_table.known_measures(table) == ["plausible"]
+
+
+def test_tables_of_earlier_versions(rows, tmp_path):
+    old = make(rows).drop_columns(["plausible", "useful"])
+    weight_table.write(tmp_path / "weights" / "epoch_1.parquet", old)
+    table = weight_table.latest(tmp_path)
+    assert table.schema == weight_table.SCHEMA and weight_table.known_measures(table) == []
+    assert table.drop_columns(["plausible", "useful"]).equals(old)
 
 
 WEIGHT = [[0.5, 1.5], [2.0, 0.4, 0.6], [1.0]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from bilevel_jax.data.synthetic import bed
 from bilevel_jax.data.synthetic.corruptions import BAD_KINDS, WORD_KINDS, make_row, make_token_row
 from bilevel_jax.data.synthetic.draws import draw
 
@@ -25,6 +26,19 @@ def lower(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[dict]:
     """A shuffled mixture with exactly round(bad_fraction · num_rows) bad rows."""
     rng = np.random.default_rng([seed, 1])
     return _rows(rng, _mixed_kinds(rng, BAD_KINDS, num_rows, bad_fraction), side=1)
+
+
+def trusted(num_rows: int, seed: int) -> list[dict]:
+    """Trusted rows of the test bed: right answers to questions of `bed.FAMILIES` in the plain style."""
+    return _rows(np.random.default_rng([seed, 6]), ["clean"] * num_rows, side=0, make=bed.make_row)
+
+
+def mixture(num_rows: int, seed: int) -> list[dict]:
+    """The mixture of the test bed: rows of `bed.KINDS`, shuffled, each kind with exactly its share."""
+    rng = np.random.default_rng([seed, 7])
+    bounds = np.round(np.cumsum([0, *bed.KINDS.values()]) * num_rows).astype(int)
+    kinds = [kind for kind, size in zip(bed.KINDS, np.diff(bounds)) for _ in range(size)]
+    return _rows(rng, draw(rng, kinds, num_rows), side=1, make=bed.make_row)
 
 
 def domains(num_rows: int, seed: int) -> list[dict]:

@@ -1,0 +1,76 @@
+"""Statistics and pages of the tests of selection rules: means with intervals, paired tests with Holm's correction."""
+
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import scipy.stats
+
+from bilevel_jax import files
+from experiments import runs, tables
+
+RESAMPLES = 2000
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95% interval of Student's t over seeds; the value alone for one seed."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return f"{values.mean():.4f}" if len(values) else ""
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return f"{values.mean():.4f} ± {half:.4f}"
+
+
+def rank_correlation(predicted: np.ndarray, measured: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Spearman's correlation, and its 95% bootstrap interval over the pairs."""
+    rng = np.random.default_rng(seed)
+    value = scipy.stats.spearmanr(predicted, measured).statistic
+    draws = []
+    for _ in range(RESAMPLES):
+        part = rng.integers(len(predicted), size=len(predicted))
+        draws.append(scipy.stats.spearmanr(predicted[part], measured[part]).statistic)
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return float(value), float(low), float(high)
+
+
+def reliability(measured_nx2: np.ndarray) -> float:
+    """Reliability of the mean of two measurements: Spearman and Brown's 2r / (1 + r), r the correlation of the two."""
+    r = float(np.corrcoef(measured_nx2.T)[0, 1])
+    return 2 * r / (1 + r)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's corrected p-values."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
+    return corrected
+
+
+def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, float]]]) -> list[str]:
+    """Lines of a table of claims "the first is lower than the second", paired over seeds, one-sided p by Student's t, Holm-corrected."""
+    rows, p = [], []
+    for text, lower, other in claims:
+        seeds = sorted(lower.keys() & other.keys())
+        difference = np.array([lower[seed] - other[seed] for seed in seeds])
+        tested = len(seeds) > 1 and np.ptp(difference) > 0
+        p.append(scipy.stats.ttest_1samp(difference, 0.0, alternative="less").pvalue if tested else 1.0)
+        rows.append([text, interval(difference), f"{(difference < 0).sum()} of {len(seeds)}"])
+    corrected = holm(p)
+    words = ["< 0.001" if value < 0.001 else f"{value:.3f}" for value in corrected]
+    verdict = ["holds" if value < 0.01 else "weakly" if value < 0.05 else "not shown" for value in corrected]
+    return runs.markdown(
+        ["claim", "difference", "seeds that agree", "p (Holm)", "verdict"],
+        [[*row, *rest] for row, *rest in zip(rows, words, verdict)],
+    )
+
+
+def write(name: str, title: str, lines: Sequence[str]) -> None:
+    """Writes experiments/results/NAME.md with its command, versions and commit at the top, and prints it."""
+    command = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+    head = [f"# {title}", "", f"`{command}`", "", f"Commit {tables.commit()}; {tables.provenance()}", ""]
+    text = "\n".join([*head, *lines]).rstrip() + "\n"
+    files.write_atomically(pathlib.Path("experiments/results", f"{name}.md"), text)
+    print(text)
