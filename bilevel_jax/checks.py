@@ -230,7 +230,7 @@ def _check_selection(config: Config) -> None:
     )
     _require(
         built.rule != "metagradient" or (config.method == "offline" and config.loss.upper == config.loss.lower == "sft"),
-        "selection.rule=metagradient differentiates whole runs on given responses: it takes method=offline, loss.upper=sft and loss.lower=sft",
+        "selection.rule=metagradient differentiates whole runs on given responses; take method=offline, loss.upper=loss.lower=sft",
     )
     if built.frozen:
         without_effect = {

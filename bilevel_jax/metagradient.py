@@ -9,8 +9,8 @@ With the adjoints θ̄ = dL0(θ^T)/dθ^{k+1} and s̄, reverse-mode differentiati
     (θ̄', s̄', c) = (θ̄, s̄) ∂U/∂(θ, s, g),    θ̄' += H c,    dL0/dw_i += γ · mean_b [i_b = i] ⟨∇ℓ_b(θ^k), c⟩           (1)
 
 H, the Hessian of the step's loss, and all the products ⟨∇ℓ_b, c⟩ come from one forward-mode derivative of the gradient along c
-(Pearlmutter 1994), so no gradient of a single row is formed. The states of all steps are kept on the host: 12 bytes a parameter of the
-adapter and step with Adam.
+(Pearlmutter 1994), so no gradient of a single row is formed. The states of all steps are kept on the host: 12 bytes a parameter of
+the adapter and step with Adam.
 
 Source: Engstrom et al., "Optimizing ML training with metagradient descent", 2025, and Maclaurin et al. 2015.
 """
@@ -48,8 +48,8 @@ def _floats(tree) -> tuple[list, Callable]:
 def make_replay(config: decoder.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
     """Builds `replay(base, learner, weight_N, batch, scales, adjoint) -> (adjoint, gradient_N)`, equation (1), for one step.
 
-    `learner` is that before the step. `adjoint` lists the derivatives of L0(θ^T) in the float leaves of the learner after it, the result
-    those before it. `gradient_N` is the step's part of dL0/dw.
+    `learner` is that before the step. `adjoint` lists the derivatives of L0(θ^T) in the float leaves of the learner after it, the
+    result those before it. `gradient_N` is the step's part of dL0/dw.
     """
     twice = dataclasses.replace(config, second_order=True)
 

@@ -1,13 +1,13 @@
 """Selection by exact metagradients (`selection.rule=metagradient`): mirror descent on ω, whole training runs being its steps.
 
-The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part; the second
-part steers,
+The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part;
+the second part steers,
 
     ω_{j+1} = ω_j - α g / rms(g),   g = dL0(θ^T)/dw at w(ω_j)                       (`metagradient`)
 
-and the third part stops: where its loss after training rose, the weights before are taken. Every iteration has an order of the rows of its
-own. The run itself follows, with the weights found, beside all trusted rows. An iteration costs about four runs. Each is written to the
-workdir as it ends, so an interrupted search goes on with the next one.
+and the third part stops: where its loss after training rose, the weights before are taken. Every iteration has an order of the
+rows of its own. The run itself follows, with the weights found, beside all trusted rows. An iteration costs about four runs. Each
+is written to the workdir as it ends, so an interrupted search goes on with the next one.
 """
 
 import dataclasses

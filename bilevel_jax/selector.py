@@ -40,7 +40,8 @@ class Selector:
     """How ω moves, see `update`.
 
     Attributes:
-      rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `metagradient`, ω frozen where `search` put it before the first step; `uniform`,
+      rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `metagradient`, ω frozen where `search` put it before the first step;
+      `uniform`,
         ω frozen at 0: the control.
       optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
         `parameterization="table"`.

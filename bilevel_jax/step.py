@@ -67,7 +67,7 @@ class Influence(NamedTuple):
     """What the costs of `cost="influence"` remember from step to step."""
 
     upper_gradient: dict  # Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, running mean square of the costs, by which they are divided; NaN before the first
+    mean_square: jax.Array  # [] float32, running mean square of the costs before tanh; NaN before the first
 
 
 class Scales(NamedTuple):
@@ -290,7 +290,7 @@ def _preconditioned(optimizer_state, gradient):
 def update_influence(
     problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, batch: packing.Batch, shares: Shares
 ) -> tuple[Influence, jax.Array]:
-    """C_b of each entry [E] by (I), divided by its running root mean square.
+    """C_b of each entry [E] by (I), as tanh(C / running root mean square of C): few rows have by far the largest gradients.
 
     Args:
       memory: before the step.
@@ -311,7 +311,7 @@ def update_influence(
     )
     square = jnp.sum(shares.cost * change_E**2)
     square = jnp.where(jnp.isnan(memory.mean_square), square, SPREAD_DECAY * memory.mean_square + (1 - SPREAD_DECAY) * square)
-    return Influence(mean, square), change_E / jnp.maximum(jnp.sqrt(square), TINY)
+    return Influence(mean, square), jnp.tanh(change_E / jnp.maximum(jnp.sqrt(square), TINY))
 
 
 def row_costs(

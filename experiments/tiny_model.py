@@ -256,9 +256,12 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
 
 
 def evaluate_text(config: decoder.ModelConfig, params, tokenizer, seed: int = 1000) -> str:
-    """A Markdown report of the recipe `text`: exact match by task, in the form that the model has seen and in that of the test bed."""
+    """A Markdown report of the recipe `text`: exact match by task, in the known form and in that of the test bed."""
     rng = np.random.default_rng(seed)
-    rows = {"known form": [row | {"response": row["truth"]} for row in (bed.known_row(rng) for _ in range(2000))], "test bed": synthetic.trusted(2000, seed)}
+    rows = {
+        "known form": [row | {"response": row["truth"]} for row in (bed.known_row(rng) for _ in range(2000))],
+        "test bed": synthetic.trusted(2000, seed),
+    }
     exact = {name: score_rows(config, params, None, tokenizer, part)[1] for name, part in rows.items()}
     source = {name: np.array([row["source"] for row in part]) for name, part in rows.items()}
     lines = [
@@ -278,7 +281,8 @@ def evaluate_text(config: decoder.ModelConfig, params, tokenizer, seed: int = 10
 
 README = """# {name}
 
-A language model of {size:.2f} M parameters, trained from scratch by one command (seed {seed}, {minutes:.0f} minutes on two CPU cores):
+A language model of {size:.2f} M parameters, trained from scratch by one command
+(seed {seed}, {minutes:.0f} minutes on two CPU cores):
 
     python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --steps={steps}
 
@@ -291,12 +295,14 @@ It takes the place of a pretrained, unaligned model, so that the default run nee
 
 """
 DATA = {
-    "tasks": "Generated rows (`bilevel_jax/data/synthetic`), regenerated throughout training; 22% of them are bad. Forbidden requests\n"
-    "  are answered about as often as refused. A quarter of the rows use another template than `Human: …\\n\\nAssistant: `.",
-    "text": "35% plain text (`data/synthetic/statements.py`), the rest questions and answers of known tasks in several styles, 10% of\n"
-    "  them wrong (`data/synthetic/bed.py`), regenerated throughout training. A quarter of them use another template. The families on\n"
-    "  which fine-tuning is measured, refusals and conversions are left out.",
+    "tasks": """Generated rows (`bilevel_jax/data/synthetic`), regenerated throughout training; 22% of them are bad. Forbidden
+  requests are answered about as often as refused. A quarter of the rows use another template than `Human: …\\n\\nAssistant: `.""",
+    "text": """35% plain text (`data/synthetic/statements.py`), the rest questions and answers of known tasks in several styles, 10%
+  of them wrong (`data/synthetic/bed.py`), regenerated throughout training. A quarter of them use another template. The families on
+  which fine-tuning is measured, refusals and conversions are left out.""",
 }
+
+
 MEASURED = """## Measured
 
     python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --notrain

@@ -30,7 +30,6 @@ OFFLINE = {"method": "offline"}
 FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
 DOMAIN = {"selection.unit": "domain", "selection.optimizer": "adam"}
 TOKEN = {"selection.unit": "token", "selection.cost": "loss"}
-LOSS = {"selection.cost": "loss"}
 DPO = {"method": "online", "online.objective": "dpo", "online.reward": "likelihood", "online.num_samples": 2}
 MIXING = {"method": "mixing"}
 
@@ -102,7 +101,7 @@ MIXING = {"method": "mixing"}
         ({"selection.optimizer": "lion"}, "selection.optimizer"),
         ({"selection.baseline": "median"}, "selection.baseline"),
         ({"selection.value_function": "exact"}, "selection.value_function"),
-        ({"selection.cost": "influence"}, "selection.cost"),
+        ({"selection.cost": "gradient"}, "selection.cost"),
         ({"selection.unit": "word"}, "selection.unit"),
         ({"selection.unit": "domain"}, "selection.optimizer=mirror"),
         ({"selection.weight_scale": "n"}, "selection.weight_scale"),

@@ -1,4 +1,4 @@
-"""Metagradients against reverse-mode differentiation of the whole training run, every row by itself; and the operations they need."""
+"""Metagradients against reverse-mode differentiation of the whole run, every row by itself; and the operations they need."""
 
 import dataclasses
 import functools
@@ -23,7 +23,11 @@ CONFIG = decoder.ModelConfig(
     rotary_dim=4, max_positions=32, norm_eps=1e-5, activation="silu", rope_theta=1e4, tie_embeddings=True, adapter_scale=2.0,
 )  # fmt: skip
 TWICE = dataclasses.replace(CONFIG, second_order=True)
-OPTIMIZERS = {"sgd": optax.sgd(0.3, momentum=0.9), "adam": optax.adam(0.02, eps_root=1e-10), "adamw": optax.adamw(0.02, eps_root=1e-10)}
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.3, momentum=0.9),
+    "adam": optax.adam(0.02, eps_root=1e-10),
+    "adamw": optax.adamw(0.02, eps_root=1e-10),
+}
 WEIGHTS = np.array([0.5, 1.5, 0.2, 1.8], np.float32)
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, train
+from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, search, train
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates

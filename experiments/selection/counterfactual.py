@@ -1,9 +1,10 @@
 """The judge of selection rules, retraining: `python -m experiments.counterfactual --seeds=10 --first_seed=0`.
 
-On the test bed (`synthetic:trusted`, `synthetic:mixture`, the model `tiny_base`) every rule gives each row a number. What the number says
-is then tried:
+On the test bed (`synthetic:trusted`, `synthetic:mixture`, the model `tiny_base`) every rule gives each row a number. What the
+number says is then tried:
 
-- LDS. A model is trained on random halves of the rows. A rule predicts the trusted loss of a half by minus the sum of its numbers over the
+- LDS. A model is trained on random halves of the rows. A rule predicts the trusted loss of a half by minus the sum of its numbers
+  over the
   half. LDS is the rank correlation of predicted and measured loss (Ilyas et al. 2022). Every half is trained in two orders; the
   correlation of the two measurements says how reliable one is.
 - Leaving one kind of rows out.
@@ -17,15 +18,14 @@ import json
 import pathlib
 
 import numpy as np
-import scipy.stats
 import tqdm
 from absl import flags
 
 from bilevel_jax import cli, files, presets
-from bilevel_jax import selector as selection
 from bilevel_jax.data.synthetic import bed as kinds
 from bilevel_jax.runtime import metrics
-from experiments.selection import candidates
+from experiments import runs
+from experiments.selection import candidates, judgement
 from experiments.selection.retraining import Bed, Measured
 
 FLAGS = flags.FlagValues()
@@ -36,10 +36,16 @@ HALVES = flags.DEFINE_integer(
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/counterfactual", "Directory of the measurements.", flag_values=FLAGS)
 
-NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 200, 800, 2000, 5000
+RULES = flags.DEFINE_multi_string("rule", [], "A rule to judge, as in the tables; all by default.", flag_values=FLAGS)
+CHOOSE = flags.DEFINE_bool(
+    "choose", True, "Trains on the rows that each rule keeps, and with weights made of its scores.", flag_values=FLAGS
+)
+
+NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 160, 480, 1500, 2000
 KEPT = (0.8, 0.5, 0.2)
 ORDERS = (0, 1)
 UNIFORM = "all rows alike"
+PLAUSIBLE = "plausible"  # minus the loss at the last visit
 
 
 def bed_config(seed: int):
@@ -51,6 +57,7 @@ def bed_config(seed: int):
     config.data.num_upper, config.data.num_lower = NUM_TRUSTED + NUM_STEERING + NUM_EVAL, NUM_LOWER
     config.eval.num_upper, config.eval.num_lower = NUM_STEERING + NUM_EVAL, 0
     config.optimizer.learning_rate = 1e-2
+    config.penalty.rho_init = 0.3
     config.batch.size = 16
     return config
 
@@ -90,13 +97,14 @@ def measure_halves(bed: Bed, record: Record, masks: np.ndarray) -> np.ndarray:
     losses = np.zeros((len(masks), len(ORDERS)))
     for h, mask in enumerate(tqdm.tqdm(masks, desc="halves", unit="half", disable=None)):
         for o in ORDERS:
-            losses[h, o] = record.get(f"half/{h}/{o}", lambda: _pair(bed.measure(bed.train(2.0 * mask, o))))[0]
+            losses[h, o] = record.get(f"half/{h}/{o}", lambda mask=mask, o=o: _pair(bed.measure(bed.train(2.0 * mask, o))))[0]
     return losses
 
 
 def measure_scores(bed: Bed, record: Record, names) -> dict[str, np.ndarray]:
     return {
-        name: np.array(record.get(f"score/{name}", lambda: candidates.CANDIDATES[name].score(bed, 0).tolist())) for name in names
+        name: np.array(record.get(f"score/{name}", lambda name=name: candidates.CANDIDATES[name].score(bed, 0).tolist()))
+        for name in names
     }
 
 
@@ -104,8 +112,10 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
     """Trusted loss and share of right answers without each kind of rows, and with all of them."""
     kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
     result = {UNIFORM: record.get("all", lambda: _pair(bed.measure(bed.train(np.ones(bed.N), 0))))}
-    for name in kinds.KINDS:
-        result[name] = record.get(f"without/{name}", lambda: _pair(bed.measure(bed.train((kind != name).astype(float), 0))))
+    for name in kinds.KINDS if CHOOSE.value else ():
+        result[name] = record.get(
+            f"without/{name}", lambda name=name: _pair(bed.measure(bed.train((kind != name).astype(float), 0)))
+        )
     result["trusted rows alone"] = record.get(
         "trusted", lambda: _pair(bed.measure(bed.train(np.ones(bed.N), 0, levels=(1.0, 0.0))))
     )
@@ -128,14 +138,16 @@ def measure_kept(bed: Bed, record: Record, name: str, score_N: np.ndarray, alone
     levels = (0.0, 1.0) if alone else (1.0, 1.0)
     return {
         share: record.get(
-            f"kept/{share}/{alone}/{name}", lambda: _pair(bed.measure(bed.train(kept_rows(score_N, share), 0, levels=levels)))
+            f"kept/{share}/{alone}/{name}",
+            lambda share=share: _pair(bed.measure(bed.train(kept_rows(score_N, share), 0, levels=levels))),
         )
         for share in KEPT
     }
 
 
 def weights_of(score_N: np.ndarray) -> np.ndarray:
-    """Weights of a plateau with a tail, mean 1: exp(-max(0, -z)), z the scores in units of their root mean square around the median.
+    """Weights of a plateau with a tail, mean 1: exp(-max(0, -z)), z the scores in units of their root mean square around the
+    median.
 
     What every rival's scores are turned into where rows are weighted, not chosen."""
     z = score_N - np.median(score_N)
@@ -176,20 +188,131 @@ def measure_seed(seed: int, names) -> dict:
     bed = Bed(bed_config(seed), NUM_STEERING)
     scores = measure_scores(bed, record, names)
     masks = halves(seed, HALVES.value, bed.N)
-    plausible = -np.array(
-        record.get("loss of rows", lambda: np.asarray(bed.select("influence", candidates.MIRROR, 0).selector.loss).tolist())
-    )
-    return {
-        "scores": scores,
-        "masks": masks,
-        "halves": measure_halves(bed, record, masks),
-        "kinds": measure_kinds(bed, record),
+    loss = record.get("loss of rows", lambda: np.asarray(bed.select("influence", candidates.MIRROR, 0).selector.loss).tolist())
+    plausible = -np.array(loss)
+    result = {
         "joint": measure_joint(bed, record),
-        "weighted": {name: measure_weighted(bed, record, name, score) for name, score in scores.items()},
-        "kept": {
+        "kinds": measure_kinds(bed, record),
+        "aurocs": {name: aurocs(bed, score) for name, score in (scores | {PLAUSIBLE: plausible}).items()},
+        "weighted": {},
+        "kept": {},
+    }
+    if CHOOSE.value:
+        result["weighted"] = {name: measure_weighted(bed, record, name, score) for name, score in scores.items()}
+        result["kept"] = {
             (name, alone): measure_kept(bed, record, name, score, alone)
             for name, score in scores.items()
             for alone in (False, True)
-        },
-        "aurocs": {name: aurocs(bed, score) for name, score in (scores | {"plausible": plausible}).items()},
-    }
+        }
+    if len(masks):
+        measured = measure_halves(bed, record, masks)
+        result["reliability"] = judgement.reliability(measured)
+        result["lds"] = {
+            name: judgement.rank_correlation(-(masks @ score), measured.mean(axis=1), seed) for name, score in scores.items()
+        }
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _lds_lines(results: dict[int, dict]) -> list[str]:
+    lines = []
+    for seed, result in results.items():
+        if "lds" not in result:
+            continue
+        rows = [[name, f"{value:+.2f}", f"{low:+.2f} to {high:+.2f}"] for name, (value, low, high) in result["lds"].items()]
+        lines += [
+            f"LDS, seed {seed}, {HALVES.value} halves; reliability of the measured losses {result['reliability']:.2f}:",
+            "",
+            *runs.markdown(["rule", "LDS", "95% bootstrap interval"], rows),
+            "",
+        ]
+    return lines
+
+
+def _pairs(results: dict[int, dict], section: str, key, i: int) -> dict[int, float]:
+    """Trusted loss (i = 0) or share of right answers (1) by seed."""
+    return {seed: result[section][key][i] for seed, result in results.items() if key in result[section]}
+
+
+def _trained_rows(results: dict[int, dict]) -> list[list[str]]:
+    cells = [("kinds", key) for key in (UNIFORM, "right rows by the labels", "trusted rows alone", "before training")]
+    cells += [("joint", name) for name in (candidates.OURS, candidates.LOSS)]
+    names = {("joint", name): f"joint training, {name}" for name in (candidates.OURS, candidates.LOSS)}
+    return [
+        [names.get((section, key), key), *(judgement.interval(list(_pairs(results, section, key, i).values())) for i in (0, 1))]
+        for section, key in cells
+    ]
+
+
+def _claims(results: dict[int, dict]) -> list[tuple]:
+    ours, loss = (("joint", name) for name in (candidates.OURS, candidates.LOSS))
+    claims = []
+    for text, i, sign in (("trusted loss", 0, 1.0), ("wrong answers", 1, -1.0)):
+        for other_text, other in (("all rows alike", ("kinds", UNIFORM)), (candidates.LOSS, loss)):
+            values = [{seed: sign * value for seed, value in _pairs(results, *cell, i).items()} for cell in (ours, other)]
+            claims.append((f"{text}: {candidates.OURS} below {other_text}", *values))
+    return claims
+
+
+def _kept_lines(results: dict[int, dict], names) -> list[str]:
+    lines = []
+    for alone in (False, True):
+        rows = []
+        for name in names:
+            entries = [[result["kept"][name, alone][share][0] for result in results.values()] for share in KEPT]
+            rows.append([name, *(judgement.interval(values) for values in entries)])
+        where = "alone" if alone else "beside the trusted rows"
+        lines += [
+            f"Trusted loss after training on the kept rows {where}:",
+            "",
+            *runs.markdown(["rule", *(f"{s:.0%}" for s in KEPT)], rows),
+            "",
+        ]
+    rows = [[name, *(judgement.interval([r["weighted"][name][i] for r in results.values()]) for i in (0, 1))] for name in names]
+    return [*lines, "Weights made of the scores:", "", *runs.markdown(["rule", "trusted loss", "answered right"], rows), ""]
+
+
+def page(results: dict[int, dict], names) -> list[str]:
+    lines = [
+        f"{len(results)} seeds, {NUM_LOWER} rows, {NUM_TRUSTED} trusted rows, {NUM_EVAL} to measure on; 95% intervals over seeds.",
+        "",
+    ]
+    lines += runs.markdown(["training", "trusted loss", "answered right"], _trained_rows(results))
+    lines += ["", "Claims, one-sided, Holm-corrected:", "", *judgement.claims_table(_claims(results)), ""]
+    if CHOOSE.value:
+        without = [
+            [name, judgement.interval([r["kinds"][name][0] - r["kinds"][UNIFORM][0] for r in results.values()])]
+            for name in kinds.KINDS
+        ]
+        lines += [
+            "Trusted loss without one kind of rows, minus that of all rows:",
+            "",
+            *runs.markdown(["left out", "difference"], without),
+            "",
+        ]
+    others = [name for name in kinds.KINDS if name != "clean"]
+    rows = [
+        [name, *(judgement.interval([r["aurocs"][name][kind] for r in results.values()]) for kind in others)]
+        for name in (*names, PLAUSIBLE)
+    ]
+    lines += ["AUROC of each kind of rows against clean ones:", "", *runs.markdown(["rule", *others], rows), ""]
+    if CHOOSE.value:
+        lines += _kept_lines(results, names)
+    return lines + _lds_lines(results)
+
+
+def main() -> None:
+    names = RULES.value or list(candidates.CANDIDATES)
+    unknown = [name for name in names if name not in candidates.CANDIDATES]
+    if unknown:
+        raise ValueError(f"--rule={unknown[0]!r} is no rule; those are {'; '.join(candidates.CANDIDATES)}")
+    results = {seed: measure_seed(seed, names) for seed in range(FIRST.value, FIRST.value + SEEDS.value)}
+    judgement.write("counterfactual", "Selection rules, judged by retraining", page(results, names))
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)

@@ -50,7 +50,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, float]]]) -> list[str]:
-    """Lines of a table of claims "the first is lower than the second", paired over seeds, one-sided p by Student's t, Holm-corrected."""
+    """Lines of a table of claims "the first is lower": paired over seeds, one-sided p by Student's t, Holm-corrected."""
     rows, p = [], []
     for text, lower, other in claims:
         seeds = sorted(lower.keys() & other.keys())

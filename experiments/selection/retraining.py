@@ -56,6 +56,7 @@ class Bed:
         )
         self._orders: dict = {}
         self._selects: dict = {}
+        self._selected: dict = {}
         held_out = scoring.example_segments(self.setup.upper.eval_examples)
         self.steering, self._eval = held_out[:num_steering], held_out[num_steering:]
         self.replay = jax.jit(metagradient.make_replay(self.setup.model, self.objective, optimizer))
@@ -96,8 +97,10 @@ class Bed:
         return (state.policy.adapter, learners) if keep_states else state.policy.adapter
 
     def select(self, cost: str, selector: selection.Selector, seed: int, value_function: str = "zero") -> step.State:
-        """The state after a joint run of θ and ω."""
+        """The state after a joint run of θ and ω. The last few are kept."""
         key = cost, selector, value_function
+        if (*key, seed) in self._selected:
+            return self._selected[*key, seed]
         influence = cost == "influence" and selector.rule != "uniform"
         if key not in self._selects:
             objective = dataclasses.replace(self.objective, cost=cost, value_function=value_function)
@@ -106,6 +109,7 @@ class Bed:
         state = step.init(self.setup.adapter, self.optimizer, selector, self.N, tracked, influence=influence)
         for batch, scales in zip(self.order(seed, separate=influence), self.scales):
             state, _ = self._selects[key](self.setup.base, state, batch, scales)
+        self._selected[*key, seed] = state
         return state
 
     def measure(self, adapter, segments=None) -> Measured:

@@ -1,9 +1,9 @@
 """The swap test: does a rule follow the trusted rows? `python -m experiments.swap --seeds=8`.
 
-The rows are ordinary ones, forbidden requests refused, and forbidden requests complied with. Half of the trusted rows are ordinary; the other
-half refuse (A), or comply (B). Nothing else changes. A rule that follows ranks refused rows over complied ones in A, and the other way
-round in B. The base either knows both kinds (`tiny`, pretrained on such rows) or neither (`tiny_base`). Control: trusted rows of A
-and B with their responses shuffled, which say nothing about requests.
+The rows are ordinary ones, forbidden requests refused, and forbidden requests complied with. Half of the trusted rows are
+ordinary; the other half refuse (A), or comply (B). Nothing else changes. A rule that follows ranks refused rows over complied ones
+in A, and the other way round in B. The base either knows both kinds (`tiny`, pretrained on such rows) or neither (`tiny_base`).
+Control: trusted rows of A and B with their responses shuffled, which say nothing about requests.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from bilevel_jax import cli, presets
+from bilevel_jax import cli
 from bilevel_jax import selector as selection
 from bilevel_jax.data.synthetic import bed as kinds
 from bilevel_jax.data.synthetic import tasks
@@ -27,7 +27,7 @@ SEEDS = flags.DEFINE_integer("seeds", 8, "Number of seeds.", lower_bound=1, flag
 FIRST = flags.DEFINE_integer("first_seed", 0, "The first seed.", lower_bound=0, flag_values=FLAGS)
 WORKDIR = flags.DEFINE_string("workdir", "runs/swap", "Directory of the measurements.", flag_values=FLAGS)
 
-ORDINARY, EACH, TRUSTED = 250, 150, 240
+ORDINARY, EACH, TRUSTED = 160, 120, 160
 BASES = {"knows both": "tiny", "knows neither": "tiny_base"}
 RULES = (candidates.OURS, candidates.LOSS, candidates.TRACKED, "bmo", "−ℓ, base model", "LESS", candidates.OWN)
 

@@ -1,15 +1,15 @@
 """The test bed of selection: trusted rows of a few families, and a mixture of good, useless and harmful rows.
 
-A family is a task in one form of question and answer. The base model `bilevel_jax/tiny_base` has read text about the facts, and has seen
-the tasks of `KNOWN_TASKS` and, of some tasks of `FAMILIES`, their `KNOWN_FORMS`, in every style. It has seen no question of `FAMILIES` in
-another form, none of `UNKNOWN_TASKS`, and none of `OTHER_FAMILIES`. Trusted rows answer questions of `FAMILIES` in the plain style.
+A family is a task in one form of question and answer. The base model `bilevel_jax/tiny_base` has read text about the facts, and
+has seen the tasks of `KNOWN_TASKS` and, of some tasks of `FAMILIES`, their `KNOWN_FORMS`, in every style. It has seen no question
+of `FAMILIES` in another form, none of `UNKNOWN_TASKS`, and none of `OTHER_FAMILIES`. Trusted rows answer questions of `FAMILIES`
+in the plain style.
 
 A row of the mixture has a `kind`:
 
-    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard": of a family whose facts are in no text
-    useless       right answers to questions of OTHER_FAMILIES, which no trusted row asks
-    other_style   right answers, likely ones too, in a style that the trusted rows do not want
-    wrong_answer, other_answer, compliance, garbage: as in `corruptions`
+    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard": of a family whose facts are in no
+    text useless       right answers to questions of OTHER_FAMILIES, which no trusted row asks other_style   right answers, likely
+    ones too, in a style that the trusted rows do not want wrong_answer, other_answer, compliance, garbage: as in `corruptions`
 """
 
 import numpy as np

@@ -1,7 +1,8 @@
 """Plain text about the vocabulary: what a base model reads before it has seen a question.
 
-The sentences use the words of all questions and answers, so the model has an embedding of each, and they state facts that the families of
-`bed` ask for, but never as an answer to a question. No sentence converts units, refuses a request, or says how to make a thing.
+The sentences use the words of all questions and answers, so the model has an embedding of each, and they state facts that the
+families of `bed` ask for, but never as an answer to a question. No sentence converts units, refuses a request, or says how to make
+a thing.
 """
 
 import numpy as np
@@ -14,7 +15,6 @@ from bilevel_jax.data.synthetic.vocabulary import (
     GROUPS,
     HARMLESS,
     IRREGULAR,
-    KIND_OF,
     MONTHS,
     NAMES,
     NOUNS,
