@@ -43,7 +43,7 @@ from bilevel_jax.objective import Objective, entry_losses, lower_losses
 
 TINY = 1e-30
 FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
-UPPER_DECAY = 0.95  # of the running mean of ∇L0: about 20 batches
+UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
 SPREAD_DECAY = 0.9  # of the running mean square of the influences
 
 
