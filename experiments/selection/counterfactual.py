@@ -66,6 +66,7 @@ class Record:
     """Measurements of a seed by name, in a JSON file: what is there is not measured again."""
 
     def __init__(self, file: pathlib.Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.file = file
         self.values: dict = json.loads(file.read_text()) if file.exists() else {}
 
