@@ -38,6 +38,7 @@ def get(tier: str):
     config.model.path = {"pythia-1b": "EleutherAI/pythia-1b", "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct"}[tier]
     config.model.dtype = "bfloat16"
     config.optimizer.learning_rate = 5e-6
+    config.selection.cost = "loss"
     config.selection.optimizer = "adam"
     config.selection.learning_rate = 1e-4
     config.selection.baseline = "none"

@@ -19,6 +19,7 @@ from bilevel_jax import presets
 def get_config(tier: str = ""):
     config = presets.get(tier)
     config.method = "offline"
+    config.selection.cost = "loss"  # by which the AUROC above was measured
     config.loss.upper = config.loss.lower = config.online.objective = "dpo"
     config.online.num_samples = 4
     if not tier:

@@ -420,9 +420,7 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
         adapter = state.policy.adapter
         after, _ = advance(base, state, pack(upper, lower, layout), Scales(1.0, GAMMA))
         above = jax.grad(lambda x, at=adapter: upper_loss(LLAMA, x, upper))(adapter)
-        mean = (
-            jax.tree.map(lambda g: 0.1 * g, above) if mean is None else jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, above)
-        )
+        mean = jax.tree.map(lambda g: 0.1 * g, above) if mean is None else jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, above)
         direction = mean
         if optimizer is not SGD:
             nu = after.policy.optimizer[0].nu

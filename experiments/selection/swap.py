@@ -26,9 +26,11 @@ FLAGS = flags.FlagValues()
 SEEDS = flags.DEFINE_integer("seeds", 8, "Number of seeds.", lower_bound=1, flag_values=FLAGS)
 FIRST = flags.DEFINE_integer("first_seed", 0, "The first seed.", lower_bound=0, flag_values=FLAGS)
 WORKDIR = flags.DEFINE_string("workdir", "runs/swap", "Directory of the measurements.", flag_values=FLAGS)
+RULE = flags.DEFINE_multi_string("rule", [], "A rule to test, as in the table; all by default.", flag_values=FLAGS)
+BASE = flags.DEFINE_multi_enum("base", [], ["tiny", "tiny_base"], "A base model; both by default.", flag_values=FLAGS)
 
 ORDINARY, EACH, TRUSTED = 160, 120, 160
-BASES = {"knows both": "tiny", "knows neither": "tiny_base"}
+BASES = {"tiny": "knows both kinds of answers", "tiny_base": "knows neither"}
 RULES = (candidates.OURS, candidates.LOSS, candidates.TRACKED, "bmo", "−ℓ, base model", "LESS", candidates.OWN)
 
 
@@ -112,31 +114,46 @@ def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, float]:
     return {"auroc": metrics.auroc(weight[both], kind[both] == like), "like": means[like], "unlike": means[unlike], **means}
 
 
+def measure_seed(base: str, seed: int, rules) -> dict[tuple[str, str, bool], dict[str, float]]:
+    """Measures by rule, swap, and whether trusted responses are shuffled."""
+    record = counterfactual.Record(pathlib.Path(WORKDIR.value, f"{base}_{seed}.json"))
+    results = {}
+    for swap, shuffled in (("A", False), ("B", False), ("A", True), ("B", True)):
+        missing = [rule for rule in rules if f"{rule}/{swap}/{shuffled}" not in record.values]
+        bed = None
+        if missing:
+            with tempfile.TemporaryDirectory() as folder:
+                bed = make_bed(base, *make_rows(base, swap, seed, shuffled), pathlib.Path(folder), seed)
+        for rule in rules:
+            measured = record.get(f"{rule}/{swap}/{shuffled}", lambda rule=rule, swap=swap, bed=bed: measure(bed, rule, swap, seed))
+            results[rule, swap, shuffled] = measured
+    return results
+
+
+def _rows(results: list[dict], rules) -> list[list[str]]:
+    rows = []
+    for rule in rules:
+        entries = [rule]
+        for swap in "AB":
+            entries.append(judgement.interval([result[rule, swap, False]["auroc"] for result in results]))
+            entries.append(judgement.interval([result[rule, swap, False]["like"] for result in results]))
+        entries += [judgement.interval([result[rule, swap, True]["auroc"] for result in results]) for swap in "AB"]
+        rows.append(entries)
+    return rows
+
+
 def main() -> None:
-    record = counterfactual.Record(pathlib.Path(WORKDIR.value, "swap.json"))
+    rules = RULE.value or list(RULES)
+    unknown = [rule for rule in rules if rule not in RULES]
+    if unknown:
+        raise ValueError(f"--rule={unknown[0]!r} is no rule; those are {'; '.join(RULES)}")
     seeds = range(FIRST.value, FIRST.value + SEEDS.value)
-    lines = []
-    for knows, base in BASES.items():
-        rows = []
-        for rule in RULES:
-            entries = [rule]
-            for swap, shuffled in (("A", False), ("B", False), ("A", True), ("B", True)):
-                values = []
-                for seed in seeds:
-
-                    def one(seed=seed, swap=swap, shuffled=shuffled, rule=rule, base=base):
-                        with tempfile.TemporaryDirectory() as folder:
-                            bed = make_bed(base, *make_rows(base, swap, seed, shuffled), pathlib.Path(folder), seed)
-                        return measure(bed, rule, swap, seed)
-
-                    values.append(record.get(f"{base}/{rule}/{swap}/{shuffled}/{seed}", one))
-                entries.append(judgement.interval([value["auroc"] for value in values]))
-                if not shuffled:
-                    entries.append(f"{np.mean([value['like'] for value in values]):.2f}")
-            rows.append(entries)
-        headings = ["rule", "A", "weight, refused", "B", "weight, complied", "A, shuffled", "B, shuffled"]
-        lines += [f"The base {knows}:", "", *runs.markdown(headings, rows), ""]
-    judgement.write("swap", "The swap test", [" ".join(__doc__.split("\n\n")[1].split()), "", *lines])
+    headings = ["rule", "A: AUROC", "A: weight of refused", "B: AUROC", "B: weight of complied", "A, shuffled", "B, shuffled"]
+    lines = [" ".join(__doc__.split("\n\n")[1].split()), "", f"{len(seeds)} seeds; means with 95% intervals over seeds.", ""]
+    for base in BASE.value or BASES:
+        results = [measure_seed(base, seed, rules) for seed in seeds]
+        lines += [f"`{base}`, which {BASES[base]}:", "", *runs.markdown(headings, _rows(results, rules)), ""]
+    judgement.write("swap", "The swap test", lines)
 
 
 if __name__ == "__main__":
