@@ -16,7 +16,6 @@ def get(tier: str):
     config = configuration.default()
     if not tier:  # the embedded model, 1M parameters
         config.optimizer.learning_rate = 2e-3
-        config.selection.learning_rate = 3.0
         config.data.max_length = 256
         config.batch.micro_size = (
             2  # the rows of a step fill about 17 sequences; with 4, the last micro-batch would be mostly empty

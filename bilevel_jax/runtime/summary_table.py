@@ -57,6 +57,8 @@ def _selector(summary: dict) -> list[str]:
         lines.append(_line("smallest and largest weight", f"{low:.3g} to {high:.3g}"))
     if "selector/auroc" in summary:
         lines.append(_line("AUROC for rows labelled bad", f"{summary['selector/auroc']:.4f}"))
+        if "selector/auroc_plausible" in summary:  # not in files of earlier versions
+            lines.append(_line("the same by plausible, not by weight", f"{summary['selector/auroc_plausible']:.4f}"))
         lines.append(_line("bad rows that are kept, of all bad", f"{summary['selector/bad_kept']:.1%}"))
     if "selector/bad_among_kept" in summary:  # not in files of earlier versions
         lines.append(_line("kept rows that are bad, of all kept", f"{summary['selector/bad_among_kept']:.1%}"))
