@@ -52,7 +52,7 @@ class Selection:
     rule: str = "bds"
     outer_steps: int = 1  # of rule=metagradient
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
-    learning_rate: float = 1.0  # of ω: mirror takes about 1, the paper's Adam 1e-4
+    learning_rate: float = 1.0  # of ω: mirror takes 1 to 3, the paper's Adam 1e-4
     tau: float = 1.0  # of bmo
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
     baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean

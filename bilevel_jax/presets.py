@@ -16,6 +16,7 @@ def get(tier: str):
     config = configuration.default()
     if not tier:  # the embedded model, 1M parameters
         config.optimizer.learning_rate = 2e-3
+        config.selection.learning_rate = 3.0
         config.data.max_length = 256
         config.batch.micro_size = (
             2  # the rows of a step fill about 17 sequences; with 4, the last micro-batch would be mostly empty
@@ -26,6 +27,7 @@ def get(tier: str):
     if tier == "smollm2":  # 135M parameters; third_party/README.md says how to download it
         config.model.path = "local/smollm2"
         config.optimizer.learning_rate = 2e-4
+        config.selection.learning_rate = 3.0
         config.data.max_length = 512
         config.batch.micro_size = 1  # 2 is no faster on a CPU, and the last micro-batch would often be half empty
         config.online.refresh_every = 100

@@ -29,8 +29,9 @@ class SelectorState(NamedTuple):
     logits: jax.Array  # [N] float32, ω; with features, X φ
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
-    loss: jax.Array  # [N] float32, ℓ of each row at its last visit, before the step that learned from it; NaN: never visited
-    cost: jax.Array  # [N] float32, sum over visits of C, as it came
+    data_visits: jax.Array  # [N] float32, those of `visits` at which the row had the response of the data
+    loss: jax.Array  # [N] float32, ℓ of that response at the last of them, before the step that learned from it; NaN: none
+    cost: jax.Array  # [N] float32, sum of C over them
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
 
@@ -111,7 +112,7 @@ def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorSt
     feature_params = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
     optimizer = _optimizer(selector).init(logits if feature_params is None else feature_params)
     never, zeros = jnp.full(num_rows, jnp.nan, jnp.float32), jnp.zeros(num_rows, jnp.float32)
-    return SelectorState(logits, visits, jnp.float32(jnp.nan), never, zeros, optimizer, feature_params)
+    return SelectorState(logits, visits, jnp.float32(jnp.nan), zeros, never, zeros, optimizer, feature_params)
 
 
 def probabilities(logits_N: jax.Array, row_index_E: jax.Array) -> jax.Array:
@@ -183,14 +184,15 @@ def record(state: SelectorState, row_index_E, part_E, loss_E, cost_E) -> Selecto
     """Notes the losses of the rows of a batch, and adds their costs.
 
     Args:
-      part_E: each entry's part of its row: 1, or 1/G for one of G responses; 0 for padding.
+      part_E: each entry's part of its row; 0 for padding and for generated responses, which say nothing about those of the data.
     """
 
     def per_row(value_E):
         return jnp.zeros_like(state.visits).at[row_index_E].add(part_E * value_E, mode="drop")
 
-    visited_N = per_row(jnp.ones_like(part_E)) > 0
-    return state._replace(loss=jnp.where(visited_N, per_row(loss_E), state.loss), cost=state.cost + per_row(cost_E))
+    visited_N = per_row(jnp.ones_like(part_E))
+    loss_N = jnp.where(visited_N > 0, per_row(loss_E), state.loss)
+    return state._replace(data_visits=state.data_visits + visited_N, loss=loss_N, cost=state.cost + per_row(cost_E))
 
 
 def update(

@@ -404,7 +404,7 @@ def make_step(
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         memory = state.influence
-        if problem.influence:
+        if problem.influence and memory is not None:
             memory, cost_E = update_influence(problem, base, memory, state, update, batch, shares)
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
@@ -412,7 +412,8 @@ def make_step(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )
         loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
-        selector_state = selection.record(selector_state, batch.row_index, shares.cost * shares.num_costs, loss_E, cost_E)
+        of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
+        selector_state = selection.record(selector_state, batch.row_index, of_data_E, loss_E, cost_E)
         new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
         return new, _metrics(objective, batch, shares, update)
 

@@ -23,7 +23,6 @@ def get_config(tier: str = ""):
     config.loss.upper = config.loss.lower = config.online.objective = "dpo"
     config.online.num_samples = 4
     if not tier:
-        config.selection.learning_rate = 3.0
         config.loss.beta = 0.5  # ranks flipped labels better than 0.1
         config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"
         config.data.num_upper = config.data.num_lower = 2200

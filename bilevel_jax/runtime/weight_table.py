@@ -50,8 +50,9 @@ def table(
         weight      N·σ(ω), mean 1
         rank        1 is the largest weight
         plausible   exp(-ℓ), how likely the model finds the response: the geometric mean of its tokens' probabilities, in (0, 1]
-        useful      how much the row helps the trusted rows: minus its mean cost over visits, in units of the usual size of a cost;
-                    below 0 it harms them
+        useful      how much the row helps the trusted rows: minus its mean cost, in (-1, 1); below 0 it harms them
+
+    Both are about the response of the data, and null for rows that were only visited with generated ones.
 
     Args:
       rows: training rows, N.
@@ -59,9 +60,9 @@ def table(
       visits: number of steps that used each row, [N].
       masked: whether the model answers the row's question, [N].
       loss: ℓ at the last visit, [N], nats; NaN for rows that were never visited.
-      useful: [N]; None if costs are losses.
+      useful: [N]; NaN where it is not known; None if costs are losses.
     """
-    loss = np.full(len(rows), np.nan) if loss is None else np.asarray(loss, np.float64)
+    loss, useful = (np.full(len(rows), np.nan) if x is None else np.asarray(x, np.float64) for x in (loss, useful))
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
@@ -74,7 +75,7 @@ def table(
             "logit": logits.astype(np.float32),
             "rank": ranks,
             "plausible": pa.array(np.exp(-loss).astype(np.float32), mask=np.isnan(loss)),
-            "useful": pa.nulls(len(rows), pa.float32()) if useful is None else np.asarray(useful, np.float32),
+            "useful": pa.array(useful.astype(np.float32), mask=np.isnan(useful)),
             "visits": np.rint(visits).astype(np.int64),
             "masked": np.asarray(masked, bool),
             "source": [row.source for row in rows],

@@ -49,7 +49,9 @@ def test_kept_rows_and_weights_follow_the_scores():
     scores = np.array([0.1, 3.0, -2.0, 0.5, 0.2])
     assert counterfactual.kept_rows(scores, 0.4).tolist() == [0, 1, 0, 1, 0]
     weights = counterfactual.weights_of(scores)
-    assert weights.mean() == pytest.approx(1) and weights[1] == weights[3] == weights[4] and weights[2] == weights.min() < weights[0]
+    assert (
+        weights.mean() == pytest.approx(1) and weights[1] == weights[3] == weights[4] and weights[2] == weights.min() < weights[0]
+    )
 
 
 def test_halves_are_halves():
