@@ -68,7 +68,8 @@ def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, f
 
 def write(name: str, title: str, lines: Sequence[str]) -> None:
     """Writes experiments/results/NAME.md with its command, versions and commit at the top, and prints it."""
-    command = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+    arguments = [f'"{part}"' if " " in part else part for part in sys.argv[1:]]
+    command = " ".join([f"python -m experiments.{name}", *arguments])
     head = [f"# {title}", "", f"`{command}`", "", f"Commit {tables.commit()}; {tables.provenance()}", ""]
     text = "\n".join([*head, *lines]).rstrip() + "\n"
     files.write_atomically(pathlib.Path("experiments/results", f"{name}.md"), text)

@@ -3,7 +3,8 @@
 The rows are ordinary ones, forbidden requests refused, and forbidden requests complied with. Half of the trusted rows are
 ordinary; the other half refuse (A), or comply (B). Nothing else changes. A rule that follows ranks refused rows over complied ones
 in A, and the other way round in B. The base either knows both kinds (`tiny`, pretrained on such rows) or neither (`tiny_base`).
-Control: trusted rows of A and B with their responses shuffled, which say nothing about requests.
+Control: trusted responses that change places, so that only
+the kind of response is left of them.
 """
 
 import json
