@@ -107,12 +107,25 @@ def _optimizer(selector: Selector) -> optax.GradientTransformation:
 
 def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorState:
     """Equal weights for `num_rows` rows, none visited. `num_features`, A, matters only where ω is a function of features."""
-    logits = jnp.zeros(num_rows, jnp.float32)
-    visits = jnp.zeros(num_rows, jnp.float32)
-    feature_params = jnp.zeros(num_features, jnp.float32) if selector.parameterization == "features" else None
+
+    def rows(value: float) -> jax.Array:
+        """An array of its own: a step that donates the state may not get a buffer twice."""
+        return jnp.full(num_rows, value, jnp.float32)
+
+    logits, feature_params = rows(0.0), None
+    if selector.parameterization == "features":
+        feature_params = jnp.zeros(num_features, jnp.float32)
     optimizer = _optimizer(selector).init(logits if feature_params is None else feature_params)
-    never, zeros = jnp.full(num_rows, jnp.nan, jnp.float32), jnp.zeros(num_rows, jnp.float32)
-    return SelectorState(logits, visits, jnp.float32(jnp.nan), zeros, never, zeros, optimizer, feature_params)
+    return SelectorState(
+        logits=logits,
+        visits=rows(0.0),
+        baseline=jnp.float32(jnp.nan),
+        data_visits=rows(0.0),
+        loss=rows(jnp.nan),
+        cost=rows(0.0),
+        optimizer=optimizer,
+        feature_params=feature_params,
+    )
 
 
 def probabilities(logits_N: jax.Array, row_index_E: jax.Array) -> jax.Array:
