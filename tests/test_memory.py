@@ -82,14 +82,14 @@ def test_trained_parameters_are_replicated(planned):
         assert plan.num_rows == 56000 - 1000
         assert items["adapter θ"] == 4 * ADAPTER_8B
         assert items["its optimizer"] == 2 * 4 * ADAPTER_8B + 4  # two moments and the count of Adam
-        assert items["ω, its optimizer, visits"] == (2 + 2) * 4 * 55000 + 4 + 4  # the count of its Adam; the running baseline
+        assert items["ω, its optimizer, visits"] == (5 + 2) * 4 * 55000 + 4 + 4  # the count of its Adam; the running baseline
 
 
 def test_sharded_omega(planned):
-    """Logits, visits and both moments are sharded; θ and the scalars are replicated."""
+    """The five arrays of the selector and both moments are sharded; θ and the scalars are replicated."""
     name, copy = "ω, its optimizer, visits", "copy of all these but the base, for a checkpoint"
     (_, replicated), (_, split) = (planned(EIGHT, (2, 2, 2), {"mesh.shard_selector": flag}) for flag in (False, True))
-    assert split[name] == (2 + 2) * 4 * 55000 // 8 + 4 + 4
+    assert split[name] == (5 + 2) * 4 * 55000 // 8 + 4 + 4
     assert replicated[copy] - split[copy] == replicated[name] - split[name] and replicated["adapter θ"] == split["adapter θ"]
 
 

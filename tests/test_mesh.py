@@ -317,8 +317,8 @@ def test_no_device_sees_all_of_a_split_omega(directory):
 
 @pytest.mark.slow
 def test_omega_is_split_where_it_is_to_be(all_runs):
-    """Logits and visits, nothing else: mirror descent has no moments."""
-    for last, split in ((1, 0), (3, 2), (None, 0)):
+    """Logits, both counts of visits, losses and costs, nothing else: mirror descent has no moments."""
+    for last, split in ((1, 0), (3, 5), (None, 0)):
         found = json.loads((all_runs / f"moved_{last}.json").read_text())["replicated"]
         assert found.count(0) == split and set(found) - {0} == {1 if last == 1 else 8}
 

@@ -118,7 +118,8 @@ def test_refuses_to_trace_steps_beyond_the_run(make_config, tmp_path):
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_weights(finished, epoch):
     table = table_of(finished, epoch)
-    assert table.column_names == ["id", "weight", "logit", "rank", "visits", "masked", "source"]
+    names = ["id", "weight", "logit", "rank", "plausible", "useful", "visits", "masked", "source"]
+    assert table.column_names == names
     columns = table.to_pydict()
     assert columns["visits"] == [epoch] * (NUM_LOWER - HELD_OUT)  # every row once an epoch
     assert set(columns["source"]) == {"sums-2"}
