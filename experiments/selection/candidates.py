@@ -1,10 +1,9 @@
 """Scores of the rows of a test bed by the project's rules and by their rivals: one number a row, higher is better.
 
-All see the same model, the same rows and the same number of steps. `cost` is in plain runs of training.
+All see the same model, the same rows and the same number of steps.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +17,6 @@ OURS, LOSS, EXACT = "influence (default)", "loss (the paper's rule)", "exact met
 OWN = "exact metagradient, own trusted rows"
 TRACKED = "tracked v(ω)"
 CHECKPOINTS = 3
-
-
-class Candidate(NamedTuple):
-    score: Callable[[Bed, int], np.ndarray]  # (bed, seed of the order) -> [N]
-    cost: float
 
 
 def influence(bed: Bed, seed: int) -> np.ndarray:
@@ -98,18 +92,18 @@ def random(bed: Bed, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 77]).random(bed.N)
 
 
-CANDIDATES = {
-    EXACT: Candidate(exact, 4.0),
-    OWN: Candidate(exact_on_own_rows, 4.0),
-    OURS: Candidate(influence, 1.2),
-    LOSS: Candidate(loss_rule, 1.2),
-    TRACKED: Candidate(tracked, 2.0),
-    "LESS": Candidate(less, 4.0),
-    "RDS+": Candidate(rds, 0.1),
-    "DSIR": Candidate(dsir, 0.0),
-    "IFD": Candidate(ifd, 0.1),
-    "−ℓ, base model": Candidate(base_loss, 0.1),
-    "−ℓ, trusted rows": Candidate(trusted_loss, 0.6),
-    "excess loss": Candidate(excess_loss, 1.2),
-    "random": Candidate(random, 0.0),
+CANDIDATES: dict[str, Callable[[Bed, int], np.ndarray]] = {  # (bed, seed of the order) -> [N]
+    EXACT: exact,
+    OWN: exact_on_own_rows,
+    OURS: influence,
+    LOSS: loss_rule,
+    TRACKED: tracked,
+    "LESS": less,
+    "RDS+": rds,
+    "DSIR": dsir,
+    "IFD": ifd,
+    "−ℓ, base model": base_loss,
+    "−ℓ, trusted rows": trusted_loss,
+    "excess loss": excess_loss,
+    "random": random,
 }

@@ -104,7 +104,7 @@ def measure_halves(bed: Bed, record: Record, masks: np.ndarray) -> np.ndarray:
 
 def measure_scores(bed: Bed, record: Record, names) -> dict[str, np.ndarray]:
     return {
-        name: np.array(record.get(f"score/{name}", lambda name=name: candidates.CANDIDATES[name].score(bed, 0).tolist()))
+        name: np.array(record.get(f"score/{name}", lambda name=name: candidates.CANDIDATES[name](bed, 0).tolist()))
         for name in names
     }
 

@@ -100,7 +100,7 @@ def weights_of(bed: Bed, rule: str, seed: int) -> np.ndarray:
             bed.select("loss", selection.Selector("bmo", "mirror", 0.5, baseline="none"), seed).selector.logits, float
         )
     else:
-        score = candidates.CANDIDATES[rule].score(bed, seed)
+        score = candidates.CANDIDATES[rule](bed, seed)
         logits = (score - score.mean()) / max(score.std(), 1e-30)
     weight = np.exp(logits - logits.max())
     return len(weight) * weight / weight.sum()

@@ -7,9 +7,10 @@ in the plain style.
 
 A row of the mixture has a `kind`:
 
-    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard": of a family whose facts are in no
-    text useless       right answers to questions of OTHER_FAMILIES, which no trusted row asks other_style   right answers, likely
-    ones too, in a style that the trusted rows do not want wrong_answer, other_answer, compliance, garbage: as in `corruptions`
+    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard" if their facts are in no text
+    useless       right answers to questions of OTHER_FAMILIES, which no trusted row asks
+    other_style   right answers, likely ones too, in a style that the trusted rows do not want
+    wrong_answer, other_answer, compliance, garbage: as in `corruptions`
 """
 
 import numpy as np
