@@ -17,4 +17,23 @@ Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means t
     C  width of a head                                A  features of a row that the selector reads
 
 Lower-case letters are local to the function that uses them.
+
+In Python, `select` runs a selection and `Run` opens a finished one; `score` and `sample` use a model. docs/python.md has examples.
 """
+
+import importlib
+
+__all__ = ["Run", "sample", "score", "select"]
+
+
+def __getattr__(name: str):
+    """Imports the Python interface at its first use: `import bilevel_jax` alone imports no library."""
+    if name in ("Run", "select"):
+        return getattr(importlib.import_module("bilevel_jax.api"), name)
+    if name in ("sample", "score"):  # packages that can be called
+        return importlib.import_module(f"bilevel_jax.{name}")
+    raise AttributeError(f"module 'bilevel_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,6 +52,8 @@ RANGES = {  # key -> (allowed?, in words); those of `Selector`, `Objective` and 
     "lora.alpha": (lambda value: value > 0, "positive"),
     "data.bad_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "eval.keep": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "eval.num_upper": (lambda value: 0 <= value < 1 or value.is_integer(), "a number of rows, or a share of them below 1"),
+    "eval.num_lower": (lambda value: 0 <= value < 1 or value.is_integer(), "a number of rows, or a share of them below 1"),
 }
 
 
@@ -157,6 +159,7 @@ def _check_values(config: Config) -> None:
         _require(in_range(value), f"{key}={value} must be {words}")
     for key in ("data.upper", "data.lower"):
         _require(bool(_value(config, key).strip()), f"{key} is empty; name a file, a hub data set or a recipe")
+    _require(bool(config.model.path.strip()), "model.path is empty; name a model directory or a hub id")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")
     _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")
     configuration.profiled_steps(config)
@@ -264,7 +267,7 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
-def check_rows(config: Config, num_rows: int, devices: int) -> None:
+def check_rows(config: Config, num_rows: int, num_held_out: int, devices: int) -> None:
     """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
 
     Raises:
@@ -273,4 +276,4 @@ def check_rows(config: Config, num_rows: int, devices: int) -> None:
     left = num_rows % devices
     if config.mesh.shard_selector and left:
         what = f"mesh.shard_selector=True: {devices} devices do not divide {num_rows} lower-level rows"
-        raise ConfigError(f"{what}; hold out some more (eval.num_lower={config.eval.num_lower + left}), or leave ω whole")
+        raise ConfigError(f"{what}; hold out some more (eval.num_lower={num_held_out + left}), or leave ω whole")

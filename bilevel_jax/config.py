@@ -15,7 +15,7 @@ from bilevel_jax import objective, preferences, selector
 ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "auto")
 EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
 UNITS = ("sample", "domain", "token")
 
@@ -111,7 +111,8 @@ class Batch:
 @dataclasses.dataclass(frozen=True)
 class Model:
     path: str = "bilevel_jax/tiny"  # directory, hub id, or the model that comes with the package
-    dtype: str = "float32"  # of base weights, and of activations except on a CPU: float32, bfloat16
+    # Of base weights, and of activations except on a CPU: float32, bfloat16, auto (bfloat16 on accelerators, float32 on a CPU)
+    dtype: str = "float32"
     remat: bool = False  # recompute whole layers in the backward pass: a third more time, far less memory
 
 
@@ -132,8 +133,8 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    num_upper: int = 200  # rows held out, never trained on
-    num_lower: int = 200  # the same, of the lower level
+    num_upper: float = 200.0  # rows held out, never trained on; below 1: that share of the rows, at most 200
+    num_lower: float = 200.0  # the same, of the lower level
     keep: float = 0.8  # share of rows that counts as kept where kept bad rows are counted
 
 

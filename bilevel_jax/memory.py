@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bilevel_jax import checks, decoding, features, forward, preferences, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import packing
+from bilevel_jax.data import packing, sources
 from bilevel_jax.models import decoder, huggingface, lora
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
@@ -158,12 +158,14 @@ def make_plan(config) -> Plan:
     config = checks.build(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     directory = huggingface.locate(config.model.path, ("config.json",))
-    model = huggingface.read_config(directory, config.model.dtype, activations=config.model.dtype)
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
+    model = huggingface.read_config(directory, dtype, activations=dtype)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     model = dataclasses.replace(model, remat=config.model.remat)
-    num_rows = config.data.num_lower - config.eval.num_lower if config.data.num_lower else ASSUMED_ROWS
-    if config.data.num_lower:
-        checks.check_rows(config, num_rows, mesh.size)
+    num_lower = config.data.num_lower
+    num_rows = num_lower - sources.num_held_out(config.eval.num_lower, num_lower) if num_lower else ASSUMED_ROWS
+    if num_lower:
+        checks.check_rows(config, num_rows, num_lower - num_rows, mesh.size)
     base = base_shapes(model)
     adapter = adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets))
     items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, adapter)
@@ -209,7 +211,7 @@ def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, 
     kept = activations(on_one_device(model, mesh), config.lora.rank, targets, sequences, length, num_targets)
     chunk = jax.ShapeDtypeStruct((min(packing.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
-    logit_bytes = 4 + 4 + jnp.dtype(config.model.dtype).itemsize
+    logit_bytes = 4 + 4 + jnp.dtype(model.dtype).itemsize
     return [
         Item("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp"),
         Item("logits chunk: logits, exp, exp rounded", rows * columns * logit_bytes, TRAINING, "formula"),

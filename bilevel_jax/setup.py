@@ -40,7 +40,7 @@ def load(config: configuration.Config) -> Setup:
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
-    checks.check_rows(config, len(lower.rows), mesh.size)
+    checks.check_rows(config, len(lower.rows), len(lower.eval_rows), mesh.size)
     base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)

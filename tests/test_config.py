@@ -256,7 +256,7 @@ def test_config_files(task, method, tier):
 
 def test_every_config_file_is_tested():
     files = {file.stem for file in pathlib.Path(safety.__file__).parent.glob("*.py")}
-    assert files - {"__init__"} == {"safety", "quality", "preferences"}
+    assert files - {"__init__"} == {"safety", "quality", "preferences", "finetune"}
 
 
 @pytest.mark.parametrize("task", [safety, quality])

@@ -121,6 +121,10 @@ def test_unknown_flags_are_refused(registered, capsys):
 # --------------------------------------------------------------------------------------------------------------------
 
 FLAG_ERRORS = [
+    (["--config=absent.py"], "there is no config 'absent.py'"),
+    (["--config=absent.py", "--config.seed=1"], "there is no config 'absent.py'"),
+    (["--config=finetun"], "there is no config 'finetun' (did you mean finetune?)"),
+    (["--config=."], "there is no config '.'"),
     ([], "--config"),
     (["--config=file"], "without get_config()"),
     (["--config=importing.py"], "No module named 'nowhere'"),
@@ -143,7 +147,8 @@ FLAG_ERRORS = [
     (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
 ]
 CONFIG_ERRORS = [
-    (["--config=absent.py"], "absent.py"),
+    (["--config=finetune"], "data.upper is empty"),
+    (["--config=configs/finetune.py", "--config.data.upper=a", "--config.data.lower=b"], "model.path is empty"),
     (["--config=tiny.py", "--config.method=ofline"], "method='ofline'"),
     (["--config=tiny.py", "--config.data.lower=absent.jsonl"], "absent.jsonl: no such file"),
     (["--config=tiny.py", "--config.data.upper=empty.jsonl"], "empty.jsonl: no rows"),

@@ -46,9 +46,10 @@ def load_level(config, level: str, tokenizer) -> Level:
         source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
     )
     kept, examples = usable(config, source, all_rows, report, tokenizer)
-    num_eval = getattr(config.eval, f"num_{level}")
+    num_eval = sources.num_held_out(getattr(config.eval, f"num_{level}"), len(kept))
     if num_eval >= len(kept):
-        raise rows.DataError(f"eval.num_{level}={num_eval} leaves no row for training: {source} has {len(kept)} usable rows")
+        what = f"eval.num_{level}={num_eval} leaves no row for training: {source} has {len(kept)} usable rows"
+        raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{level}=0.1")
     train, held_out = sources.split(kept, num_eval, config.seed)
 
     def pick(items, indices):

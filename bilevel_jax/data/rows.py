@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bilevel_jax.data import readers, schemas
+from bilevel_jax.data import in_memory, readers, schemas
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
 
 
@@ -118,17 +118,18 @@ def parse(
         yield row if counts[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}-{counts[row.id]}")
 
 
-def iter_rows(path: str, *, preference: bool = False, questions_only: bool = False) -> Iterator[Row | Rejection]:
+def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = False) -> Iterator[Row | Rejection]:
     """Yields a Row or a Rejection for every row of a source, in order.
 
     Args:
-      path: a file or hub data set, as in `readers.read_objects`.
+      path: a file or hub data set, as in `readers.read_objects`, or rows in memory, as in `in_memory.objects`.
       preference, questions_only: as in `parse`.
 
     Raises:
       DataError: the source cannot be read.
     """
-    return parse(readers.read_objects(os.fspath(path)), preference=preference, questions_only=questions_only)
+    numbered = readers.read_objects(in_memory.source_name(path)) if in_memory.is_source(path) else in_memory.objects(path)
+    return parse(numbered, preference=preference, questions_only=questions_only)
 
 
 def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Report]:

@@ -11,6 +11,7 @@ from bilevel_jax.data.rejections import DataError
 from bilevel_jax.data.rows import Report, Row
 
 SUBSET, SPLIT = 1, 2  # tags of the random streams of the two functions
+MAX_SHARE = 200  # the most rows that are held out where a share of them is asked for
 
 
 def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False) -> tuple[list[Row], Report]:
@@ -40,6 +41,18 @@ def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, pre
     else:
         return _subset(*rows.read_rows(name, preference=preference), num_rows, seed)
     return rows.collect(rows.parse(enumerate(objects, 1), preference=preference), name)
+
+
+def num_held_out(number: float, num_rows: int) -> int:
+    """How many of `num_rows` rows are held out.
+
+    Args:
+      number: of rows; below 1, the share of the rows: rounded, from 1 to `MAX_SHARE`, and at least one row is left for training.
+        0 holds out none.
+    """
+    if number >= 1 or not number:
+        return int(number)
+    return min(max(round(number * num_rows), 1), MAX_SHARE, num_rows - 1)
 
 
 def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -107,54 +107,26 @@ def rank_new(workdir: pathlib.Path, config, file: str):
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
     """Writes the kept rows and their card, and prints what was written."""
     from bilevel_jax import files
-    from bilevel_jax.data import levels, templates
-    from bilevel_jax.export import cards
-    from bilevel_jax.models import huggingface
-    from bilevel_jax.runtime import weight_table
+    from bilevel_jax.export import cards, kept_rows
 
-    rows, table = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else (None, weight_table.latest(workdir))
-    if table is None:
-        raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
-    measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
-    if DROP_IMPLAUSIBLE.value and "plausible" not in measures:
-        raise ValueError(
-            f"--drop_implausible: {workdir}/weights of an earlier version has no `plausible`; train again or remove the flag"
-        )
-    if REFINED.value and not responses.exists():
-        raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
-    rows = rows or levels.reopen(config)
-    left_out = selected_rows.implausible(table, DROP_IMPLAUSIBLE.value)
-    kept = selected_rows.select(rows, table, KEEP.value, left_out)
-    refined_columns = [{} for _ in kept]
-    if REFINED.value:
-        kept, refined_columns = zip(*selected_rows.refine(kept, selected_rows.latest_responses(responses)))
-    kept_rows = [one.row for one in kept]
-
-    form, tokenizer, template = FORMAT.value, None, None
-    if form in ("auto", "text"):
-        tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
-        template = templates.resolve(config.data.template, tokenizer)
-    form = selected_rows.resolve_format(form, kept_rows, template)
-    columns = [
-        {name: getattr(one, name) for name in ("weight", "rank", *measures)}
-        | more
-        | selected_rows.prompt_columns(one.row, form, tokenizer, template)
-        for one, more in zip(kept, refined_columns)
-    ]
-    records, renamed = selected_rows.join(kept_rows, columns, selected_rows.misread(form, kept_rows))
-    late = selected_rows.write(out, records)
+    new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
+    options = {"drop_implausible": DROP_IMPLAUSIBLE.value, "refined": REFINED.value, "form": FORMAT.value}
+    selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, new=new)
+    late = selected_rows.write(out, selection.records)
     provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
-    text = cards.data_card(provenance, out, table, rows, kept, refined_columns, form, renamed, len(left_out), bool(SCORE_NEW.value))
+    kept, refined_columns, num_left_out = selection.kept, selection.refined_columns, selection.num_left_out
+    about = selection.table, selection.candidates, kept, refined_columns, selection.form, selection.renamed, num_left_out
+    text = cards.data_card(provenance, out, *about, bool(SCORE_NEW.value))
     files.write_atomically(card, text)
 
-    print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
-    if left_out:
-        print(f"  {len(left_out)} of the others are left out as implausible")
+    print(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
+    if num_left_out:
+        print(f"  {num_left_out} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
-    for name in renamed:
+    for name in selection.renamed:
         print(f"  field '{name}' is kept as 'original_{name}'")
     if late:
         print(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")

@@ -55,38 +55,22 @@ def check_out(out: pathlib.Path) -> None:
 
 def main() -> None:
     from bilevel_jax import files, sampling
-    from bilevel_jax.data import rows
-    from bilevel_jax.models import huggingface
     from bilevel_jax.sample import sampler
 
-    if "" in STOP.value:
-        raise ValueError("--stop is empty")
     try:
         settings = sampling.Settings(TEMPERATURE.value, TOP_K.value, TOP_P.value, MAX_NEW_TOKENS.value, tuple(STOP.value))
     except ValueError as error:  # of the form `top_p=2.0 must be ...`
         raise ValueError(f"--{error}") from error
     out = pathlib.Path(OUT.value)
     check_out(out)
-    items = list(rows.iter_rows(PROMPTS.value, questions_only=True))
-    rows.collect(items, PROMPTS.value)  # raises if no row is usable
-
-    directory = huggingface.locate(MODEL.value)
-    tokenizer = templates.load_tokenizer(str(directory))
-    model = huggingface.read_config(directory, DTYPE.value)
-    prompts = sampler.encode_rows(items, model, tokenizer, template=TEMPLATE.value)
-    if all(prompt.reason for prompt in prompts):
-        first = f"{rows.location(PROMPTS.value, prompts[0].line)}: {prompts[0].reason}"
-        raise rows.DataError(f"{first}; none of the {len(prompts)} prompts can be used")
-    eos = huggingface.eos_ids(directory, tokenizer)
-    model, adapter = huggingface.load_adapter(ADAPTER.value, model) if ADAPTER.value else (model, None)
-    base = huggingface.load_params(directory, model)
-    options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "batch_size": BATCH_SIZE.value}
-    results = sampler.sample_prompts(prompts, model, base, adapter, tokenizer, settings, eos=eos, **options)
+    options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
+    results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options, batch_size=BATCH_SIZE.value)
     files.write_atomically(out, "".join(json.dumps(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]
     num_stops = sum(result["finish_reason"] == "stop" for result in responses)
     length = sum(len(result["tokens"]) for result in responses) / len(responses)
-    used = f"{len(responses)} responses to {sum(prompt.reason is None for prompt in prompts)} of {len(prompts)} prompts"
+    num_used, num_prompts = (sum(result["sample"] in first for result in results) for first in ((0,), (0, None)))
+    used = f"{len(responses)} responses to {num_used} of {num_prompts} prompts"
     print(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
 
 

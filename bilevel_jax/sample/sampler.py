@@ -6,8 +6,42 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.data import rows, templates
-from bilevel_jax.models import attention
+from bilevel_jax.data import in_memory, rows, templates
+from bilevel_jax.models import attention, huggingface
+
+
+def sample(
+    source, model: str, adapter, settings, *, num_samples=1, seed=0, template="auto", dtype="float32", batch_size=16
+) -> list[dict]:
+    """Reads prompts and a model, and generates responses; see `sample_prompts`.
+
+    Args:
+      source: a file or hub data set, or rows in memory, as for `rows.iter_rows`; they need no responses.
+      model, adapter: directories or hub ids; no adapter: None.
+      settings: `sampling.Settings`.
+      num_samples, seed, template, dtype, batch_size: as the flags of the command.
+
+    Raises:
+      DataError: no prompt can be used.
+      ModelError: the model cannot be used.
+    """
+    if "" in settings.stop:
+        raise ValueError("--stop is empty")
+    name = in_memory.source_name(source) if in_memory.is_source(source) else "rows"
+    items = list(rows.iter_rows(source, questions_only=True))
+    rows.collect(items, name)  # raises if no row is usable
+    directory = huggingface.locate(str(model))
+    config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
+    tokenizer = templates.load_tokenizer(str(directory))
+    prompts = encode_rows(items, config, tokenizer, template=template)
+    if all(prompt.reason for prompt in prompts):
+        first = f"{rows.location(name, prompts[0].line)}: {prompts[0].reason}"
+        raise rows.DataError(f"{first}; none of the {len(prompts)} prompts can be used")
+    eos = huggingface.eos_ids(directory, tokenizer)
+    config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
+    base = huggingface.load_params(directory, config)
+    options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
+    return sample_prompts(prompts, config, base, weights, tokenizer, settings, eos=eos, **options)
 
 
 class Prompt(NamedTuple):

@@ -1,0 +1,40 @@
+"""The losses of responses: the command `python -m bilevel_jax.score`, and the function `bilevel_jax.score(rows, model)`.
+
+A package and a function of one name: the package can be called.
+"""
+
+import sys
+import types
+
+
+class _Score(types.ModuleType):
+    def __call__(self, rows, model=None, adapter=None, *, template="auto", eos=True, dtype="auto", batch_size=8) -> list[dict]:
+        """The loss of the response of every row, under a model.
+
+        Args:
+          rows: objects with the fields of a schema (docs/data.md): a list, a `datasets.Dataset`, a `pandas.DataFrame`, or what the
+            command's --data takes, such as the name of a file.
+          model: a model directory in Hugging Face format, or a hub id; None is the embedded model.
+          adapter: a PEFT directory, such as `run.adapter_path`, or None.
+          template: of the prompt: `auto` (the tokenizer's chat template, else `human`), `chat`, `human`, `alpaca` or `none`.
+          eos: whether the EOS after the response counts.
+          dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
+          batch_size: packed sequences per forward pass.
+
+        Returns:
+          An object for every row, in order: `id`, `loss` (mean negative log-likelihood of the tokens of the response, nats), `logprob`
+          (the sum of their log-probabilities) and `num_tokens`. A row that cannot be scored has None for both numbers, and a `reason`.
+
+        Raises:
+          DataError: no row is usable.
+          ModelError: the model or the adapter cannot be used.
+        """
+        from bilevel_jax import api
+        from bilevel_jax.score import scorer
+
+        options = {"template": template, "eos": eos, "dtype": dtype, "batch_size": batch_size}
+        with api.started():
+            return scorer.score(rows, model or api.EMBEDDED, adapter, **options)
+
+
+sys.modules[__name__].__class__ = _Score

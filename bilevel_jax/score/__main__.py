@@ -25,21 +25,13 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 
 def main() -> None:
-    from bilevel_jax.data import rows, templates
-    from bilevel_jax.models import huggingface
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    items = list(rows.iter_rows(DATA.value))
-    rows.collect(items, DATA.value)  # raises if no row is usable
-    directory = huggingface.locate(MODEL.value)
-    tokenizer = templates.load_tokenizer(str(directory))
-    model, base = huggingface.load_model(str(directory), DTYPE.value)
-    model, adapter = huggingface.load_adapter(ADAPTER.value, model) if ADAPTER.value else (model, None)
-    options = {"template": TEMPLATE.value, "eos": EOS.value, "batch_size": BATCH_SIZE.value}
-    results = scorer.score_rows(items, model, base, adapter, tokenizer, **options)
+    options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "batch_size": BATCH_SIZE.value}
+    results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options)
     with open(out, "w") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
     scored = [result["loss"] for result in results if result["loss"] is not None]

@@ -1,7 +1,30 @@
 """Scores the responses of rows."""
 
 from bilevel_jax import scoring, sharding
-from bilevel_jax.data import packing, rows, templates
+from bilevel_jax.data import in_memory, packing, rows, templates
+from bilevel_jax.models import huggingface
+
+
+def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype="float32", batch_size=8) -> list[dict]:
+    """Reads rows and a model, and scores the responses; see `score_rows`.
+
+    Args:
+      source: a file or hub data set, or rows in memory, as for `rows.iter_rows`.
+      model, adapter: directories or hub ids; no adapter: None.
+      template, eos, dtype, batch_size: as the flags of the command.
+
+    Raises:
+      DataError: no row is usable.
+      ModelError: the model cannot be used.
+    """
+    items = list(rows.iter_rows(source))
+    rows.collect(items, in_memory.source_name(source) if in_memory.is_source(source) else "rows")  # raises if no row is usable
+    directory = huggingface.locate(str(model))
+    config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
+    tokenizer = templates.load_tokenizer(str(directory))
+    base = huggingface.load_params(directory, config)
+    config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
+    return score_rows(items, config, base, weights, tokenizer, template=template, eos=eos, batch_size=batch_size)
 
 
 def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bool, batch_size: int) -> list[dict]:
@@ -34,5 +57,5 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
     for result, total, number in zip(scored, nll, count):
-        result |= {"loss": total / max(number, 1), "logprob": -total, "num_tokens": int(number)}
+        result |= {"loss": float(total / max(number, 1)), "logprob": float(-total), "num_tokens": int(number)}
     return results

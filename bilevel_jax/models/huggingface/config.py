@@ -23,7 +23,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
 
     Args:
       directory: of the model.
-      dtype: of the base weights, the cache and the factors of products.
+      dtype: of the base weights, the cache and the factors of products; `auto` is float32 on a CPU and bfloat16 elsewhere.
       activations: dtype of the activations; by default `dtype`, but float32 on a CPU. There XLA has no arithmetic in half
         precision except products with float32 sums, so it would convert before and after each operation.
 
@@ -31,6 +31,8 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
       ModelError: an architecture, activation or rope type that is not supported, or a missing or invalid key.
     """
     file = pathlib.Path(directory) / "config.json"
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     raw = read_json(file)
     record = _read_architecture(raw, file)
     try:

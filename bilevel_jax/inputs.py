@@ -1,0 +1,184 @@
+"""From the arguments of `api.select` to a config and a workdir: settings, rows in memory, and what an earlier run was given."""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from bilevel_jax import checks, config_files, files
+from bilevel_jax import config as configuration
+from bilevel_jax.data import in_memory, rows
+from bilevel_jax.errors import RunError
+from bilevel_jax.runtime.workdir import locked, read_config
+
+EMBEDDED = configuration.Model().path
+FOLDER = "data"  # in the workdir: rows that were given in memory, and digests of all rows
+DIGESTS = pathlib.Path(FOLDER, "digests.json")
+CONFIG = "config.json"  # in the workdir once a run has started
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def configure(model: Any, settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run, without its data.
+
+    Args:
+      model: a directory or hub id, None for the embedded model, or the settings of the section `model`.
+      settings: keys of the config with their values: full names, or sections with their keys.
+
+    Raises:
+      ConfigError: a setting does not exist or has no valid value; one line that names it and the nearest one.
+    """
+    flat = dict(_flatten(settings))
+    if isinstance(model, Mapping):
+        flat |= dict(_flatten({"model": model}))
+    elif model is not None:
+        if "model.path" in flat:
+            raise configuration.ConfigError(f"model={str(model)!r} and model.path={flat['model.path']!r}: give one of them")
+        flat["model.path"] = _absolute(model)
+    embedded = flat.get("model.path", EMBEDDED) == EMBEDDED
+    config = config_files.load("finetune:tiny" if embedded else "finetune")
+    known = checks.keys(config)
+    for key, value in flat.items():
+        if isinstance(config.get(key), ml_collections.ConfigDict):
+            raise configuration.ConfigError(f"{key} is a section; give {key}={{...}} with keys {', '.join(config[key])}")
+        if key in ("data.upper", "data.lower"):
+            raise configuration.ConfigError(f"{key} is set by the argument {key.removeprefix('data.')}")
+        if key not in known:
+            raise configuration.ConfigError(f"there is no setting {key}{checks.nearest(key, known)}")
+        section, _, name = key.rpartition(".")
+        target = config[section] if section else config
+        with target.ignore_type():  # `checks.build` refuses wrong types, in one line
+            target[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    config.data.upper = config.data.lower = "rows"  # until `place`
+    checks.build(config)
+    return config
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _absolute(path: Any) -> str:
+    """The absolute path of a file or directory that exists; another name, such as a hub id, as it is."""
+    path = os.fspath(path)
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """The rows of a level."""
+
+    source: str  # the name of a source; a temporary file for rows in memory
+    digest: str  # of its rows, from `_digest`
+    in_memory: bool
+
+
+@contextlib.contextmanager
+def read(given: Mapping[str, Any]):
+    """Yields a `Level` for each of the given sources or rows; rows in memory are in temporary files meanwhile.
+
+    Raises:
+      DataError: what is given for a level are no rows.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        levels = {}
+        for name, source in given.items():
+            if in_memory.is_source(source):
+                names = source if isinstance(source, (list, tuple)) else [source]
+                path = in_memory.source_name([_absolute(one) for one in names])
+                levels[name] = Level(path, _digest(path), in_memory=False)
+                continue
+            file = pathlib.Path(scratch, f"{name}.jsonl")
+            try:
+                in_memory.write_jsonl(source, file)
+            except rows.DataError as error:
+                raise rows.DataError(f"{name}: {error}") from error
+            levels[name] = Level(str(file), _digest(str(file)), in_memory=True)
+        yield levels
+
+
+def _digest(source: str) -> str:
+    """SHA-256 of the names and contents of the files of a source; of its name, where it is no file."""
+    total = hashlib.sha256(source.encode() if not os.path.isfile(source) else b"")
+    for name in [source] if os.path.exists(source) else source.split(","):
+        for path in sorted(glob.glob(name)) if not os.path.exists(name) else [name]:
+            inside = sorted(str(file) for file in pathlib.Path(path).rglob("*")) if os.path.isdir(path) else [path]
+            for file in filter(os.path.isfile, inside):
+                with open(file, "rb") as content:
+                    total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
+
+
+def default_workdir(config: ml_collections.ConfigDict, levels: Mapping[str, Level]) -> pathlib.Path:
+    """`runs/select-HASH`: the same rows and settings have the same workdir."""
+    content = config.to_json(sort_keys=True) + "".join(level.digest for level in levels.values())
+    return pathlib.Path("runs", f"select-{hashlib.sha256(content.encode()).hexdigest()[:10]}")
+
+
+@contextlib.contextmanager
+def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workdir: pathlib.Path):
+    """Moves rows in memory into the workdir, where commands and later calls read them, and names the sources in the config.
+
+    If the run cannot start, the rows are removed again.
+
+    Raises:
+      RunError: the workdir holds a run of other rows.
+    """
+    digests = {name: level.digest for name, level in levels.items()}
+    file, folder = workdir / DIGESTS, workdir / FOLDER
+    before = files.read_json(file) if file.exists() and (workdir / CONFIG).exists() else digests
+    for name in digests:
+        if before.get(name) != digests[name]:
+            raise RunError(f"{workdir} holds a run of other {name} rows; give another workdir, or overwrite=True")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, level in levels.items():
+            config.data[name] = level.source
+            if level.in_memory:
+                config.data[name] = str(folder / f"{name}.jsonl")
+                if not os.path.exists(config.data[name]) or _digest(config.data[name]) != level.digest:
+                    shutil.move(level.source, config.data[name])
+        files.write_atomically(file, json.dumps(digests, indent=2) + "\n")
+        yield
+    finally:
+        if not (workdir / CONFIG).exists():
+            shutil.rmtree(folder)
+
+
+def remove_run(workdir: pathlib.Path) -> None:
+    """Removes a workdir with all files in it, unless there is none.
+
+    Raises:
+      RunError: it holds something else, or is in use.
+    """
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return
+    is_run = (workdir / DIGESTS).exists()
+    if not is_run:
+        with contextlib.suppress(FileNotFoundError):
+            is_run = "selection" in read_config(workdir)
+    if not is_run:
+        raise RunError(f"{workdir} holds no run; overwrite=True removes runs only")
+    with locked(workdir):
+        shutil.rmtree(workdir.resolve())
