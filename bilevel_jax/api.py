@@ -11,16 +11,14 @@ import pathlib
 import re
 from typing import Any
 
-from bilevel_jax import cli, inputs
+from bilevel_jax import cli  # JAX is imported in functions, after its cache of compiled programs is set
 from bilevel_jax.errors import RunError
-
-EMBEDDED = "bilevel_jax/tiny"
 
 
 @contextlib.contextmanager
 def started():
     """Caches compiled programs, and lets errors name arguments (`workdir`) instead of flags (`--workdir`)."""
-    cli.cache_compilations()  # only if JAX is not imported yet, which reads it then
+    cli.cache_compilations()
     try:
         yield
     except (ValueError, OSError, RunError) as error:
@@ -63,7 +61,7 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
       Interrupted: after SIGTERM or an interrupted cell, with everything saved.
     """
     with started():
-        from bilevel_jax import train
+        from bilevel_jax import inputs, train
         from bilevel_jax.runtime.workdir import refuse_another
 
         config = inputs.configure(model, settings)

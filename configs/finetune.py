@@ -37,6 +37,6 @@ def get_config(tier: str = ""):
 
 
 def sweep(add):
-    """Learning rates: `python -m experiments.sweep --config=configs/finetune.py --workdir=DIR --set data.upper=FILE ...`."""
+    """Learning rates, for `python -m experiments.sweep`."""
     for learning_rate in (1e-4, 2e-4, 5e-4):
         add({"optimizer.learning_rate": learning_rate})

@@ -10,7 +10,7 @@ import pytest
 from bilevel_jax import checks, presets
 from bilevel_jax import config as configuration
 from bilevel_jax.config import ConfigError
-from configs import preferences, quality, safety
+from configs import finetune, preferences, quality, safety
 
 
 def with_changes(changes) -> ml_collections.ConfigDict:
@@ -71,6 +71,8 @@ MIXING = {"method": "mixing"}
         ({"data.upper": ""}, "data.upper"),
         ({"data.bad_fraction": 1.0}, "data.bad_fraction"),
         ({"eval.num_upper": -1}, "eval.num_upper"),
+        ({"eval.num_lower": 1.5}, "eval.num_lower=1.5 must be a number of rows, or a share"),
+        ({"model.path": ""}, "model.path is empty"),
         ({"eval.keep": 0.0}, "eval.keep"),
         ({"eval.keep": 1.01}, "eval.keep"),
         ({"checkpoint.keep": 0}, "checkpoint.keep"),
@@ -254,14 +256,31 @@ def test_config_files(task, method, tier):
         checks.build(config)
 
 
+@pytest.mark.parametrize("tier", finetune.TIERS)
+def test_finetune(tier):
+    """It names no rows and no model; apart from these it runs."""
+    config = finetune.get_config(tier)
+    with pytest.raises(ConfigError, match="data.upper is empty"):
+        checks.build(config)
+    config.data.upper, config.data.lower = "trusted.jsonl", "mixture.jsonl"
+    if not tier:
+        with pytest.raises(ConfigError, match="model.path is empty; name a model directory or a hub id"):
+            checks.build(config)
+        config.model.path = "org/model"
+        assert config.data.max_length == 1024 and config.model.dtype == "auto"
+    typed = checks.build(config)
+    assert typed.method == "offline" and typed.eval.num_upper == typed.eval.num_lower == 0.1
+    assert typed.data.num_upper == typed.data.num_lower == 0
+
+
 def test_every_config_file_is_tested():
     files = {file.stem for file in pathlib.Path(safety.__file__).parent.glob("*.py")}
     assert files - {"__init__"} == {"safety", "quality", "preferences", "finetune"}
 
 
-@pytest.mark.parametrize("task", [safety, quality])
+@pytest.mark.parametrize("task", [safety, quality, finetune])
 def test_unknown_tier(task):
-    with pytest.raises(ValueError, match="no tier 'pythia'.*pythia-1b"):
+    with pytest.raises(ValueError, match="no tier 'pythia'; leave it out or choose (smollm2, pythia-1b|tiny)"):
         task.get_config("pythia")
 
 

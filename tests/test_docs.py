@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from bilevel_jax import checks, config
+from bilevel_jax.__main__ import MODULES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -47,10 +48,11 @@ def links(page: pathlib.Path) -> list[str]:
 
 
 def commands(page: pathlib.Path) -> list[tuple[str, list[str]]]:
-    """The `python -m MODULE ...` commands of a page: (module, arguments)."""
+    """The `python -m MODULE ...` and `bilevel-jax NAME ...` commands of a page: (module, arguments)."""
     text = re.sub(r"\s*\\\n\s*", " ", page.read_text())  # joins continued lines
     text = re.sub(r"`([^`\n]*)\n([^`\n]*)`", r"`\1 \2`", text)  # and code spans over two lines
     found = re.findall(r"python -m ([\w.]+)([^`\n]*)", text)
+    found += [(MODULES.get(name, f"bilevel_jax.{name}"), rest) for name, rest in re.findall(r"bilevel-jax ([\w-]+)([^`\n]*)", text)]
     return [(module, arguments(rest)) for module, rest in found if module not in PLACEHOLDERS]
 
 

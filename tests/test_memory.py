@@ -205,3 +205,11 @@ def test_command(tmp_path):
 def test_an_assumed_number_of_rows_is_printed():
     config = presets.get("")
     assert "lower-level rows: 100000 (assumed: data.num_lower=0" in memory.table(config, memory.make_plan(config))
+
+
+def test_a_share_of_the_rows_is_held_out(planned):
+    assert planned(EIGHT, (2, 2, 2), {"data.num_lower": 1000, "eval.num_lower": 0.1})[0].num_rows == 900
+
+
+def test_auto_plans_an_accelerator(planned):
+    assert planned(EIGHT, (2, 2, 2), {"model.dtype": "auto"})[0].model.dtype == "bfloat16"

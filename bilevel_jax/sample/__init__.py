@@ -53,13 +53,17 @@ class _Sample(types.ModuleType):
           DataError: no prompt can be used.
           ModelError: the model or the adapter cannot be used.
         """
-        from bilevel_jax import api, sampling
-        from bilevel_jax.sample import sampler
+        from bilevel_jax import api
 
         with api.started():
-            settings = sampling.Settings(temperature, top_k, top_p, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop))
+            from bilevel_jax import inputs, sampling
+            from bilevel_jax.sample import sampler
+
+            settings = sampling.Settings(
+                temperature, top_k, top_p, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)
+            )
             options = {"num_samples": num_samples, "seed": seed, "template": template, "dtype": dtype, "batch_size": batch_size}
-            return sampler.sample(prompts, model or api.EMBEDDED, adapter, settings, **options)
+            return sampler.sample(prompts, model or inputs.EMBEDDED, adapter, settings, **options)
 
 
 sys.modules[__name__].__class__ = _Sample

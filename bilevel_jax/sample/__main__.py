@@ -57,6 +57,8 @@ def main() -> None:
     from bilevel_jax import files, sampling
     from bilevel_jax.sample import sampler
 
+    if "" in STOP.value:
+        raise ValueError("--stop is empty")
     try:
         settings = sampling.Settings(TEMPERATURE.value, TOP_K.value, TOP_P.value, MAX_NEW_TOKENS.value, tuple(STOP.value))
     except ValueError as error:  # of the form `top_p=2.0 must be ...`

@@ -25,8 +25,6 @@ def sample(
       DataError: no prompt can be used.
       ModelError: the model cannot be used.
     """
-    if "" in settings.stop:
-        raise ValueError("--stop is empty")
     name = in_memory.source_name(source) if in_memory.is_source(source) else "rows"
     items = list(rows.iter_rows(source, questions_only=True))
     rows.collect(items, name)  # raises if no row is usable

@@ -30,11 +30,13 @@ class _Score(types.ModuleType):
           ModelError: the model or the adapter cannot be used.
         """
         from bilevel_jax import api
-        from bilevel_jax.score import scorer
 
         options = {"template": template, "eos": eos, "dtype": dtype, "batch_size": batch_size}
         with api.started():
-            return scorer.score(rows, model or api.EMBEDDED, adapter, **options)
+            from bilevel_jax import inputs
+            from bilevel_jax.score import scorer
+
+            return scorer.score(rows, model or inputs.EMBEDDED, adapter, **options)
 
 
 sys.modules[__name__].__class__ = _Score

@@ -137,3 +137,23 @@ def test_hub_rows_are_drawn_before_they_are_read(monkeypatch):
     assert len(set(Million.touched)) == 100 and Million.touched == sorted(Million.touched)
     assert [row.line for row in kept] == [i + 1 for i in Million.touched]
     assert max(Million.touched) > 900_000 and report.num_rows == 100
+
+
+@pytest.mark.parametrize(
+    "number, num_rows, expected",
+    [
+        (200.0, 1000, 200),
+        (200, 66, 200),  # more than there are: refused where the level is loaded
+        (0.0, 66, 0),
+        (1.0, 66, 1),
+        (0.1, 66, 7),  # 6.6
+        (0.1, 300, 30),
+        (0.1, 2000, 200),
+        (0.1, 10**6, 200),
+        (0.1, 3, 1),
+        (0.9, 2, 1),
+        (0.5, 1, 0),  # one must be left for training
+    ],
+)
+def test_num_held_out(number, num_rows, expected):
+    assert sources.num_held_out(number, num_rows) == expected

@@ -83,6 +83,13 @@ def test_save_can_change_the_dtype(tmp_path):
     assert {tensor.dtype for tensor in saved.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
+@pytest.mark.parametrize("backend, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_auto_depends_on_the_device(monkeypatch, backend, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = huggingface.read_config(FIXTURES / "llama_mha", "auto")
+    assert (config.dtype, config.activations) == (dtype, dtype)
+
+
 OLDER = {  # variant -> the keys that transformers 4 wrote instead of `rope_parameters`
     "neox_parallel": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
     "neox_rotary_full": {"rotary_pct": 1.0, "rotary_emb_base": 10000, "rope_scaling": None},

@@ -1,0 +1,325 @@
+"""The Python interface: `select`, `Run`, `score`, `sample`, in one process, with rows in memory."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pandas
+import pyarrow.parquet
+import pytest
+from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
+
+import bilevel_jax as bj
+from bilevel_jax import inputs, train
+from bilevel_jax.config import ConfigError
+from bilevel_jax.data import in_memory
+from bilevel_jax.data.rows import DataError
+from bilevel_jax.errors import RunError
+
+SMALL = {
+    "num_epochs": 1,
+    "data": {"max_length": 96},
+    "lora": {"rank": 2, "alpha": 4.0},
+    "batch.size": 4,
+    "log.tensorboard": False,
+    "selection": {"cost": "loss", "coefficient_at": "current"},
+}
+UPPER, LOWER = make_rows(13, seed=1), make_rows(25, seed=2, bad_every=4)
+
+
+@pytest.fixture(scope="module")
+def arguments(neox, tmp_path_factory):
+    """Of `select`."""
+    lower = [row | {"tags": ["a", "b"], "score": np.float32(0.5)} for row in LOWER]
+    lower[3] = {"question": "no response"}  # cannot be used
+    return {"upper": UPPER, "lower": lower, "model": neox, "workdir": tmp_path_factory.mktemp("api") / "run"} | SMALL
+
+
+@pytest.fixture(scope="module")
+def run(arguments):
+    return bj.select(**arguments)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("this trains")
+
+    monkeypatch.setattr(train, "run", refuse)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_in_the_order_of_the_input(run, arguments):
+    weights = run.weights
+    (file,) = (run.workdir / "weights").glob("*.parquet")
+    stored = pyarrow.parquet.read_table(file).to_pandas()
+    assert weights["id"].tolist() == stored["id"].tolist() and weights["weight"].tolist() == stored["weight"].tolist()
+    assert list(weights.index) == sorted(weights.index) and 3 not in weights.index
+    for row, question, response in zip(weights.index, weights["question"], weights["response"]):
+        assert (question, response) == (arguments["lower"][row]["question"], arguments["lower"][row]["response"])
+    assert len(weights) == 24 - 2  # 24 usable rows, of which 10% are held out
+    assert weights["weight"].mean() == pytest.approx(1)
+
+
+def test_kept_rows_are_the_heaviest_and_those_of_the_command(run, arguments, tmp_path):
+    kept = run.kept(0.5)
+    assert isinstance(kept, datasets.Dataset)
+    assert sorted(kept["question"]) == sorted(run.weights.nlargest(11, "weight")["question"])
+    assert [row["question"] for row in arguments["lower"] if row["question"] in set(kept["question"])] == kept["question"]
+    assert kept[0]["tags"] == ["a", "b"] and kept[0]["score"] == 0.5
+    run_command("export", [f"--workdir={run.workdir}", "--keep=0.5", f"--selected={tmp_path / 'kept.jsonl'}"])
+    assert kept.to_list() == read_jsonl(tmp_path / "kept.jsonl")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"share": 0}, "share=0 must be in"),
+        ({"share": 1.1}, "share=1.1"),
+        ({"drop_implausible": 1.0}, "drop_implausible=1.0"),
+        ({"format": "csv"}, "format='csv' is not among auto"),
+    ],
+)
+def test_kept_refuses(run, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        run.kept(**options)
+
+
+def test_refined_needs_responses(run):
+    with pytest.raises(FileNotFoundError, match="generates nothing, so refined has no"):
+        run.kept(refined=True)
+
+
+def test_fields_of_several_types_are_refused(run, arguments, tmp_path):
+    changed = [row | {"score": "high" if i % 2 else 1} for i, row in enumerate(arguments["lower"])]  # the ids stay
+    data = run.workdir / "data" / "lower.jsonl"
+    before = data.read_bytes()
+    write_jsonl(data, changed)
+    with pytest.raises(ValueError, match="a field has values of several types"):
+        run.kept()
+    data.write_bytes(before)
+
+
+def test_summary_adapter_config_and_report(run, neox):
+    assert run.summary == json.loads((run.workdir / "summary.json").read_text())
+    assert {file.name for file in run.adapter_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert run.config.lora.rank == 2 and run.config.optimizer.learning_rate == 2e-4 and run.config.model.path == str(neox)
+    report = run.report()
+    page = report._repr_html_()
+    assert page.startswith("<iframe srcdoc=") and "&lt;html" in page and "<html" not in page
+    assert report.path == run.workdir / "report.html" and "held-out loss" in str(run)
+
+
+def test_a_finished_run_is_returned_as_it_is(run, arguments, no_training):
+    assert bj.select(**arguments).summary == run.summary
+    assert bj.Run(run.workdir).weights.equals(run.weights)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"upper": UPPER[:-1]}, "other upper rows; give another workdir, or overwrite=True"),
+        ({"lower": LOWER}, "other lower rows"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+    ],
+)
+def test_another_run_is_not_returned(run, arguments, no_training, changes, reason):
+    with pytest.raises(RunError, match=reason) as caught:
+        bj.select(**arguments | changes)
+    assert "--" not in str(caught.value)
+    assert len(run.weights) == 22  # nothing of it has changed
+
+
+def test_overwrite(run, arguments, monkeypatch, tmp_path):
+    """A new run starts in an empty directory; what is no run is not removed."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run.workdir, copy)
+
+    def check(config, workdir):
+        assert [file.name for file in workdir.iterdir()] == ["data"] and len(read_jsonl(workdir / "data" / "upper.jsonl")) == 12
+        (workdir / "config.json").write_text(config.to_json())
+
+    monkeypatch.setattr(train, "run", check)
+    bj.select(**arguments | {"upper": UPPER[:-1], "workdir": copy}, overwrite=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    for other in (tmp_path, tmp_path / "model"):
+        with pytest.raises(RunError, match="holds no run; overwrite=True removes runs only"):
+            bj.select(**arguments | {"workdir": other}, overwrite=True)
+    assert copy.exists() and (tmp_path / "model" / "config.json").exists()
+
+
+def test_the_default_workdir_depends_on_rows_and_settings(arguments, tmp_path, monkeypatch):
+    workdirs = []
+
+    def note(config, workdir):
+        workdirs.append(workdir)
+        (workdir / "config.json").write_text(config.to_json())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run", note)
+    arguments = arguments | {"workdir": None}
+    file = write_jsonl(tmp_path / "upper.jsonl", UPPER)
+    for changes in ({}, {}, {"seed": 1}, {"upper": UPPER[:-1]}, {"upper": file.name}, {"upper": file}):
+        bj.select(**arguments | changes)
+    assert [workdirs.index(workdir) for workdir in workdirs] == [0, 0, 2, 3, 0, 0]  # the file has the lines of the list
+    write_jsonl(file, UPPER[:-1])
+    bj.select(**arguments | {"upper": file})
+    assert workdirs[-1] == workdirs[3]
+    assert workdirs[0].parent == tmp_path / "runs"
+
+
+def test_a_run_that_cannot_start_leaves_no_rows(arguments, tmp_path):
+    with pytest.raises(DataError, match=":1: no field"):
+        bj.select(**arguments | {"upper": [{"text": "a"}], "workdir": tmp_path / "run"})
+    assert not (tmp_path / "run" / "data").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_by_section_and_by_full_name(neox):
+    settings = {"num_epochs": 2, "lora": {"rank": 4, "alpha": 8}, "optimizer.learning_rate": 1, "eval.num_upper": 20}
+    config = inputs.configure(neox, settings)
+    assert (config.num_epochs, config.lora.rank, config.lora.alpha, config.optimizer.learning_rate) == (2, 4, 8, 1)
+    assert config.model.path == str(neox) and config.method == "offline" and config.eval.num_upper == 20
+    assert inputs.configure({"path": str(neox), "remat": True}, {}).model.remat
+    assert inputs.configure(None, {}).model.path == "bilevel_jax/tiny"
+    assert inputs.configure("org/model", {}).model.path == "org/model"
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"lr": 1e-3}, "there is no setting lr (did you mean optimizer.learning_rate or selection.learning_rate?)"),
+        ({"optimizer": {"lr": 1e-3}}, "there is no setting optimizer.lr (did you mean optimizer.learning_rate?)"),
+        ({"epochs": 1}, "there is no setting epochs (did you mean num_epochs?)"),
+        ({"lora": 3}, "lora is a section; give lora={...} with keys alpha, rank, targets"),
+        ({"lora.rank": "8"}, "lora.rank='8' must be of type int"),
+        ({"method": "ofline"}, "method='ofline' is not among"),
+        ({"data.upper": "a.jsonl"}, "data.upper is set by the argument upper"),
+        ({"model.path": "b"}, "model='a' and model.path='b': give one of them"),
+        ({"eval.num_lower": 1.5}, "eval.num_lower=1.5 must be a number of rows, or a share"),
+    ],
+)
+def test_wrong_settings(settings, reason):
+    with pytest.raises(ConfigError) as caught:
+        inputs.configure("a", settings)
+    assert reason in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------------------------
+
+PLAIN = [{"question": "a", "response": "b", "n": 1}, {"question": "c", "response": "d", "n": None}]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        PLAIN,
+        tuple(PLAIN),
+        (row for row in PLAIN),
+        datasets.Dataset.from_list(PLAIN),
+        pandas.DataFrame(PLAIN),
+        [row | {"n": row["n"] and np.int64(row["n"])} for row in PLAIN],
+        [PLAIN[0], PLAIN[1] | {"n": float("nan")}],
+    ],
+    ids=["list", "tuple", "generator", "Dataset", "DataFrame", "NumPy", "NaN"],
+)
+def test_rows_in_memory(rows, tmp_path):
+    in_memory.write_jsonl(rows, tmp_path / "rows.jsonl")
+    assert read_jsonl(tmp_path / "rows.jsonl") == PLAIN
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ({"question": "a", "response": "b"}, "dict is not a list of rows; give a list of rows"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_list(PLAIN)}), "take one of its splits train"),
+        (3, "int is not a list of rows"),
+        (None, "NoneType is not a list of rows"),
+        ([PLAIN[0], {"question": object()}], "row 2: field 'question' cannot be written as JSON (of type object"),
+    ],
+)
+def test_what_is_no_rows(rows, reason, tmp_path):
+    with pytest.raises(DataError) as caught:
+        in_memory.write_jsonl(rows, tmp_path / "rows.jsonl")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["a.jsonl", ["a.jsonl"], ("a.jsonl", "b.jsonl")])
+def test_names_of_sources_are_no_rows(names):
+    assert in_memory.is_source(names) and not in_memory.is_source(PLAIN)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Score and sample
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_score(neox, tmp_path):
+    rows = UPPER[:3] + [{"question": "no response"}]
+    results = bj.score(rows, neox)
+    for row, result in zip(rows, results[:3]):
+        expected = token_log_probs(load(neox), row["question"], row["response"])
+        assert result["loss"] == pytest.approx(-np.mean(expected), abs=1e-4) and result["num_tokens"] == len(expected)
+    assert results[3]["loss"] is None and results[3]["reason"] == "no field 'response'"
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run_command("score", [f"--model={neox}", f"--data={file}", f"--out={tmp_path / 'out.jsonl'}"])
+    assert results == read_jsonl(tmp_path / "out.jsonl") == bj.score(file, model=str(neox))
+
+
+def test_sample_with_an_adapter(run, neox, tmp_path):
+    prompts = [{"question": row["question"]} for row in UPPER[:2]]
+    options = {"temperature": 0, "max_new_tokens": 4}
+    results = bj.sample(prompts, neox, run.adapter_path, **options)
+    file = write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    flags = [
+        f"--{name}={value}" for name, value in ({"model": neox, "adapter": run.adapter_path, "prompts": file} | options).items()
+    ]
+    run_command("sample", [*flags, f"--out={tmp_path / 'out.jsonl'}"])
+    assert results == read_jsonl(tmp_path / "out.jsonl") and len(results) == 2
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [({"top_p": 2.0}, "top_p=2.0 must be"), ({"stop": ""}, "^a stop string is empty"), ({"template": "alpacca"}, "alpacca")],
+)
+def test_sample_refuses(neox, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        bj.sample(UPPER[:1], neox, **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The module
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_interface_stays_callable_beside_packages_of_its_names():
+    import bilevel_jax.sample.sampler
+    import bilevel_jax.score.scorer
+
+    assert {"select", "score", "sample", "Run"} <= set(dir(bj))
+    for function, first in ((bj.score, "rows"), (bj.sample, "prompts"), (bj.select, "upper")):
+        assert next(iter(inspect.signature(function).parameters)) == first
+    assert bilevel_jax.score is bj.score and bilevel_jax.sample.sampler
+    with pytest.raises(AttributeError, match="no attribute 'selekt'"):
+        bj.selekt  # noqa: B018
+
+
+def test_importing_the_package_imports_no_library():
+    code = "import sys, bilevel_jax; sys.exit(str(sorted({'jax', 'numpy', 'datasets', 'absl', 'pandas'} & sys.modules.keys())))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "[]"
