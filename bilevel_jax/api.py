@@ -41,8 +41,8 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
 
     Args:
       upper: the rows that you trust, 20 or more. A list of objects with the fields of a schema (docs/data.md), such as
-        `{"question": ..., "response": ...}`; a `datasets.Dataset`; a `pandas.DataFrame`; or what `data.upper` takes, such as the name
-        of a file or a hub id.
+        `{"question": ..., "response": ...}`; a `datasets.Dataset`; a `pandas.DataFrame`; or what `data.upper` takes, such as the
+        name of a file or a hub id.
       lower: the rows to select from, in the same forms.
       model: a model directory in Hugging Face format, or a hub id. None is the embedded model of 1M parameters, which is for trying
         things out.
@@ -169,7 +169,8 @@ class Run:
             docs/export.md.
 
         Returns:
-          A `datasets.Dataset` in the order of the input: the fields of the rows, `weight`, `rank` and the other columns of an export.
+          A `datasets.Dataset` in the order of the input: the fields of the rows, `weight`, `rank` and the other columns of an
+          export.
 
         Raises:
           ValueError: an argument is out of range, or a field has values of several types.

@@ -1,4 +1,4 @@
-"""Finds config files by name, from any directory: `finetune`, `configs/finetune.py`, or any path; optionally with a tier, NAME:TIER."""
+"""Finds config files from any directory: `finetune`, `configs/finetune.py`, or any path; optionally with a tier, NAME:TIER."""
 
 import difflib
 import importlib.util

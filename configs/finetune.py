@@ -4,8 +4,8 @@ The upper level has the rows that you trust, 20 or more; the lower level is the 
 no response is generated. For models of 0.1 to 8B parameters; base weights are in bfloat16 on accelerators and in float32 on a CPU.
 Of each level 10% of the rows, at most 200, are held out for measurement.
 
-    bilevel-jax train --config=finetune --config.model.path=MODEL --config.data.upper=trusted.jsonl --config.data.lower=mixture.jsonl
-    bilevel-jax train --config=finetune:tiny --config.data.upper=...      the embedded model of 1M parameters, to try the commands
+    bilevel-jax train --config=finetune --config.model.path=MODEL --config.data.upper=FILE --config.data.lower=FILE
+    bilevel-jax train --config=finetune:tiny --config.data.upper=FILE --config.data.lower=FILE      the embedded model, to try it
 
 A step takes 32 rows of each level. `--plan` prints the memory that a model needs: in bfloat16, 8B parameters fit a device of 32 GB.
 `--config.batch.micro_size=1` and `--config.model.remat` need less.

@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +13,6 @@ import numpy as np
 import pandas
 import pyarrow.parquet
 import pytest
-from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
 
 import bilevel_jax as bj
 from bilevel_jax import inputs, train
@@ -18,7 +20,9 @@ from bilevel_jax.config import ConfigError
 from bilevel_jax.data import in_memory
 from bilevel_jax.data.rows import DataError
 from bilevel_jax.errors import RunError
+from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
     "num_epochs": 1,
     "data": {"max_length": 96},
@@ -139,8 +143,6 @@ def test_another_run_is_not_returned(run, arguments, no_training, changes, reaso
 
 def test_overwrite(run, arguments, monkeypatch, tmp_path):
     """A new run starts in an empty directory; what is no run is not removed."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run.workdir, copy)
 
@@ -323,3 +325,16 @@ def test_the_interface_stays_callable_beside_packages_of_its_names():
 def test_importing_the_package_imports_no_library():
     code = "import sys, bilevel_jax; sys.exit(str(sorted({'jax', 'numpy', 'datasets', 'absl', 'pandas'} & sys.modules.keys())))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == "[]"
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch):
+    """From lists of dicts to kept rows in at most six lines."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    names: dict = {}
+    exec(code, names)
+    kept, weights = names["kept"], names["run"].weights
+    assert len(weights) == 54 and len(kept) == 43  # 10% of 60 are held out; 80% of the others are kept
+    assert set(kept["question"]) == set(weights.nlargest(43, "weight")["question"])
+    assert weights.groupby("response")["weight"].mean()["a cat"] < 1

@@ -45,8 +45,8 @@ class _Sample(types.ModuleType):
 
         Returns:
           An object for every prompt and sample, in order: `id`, `sample`, `text`, `tokens` (without the EOS), `logprob` (under the
-          model), `sampled_logprob` (after temperature, top-k and top-p) and `finish_reason` (`stop` or `length`). A prompt that cannot
-          be used has one object of None, with a `reason`.
+          model), `sampled_logprob` (after temperature, top-k and top-p) and `finish_reason` (`stop` or `length`). A prompt that
+          cannot be used has one object of None, with a `reason`.
 
         Raises:
           ValueError: an option is out of range.

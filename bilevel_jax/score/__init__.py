@@ -22,8 +22,9 @@ class _Score(types.ModuleType):
           batch_size: packed sequences per forward pass.
 
         Returns:
-          An object for every row, in order: `id`, `loss` (mean negative log-likelihood of the tokens of the response, nats), `logprob`
-          (the sum of their log-probabilities) and `num_tokens`. A row that cannot be scored has None for both numbers, and a `reason`.
+          An object for every row, in order: `id`, `loss` (mean negative log-likelihood of the tokens of the response, nats),
+          `logprob` (the sum of their log-probabilities) and `num_tokens`. A row that cannot be scored has None for both numbers, and
+          a `reason`.
 
         Raises:
           DataError: no row is usable.
