@@ -261,7 +261,8 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
       ConfigError: one line that names the key.
     """
     if config.data.max_length > max_positions:
-        raise ConfigError(f"data.max_length={config.data.max_length} is over the model's {max_positions} positions")
+        what = f"data.max_length={config.data.max_length} is over the model's {max_positions} positions"
+        raise ConfigError(f"{what}; set data.max_length={max_positions} or less")
     for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
         if number % num_parts:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")

@@ -46,7 +46,7 @@ def configure(model: Any, settings: Mapping[str, Any]) -> ml_collections.ConfigD
     elif model is not None:
         if "model.path" in flat:
             raise configuration.ConfigError(f"model={str(model)!r} and model.path={flat['model.path']!r}: give one of them")
-        flat["model.path"] = _absolute(model)
+        flat["model.path"] = EMBEDDED if str(model) == EMBEDDED else _absolute(model)
     embedded = flat.get("model.path", EMBEDDED) == EMBEDDED
     config = config_files.load("finetune:tiny" if embedded else "finetune")
     known = checks.keys(config)

@@ -23,8 +23,8 @@ class _Score(types.ModuleType):
 
         Returns:
           An object for every row, in order: `id`, `loss` (mean negative log-likelihood of the tokens of the response, nats),
-          `logprob` (the sum of their log-probabilities) and `num_tokens`. A row that cannot be scored has None for both numbers, and
-          a `reason`.
+          `logprob` (the sum of their log-probabilities) and `num_tokens`. A row that cannot be scored has None for `loss` and
+          `logprob`, and a `reason`.
 
         Raises:
           DataError: no row is usable.

@@ -27,7 +27,9 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def shrink(book) -> None:
     """Fewer rows and epochs, and the embedded model for the one of the hub; everything else stays as it is."""
     (first,) = [cell for cell in book.cells if 'workdir="runs/notebook"' in cell.source]
-    first.source = first.source.replace('    data={"num_upper": 2200, "num_lower": 2200, "max_length": 256},\n', f"    **{SMALLER},\n")
+    first.source = first.source.replace(
+        '    data={"num_upper": 2200, "num_lower": 2200, "max_length": 256},\n', f"    **{SMALLER},\n"
+    )
     (model,) = [cell for cell in book.cells if MODEL in cell.source]
     model.source = model.source.replace(MODEL, "bilevel_jax/tiny")
     own = [cell for cell in book.cells if "lower=mixture" in cell.source]
