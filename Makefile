@@ -30,7 +30,7 @@ test-long: install
 install: .venv/installed
 
 # An editable install leaves its egg-info in the tree; nothing needs it afterwards.
-.venv/installed: setup.cfg pyproject.toml
+.venv/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
@@ -47,7 +47,7 @@ local/smollm2/model.safetensors: | install
 parity: .venv-parity/installed local/smollm2/model.safetensors
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
-.venv-parity/installed: setup.cfg pyproject.toml
+.venv-parity/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'

@@ -66,7 +66,7 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
 
         config = inputs.configure(model, settings)
         with inputs.read({"upper": upper, "lower": lower}) as levels:
-            directory = pathlib.Path(workdir or inputs.default_workdir(config, levels)).absolute()
+            directory = pathlib.Path(os.path.abspath(workdir or inputs.default_workdir(config, levels)))
             if overwrite:
                 inputs.remove_run(directory)
             with inputs.placed(config, levels, directory):
@@ -94,7 +94,7 @@ class Run:
         Raises:
           FileNotFoundError: the directory holds no run.
         """
-        self.workdir = pathlib.Path(workdir)
+        self.workdir = pathlib.Path(os.path.abspath(workdir))
         _ = self.config  # it exists, and can be read
 
     @property
@@ -206,7 +206,8 @@ class Run:
 
         file = self.workdir / "report.html"
         if not (self.finished and file.exists()):
-            page.write(self.workdir)
+            with started():
+                page.write(self.workdir)
         return Report(file)
 
     def _require_finished(self) -> None:

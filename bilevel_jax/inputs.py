@@ -21,7 +21,7 @@ from bilevel_jax.errors import RunError
 from bilevel_jax.runtime.workdir import locked, read_config
 
 EMBEDDED = configuration.Model().path
-FOLDER = "data"  # in the workdir: rows that were given in memory, and digests of all rows
+FOLDER = "inputs"  # in the workdir: rows that were given in memory, and digests of all rows
 DIGESTS = pathlib.Path(FOLDER, "digests.json")
 CONFIG = "config.json"  # in the workdir once a run has started
 
@@ -151,7 +151,10 @@ def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workd
     for name in digests:
         if before.get(name) != digests[name]:
             raise RunError(f"{workdir} holds a run of other {name} rows; give another workdir, or overwrite=True")
+    if folder.exists() and not file.exists():
+        raise RunError(f"{folder} exists, and no run made it; give another workdir")
     folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(file, json.dumps(digests, indent=2) + "\n")
     try:
         for name, level in levels.items():
             config.data[name] = level.source
@@ -159,7 +162,6 @@ def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workd
                 config.data[name] = str(folder / f"{name}.jsonl")
                 if not os.path.exists(config.data[name]) or _digest(config.data[name]) != level.digest:
                     shutil.move(level.source, config.data[name])
-        files.write_atomically(file, json.dumps(digests, indent=2) + "\n")
         yield
     finally:
         if not (workdir / CONFIG).exists():
@@ -170,8 +172,10 @@ def remove_run(workdir: pathlib.Path) -> None:
     """Removes a workdir with all files in it, unless there is none.
 
     Raises:
-      RunError: it holds something else, or is in use.
+      RunError: it holds something else, is in use, or has the current directory in it.
     """
+    if pathlib.Path.cwd().is_relative_to(workdir.resolve()):
+        raise RunError(f"overwrite=True would remove the current directory, {workdir}; give another workdir")
     if not workdir.exists() or not any(workdir.iterdir()):
         return
     is_run = (workdir / DIGESTS).exists()

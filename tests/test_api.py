@@ -103,7 +103,7 @@ def test_refined_needs_responses(run):
 
 def test_fields_of_several_types_are_refused(run, arguments, tmp_path):
     changed = [row | {"score": "high" if i % 2 else 1} for i, row in enumerate(arguments["lower"])]  # the ids stay
-    data = run.workdir / "data" / "lower.jsonl"
+    data = run.workdir / "inputs" / "lower.jsonl"
     before = data.read_bytes()
     write_jsonl(data, changed)
     with pytest.raises(ValueError, match="a field has values of several types"):
@@ -147,7 +147,7 @@ def test_overwrite(run, arguments, monkeypatch, tmp_path):
     shutil.copytree(run.workdir, copy)
 
     def check(config, workdir):
-        assert [file.name for file in workdir.iterdir()] == ["data"] and len(read_jsonl(workdir / "data" / "upper.jsonl")) == 12
+        assert [file.name for file in workdir.iterdir()] == ["inputs"] and len(read_jsonl(workdir / "inputs" / "upper.jsonl")) == 12
         (workdir / "config.json").write_text(config.to_json())
 
     monkeypatch.setattr(train, "run", check)
@@ -158,6 +158,20 @@ def test_overwrite(run, arguments, monkeypatch, tmp_path):
         with pytest.raises(RunError, match="holds no run; overwrite=True removes runs only"):
             bj.select(**arguments | {"workdir": other}, overwrite=True)
     assert copy.exists() and (tmp_path / "model" / "config.json").exists()
+
+
+def test_what_is_not_of_a_run_stays(arguments, tmp_path, monkeypatch, no_training):
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "upper.jsonl").write_text("mine")
+    with pytest.raises(RunError, match="inputs exists, and no run made it"):
+        bj.select(**arguments | {"workdir": tmp_path})
+    (tmp_path / "run" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "here")
+    with pytest.raises(RunError, match="would remove the current directory"):
+        bj.select(**arguments | {"workdir": ".."}, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        bj.Run(tmp_path)
+    assert (tmp_path / "inputs" / "upper.jsonl").read_text() == "mine" and (tmp_path / "run" / "here").exists()
 
 
 def test_the_default_workdir_depends_on_rows_and_settings(arguments, tmp_path, monkeypatch):
@@ -183,7 +197,7 @@ def test_the_default_workdir_depends_on_rows_and_settings(arguments, tmp_path, m
 def test_a_run_that_cannot_start_leaves_no_rows(arguments, tmp_path):
     with pytest.raises(DataError, match=":1: no field"):
         bj.select(**arguments | {"upper": [{"text": "a"}], "workdir": tmp_path / "run"})
-    assert not (tmp_path / "run" / "data").exists()
+    assert not (tmp_path / "run" / "inputs").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Rows in memory: lists of objects, `datasets.Dataset`, pandas tables. They have the same schemas as rows of files."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import tqdm
 
 from bilevel_jax.data.rejections import DataError
 
@@ -55,7 +58,7 @@ def write_jsonl(rows: Iterable[Any], file: pathlib.Path) -> None:
       DataError: `rows` are no rows, or a value cannot be written as JSON; one line that names row and field.
     """
     with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:  # a lone surrogate as its JSON escape
-        for number, value in objects(rows):
+        for number, value in tqdm.tqdm(objects(rows), desc="storing rows", unit="row", delay=2, leave=False, disable=None):
             try:
                 line = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
             except (TypeError, ValueError, RecursionError) as error:
@@ -64,7 +67,7 @@ def write_jsonl(rows: Iterable[Any], file: pathlib.Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy arrays and numbers, dates and sets as JSON knows them."""
+    """NumPy arrays, numbers and dates in the types of JSON."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "isoformat"):
@@ -76,7 +79,7 @@ def _without_nan(value: Any) -> Any:
     """`value` with null for NaN and infinities, which JSON does not have; at the first level, where tables have them."""
     if not isinstance(value, Mapping):
         return value
-    return {key: None if isinstance(field, float) and field - field != 0 else field for key, field in value.items()}
+    return {key: None if isinstance(field, float) and not math.isfinite(field) else field for key, field in value.items()}
 
 
 def _first_unwritable(value: Any) -> str:
