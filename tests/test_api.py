@@ -205,13 +205,16 @@ def test_a_run_that_cannot_start_leaves_no_rows(arguments, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_by_section_and_by_full_name(neox):
+def test_settings_by_section_and_by_full_name(neox, monkeypatch):
     settings = {"num_epochs": 2, "lora": {"rank": 4, "alpha": 8}, "optimizer.learning_rate": 1, "eval.num_upper": 20}
     config = inputs.configure(neox, settings)
     assert (config.num_epochs, config.lora.rank, config.lora.alpha, config.optimizer.learning_rate) == (2, 4, 8, 1)
     assert config.model.path == str(neox) and config.method == "offline" and config.eval.num_upper == 20
     assert inputs.configure({"path": str(neox), "remat": True}, {}).model.remat
-    assert inputs.configure(None, {}).model.path == "bilevel_jax/tiny"
+    monkeypatch.chdir(ROOT)  # where the name of the embedded model is also a path
+    for embedded in (None, "bilevel_jax/tiny"):
+        config = inputs.configure(embedded, {})
+        assert config.model.path == "bilevel_jax/tiny" and config.data.max_length == 512
     assert inputs.configure("org/model", {}).model.path == "org/model"
 
 
@@ -295,7 +298,7 @@ def test_score(neox, tmp_path):
     assert results[3]["loss"] is None and results[3]["reason"] == "no field 'response'"
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
     run_command("score", [f"--model={neox}", f"--data={file}", f"--out={tmp_path / 'out.jsonl'}"])
-    assert results == read_jsonl(tmp_path / "out.jsonl") == bj.score(file, model=str(neox))
+    assert results == read_jsonl(tmp_path / "out.jsonl")
 
 
 def test_sample_with_an_adapter(run, neox, tmp_path):
