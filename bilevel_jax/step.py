@@ -128,18 +128,24 @@ class Shares(NamedTuple):
     weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row
 
 
+def level_shares(batch: packing.Batch, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """How much each entry [E] counts in the mean of the upper level, and in that of the lower one."""
+    share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # the chosen response stands for its pair
+    lower_E = jnp.where(batch.row_index < num_rows, share_E, 0.0)
+    return share_E - lower_E, lower_E
+
+
 def entry_shares(problem: Problem, state: selection.SelectorState, batch: packing.Batch) -> Shares:
     """The shares and weights of the entries of a batch."""
     N = state.logits.shape[0]
-    share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # the chosen response stands for its pair
-    lower_E = jnp.where(batch.row_index < N, share_E, 0.0)
+    upper_E, lower_E = level_shares(batch, N)
     cost_E, num_costs = lower_E, batch.num_lower
     if problem.objective.lower in preferences.PAIRS:  # all rows but those without a pair
         paired_E = jnp.where(batch.sign > 0, lower_E, 0.0)
         part = jnp.sum(paired_E)
         cost_E, num_costs = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
     weight_E = problem.selector.scale(N) * selection.probabilities(state.logits, batch.row_index)
-    return Shares(share_E - lower_E, lower_E, cost_E, num_costs, weight_E)
+    return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
 
 
 def response_weights(problem: Problem, batch: packing.Batch, nll_E) -> jax.Array:

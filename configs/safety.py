@@ -19,7 +19,8 @@ def get_config(tier: str = ""):
     config = presets.get(tier)
     config.method = "dynamic"
     if not tier:
-        config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"
+        config.model.path = "bilevel_jax/tiny_base"
+        config.data.upper, config.data.lower = "synthetic:trusted", "synthetic:mixture"
         config.data.num_upper = config.data.num_lower = 2200
     elif tier == "smollm2":
         folder = os.environ.get("BILEVEL_JAX_DATA", "local")
