@@ -246,8 +246,8 @@ def _finish_epoch(run: Run, state: step.State, store: online.ResponseStore, epoc
     if run.selects:
         s = state.selector
         rows = run.setup.lower.rows
-        logits, visits, data_visits, loss, cost = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.cost))
-        useful = np.where(data_visits > 0, -cost / np.maximum(data_visits, 1), np.nan) if state.influence is not None else None
+        logits, visits, data_visits, loss, harm = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.harm))
+        useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if state.influence is not None else None
         table = weight_table.table(rows, logits, visits, store.masked, loss, useful)
         weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
     return values

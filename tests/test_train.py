@@ -35,6 +35,7 @@ from tests.conftest import (
     load,
     make_rows,
     read_jsonl,
+    response_logits,
     token_log_probs,
     write_jsonl,
 )
@@ -72,7 +73,7 @@ def test_config_file(finished, make_config):
 
 
 SELECTOR = {f"selector/{key}" for key in ("ess", "weight_min", "weight_max")}
-EVAL = {"eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss"}
+EVAL = {"eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "eval/upper_right", "eval/lower_clean_right"}
 TRAIN = {"train/loss", "train/upper_loss", "train/lower_loss", "train/gradient_norm", "train/rho", "speed/tokens_per_s"}
 
 
@@ -150,6 +151,10 @@ def test_evaluation(finished, neox, data, when):
     def mean_loss(rows, field="response"):
         return np.mean([-np.mean(token_log_probs(loaded, row["question"], row[field])) for row in rows])
 
+    def right(rows, field="response"):
+        answers = (response_logits(loaded, row["question"], row[field]) for row in rows)
+        return np.mean([(logits.argmax(-1) == answer).all() for logits, answer in answers])
+
     config = ConfigDict(json.loads((finished / "config.json").read_text()))
     held_out = {level: data_levels.load_level(config, level, loaded[3]).eval_rows for level in ("upper", "lower")}
     weighted = set(table_of(finished, 1)["id"].to_pylist())
@@ -160,6 +165,7 @@ def test_evaluation(finished, neox, data, when):
     assert found[f"{when}/upper_loss"] == pytest.approx(mean_loss(upper), rel=1e-5)
     assert found[f"{when}/lower_loss"] == pytest.approx(mean_loss(lower), rel=1e-5)
     assert found[f"{when}/lower_clean_loss"] == pytest.approx(mean_loss(lower, "truth"), rel=1e-5)
+    assert found[f"{when}/upper_right"] == right(upper) and found[f"{when}/lower_clean_right"] == right(lower, "truth")
 
 
 # --------------------------------------------------------------------------------------------------------------------
