@@ -142,8 +142,9 @@ def _train(run: Run, state: step.State, store: online.ResponseStore) -> tuple[st
         if int(state.step) == run.num_steps:
             out.write_responses(store)
     if int(state.step) < run.num_steps:
-        name = signal.Signals(out.signals[0]).name if out.signals else "a signal to another process"
-        raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues")
+        number = out.signals[0] if out.signals else signal.SIGTERM
+        name = signal.Signals(number).name if out.signals else "a signal to another process"
+        raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues", number)
     return state, final
 
 

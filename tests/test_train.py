@@ -248,14 +248,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
     assert evaluations[0] == evaluations[1]
 
 
-def stop_at(monkeypatch, at):
-    """A SIGTERM to this process after step `at`."""
+def stop_at(monkeypatch, at, number=signal.SIGTERM):
+    """A signal to this process after step `at`."""
     dispatched = step_log.StepLog.push
 
     def dispatch(log, done, *rest):
         dispatched(log, done, *rest)
         if done == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(step_log.StepLog, "push", dispatch)
 
