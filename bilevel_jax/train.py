@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import signal
@@ -15,14 +16,28 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import batches, checks, evaluation, features, files, finish, online, rewards, search, selector, sharding, step
+from bilevel_jax import (
+    batches,
+    checks,
+    evaluation,
+    features,
+    files,
+    finish,
+    initial_weights,
+    online,
+    rewards,
+    search,
+    selector,
+    sharding,
+    step,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.errors import Interrupted, RunError
 from bilevel_jax.runtime import checkpoint, interruption, metrics, response_log, response_metrics, step_log, weight_table
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import open_workdir
+from bilevel_jax.runtime.workdir import config_json, open_workdir
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -258,7 +273,7 @@ def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> N
     """Starts to write the checkpoint of step k."""
     with run.clock("checkpoint"):
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts}
+        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
         # A copy: the next step donates its buffers while the checkpoint is still being written.
         run.checkpoints.save(k, jax.tree.map(jnp.copy, state), store, counters)
 
@@ -287,6 +302,7 @@ def _prepare(
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
     identity, counters = _identify(config, setup, shared, checkpoints, start)
+    given = None if start else _given_logits(config, lower)
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
@@ -295,15 +311,19 @@ def _prepare(
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
 
     # The workdir belongs to this config now that the config has proved to run.
-    files.write_atomically(workdir / "config.json", config_dict.to_json(indent=2, sort_keys=True) + "\n")
+    files.write_atomically(workdir / "config.json", config_json(config_dict))
     if row_features.encoder and not start:
         features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
     store = online.empty(len(lower.rows))
-    if config.method != "mixing" and config.selection.rule == "metagradient" and not start:
+    if given is not None:
+        state = _with_logits(state, given)
+    elif config.method != "mixing" and config.selection.rule == "metagradient" and not start:
         with clock("search"):
-            state = _search(config, setup, program, state, shared)
+            logits = search.search(config, setup, program, functools.partial(_with_logits, state), shared)
+            state = _with_logits(state, logits)
     if start:
         state, store = checkpoints.restore(start, state)
+        _check_growth(config, shared, counters.get("num_steps", num_steps), num_steps, start, store)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
         print(f"resuming {workdir} at step {start} of {num_steps}")
     run = Run(
@@ -331,17 +351,20 @@ def _prepare(
     return run, state, store
 
 
-def _search(
-    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, shared: pathlib.Path
-) -> step.State:
-    """The state before the first step, with the logits that `search` finds."""
+def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
+    """A copy of the state, whose buffers a step may be given, with these logits."""
+    copy = jax.tree.map(jnp.copy, state)
+    placed = sharding.device_put(logits, state.selector.logits.sharding)
+    return copy._replace(selector=copy.selector._replace(logits=placed))
 
-    def with_logits(logits: np.ndarray) -> step.State:
-        copy = jax.tree.map(jnp.copy, state)  # the first step donates its buffers
-        placed = sharding.device_put(logits, state.selector.logits.sharding)
-        return copy._replace(selector=copy.selector._replace(logits=placed))
 
-    return with_logits(search.search(config, setup, program, with_logits, shared))
+def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
+    """The logits of `selection.init`; None without it. Prints how many rows have one."""
+    if not config.selection.init:
+        return None
+    given = initial_weights.read(config.selection.init, lower.rows)
+    print(given.summary(config.selection.init))
+    return given.logits
 
 
 def _measure_start(run: Run, state: step.State) -> None:
@@ -354,6 +377,22 @@ def _check_profile(config: configuration.Config, num_steps: int) -> None:
     traced = configuration.profiled_steps(config)
     if traced and traced[1] > num_steps:
         raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
+
+
+def _check_growth(
+    config: configuration.Config, shared: pathlib.Path, before: int, num_steps: int, start: int, store: online.ResponseStore
+) -> None:
+    """Refuses more epochs where the responses in use were generated for the steps up to the former end only.
+
+    Args:
+      before: number of steps of the run that wrote the checkpoint.
+      start: steps taken.
+    """
+    until = store.step + config.online.refresh_every
+    if store.step < 0 or config.online.generate == "all" or not before < min(num_steps, until) or start == store.step:
+        return
+    what = f"num_epochs cannot grow: the responses of step {store.step} are for the steps before {before} only"
+    raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:
