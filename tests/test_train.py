@@ -276,6 +276,22 @@ def interrupted(make_config, data, tmp_path_factory):
     return directory, config
 
 
+def test_more_epochs_and_other_logs(finished, make_config, tmp_path):
+    """Stopped in the first of what was to be one epoch, and continued for two, with other logs and checkpoints."""
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, 3, signal.SIGINT)
+        with pytest.raises(errors.Interrupted, match=f"SIGINT: saved at step 3 of {EPOCH_STEPS}"):
+            train.run(make_config(EVERYTHING | {"num_epochs": 1}), workdir)
+    config = make_config(EVERYTHING | {"log.every": 1, "log.tensorboard": False, "checkpoint.every": 0, "checkpoint.keep": 1})
+    train.run(config, workdir)
+    for file in TRAINED:
+        assert (workdir / file).read_bytes() == (finished / file).read_bytes(), file
+    evaluations = [{k: v for k, v in summary_of(x).items() if k.startswith(("eval/", "selector/"))} for x in (workdir, finished)]
+    assert evaluations[0] == evaluations[1]
+    assert [event["step"] for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event] == [2, *range(4, STEPS + 1)]
+
+
 def snapshot(workdir):
     return {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
 
