@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -14,13 +15,29 @@ from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime.workdir import absolute
 from bilevel_jax.setup import Setup
+
+
+def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: step.State) -> None:
+    """θ in PEFT format."""
+    base = absolute(config.model.path)
+    huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base)
+
+
+def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, k: int) -> None:
+    """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints."""
+    directory = workdir / "adapters"
+    write_adapter(config, directory / f"step_{k}", setup, state)
+    paths = {int(path.name.removeprefix("step_")): path for path in directory.glob("step_*")}
+    kept = sorted(number for number in paths if number <= k)[-config.checkpoint.keep :]
+    for number in paths.keys() - set(kept):
+        shutil.rmtree(paths[number])
 
 
 def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, encoder) -> None:
     """θ in PEFT format and, where ω is a function of features, φ."""
-    adapter = state.policy.adapter
-    huggingface.save_adapter(workdir / "adapter", setup.model, adapter, alpha=config.lora.alpha, base=config.model.path)
+    write_adapter(config, workdir / "adapter", setup, state)
     if encoder:
         features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
 

@@ -270,8 +270,9 @@ def _finish_epoch(run: Run, state: step.State, store: online.ResponseStore, epoc
 
 
 def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> None:
-    """Starts to write the checkpoint of step k."""
+    """Writes the adapter of step k, and starts to write the checkpoint."""
     with run.clock("checkpoint"):
+        finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
         counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
         # A copy: the next step donates its buffers while the checkpoint is still being written.

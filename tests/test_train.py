@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -57,7 +58,7 @@ def table_of(workdir, epoch):
 
 def test_files(finished):
     expected = {"config.json", "metrics.jsonl", "summary.json", "weights", "adapter", "tensorboard", "checkpoints"}
-    expected |= {"report.html", ".lock"}
+    expected |= {"report.html", "adapters", ".lock"}
     assert {file.name for file in finished.iterdir()} == expected
     assert {file.name for file in (finished / "weights").iterdir()} == {"epoch_1.parquet", "epoch_2.parquet"}
     assert {file.name for file in (finished / "adapter").iterdir()} == {
@@ -274,6 +275,17 @@ def interrupted(make_config, data, tmp_path_factory):
             train.run(config, directory / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return directory, config
+
+
+def test_adapters_of_checkpoints(finished, neox):
+    """Those of the two checkpoints that are kept: the last one is the adapter of the run, and the one before is near it."""
+    names = sorted(path.name for path in (finished / "adapters").iterdir())
+    assert names == ["step_10", f"step_{STEPS}"] and {path.name for path in (finished / "checkpoints").iterdir()} == {"10", "12"}
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (finished / "adapters" / f"step_{STEPS}" / file).read_bytes() == (finished / "adapter" / file).read_bytes()
+    before, after = (load(neox, finished / path)[2]["layers"] for path in ("adapters/step_10", "adapter"))
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
+    assert all(0 < distance < 2 * 2e-2 for distance in moved)  # two steps of Adam with a learning rate of 1e-2
 
 
 def test_more_epochs_and_other_logs(finished, make_config, tmp_path):
