@@ -14,7 +14,7 @@ from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import phases, weight_table
 from bilevel_jax.runtime.workdir import absolute
 from bilevel_jax.setup import Setup
 
@@ -75,7 +75,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict[str, float],
 
     write()  # the report reads it
     try:
-        with clock("report"):
+        with clock("report"), phases.phase("writing the report"):
             page.write(workdir, setup.lower.rows)
     except Exception as error:  # whatever it is, the run is finished and only its report is missing
         cause = " ".join(f"{type(error).__name__}: {error}".split())

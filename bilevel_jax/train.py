@@ -35,7 +35,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.runtime import checkpoint, interruption, metrics, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime import checkpoint, interruption, metrics, phases, response_log, response_metrics, step_log, weight_table
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime.workdir import config_json, open_workdir
 
@@ -232,7 +232,10 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
     masked = online.masked_rows(logits, num_rows, config.online.ratio, config.seed)
     until = min(k + config.online.refresh_every, run.num_steps)
     visited = online.visited_rows(config.seed, num_rows, config.batch.size, k, until)
-    refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
+    asked = masked if config.online.generate == "all" else np.intersect1d(masked, visited)
+    times = f" {config.online.num_samples} times each" if config.online.num_samples > 1 else ""
+    with phases.phase(f"step {k}: answering {len(asked)} questions{times}"):
+        refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
     if refreshed is None:
         return None
     store, generations = refreshed
@@ -246,7 +249,7 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
 
 
 def _measure(run: Run, state: step.State) -> dict[str, float]:
-    with run.clock("eval"):
+    with run.clock("eval"), phases.phase(f"evaluating at step {int(state.step)}"):
         values = evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter)
         if run.selects:
             rule = configuration.to_selector(run.config).rule
@@ -308,7 +311,7 @@ def _prepare(
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
     token_offsets = finish.token_offsets(setup, state)
-    with clock("compile"):
+    with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
 
     # The workdir belongs to this config now that the config has proved to run.
@@ -319,6 +322,7 @@ def _prepare(
     if given is not None:
         state = _with_logits(state, given)
     elif config.method != "mixing" and config.selection.rule == "metagradient" and not start:
+        phases.say("searching for weights by exact metagradients")
         with clock("search"):
             logits = search.search(config, setup, program, functools.partial(_with_logits, state), shared)
             state = _with_logits(state, logits)
@@ -327,6 +331,8 @@ def _prepare(
         _check_growth(config, shared, counters.get("num_steps", num_steps), num_steps, start, store)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
         print(f"resuming {workdir} at step {start} of {num_steps}")
+    with clock("eval"), phases.phase("preparing the held-out rows"):
+        held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
     run = Run(
         config=config,
         workdir=workdir,
@@ -335,7 +341,7 @@ def _prepare(
         program=program,
         encoder=row_features.encoder,
         token_offsets=token_offsets,
-        held_out=evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base),
+        held_out=held_out,
         start=start,
         epoch_steps=epoch_steps,
         bad=levels.labels(lower, config.data.label),
@@ -369,7 +375,7 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
 
 
 def _measure_start(run: Run, state: step.State) -> None:
-    with run.clock("eval"):
+    with run.clock("eval"), phases.phase("evaluating before the first step"):
         run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
     run.writer.write(0, 0, run.at_start)
 

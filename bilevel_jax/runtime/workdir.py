@@ -138,9 +138,12 @@ def absolute(value):
         return [absolute(part) for part in value]
     if not isinstance(value, str) or not value or value in REWARDS or value.startswith(PREFIXES):
         return value
-    if os.path.exists(value) or glob.glob(value):
+    folder, colon, split = value.rpartition(":")
+    if os.path.exists(value) or any(glob.iglob(value, recursive=True)):
         return os.path.abspath(value)
-    return ",".join(map(absolute, value.split(","))) if "," in value else value
+    if colon and os.path.isdir(folder):  # a split of a saved data set
+        return f"{os.path.abspath(folder)}:{split}"
+    return ",".join(absolute(part.strip()) for part in value.split(",")) if "," in value else value
 
 
 def config_json(config: ml_collections.ConfigDict) -> str:

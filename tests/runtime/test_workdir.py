@@ -118,8 +118,9 @@ def directory(tmp_path, monkeypatch):
         ("./model/", "{}/model"),
         ("/dev/null", "/dev/null"),
         ("*.jsonl", "{}/*.jsonl"),
+        ("model:train", "{}/model:train"),
         ("a.jsonl,b.jsonl", "{}/a.jsonl,{}/b.jsonl"),
-        ("a.jsonl,org/rows", "{}/a.jsonl,org/rows"),
+        ("a.jsonl, org/rows", "{}/a.jsonl,org/rows"),
         (["a.jsonl", "org/rows:train"], ["{}/a.jsonl", "org/rows:train"]),
         *(
             (name, name)
