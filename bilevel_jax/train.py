@@ -234,7 +234,8 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
     visited = online.visited_rows(config.seed, num_rows, config.batch.size, k, until)
     asked = masked if config.online.generate == "all" else np.intersect1d(masked, visited)
     times = f" {config.online.num_samples} times each" if config.online.num_samples > 1 else ""
-    with phases.phase(f"step {k}: answering {len(asked)} questions{times}"):
+    cause = ", because all weights are equal" if config.online.ratio and not len(masked) else ""
+    with phases.phase(f"step {k}: answering {len(asked)} questions{times if len(asked) else cause}"):
         refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
     if refreshed is None:
         return None
@@ -301,6 +302,7 @@ def _prepare(
     epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
     _check_profile(config, num_steps)
+    _check_masks(config, num_steps)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
@@ -400,6 +402,16 @@ def _check_growth(
         return
     what = f"num_epochs cannot grow: the responses of step {store.step} are for the steps before {before} only"
     raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
+
+
+def _check_masks(config: configuration.Config, num_steps: int) -> None:
+    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked."""
+    o, given = config.online, config.selection.init
+    if config.method != "dynamic" or given or o.ratio in (0, 1) or o.refresh_every < num_steps:
+        return
+    what = f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the"
+    remedy = "lower it, or take method=online or offline"
+    raise configuration.ConfigError(f"{what} end of this run of {num_steps} steps; {remedy}")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

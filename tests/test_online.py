@@ -146,13 +146,23 @@ def test_rows_of_equal_weight_are_taken_at_random():
     assert [*map(list, masks)] == [*map(list, again)]
 
 
+def test_nothing_is_masked_while_all_weights_are_equal():
+    """But for R = 1, where no row is chosen before another, and from the first difference on."""
+    for value in (0.0, 1.5):
+        equal = np.full(10, value, np.float32)
+        assert online.masked_rows(equal, 10, 0.5, 0).tolist() == []
+        assert online.masked_rows(equal, 10, 1.0, 0).tolist() == list(range(10))
+        equal[7] = np.nextafter(np.float32(value), np.float32(-1))
+        assert online.masked_rows(equal, 10, 0.1, 0).tolist() == [7]
+        assert len(online.masked_rows(equal, 10, 0.5, 0)) == 5
+
+
 def test_fixed_masks_are_random_and_follow_from_the_seed():
     masks = [online.masked_rows(None, 60, 0.25, seed) for seed in range(200)]
     times = np.bincount(np.concatenate(masks), minlength=60)
     assert (abs(times - 50) < 5 * math.sqrt(200 * 0.25 * 0.75)).all()
     for seed, mask in enumerate(masks[:20]):
         np.testing.assert_array_equal(mask, online.masked_rows(None, 60, 0.25, seed))
-        np.testing.assert_array_equal(mask, online.masked_rows(np.zeros(60, np.float32), 60, 0.25, seed))  # all weigh the same
         assert set(mask) != set(shuffle.lower_rows(seed, 60, 15, 0))  # the mask is not what comes first
 
 

@@ -20,6 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, search, train
+from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates
@@ -745,7 +746,8 @@ def test_metrics_of_refreshes(refined):
     events = read_jsonl(workdir / "metrics.jsonl")
     refreshes = [event for event in events if "online/responses" in event]
     assert [(event["step"], event["epoch"]) for event in refreshes] == [(1, 0), (4, 0.5), (7, 1), (10, 1.5)]
-    assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes)
+    assert refreshes[0]["online/masked"] == refreshes[0]["online/responses"] == 0  # all weights are equal
+    assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes[1:])
     assert any("online/correction_rate" in event for event in refreshes)
     training = [event for event in events if "train/loss" in event]
     assert [event["step"] for event in training] == list(range(1, STEPS + 1))
@@ -773,7 +775,9 @@ def test_recorded_responses(refined, method):
         masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(store.masked)}
         visited = set.union(*(rows_of_step(table, k) for k in range(step, step + EVERY)))
         mine = [line for line in lines if line["step"] == step]
-        assert len(masked) == NUM_MASKED and {line["id"] for line in mine} == masked & visited
+        assert (
+            len(masked) == (NUM_MASKED if step or method == "online" else 0) and {line["id"] for line in mine} == masked & visited
+        )
         assert len({(line["id"], line["sample"]) for line in mine}) == len(mine) == 2 * len(masked & visited)
         # θ has not moved when a step follows a refresh at once; later it has.
         fresh = [line["ratio"] for line in mine if line["id"] in rows_of_step(table, step)]
@@ -821,7 +825,7 @@ class Verbatim:
 
 def test_recorded_log_probabilities(refined, neox, make_config):
     """π_old at step 0 is the base model, plain and at temperature 1, and each response scored alone."""
-    workdir, stores = refined()
+    workdir, stores = refined({"method": "online"})
     model, base, _, tokenizer = load(neox)
     rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
     lines = [line for line in responses_of(workdir) if line["step"] == 0]
@@ -834,14 +838,41 @@ def test_recorded_log_probabilities(refined, neox, make_config):
         assert line["logprob"] == pytest.approx(sum(expected), rel=1e-5)
 
 
+def test_a_run_says_what_it_does(make_config, tmp_path, capsys):
+    train.run(make_config(REFINED | {"num_epochs": 1, "checkpoint.every": 0}), tmp_path / "run")
+    printed = [line for line in capsys.readouterr().out.splitlines() if ".jsonl" not in line]
+    (answering,) = (line for line in printed if line.startswith("step 3: "))
+    number, asked = len(responses_of(tmp_path / "run")), re.fullmatch("step 3: answering (\\d+) questions 2 times each", answering)
+    assert asked and number == 2 * int(asked[1])
+    assert printed == [
+        "loading rows",
+        "loading the model",
+        "compiling the training step",
+        "preparing the held-out rows",
+        "evaluating before the first step",
+        "step 0: answering 0 questions, because all weights are equal",
+        answering,
+        "evaluating at step 6",
+        "writing the report",
+    ]
+
+
+@pytest.mark.parametrize("changes, refused", [({}, True), ({"online.ratio": 1.0}, False), ({"method": "online"}, False)])
+def test_a_dynamic_run_that_would_mask_nothing(make_config, tmp_path, monkeypatch, changes, refused):
+    monkeypatch.setattr(train.step, "make_step", None)  # what is not refused fails here
+    changes = REFINED | {"online.refresh_every": STEPS} | changes
+    with pytest.raises(configuration.ConfigError if refused else TypeError) as caught:
+        train.run(make_config(changes), tmp_path / "run")
+    assert not refused or "online.refresh_every=12 reaches to the end of this run of 12 steps; lower it" in str(caught.value)
+
+
 def test_dynamic_masks_follow_the_weights(refined):
-    """The rows that weigh least when the second epoch begins; before that, none weighs less than another."""
+    """The rows that weigh least when the second epoch begins; before that, none weighs less than another, and none is masked."""
     workdir, _ = refined({"online.refresh_every": EPOCH_STEPS})
     logits = {row["id"]: row["logit"] for row in table_of(workdir, 1).to_pylist()}
     assert len(set(logits.values())) == NUM_ROWS
     lightest = set(sorted(logits, key=logits.get)[:NUM_MASKED])
-    assert masked_in(workdir, 2) == lightest != masked_in(workdir, 1)
-    assert len(masked_in(workdir, 1)) == NUM_MASKED
+    assert masked_in(workdir, 2) == lightest and masked_in(workdir, 1) == set()
 
 
 TRAINED = ("adapter/adapter_model.safetensors", "weights/epoch_1.parquet", "weights/epoch_2.parquet")
@@ -857,7 +888,8 @@ def test_answers_that_are_not_needed_change_nothing(refined, method):
     assert [without(event, "speed/") for event in found] == [without(event, "speed/") for event in expected]
     found, expected = responses_of(every), responses_of(needed)
     assert [line for line in found if line["ratio"] is not None] == expected
-    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [2 * NUM_MASKED] * 4
+    first = 2 * NUM_MASKED if method == "online" else 0
+    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [first, *[2 * NUM_MASKED] * 3]
 
 
 def interrupt_refresh(patch, at):
@@ -882,12 +914,12 @@ def interrupt_refresh(patch, at):
 
 @pytest.mark.slow
 def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config, tmp_path, capsys):
-    """Stopped while responses are sampled, in the first refresh and later; killed there, and between a refresh and the next
-    checkpoint, when the record is ahead of what will be resumed."""
+    """Stopped while responses are sampled, in the first refresh that masks and later; killed there, and between a refresh and the
+    next checkpoint, when the record is ahead of what will be resumed."""
     expected, _ = refined()
     workdir, config = tmp_path / "run", make_config(REFINED)
     write_config(tmp_path, config)
-    for how, at, resumed in [("term", 0, ""), ("asking", 3, ""), ("term", 3, "2"), ("step", 10, "3")]:
+    for how, at, resumed in [("term", 3, ""), ("asking", 9, "3"), ("step", 10, "8"), ("term", 9, "8")]:
         if how == "term":
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_refresh(patch, at)
@@ -901,7 +933,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
             printed = done.stdout
         assert "".join(re.findall(rf"resuming .* at step (\d+) of {STEPS}", printed)) == resumed
     train.run(config, workdir)
-    assert f"at step 8 of {STEPS}" in capsys.readouterr().out
+    assert f"at step 9 of {STEPS}" in capsys.readouterr().out
 
     for file in ("config.json", "responses.jsonl", *TRAINED):
         assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
