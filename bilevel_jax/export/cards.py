@@ -52,6 +52,8 @@ class Provenance:
         """The origin as lines of a Markdown table."""
         config = self.config
         rule = f", selection.rule={config['selection']['rule']}" if config["method"] != "mixing" else ""
+        if init := config["selection"].get("init"):
+            rule = f", weights of `{init}`" + ("" if config["selection"]["freeze"] else rule)
         rows = {
             "method": f"`{config['method']}`{rule}, {config['num_epochs']} epochs, seed {config['seed']}",
             "base model": f"`{config['model']['path']}`",
