@@ -292,6 +292,21 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
+def check_masks(config: Config, num_steps: int) -> None:
+    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    o = config.online
+    if config.method != "dynamic" or config.selection.init or o.ratio in (0, 1) or o.refresh_every < num_steps:
+        return
+    raise ConfigError(
+        f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the "
+        f"end of this run of {num_steps} steps; lower it, or take method=online or offline"
+    )
+
+
 def check_rows(config: Config, num_rows: int, devices: int) -> None:
     """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
 

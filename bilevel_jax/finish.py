@@ -29,7 +29,8 @@ def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setu
     """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints."""
     directory = workdir / "adapters"
     write_adapter(config, directory / f"step_{k}", setup, state)
-    paths = {int(path.name.removeprefix("step_")): path for path in directory.glob("step_*")}
+    numbers = ((path.name.removeprefix("step_"), path) for path in directory.glob("step_*"))
+    paths = {int(number): path for number, path in numbers if number.isdecimal()}
     kept = sorted(number for number in paths if number <= k)[-config.checkpoint.keep :]
     for number in paths.keys() - set(kept):
         shutil.rmtree(paths[number])

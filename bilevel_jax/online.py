@@ -110,6 +110,23 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> ResponseStore:
     )
 
 
+def reaches(store: ResponseStore, config, num_steps_then: int, num_steps: int, start: int) -> bool:
+    """Whether the responses are enough for a run that goes on at `start` and may have more steps than it had before.
+
+    A refresh answers the questions of the steps up to the next one, or up to the end of the run as it was then.
+
+    Args:
+      store: the responses in use.
+      config: the section `online`.
+      num_steps_then: steps of the run, when the store was saved.
+      num_steps: its steps now.
+      start: steps taken.
+    """
+    is_used = store.step >= 0 and start != store.step  # at `store.step` the refresh is repeated
+    was_cut = num_steps_then < min(num_steps, store.step + config.refresh_every)
+    return not (is_used and was_cut and config.generate == "needed")
+
+
 def best_and_worst(store: ResponseStore, row: int) -> tuple[int, int]:
     """Indices of the responses to a question with the highest and the lowest reward, the first of equals.
 

@@ -302,7 +302,7 @@ def _prepare(
     epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
     _check_profile(config, num_steps)
-    _check_masks(config, num_steps)
+    checks.check_masks(config, num_steps)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
@@ -316,23 +316,22 @@ def _prepare(
     with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
 
+    store = online.empty(len(lower.rows))
+    if start:
+        state, store = checkpoints.restore(start, state)
+        before = counters.get("num_steps", num_steps)  # earlier versions have no such counter
+        if not online.reaches(store, config.online, before, num_steps, start):
+            what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
+            raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
+        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
+        print(f"resuming {workdir} at step {start} of {num_steps}")
+
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if row_features.encoder and not start:
         features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
-    store = online.empty(len(lower.rows))
-    if given is not None:
-        state = _with_logits(state, given)
-    elif config.method != "mixing" and config.selection.rule == "metagradient" and not start:
-        phases.say("searching for weights by exact metagradients")
-        with clock("search"):
-            logits = search.search(config, setup, program, functools.partial(_with_logits, state), shared)
-            state = _with_logits(state, logits)
-    if start:
-        state, store = checkpoints.restore(start, state)
-        _check_growth(config, shared, counters.get("num_steps", num_steps), num_steps, start, store)
-        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        print(f"resuming {workdir} at step {start} of {num_steps}")
+    if not start:
+        state = _with_first_weights(config, setup, program, state, given, shared, clock)
     with clock("eval"), phases.phase("preparing the held-out rows"):
         held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
     run = Run(
@@ -367,6 +366,25 @@ def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
     return copy._replace(selector=copy.selector._replace(logits=placed))
 
 
+def _with_first_weights(
+    config: configuration.Config,
+    setup: setups.Setup,
+    program: setups.Program,
+    state: step.State,
+    given: np.ndarray | None,
+    shared: pathlib.Path,
+    clock: clocks.Clock,
+) -> step.State:
+    """The state before the first step, with the given logits or those that `search` finds, if there are such."""
+    if given is not None:
+        return _with_logits(state, given)
+    if config.method == "mixing" or config.selection.rule != "metagradient":
+        return state
+    phases.say("searching for weights by exact metagradients")
+    with clock("search"):
+        return _with_logits(state, search.search(config, setup, program, functools.partial(_with_logits, state), shared))
+
+
 def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
     """The logits of `selection.init`; None without it. Prints how many rows have one."""
     if not config.selection.init:
@@ -386,32 +404,6 @@ def _check_profile(config: configuration.Config, num_steps: int) -> None:
     traced = configuration.profiled_steps(config)
     if traced and traced[1] > num_steps:
         raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
-
-
-def _check_growth(
-    config: configuration.Config, shared: pathlib.Path, before: int, num_steps: int, start: int, store: online.ResponseStore
-) -> None:
-    """Refuses more epochs where the responses in use were generated for the steps up to the former end only.
-
-    Args:
-      before: number of steps of the run that wrote the checkpoint.
-      start: steps taken.
-    """
-    until = store.step + config.online.refresh_every
-    if store.step < 0 or config.online.generate == "all" or not before < min(num_steps, until) or start == store.step:
-        return
-    what = f"num_epochs cannot grow: the responses of step {store.step} are for the steps before {before} only"
-    raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
-
-
-def _check_masks(config: configuration.Config, num_steps: int) -> None:
-    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked."""
-    o, given = config.online, config.selection.init
-    if config.method != "dynamic" or given or o.ratio in (0, 1) or o.refresh_every < num_steps:
-        return
-    what = f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the"
-    remedy = "lower it, or take method=online or offline"
-    raise configuration.ConfigError(f"{what} end of this run of {num_steps} steps; {remedy}")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

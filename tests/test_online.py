@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilevel_jax import config as configuration
 from bilevel_jax import errors, importance, online, sampling
 from bilevel_jax.data import shuffle
 from bilevel_jax.runtime import response_log, response_metrics
@@ -171,6 +172,25 @@ def test_visited_rows(size, batch, first, last):
     """Across the end of an epoch, and with a last batch that is smaller."""
     seen = {int(row) for k in range(first, last) for row in shuffle.lower_rows(5, size, batch, k)}
     assert online.visited_rows(5, size, batch, first, last).tolist() == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "step, start, num_steps, every, generate, enough",
+    [
+        (-1, 9, 20, 30, "needed", True),  # nothing is generated
+        (5, 8, 20, 5, "needed", True),  # the next refresh, at 10, is in time
+        (5, 8, 20, 6, "needed", False),  # responses for the steps 5 to 9, but the next refresh is at 11
+        (5, 10, 20, 6, "needed", False),
+        (5, 5, 20, 6, "needed", True),  # step 5 refreshes again
+        (5, 8, 10, 6, "needed", True),  # no more epochs
+        (5, 8, 20, 6, "all", True),  # every masked question has its responses
+    ],
+)
+def test_responses_for_more_epochs(step, start, num_steps, every, generate, enough):
+    """The run had 10 steps, and its last refresh was at `step`."""
+    config = configuration.Online(refresh_every=every, generate=generate)
+    store = online.from_arrays(online.empty(4).arrays() | {"step": [step]})
+    assert online.reaches(store, config, 10, num_steps, start) == enough
 
 
 # --------------------------------------------------------------------------------------------------------------------

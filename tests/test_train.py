@@ -305,6 +305,22 @@ def test_more_epochs_and_other_logs(finished, make_config, tmp_path):
     assert [event["step"] for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event] == [2, *range(4, STEPS + 1)]
 
 
+def test_more_epochs_than_there_are_responses_for(make_config, tmp_path, capsys):
+    """Refused, and the run can still be finished as it was."""
+    changes = REFINED | {"method": "online", "online.refresh_every": 20, "num_epochs": 1}
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, 3)
+        with pytest.raises(errors.Interrupted):
+            train.run(make_config(changes), workdir)
+    before = snapshot(workdir)
+    with pytest.raises(errors.RunError, match="the responses of step 0 are for the steps before 6 only; put num_epochs back"):
+        train.run(make_config(changes | {"num_epochs": 2}), workdir)
+    assert snapshot(workdir) == before
+    train.run(make_config(changes), workdir)
+    assert summary_of(workdir)["steps"] == 6
+
+
 def snapshot(workdir):
     return {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
 

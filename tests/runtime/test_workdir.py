@@ -6,7 +6,7 @@ import os
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import errors, online, train
+from bilevel_jax import errors
 from bilevel_jax.runtime import workdir
 
 
@@ -68,32 +68,6 @@ def test_results_of_another_config_are_not_taken(stored):
     for key in ("eval.keep", "num_epochs", "log.every"):
         with pytest.raises(errors.RunError, match=f"{key}: .* there, {MAY_CHANGE[key]} now"):
             workdir.refuse_another(with_changes({key: MAY_CHANGE[key]}), stored())
-
-
-@pytest.mark.parametrize(
-    "step, start, num_steps, every, generate, refused",
-    [
-        (-1, 10, 20, 30, "needed", False),  # nothing is generated
-        (5, 8, 20, 5, "needed", False),  # the next refresh, at 10, is in time
-        (5, 8, 20, 6, "needed", True),  # responses for the steps 5 to 9, but the next refresh is at 11
-        (5, 10, 20, 6, "needed", True),
-        (5, 5, 20, 6, "needed", False),  # step 5 refreshes again
-        (5, 8, 10, 6, "needed", False),  # no more epochs
-        (5, 8, 20, 6, "all", False),  # every masked question has its responses
-    ],
-)
-def test_more_epochs_need_their_responses(tmp_path, step, start, num_steps, every, generate, refused):
-    """The run had 10 steps, and its last refresh was at `step`."""
-    config = configuration.Config(online=configuration.Online(refresh_every=every, generate=generate))
-    store = online.from_arrays(online.empty(4).arrays() | {"step": [step]})
-    arguments = config, tmp_path, 10, num_steps, start, store
-    if refused:
-        with pytest.raises(
-            errors.RunError, match="num_epochs cannot grow: the responses of step 5 are for the steps before 10 only"
-        ):
-            train._check_growth(*arguments)
-    else:
-        train._check_growth(*arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------------
