@@ -66,6 +66,7 @@ def build(config: ml_collections.ConfigDict) -> Config:
     typed = _typed(Config, config)
     _check_values(typed)
     _check_parts(typed)
+    _check_given_weights(typed)
     if typed.method == "mixing":
         _check_mixing(typed)
         return typed
@@ -215,6 +216,28 @@ def _check_schedule(config: Config) -> None:
     )
 
 
+def _check_given_weights(config: Config) -> None:
+    """Refuses `selection.init` and `selection.freeze` where they would be ignored, or where another key says the opposite."""
+    s = config.selection
+    if s.freeze:
+        _require(bool(s.init), "selection.freeze=True keeps equal weights without selection.init; name one, or take rule=uniform")
+    if not s.init:
+        return
+    reasons = {
+        "method=mixing": (config.method == "mixing", "which has no weights; take method=offline and selection.freeze=True"),
+        "selection.rule=uniform": (s.rule == "uniform", "which keeps equal weights; take selection.freeze=True"),
+        "selection.rule=metagradient": (s.rule == "metagradient", "which finds its own weights; take bds or bmo"),
+        "selection.unit=domain": (s.unit == "domain", "whose rows have no weights of their own; take selection.unit=sample"),
+        "selection.parameterization=features": (
+            s.parameterization == "features",
+            "which predicts the weights of the rows; take selection.parameterization=table",
+        ),
+    }
+    for setting, (is_set, words) in reasons.items():
+        _require(not is_set, f"selection.init={s.init!r} has no effect with {setting}, {words}")
+    _require(not s.freeze or s.unit == "sample", "selection.freeze=True keeps the weights of rows; take selection.unit=sample")
+
+
 def _check_selection(config: Config) -> None:
     s, built = config.selection, configuration.to_selector(config)
     if s.unit == "token":
@@ -238,8 +261,13 @@ def _check_selection(config: Config) -> None:
             "selection.unit=domain": s.unit == "domain",
             "selection.parameterization=features": built.parameterization != "table",
         }
+        cause = "selection.freeze=True" if s.freeze else f"selection.rule={built.rule}"
         for setting, is_set in without_effect.items():
-            _require(not is_set, f"{setting} has no effect with selection.rule={built.rule}, which never moves ω")
+            _require(not is_set, f"{setting} has no effect with {cause}, which never moves ω")
+    _require(
+        config.method != "dynamic" or s.rule != "uniform",
+        "method=dynamic masks the rows of the smallest weights: with selection.rule=uniform there are none; take method=online",
+    )
     _require(
         s.unit != "domain" or s.parameterization == "table",
         "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",
@@ -262,6 +290,21 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
     for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
         if number % num_parts:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
+
+
+def check_masks(config: Config, num_steps: int) -> None:
+    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    o = config.online
+    if config.method != "dynamic" or config.selection.init or o.ratio in (0, 1) or o.refresh_every < num_steps:
+        return
+    raise ConfigError(
+        f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the "
+        f"end of this run of {num_steps} steps; lower it, or take method=online or offline"
+    )
 
 
 def check_rows(config: Config, num_rows: int, devices: int) -> None:

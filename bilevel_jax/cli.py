@@ -106,7 +106,7 @@ def call(main: Callable[[], None]) -> None:
         main()
     except errors.Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:
         sys.stdout.flush()
         sys.stderr.flush()

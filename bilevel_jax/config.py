@@ -51,6 +51,10 @@ class Selection:
     # uniform (ω frozen: the control)
     rule: str = "bds"
     outer_steps: int = 1  # of rule=metagradient
+    # Weights to start from, matched by row id: workdir of an earlier run, a table (.parquet, .jsonl) with id and weight, or
+    # column:NAME, a field of the rows; rows without one get the mean. Empty: equal weights
+    init: str = ""
+    freeze: bool = False  # use the weights of selection.init, and never move them
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
     learning_rate: float = 1.0  # of ω: mirror takes 1 to 3, the paper's Adam 1e-4
     tau: float = 1.0  # of bmo
@@ -210,6 +214,7 @@ def to_selector(config: Config) -> selector.Selector:
         weight_scale=s.weight_scale,
         parameterization="features" if s.unit == "domain" else s.parameterization,
         ridge=s.ridge if s.unit != "domain" else 0.0,
+        freeze=s.freeze,
         token_learning_rate=s.token_learning_rate if s.unit == "token" else 0.0,
     )
 

@@ -56,6 +56,7 @@ class Selector:
       ridge: λ, the pull of φ to 0. With `bmo` ω is then a ridge regression of -τC on the features, however long it is trained;
         without a ridge it ends up repeating the costs of single rows.
       token_learning_rate: of the parameters shared by the weights of all tokens, see `token_weights`; 0: equal weights of tokens.
+      freeze: ω stays where it is, whatever the rule.
     """
 
     rule: str = "bds"
@@ -67,6 +68,7 @@ class Selector:
     parameterization: str = "table"
     ridge: float = 0.0
     token_learning_rate: float = 0.0
+    freeze: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -94,7 +96,7 @@ class Selector:
 
     @property
     def frozen(self) -> bool:
-        return self.rule in ("metagradient", "uniform")
+        return self.freeze or self.rule in ("metagradient", "uniform")
 
     def scale(self, num_rows: int) -> float:
         """The factor of σ in the loss: N, or 1 for the paper's literal form."""

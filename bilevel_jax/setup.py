@@ -1,5 +1,6 @@
 """What a run is made of before its first step: model and rows, state, compiled step, scorer, refresh."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -12,6 +13,7 @@ from bilevel_jax import batches, checks, evaluation, features, online, preferenc
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, templates
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.runtime import phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,11 @@ def load(config: configuration.Config) -> Setup:
     model = huggingface.read_config(directory, config.model.dtype)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
-    upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+    with phases.phase("loading rows"):
+        upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
     checks.check_rows(config, len(lower.rows), mesh.size)
-    base = huggingface.load_params(directory, model, mesh)
+    with phases.phase("loading the model"):
+        base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
@@ -81,7 +85,8 @@ def row_features(config: configuration.Config, setup: Setup, directory: pathlib.
         names, domain_of_row = levels.domains(setup.lower, config.data.lower)
         return RowFeatures(None, domain_of_row, len(names))
     if config.selection.parameterization == "features":
-        encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
+        with phases.phase("computing features of the rows") if not resumed else contextlib.nullcontext():
+            encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
         return RowFeatures(encoder, values, features.SIZE)
     return RowFeatures(None, None, 0)
 

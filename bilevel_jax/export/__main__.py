@@ -1,12 +1,14 @@
 """Exports the selected rows or the merged model of a finished run, for Hugging Face libraries.
 
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 --refined --format=...]
+    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl --resampled [--seed=0]
     python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
 `--selected` writes the heaviest rows and a card, FILE.card.md. `--drop_implausible` leaves out the rows with the least likely
-responses. `--score-new` ranks rows that the run never saw, and needs `selection.parameterization=features` or
-`selection.unit=domain`. `--merged` writes base and adapter as one model directory.
+responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score-new` ranks rows that the run
+never saw, and needs `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one
+model directory.
 """
 
 import pathlib
@@ -37,6 +39,8 @@ FORMAT = flags.DEFINE_enum(
     "; ".join(f"{k}: {v}" for k, v in selected_rows.FORMATS.items()),
     flag_values=FLAGS,
 )
+RESAMPLED = flags.DEFINE_bool("resampled", False, "Repeat the kept rows by weight, as many in all as are kept.", flag_values=FLAGS)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of --resampled.", lower_bound=0, flag_values=FLAGS)
 MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
 
@@ -45,7 +49,8 @@ def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    for required, names in ((SELECTED, ("keep", "drop_implausible", "score-new", "refined", "format")), (MERGED, ("dtype",))):
+    of_selected = ("keep", "drop_implausible", "score-new", "refined", "resampled", "format")
+    for required, names in ((SELECTED, of_selected), (RESAMPLED, ("seed",)), (MERGED, ("dtype",))):
         given = [name for name in names if FLAGS[name].present]
         if given and not required.value:
             raise ValueError(f"--{given[0]} goes with --{required.name}")
@@ -135,25 +140,40 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
         tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
         template = templates.resolve(config.data.template, tokenizer)
     form = selected_rows.resolve_format(form, kept_rows, template)
+    names = ["rank", *([] if SCORE_NEW.value else ["masked"]), *measures]
+    names = names if RESAMPLED.value else ["weight", *names]
     columns = [
-        {name: getattr(one, name) for name in ("weight", "rank", *measures)}
+        {"id": one.row.id}
+        | {name: getattr(one, name) for name in names}
         | more
         | selected_rows.prompt_columns(one.row, form, tokenizer, template)
         for one, more in zip(kept, refined_columns)
     ]
     records, renamed = selected_rows.join(kept_rows, columns, selected_rows.misread(form, kept_rows))
-    late = selected_rows.write(out, records)
+    copies = selected_rows.resample([one.weight for one in kept], SEED.value) if RESAMPLED.value else range(len(records))
+    late = selected_rows.write(out, [records[i] for i in copies])
+    is_new, were_masked = bool(SCORE_NEW.value), set() if SCORE_NEW.value else selected_rows.replaced(workdir)
+    num_replaced = sum(
+        one.row.id in were_masked and not more.get("refined", False) for one, more in zip(kept, refined_columns, strict=True)
+    )
     provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
-    text = cards.data_card(provenance, out, table, rows, kept, refined_columns, form, renamed, len(left_out), bool(SCORE_NEW.value))
+    num_different = len(set(copies)) if RESAMPLED.value else None
+    text = cards.data_card(
+        provenance, out, table, rows, kept, refined_columns, form, renamed, len(left_out), is_new, num_replaced, num_different
+    )
     files.write_atomically(card, text)
 
     print(f"{out}: {len(kept)} of {table.num_rows} rows kept")
+    if num_different is not None:
+        print(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     if left_out:
         print(f"  {len(left_out)} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
+    if num_replaced:
+        print(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
     for name in renamed:
         print(f"  field '{name}' is kept as 'original_{name}'")
     if late:

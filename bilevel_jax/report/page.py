@@ -148,8 +148,11 @@ def method_text(run: Run) -> str:
             "All rows have the same weight."
         )
     weights = "the run learned one weight for each row of the mixture, jointly with the model"
+    if run.config.selection.get("freeze"):
+        weights = "each row of the mixture had a given weight, which stayed as it was"
     if run.config.method == "offline":
-        return f"Data selection: {weights}, so that the model does best on the trusted rows."
+        purpose = "" if run.config.selection.get("freeze") else ", so that the model does best on the trusted rows"
+        return f"Data selection: {weights}{purpose}."
     ratio = f"{run.config.online.ratio:.0%}"
     dynamic = run.config.method == "dynamic"
     which = f"the {ratio} of the rows with the smallest weights" if dynamic else f"a fixed random {ratio} of the rows"

@@ -16,6 +16,7 @@ SMALLER = {
     "data.max_length": 160,
     "eval.num_upper": 16,
     "eval.num_lower": 16,
+    "online.refresh_every": 2,  # nothing is masked before the first step
     "online.max_new_tokens": 16,
     "log.every": 2,
 }

@@ -324,3 +324,30 @@ def test_fields_that_datasets_would_miss_are_reported(tmp_path, index, late):
         assert read(tmp_path / "kept.jsonl", tmp_path)[0]["note"] == "here"
     selected_rows.write(tmp_path / "kept.parquet", records)
     assert read(tmp_path / "kept.parquet", tmp_path)[index]["note"] == "here"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Repeated by weight
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [3.0, 0.5, 0.0, 1.0, 0.5], [0.0, 0.0, 7.0], [2.5], [1e-300, 1e300, 0.0]])
+def test_resampling(weights):
+    """Each row ⌊e⌋ or ⌈e⌉ times with e = n w / Σw, in stored order; e times on average over seeds."""
+    number, expected = len(weights), len(weights) * np.array(weights) / sum(weights)
+    counts = []
+    for seed in range(300):
+        indices = selected_rows.resample(weights, seed)
+        assert len(indices) == number and (np.diff(indices) >= 0).all()
+        counts.append(np.bincount(indices, minlength=number))
+        assert (np.floor(expected) <= counts[-1]).all() and (counts[-1] <= np.ceil(expected)).all()
+        np.testing.assert_array_equal(indices, selected_rows.resample(weights, seed))
+    fraction = expected % 1
+    deviation = np.sqrt(fraction * (1 - fraction) / len(counts))
+    assert (np.abs(np.mean(counts, axis=0) - expected) <= 5 * deviation + 1e-12).all()
+
+
+def test_resampling_by_hand():
+    """One u for all: with NumPy's first draw of seed 0, 0.637, the points are 0.637, 1.637, 2.637 and 3.637."""
+    assert np.random.default_rng(0).random() == pytest.approx(0.637, abs=1e-3)
+    assert selected_rows.resample([0.5, 1.2, 0.3, 2.0], 0).tolist() == [1, 1, 3, 3]  # ends at 0.5, 1.7, 2, 4
