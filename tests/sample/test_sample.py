@@ -22,7 +22,7 @@ from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.score import scorer
 from tests.conftest import load, make_rows, read_jsonl, run_command, write_jsonl
 
-KEYS = ["id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"]
+KEYS = ["id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason", "question"]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
