@@ -35,8 +35,9 @@ def main() -> None:
     items = list(rows.iter_rows(DATA.value))
     rows.collect(items, DATA.value)  # raises if no row is usable
     directory = huggingface.locate(MODEL.value)
+    model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
-    model, base = huggingface.load_model(str(directory), DTYPE.value)
+    base = huggingface.load_params(directory, model)
     model, adapter = huggingface.load_adapter(ADAPTER.value, model) if ADAPTER.value else (model, None)
     options = {"template": TEMPLATE.value, "eos": EOS.value, "batch_size": BATCH_SIZE.value}
     results = scorer.score_rows(items, model, base, adapter, tokenizer, **options)
