@@ -5,10 +5,15 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, config_keys
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with a tier: FILE:TIER.", flag_values=FLAGS)
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    f"Config file, optionally with a tier: FILE:TIER. Its keys can be changed; their defaults are\n{config_keys.listing()}",
+    flag_values=FLAGS,
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name>[-TIER] by default.", flag_values=FLAGS)
 PLAN = flags.DEFINE_bool(
     "plan", False, "Only print the memory plan of each device of the mesh; reads config.json, no weights.", flag_values=FLAGS
