@@ -1,15 +1,14 @@
 """From a user's `ConfigDict` to a typed `Config`: what cannot run is refused before anything compiles."""
 
 import dataclasses
-import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import objective, online, sampling, step
+from bilevel_jax import near_names, objective, online, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import templates
 
@@ -86,16 +85,9 @@ def _require(condition: bool, message: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known) -> str:
-    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text. Initials count: lr is learning_rate."""
-    last_part = {key: key.rpartition(".")[2] for key in known}
-    section, _, last = name.rpartition(".")
-    close = [key for key, part in last_part.items() if last in (part, "".join(word[:1] for word in part.split("_")))]
-    close = [key for key in close if key.startswith(f"{section}.")] or close
-    if not close or len(last) < 2:
-        by_last_part = {part: key for key, part in last_part.items()}
-        close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(last, by_last_part, 1)
-        close = [by_last_part.get(key, key) for key in close]
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text; see `near_names`."""
+    close = near_names.nearest(name, known)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -64,6 +64,10 @@ def directory(tmp_path, make_config):
     (tmp_path / "misspelled.py").write_text(
         "from bilevel_jax import config\ndef get_config():\n    c = config.default()\n    c.lorra.rank = 2\n    return c\n"
     )
+    (tmp_path / "by_name.py").write_text(
+        'from bilevel_jax import config\ndef get_config():\n    c = config.default()\n    c["lorra"]["rank"] = 2\n    return c\n'
+    )
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['absent']\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "file").touch()
     return tmp_path
@@ -137,7 +141,9 @@ FLAG_ERRORS = [
     (["--config=file"], "without get_config()"),
     (["--config=importing.py"], "No module named 'nowhere'"),
     (["--config=broken.py"], "broken.py"),
-    (["--config=misspelled.py"], "lorra; Did you mean lora"),
+    (["--config=misspelled.py"], "misspelled.py:4: the config has no key lorra.rank (did you mean lora.rank?)"),
+    (["--config=by_name.py"], "by_name.py:4: the config has no key lorra.rank (did you mean lora.rank?)"),
+    (["--config=wrong.py"], "--config cannot be read: wrong.py:2: no key or attribute absent"),
     (["--config=tiny.py:giant"], "no tier giant"),
     (["--config=tiny.py", "--wokdir=x"], "wokdir"),
     (["--config=tiny.py", "extra"], "'extra'"),
@@ -150,7 +156,12 @@ FLAG_ERRORS = [
     (["--config=tiny.py", "--config.seed.x=1"], "the config has no key seed.x (did you mean seed?)"),
     (["--config=tiny.py", "--config.a.b.c=1"], "the config has no key a.b.c"),
     (["--config=tiny.py", "--config.data.upper[0]=x"], "the config has no key data.upper[0] (did you mean data.upper?)"),
-    (["--config=tiny.py", "--config.lora=1"], "config.lora=1"),
+    (
+        ["--config=tiny.py", "--config.lora=1"],
+        "--config.lora=1: lora is a section; name a key of it: lora.rank, lora.alpha, lora.targets",
+    ),
+    (["--config=tiny.py", "--config.model=x"], "--config.model=x: model is a section; name a key of it: model.path, "),
+    (["--config=tiny.py", "--config.max_len=1"], "the config has no key max_len (did you mean data.max_length?)"),
     (["--config=tiny.py", "--config.num_epochs=two"], "two"),
     (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
 ]
