@@ -79,7 +79,7 @@ def _config_error(argv: list[str], error: Exception) -> str:
 
 
 def _unknown_key_in_file(error: Exception) -> tuple[str, str]:
-    """`FILE:LINE` of the last statement of a config file in a traceback, and the unknown key in it with its full path; "" for none."""
+    """`FILE:LINE` of the statement of a config file that raised, and the unknown key in it with its full path; "" for none."""
     frames = traceback.extract_tb(error.__traceback__)
     in_file = [frame for frame in frames if frame.name == "get_config"]
     unknown = re.search(r"[\"']([\w.]+)[\"'\\]", str(error))

@@ -39,8 +39,10 @@ def _agreement(words: Sequence[str], others: Sequence[str]) -> float:
 
 
 def score(name: str, known: str) -> float:
-    """How near `name` is to a known dotted name, from 0 to about 1: the harmonic mean of the share of its words that occur in the known
-    name, and of the share of the words of the known name's last part that occur in it.
+    """How near `name` is to a known dotted name, from 0 to about 1.
+
+    The score is the harmonic mean of two shares: the words of `name` that occur in `known`, and the words of the last part of
+    `known` that occur in `name`.
 
     The initials of the last part stand for it: `lr` is `learning_rate`.
     """

@@ -3,8 +3,8 @@
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --outputs=model_outputs.json
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --endpoint=https://HOST/v1 --judge=MODEL --out=verdicts.jsonl
 
-`--answers` is a file of `sample` for the same prompts, or for the same questions in another file; of several samples the first counts.
-`--out` has one row per verdict. The same command requests only the missing verdicts.
+`--answers` is a file of `sample` for the same questions; of several samples the first counts. `--out` has one row per verdict. The
+same command requests only the missing verdicts.
 """
 
 import json

@@ -105,8 +105,8 @@ def read_answers(path: str) -> list[Answer]:
 def answers_to(prompts: Sequence[rows.Row], path: str) -> list[str]:
     """The answers in a file of `sample` to the prompts, in the order of the prompts.
 
-    An answer belongs to the prompt with its id. Answers to the same questions in another file, where ids differ because they cover the
-    responses too, belong to the prompt with their question.
+    An answer belongs to the prompt with its id. If no prompt has its id, which depends on the response of the prompts file, it
+    belongs to the prompt with its question.
 
     Raises:
       DataError: a prompt has no answer in the file, or its question has several.
