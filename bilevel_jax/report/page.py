@@ -367,7 +367,12 @@ def render(run: Run) -> str:
 
 
 def write(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> pathlib.Path:
-    """Writes `report.html` into a workdir and returns its path. Arguments and errors as for `run_data.read`."""
-    file = workdir / "report.html"
-    files.write_atomically(file, render(run_data.read(workdir, rows)))
+    """Writes `report.html` into a workdir and returns its path; prints which rows are missing, if any.
+
+    Arguments and errors as for `run_data.read`.
+    """
+    file, run = workdir / "report.html", run_data.read(workdir, rows)
+    if run.notice:
+        print(one_line(run.notice, 1000))
+    files.write_atomically(file, render(run))
     return file
