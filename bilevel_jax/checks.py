@@ -256,6 +256,17 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
+def check_profile(config: Config, num_steps: int) -> None:
+    """Refuses to trace steps that a run of `num_steps` does not have.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    traced = configuration.profiled_steps(config)
+    if traced and traced[1] > num_steps:
+        raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
+
+
 def check_rows(config: Config, num_rows: int, devices: int) -> None:
     """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
 

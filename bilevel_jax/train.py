@@ -20,7 +20,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.runtime import checkpoint, interruption, metrics, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime import checkpoint, disk, interruption, metrics, response_log, response_metrics, step_log, weight_table
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime.workdir import open_workdir
 
@@ -280,7 +280,7 @@ def _prepare(
     lower = setup.lower
     epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
-    _check_profile(config, num_steps)
+    checks.check_profile(config, num_steps)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
@@ -289,6 +289,7 @@ def _prepare(
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
+    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
     with clock("compile"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
@@ -347,12 +348,6 @@ def _measure_start(run: Run, state: step.State) -> None:
     with run.clock("eval"):
         run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
     run.writer.write(0, 0, run.at_start)
-
-
-def _check_profile(config: configuration.Config, num_steps: int) -> None:
-    traced = configuration.profiled_steps(config)
-    if traced and traced[1] > num_steps:
-        raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

@@ -14,6 +14,7 @@ from absl import flags
 import bilevel_jax
 from bilevel_jax import cli, config, main
 from bilevel_jax.runtime import distributed
+from tests.conftest import run_command
 
 COMMANDS = ("main", "evaluate", "export", "judge", "report", "sample", "score")
 
@@ -25,12 +26,24 @@ def run(*arguments, cwd):
 
 
 @pytest.fixture
-def call(directory, monkeypatch, capsys):
-    """`call(*arguments) -> (status, stderr)`: the command in this process, in `directory`."""
+def call(start, capsys):
+    """`call(*arguments) -> (status, stderr)`: the command, which fails, in this process."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            start(*arguments)
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def start(directory, monkeypatch):
+    """`start(*arguments)`: the command in this process, in `directory`."""
     monkeypatch.chdir(directory)
     monkeypatch.setattr(distributed, "join", lambda: None)  # JAX has started already
 
-    def call(*arguments):
+    def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])  # from which ml_collections reads overrides
         for name in [*main.FLAGS]:
             if name.startswith("config."):  # overrides of an earlier call
@@ -40,12 +53,10 @@ def call(directory, monkeypatch, capsys):
         for name, module in [*sys.modules.items()]:  # ml_collections executes a config file in the module of the last one
             if "get_config" in getattr(module, "__dict__", {}):
                 monkeypatch.delitem(sys.modules, name)
-        with pytest.raises(SystemExit) as caught:
-            cli.parse(sys.argv, main.FLAGS)
-            cli.call(main.main)
-        return caught.value.code, capsys.readouterr().err
+        cli.parse(sys.argv, main.FLAGS)
+        cli.call(main.main)
 
-    return call
+    return start
 
 
 @pytest.fixture
@@ -203,6 +214,21 @@ def test_errors_end_the_process(directory, arguments, status, reason):
     assert done.returncode == status and reason in done.stderr and one_line(done.stderr)
 
 
+@pytest.mark.parametrize("name, rows", [("score", "data"), ("sample", "prompts")])
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
+    ],
+)
+def test_the_model_is_looked_at_before_its_tokenizer(tmp_path, data, name, rows, model, reason):
+    """The directory has no tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    with pytest.raises(ValueError, match=reason):
+        run_command(name, [f"--model={tmp_path}", f"--{rows}={data / 'lower.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------------------------
@@ -216,6 +242,16 @@ def test_run(directory):
     assert (config["num_epochs"], config["seed"], config["eval"]["keep"], config["method"]) == (1, 3, 0.5, "mixing")
     for title in ("held-out loss", "trusted rows", "mixture, right answers", "in runs/tiny"):
         assert title in done.stdout
+
+
+def test_check(start, directory, capsys):
+    """The dry run writes nothing."""
+    before = sorted(directory.rglob("*"))
+    start("--config=tiny.py", "--check", "--plan", "--config.num_epochs=1")
+    stdout = capsys.readouterr().out
+    assert "steps: 6 in 1 epochs" in stdout and "are free at runs/tiny" in stdout and "together while training" in stdout
+    assert "the same command without --check starts the run" in stdout
+    assert sorted(directory.rglob("*")) == before
 
 
 @pytest.mark.parametrize("tier, name", [("", "tiny"), (":a/b", "tiny-a_b")])

@@ -37,6 +37,11 @@ OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
 METADATA_TIMEOUT = 60.0  # seconds
 
 
+def num_bytes(state) -> int:
+    """The most bytes that a checkpoint of a tree of arrays takes."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD
+
+
 def fingerprint(ids: Iterable[str]) -> str:
     """Identifies a sequence of rows by their content."""
     digest = hashlib.sha256()
@@ -219,7 +224,7 @@ class Checkpoints:
         if self._newest == step:
             return
         tree = {"state": state, "responses": store.arrays()}
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + OVERHEAD
+        needed = num_bytes(tree)
         with self._save_errors():
             if self._response:
                 self._response.result()

@@ -55,7 +55,7 @@ def check_out(out: pathlib.Path) -> None:
 
 def main() -> None:
     from bilevel_jax import files, sampling
-    from bilevel_jax.data import rows
+    from bilevel_jax.data import rendering, rows
     from bilevel_jax.models import huggingface
     from bilevel_jax.sample import sampler
 
@@ -73,6 +73,10 @@ def main() -> None:
     directory = huggingface.locate(MODEL.value)
     model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
+    first = next(item for item in items if isinstance(item, rows.Row))
+    example = templates.encode([first], tokenizer, template=TEMPLATE.value, eos=False)
+    if notice := rendering.template_notice(TEMPLATE.value, tokenizer, example):
+        print(notice)
     prompts = sampler.encode_rows(items, model, tokenizer, template=TEMPLATE.value)
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(PROMPTS.value, prompts[0].line)}: {prompts[0].reason}"

@@ -25,7 +25,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 
 def main() -> None:
-    from bilevel_jax.data import rows, templates
+    from bilevel_jax.data import rendering, rows, templates
     from bilevel_jax.models import huggingface
     from bilevel_jax.score import scorer
 
@@ -39,6 +39,10 @@ def main() -> None:
     tokenizer = templates.load_tokenizer(str(directory))
     base = huggingface.load_params(directory, model)
     model, adapter = huggingface.load_adapter(ADAPTER.value, model) if ADAPTER.value else (model, None)
+    first = next(item for item in items if isinstance(item, rows.Row))
+    example = templates.encode([first], tokenizer, template=TEMPLATE.value, eos=EOS.value)
+    if notice := rendering.template_notice(TEMPLATE.value, tokenizer, example):
+        print(notice)
     options = {"template": TEMPLATE.value, "eos": EOS.value, "batch_size": BATCH_SIZE.value}
     results = scorer.score_rows(items, model, base, adapter, tokenizer, **options)
     with open(out, "w") as file:
