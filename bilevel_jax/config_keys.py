@@ -38,14 +38,14 @@ def read() -> list[Key]:
 
     def keys(name: str, section: str) -> list[Key]:
         fields = [node for node in classes[name].body if isinstance(node, ast.AnnAssign)]
-        own, nested = [], []
+        direct, nested = [], []
         for node in fields:
             if (kind := ast.unparse(node.annotation)) in classes:
                 nested += keys(kind, node.target.id)
             else:
                 full_name = f"{section}.{node.target.id}".lstrip(".")
-                own.append(Key(section, full_name, kind, ast.literal_eval(node.value), _comment(lines, node)))
-        return own + nested
+                direct.append(Key(section, full_name, kind, ast.literal_eval(node.value), _comment(lines, node)))
+        return direct + nested
 
     return keys("Config", "")
 

@@ -102,13 +102,15 @@ def data_text(setup: setups.Setup) -> str:
     lines = []
     for name, level in _levels(setup).items():
         repeated = num_duplicates([*level.rows, *level.eval_rows])
-        numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out, {repeated} of them duplicates"
+        numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {repeated} duplicates"
         median, most, longest = np.quantile(sizes([*level.examples, *level.eval_examples]), QUANTILES)
         lines.append(f"{name}: {numbers}; tokens a row: median {median:.0f}, 95% below {most:.0f}, longest {longest:.0f}")
     upper, lower = setup.upper, setup.lower
     both = overlap([*upper.rows, *upper.eval_rows], [*lower.rows, *lower.eval_rows])
     held_out = overlap(upper.eval_rows, lower.rows)
-    lines.append(f"on both levels: {both} rows" + (f"; {held_out} held-out trusted rows are trained on" if held_out else ""))
+    lines.append(
+        f"rows on both levels: {both}" + (f", {held_out} of them held-out trusted rows that are trained on" if held_out else "")
+    )
     return "\n".join(lines)
 
 

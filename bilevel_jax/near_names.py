@@ -15,7 +15,7 @@ def _words(name: str) -> list[str]:
 
 
 def _likeness(word: str, other: str) -> float:
-    """How well two words agree, in [0, 1]: equal, an abbreviation (`len`, `max_len`), contained, or a misspelling."""
+    """How well two words agree, in [0, 1]: equal, an abbreviation, contained, or a misspelling."""
     if word == other:
         return 1.0
     shorter, longer = sorted((word, other), key=len)

@@ -118,18 +118,18 @@ def answers_to(prompts: Sequence[rows.Row], path: str) -> list[str]:
         if answer.question is not None:
             by_question.setdefault(answer.question.strip(), []).append(answer)
     candidates = [[by_id[one.id]] if one.id in by_id else by_question.get(one.question.strip(), []) for one in prompts]
-    missing = [prompt for prompt, found in zip(prompts, candidates) if not found]
+    missing = [prompt for prompt, matches in zip(prompts, candidates) if not matches]
     if missing:
         first = f"the first: {missing[0].id} of line {missing[0].line}, {one_line(missing[0].question, 80)!r}"
         raise rows.DataError(
             f"{path} has no answer to {len(missing)} of {len(prompts)} prompts ({first}); is it of the same questions?"
         )
-    for prompt, found in zip(prompts, candidates):
-        if len({answer.text for answer in found}) > 1:
-            lines = f"lines {found[0].line} and {found[1].line}"
+    for prompt, matches in zip(prompts, candidates):
+        if len({answer.text for answer in matches}) > 1:
+            lines = f"lines {matches[0].line} and {matches[1].line}"
             question = one_line(prompt.question, 80)
             raise rows.DataError(f"{path}: {lines} answer the same question, {question!r}; remove one, or sample for these prompts")
-    return [found[0].text for found in candidates]
+    return [matches[0].text for matches in candidates]
 
 
 def alpaca_eval_outputs(prompts: Sequence[rows.Row], answers: Sequence[str], generator: str) -> list[dict]:

@@ -78,7 +78,7 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
 def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
-    split = corners.split(table, run_data.labels(run, table))
+    split = corners.split(table, run_data.labels(run, table), run_data.in_data(run, table))
     return [(corner, [row_cells(run, table, i) for i in corner.examples]) for corner in split]
 
 

@@ -127,6 +127,11 @@ def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
     return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
 
 
+def in_data(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a table are in the data, [n] bool."""
+    return np.array([row_id in run.rows for row_id in table["id"]], bool)
+
+
 def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
     """ESS/N, range and masked share of an epoch's weights. With labels also AUROC and the two shares of bad rows.
 
@@ -141,7 +146,7 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
         "high": weight.max(),
         "masked": table["masked"].mean() if "masked" in table else 0.0,
     }
-    known = np.array([row_id in run.rows for row_id in table["id"]])  # a row that is missing is not a good one
+    known = in_data(run, table)  # a row that is missing is not a good one
     if bad is not None and bad[known].any() and not bad[known].all():
         scores, bad = -table["rank"][known], bad[known]
         values["auroc"] = metrics.auroc(-weight[known], bad)
