@@ -1,15 +1,14 @@
 """From a user's `ConfigDict` to a typed `Config`: what cannot run is refused before anything compiles."""
 
 import dataclasses
-import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import objective, online, sampling, step
+from bilevel_jax import near_names, objective, online, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import templates
 
@@ -87,16 +86,9 @@ def _require(condition: bool, message: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known) -> str:
-    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text. Initials count: lr is learning_rate."""
-    last_part = {key: key.rpartition(".")[2] for key in known}
-    section, _, last = name.rpartition(".")
-    close = [key for key, part in last_part.items() if last in (part, "".join(word[:1] for word in part.split("_")))]
-    close = [key for key in close if key.startswith(f"{section}.")] or close
-    if not close or len(last) < 2:
-        by_last_part = {part: key for key, part in last_part.items()}
-        close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(last, by_last_part, 1)
-        close = [by_last_part.get(key, key) for key in close]
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text; see `near_names`."""
+    close = near_names.nearest(name, known)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
@@ -305,6 +297,17 @@ def check_masks(config: Config, num_steps: int) -> None:
         f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the "
         f"end of this run of {num_steps} steps; lower it, or take method=online or offline"
     )
+
+
+def check_profile(config: Config, num_steps: int) -> None:
+    """Refuses to trace steps that a run of `num_steps` does not have.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    traced = configuration.profiled_steps(config)
+    if traced and traced[1] > num_steps:
+        raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
 
 
 def check_rows(config: Config, num_rows: int, devices: int) -> None:

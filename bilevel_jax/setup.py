@@ -9,11 +9,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from bilevel_jax import batches, checks, evaluation, features, online, preferences, sampling, scoring, sharding, step
+from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, templates
+from bilevel_jax.data import levels, packing, rendering, templates
 from bilevel_jax.models import decoder, huggingface, lora
-from bilevel_jax.runtime import phases
+from bilevel_jax.runtime import checkpoint, disk, phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ def load(config: configuration.Config) -> Setup:
     with phases.phase("loading rows"):
         upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
     checks.check_rows(config, len(lower.rows), mesh.size)
+    if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
+        print(notice)
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)
@@ -108,8 +110,8 @@ class Program:
 
 
 def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
-    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs."""
-    if loss not in preferences.PAIRS:
+    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs and it has none yet."""
+    if loss not in preferences.PAIRS or level.references is not None:
         return level
     return dataclasses.replace(level, references=evaluation.pair_log_probs(score, base, None, level.examples, "reference"))
 
@@ -123,6 +125,19 @@ def init_state(config: configuration.Config, setup: Setup, num_features: int) ->
     state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE, influence)
     shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
     return jax.tree.map(sharding.device_put, state, shardings), shardings
+
+
+def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: int) -> int:
+    """The most bytes of a checkpoint, with the most generated responses there can be."""
+    responses = memory.response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
+    return checkpoint.num_bytes(state) + responses
+
+
+def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
+    """Bytes that a run still writes into a workdir with `num_saved` checkpoints."""
+    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy.adapter))
+    size = checkpoint_bytes(config, state, num_rows)
+    return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter_bytes, num_rows, config.num_epochs)
 
 
 def compile_program(

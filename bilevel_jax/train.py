@@ -35,7 +35,17 @@ from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.runtime import checkpoint, interruption, metrics, phases, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime import (
+    checkpoint,
+    disk,
+    interruption,
+    metrics,
+    phases,
+    response_log,
+    response_metrics,
+    step_log,
+    weight_table,
+)
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime.workdir import config_json, open_workdir
 
@@ -301,7 +311,7 @@ def _prepare(
     lower = setup.lower
     epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
-    _check_profile(config, num_steps)
+    checks.check_profile(config, num_steps)
     checks.check_masks(config, num_steps)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)
@@ -312,6 +322,7 @@ def _prepare(
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
+    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
     with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
@@ -398,12 +409,6 @@ def _measure_start(run: Run, state: step.State) -> None:
     with run.clock("eval"), phases.phase("evaluating before the first step"):
         run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
     run.writer.write(0, 0, run.at_start)
-
-
-def _check_profile(config: configuration.Config, num_steps: int) -> None:
-    traced = configuration.profiled_steps(config)
-    if traced and traced[1] > num_steps:
-        raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

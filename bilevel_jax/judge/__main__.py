@@ -3,7 +3,7 @@
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --outputs=model_outputs.json
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --endpoint=https://HOST/v1 --judge=MODEL --out=verdicts.jsonl
 
-`--answers` is a file of `sample` for the same prompts; of several samples the first counts. `--out` has one row per verdict. The
+`--answers` is a file of `sample` for the same questions; of several samples the first counts. `--out` has one row per verdict. The
 same command requests only the missing verdicts.
 """
 

@@ -78,7 +78,7 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
 def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
-    split = corners.split(table, run_data.labels(run, table))
+    split = corners.split(table, run_data.labels(run, table), run_data.in_data(run, table))
     return [(corner, [row_cells(run, table, i) for i in corner.examples]) for corner in split]
 
 
@@ -370,7 +370,12 @@ def render(run: Run) -> str:
 
 
 def write(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> pathlib.Path:
-    """Writes `report.html` into a workdir and returns its path. Arguments and errors as for `run_data.read`."""
-    file = workdir / "report.html"
-    files.write_atomically(file, render(run_data.read(workdir, rows)))
+    """Writes `report.html` into a workdir and returns its path; prints which rows are missing, if any.
+
+    Arguments and errors as for `run_data.read`.
+    """
+    file, run = workdir / "report.html", run_data.read(workdir, rows)
+    if run.notice:
+        print(one_line(run.notice, 1000))
+    files.write_atomically(file, render(run))
     return file

@@ -16,6 +16,8 @@ from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
+NUM_MISSING = 10  # ids shown of rows that are no longer in the data
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -50,11 +52,9 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     by_id, notice = {}, ""
     if tables:
         try:
-            ids = set(tables[max(tables)]["id"])
+            ids = dict.fromkeys(tables[max(tables)]["id"])  # in their order
             by_id = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
-            if len(by_id) < len(ids):
-                missing = len(ids) - len(by_id)
-                notice = f"{missing} rows are no longer in {config.data.lower}. Their ids are shown instead of their texts."
+            notice = _missing_rows([row_id for row_id in ids if row_id not in by_id], len(ids), config.data.lower)
         except (ValueError, OSError) as error:
             notice = f"The rows cannot be read, so their ids are shown instead of their texts ({error})."
     return Run(
@@ -67,6 +67,18 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         rows=by_id,
         notice=notice,
         tokens=weight_table.read_tokens(workdir),
+    )
+
+
+def _missing_rows(missing: Sequence[str], number: int, source: str) -> str:
+    """Which rows of the run are not in its data any more, and what that means for the report; "" for none."""
+    if not missing:
+        return ""
+    shown = ", ".join(missing[:NUM_MISSING]) + (", …" if len(missing) > NUM_MISSING else "")
+    are = "row is" if len(missing) == 1 else "rows are"
+    return (
+        f"{len(missing)} of {number} {are} no longer in {source}: {shown}. Their ids are shown instead of their texts. Generated "
+        "responses to them are not shown, and numbers that need labels are those of the other rows."
     )
 
 
@@ -115,6 +127,11 @@ def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
     return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
 
 
+def in_data(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a table are in the data, [n] bool."""
+    return np.array([row_id in run.rows for row_id in table["id"]], bool)
+
+
 def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
     """ESS/N, range and masked share of an epoch's weights. With labels also AUROC and the two shares of bad rows.
 
@@ -129,10 +146,12 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
         "high": weight.max(),
         "masked": table["masked"].mean() if "masked" in table else 0.0,
     }
-    if bad is not None and bad.any() and not bad.all():
-        values["auroc"] = metrics.auroc(-weight, bad)
-        values["bad_kept"] = metrics.bad_kept(-table["rank"], bad, run.config.eval.keep)
-        values["bad_among_kept"] = metrics.bad_among_kept(-table["rank"], bad, run.config.eval.keep)
+    known = in_data(run, table)  # a row that is missing is not a good one
+    if bad is not None and bad[known].any() and not bad[known].all():
+        scores, bad = -table["rank"][known], bad[known]
+        values["auroc"] = metrics.auroc(-weight[known], bad)
+        values["bad_kept"] = metrics.bad_kept(scores, bad, run.config.eval.keep)
+        values["bad_among_kept"] = metrics.bad_among_kept(scores, bad, run.config.eval.keep)
     return {name: float(value) for name, value in values.items()}
 
 

@@ -78,7 +78,11 @@ def _write_errors(workdir: pathlib.Path):
         if error.errno not in WRITE_ERRORS or not concerns_workdir:
             raise
         what = f"{workdir}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
-        raise RunError(f"{what}; saved files are kept, and the same command continues when files can be written again") from error
+        if any(entry.name.isdecimal() for entry in (workdir / "checkpoints").glob("*")):
+            remedy = "saved files are kept, and the same command continues when files can be written again"
+        else:
+            remedy = "there is no checkpoint yet, so the same command starts from step 0 when files can be written again"
+        raise RunError(f"{what}; {remedy}") from error
 
 
 def refuse_finished(workdir: pathlib.Path) -> None:

@@ -3,8 +3,8 @@
     python -m bilevel_jax.sample --model=DIR [--adapter=DIR] --prompts=FILE --out=FILE.jsonl
 
 Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens` (without the EOS), `logprob` (under the model, as
-`score` computes it), `sampled_logprob` (after temperature, top-k and top-p; 0 if greedy) and `finish_reason` (`stop` or `length`).
-A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
+`score` computes it), `sampled_logprob` (after temperature, top-k and top-p; 0 if greedy), `finish_reason` (`stop` or `length`) and
+`question`. A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
 """
 
 import json
@@ -55,7 +55,7 @@ def check_out(out: pathlib.Path) -> None:
 
 def main() -> None:
     from bilevel_jax import files, sampling
-    from bilevel_jax.data import rows
+    from bilevel_jax.data import rendering, rows
     from bilevel_jax.models import huggingface
     from bilevel_jax.sample import sampler
 
@@ -71,8 +71,12 @@ def main() -> None:
     rows.collect(items, PROMPTS.value)  # raises if no row is usable
 
     directory = huggingface.locate(MODEL.value)
+    model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
-    model = huggingface.read_config(directory, DTYPE.value)
+    first = next(item for item in items if isinstance(item, rows.Row))
+    example = templates.encode([first], tokenizer, template=TEMPLATE.value, eos=False)
+    if notice := rendering.template_notice(TEMPLATE.value, tokenizer, example):
+        print(notice)
     prompts = sampler.encode_rows(items, model, tokenizer, template=TEMPLATE.value)
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(PROMPTS.value, prompts[0].line)}: {prompts[0].reason}"

@@ -17,6 +17,7 @@ class Prompt(NamedTuple):
     line: int
     tokens: np.ndarray | None  # [n] int32; None if the row could not be read
     reason: str | None  # None if the prompt can be used
+    question: str | None = None  # without a template
 
 
 def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
@@ -41,7 +42,7 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
             reason = f"no room for a response within the model's {model.max_positions} positions"
         elif tokens.max() >= model.vocab_size:
             reason = f"token {tokens.max()} is not in the model's vocabulary of {model.vocab_size}"
-        prompts.append(Prompt(item.id, item.line, tokens, reason))
+        prompts.append(Prompt(item.id, item.line, tokens, reason, item.question))
     return prompts
 
 
@@ -80,13 +81,15 @@ def sample_prompts(
     for prompt in prompts:
         if prompt.reason is not None:
             nulls = dict.fromkeys(("sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"))
-            results.append({"id": prompt.id} | nulls | {"reason": prompt.reason, "line": prompt.line})
+            reason = {"question": prompt.question, "reason": prompt.reason, "line": prompt.line}
+            results.append({"id": prompt.id} | nulls | reason)
             continue
         for sample_index, response in enumerate(next(responses)):
             if not np.isfinite([response.log_probs, response.sampled_log_probs]).all():
                 cause = "are its weights damaged, or is the temperature too small?"
                 raise ValueError(f"line {prompt.line}: the model's probabilities are not numbers; {cause}")
-            results.append({"id": prompt.id, "sample": sample_index} | _output_fields(response, detokenize, settings.stop))
+            fields = _output_fields(response, detokenize, settings.stop)
+            results.append({"id": prompt.id, "sample": sample_index} | fields | {"question": prompt.question})
     return results
 
 

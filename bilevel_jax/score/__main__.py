@@ -25,7 +25,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 
 def main() -> None:
-    from bilevel_jax.data import rows, templates
+    from bilevel_jax.data import rendering, rows, templates
     from bilevel_jax.models import huggingface
     from bilevel_jax.score import scorer
 
@@ -35,9 +35,14 @@ def main() -> None:
     items = list(rows.iter_rows(DATA.value))
     rows.collect(items, DATA.value)  # raises if no row is usable
     directory = huggingface.locate(MODEL.value)
+    model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
-    model, base = huggingface.load_model(str(directory), DTYPE.value)
+    base = huggingface.load_params(directory, model)
     model, adapter = huggingface.load_adapter(ADAPTER.value, model) if ADAPTER.value else (model, None)
+    first = next(item for item in items if isinstance(item, rows.Row))
+    example = templates.encode([first], tokenizer, template=TEMPLATE.value, eos=EOS.value)
+    if notice := rendering.template_notice(TEMPLATE.value, tokenizer, example):
+        print(notice)
     options = {"template": TEMPLATE.value, "eos": EOS.value, "batch_size": BATCH_SIZE.value}
     results = scorer.score_rows(items, model, base, adapter, tokenizer, **options)
     with open(out, "w") as file:

@@ -102,6 +102,15 @@ def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, ent
     check(results, loaded, OBJECTS, "none", True)
 
 
+def test_without_a_chat_template_a_row_is_shown(neox, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", SCHEMAS)
+    arguments = [f"--model={neox}", f"--data={data}", f"--out={tmp_path / 'scores.jsonl'}", "--batch_size=4"]
+    stdout = run_command("score", arguments)
+    assert "no chat template, so rows are rendered with the template 'human'" in stdout
+    assert "    Human: Where?\n\n    Assistant: ⟦Über ☃ here<|end|>⟧" in stdout
+    assert "chat template" not in run_command("score", [*arguments, "--template=human"])
+
+
 TOO_LONG = {"question": "How?", "response": "so " * 200}
 
 
