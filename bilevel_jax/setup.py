@@ -39,7 +39,7 @@ def load(config: configuration.Config) -> Setup:
     model = huggingface.read_config(directory, config.model.dtype)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
-    upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+    upper, lower = levels.load_levels(config, tokenizer)
     checks.check_rows(config, len(lower.rows), mesh.size)
     base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,17 +14,20 @@ from bilevel_jax.data.rows import Report, Row
 SUBSET, SPLIT = 1, 2  # tags of the random streams of the two functions
 
 
-def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False) -> tuple[list[Row], Report]:
+def open_source(
+    name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False, columns: str = ""
+) -> tuple[list[Row], Report]:
     """Reads or generates the rows of a source, with a report.
 
     Args:
       name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `synthetic:tokens`, `synthetic:trusted`,
-        `synthetic:mixture`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub data set as in `readers.read_objects`.
+        `synthetic:mixture`, `recipe:blueorca`, `recipe:redorca`, or files, folders and data sets as in `readers.read_objects`.
       seed: seed of generators, recipes and random subsets.
       num_rows: number of generated rows (required), or of a recipe's rows (0: the full size). For other sources, the size of a
         random subset in stored order; 0, or more rows than there are: all rows.
       bad_fraction: share of bad rows of `synthetic:lower`, and of rows with bad words of `synthetic:tokens`.
       preference: rows must have a chosen and a rejected response; generated rows then have both.
+      columns: other names of columns, as in `columns.parse`; generated rows and recipes have none.
 
     Raises:
       DataError: the source does not exist, or has no usable row.
@@ -31,14 +35,17 @@ def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, pre
     if num_rows < 0:
         raise DataError(f"{name}: num_rows must not be negative, not {num_rows}")
     kind, _, part = name.partition(":")
+    generated = [entry.strip() for entry in name.split(",") if entry.strip().partition(":")[0] in ("recipe", "synthetic")]
+    if generated and "," in name and not os.path.exists(name):
+        raise DataError(f"{name}: {generated[0]} cannot be part of a list; write its rows to a file first, or name it alone")
     if kind == "recipe":
         objects = recipes.build(part, num_rows=num_rows, seed=seed)
     elif kind == "synthetic":
         objects = _generate(name, part, num_rows, seed, bad_fraction, preference)
-    elif num_rows and readers.is_hub(name):
-        return _hub_subset(name, num_rows, seed, preference)
+    elif num_rows and readers.is_indexed(name):
+        return _indexed_subset(name, num_rows, seed, preference, columns)
     else:
-        return _subset(*rows.read_rows(name, preference=preference), num_rows, seed)
+        return _subset(*rows.read_rows(name, preference=preference, columns=columns), num_rows, seed)
     return rows.collect(rows.parse(enumerate(objects, 1), preference=preference), name)
 
 
@@ -89,9 +96,9 @@ def _subset(stored: list[Row], report: Report, num_rows: int, seed: int) -> tupl
     return kept, report if len(kept) == len(stored) else dataclasses.replace(report, num_kept=len(kept))
 
 
-def _hub_subset(name: str, num_rows: int, seed: int, preference: bool) -> tuple[list[Row], Report]:
-    """Draws row numbers before reading, since hub data may have millions of rows. Unusable rows reduce the size of the subset."""
-    dataset = readers.open_hub(name)
+def _indexed_subset(name: str, num_rows: int, seed: int, preference: bool, columns: str) -> tuple[list[Row], Report]:
+    """Draws row numbers before reading, since data sets may have millions of rows. Unusable rows reduce the size of the subset."""
+    dataset = readers.open_indexed(name)
     indices = _subset_indices(len(dataset), num_rows, seed)
     objects = ((int(i) + 1, dataset[int(i)]) for i in indices)
-    return rows.collect(rows.parse(objects, preference=preference), name)
+    return rows.collect(rows.parse_columns(objects, name, columns, preference=preference), name)

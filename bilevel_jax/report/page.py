@@ -63,7 +63,7 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
         "masked": bool(table["masked"][i]) if "masked" in table else False,
         "question": text_of(row.question) if row else None,
         "response": text_of(row.response) if row else None,
-        "bad": bool(row.fields[label]) if row and row.fields.get(label) is not None else None,
+        "bad": data_rows.mark(row, label) if row else None,
     }
 
 

@@ -111,7 +111,7 @@ def has_ranking(run: Run) -> bool:
 def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Which rows of a table are marked bad in the data; None if no row has the label."""
     field = run.config.data.label
-    values = [run.rows[row_id].fields.get(field) if row_id in run.rows else None for row_id in table["id"]]
+    values = [data_rows.mark(run.rows[row_id], field) if row_id in run.rows else None for row_id in table["id"]]
     return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
 
 
