@@ -88,10 +88,10 @@ def _read(config, level: str, tokenizer) -> _Read:
         num_rows=limit,
         bad_fraction=config.data.bad_fraction,
         preference=getattr(config.loss, level) != "sft",
-        columns=config.data.columns,
+        columns=getattr(config.data, "columns", ""),  # earlier runs have none of these three keys
     )
     read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={})
-    mode = config.data.deduplicate
+    mode = getattr(config.data, "deduplicate", "off")
     cluster = duplicates.clusters(read.rows, mode)
     sizes = duplicates.sizes(cluster)
     if not sizes:

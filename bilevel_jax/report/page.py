@@ -354,6 +354,7 @@ def render(run: Run) -> str:
         extremes={} if reasons["rows"] else {epoch: extremes(run, epoch) for epoch in epochs},
         sources=[(one_line(name, 60), num_rows, share) for name, num_rows, share in shares[:MAX_TABLE_SOURCES]],
         num_more_sources=max(0, len(shares) - MAX_TABLE_SOURCES),
+        repeated=run_data.repeated_rows(run),
         measures={name: weight_table.MEASURES[name] for name in measures},
         corners=corner_rows(run) if measures else [],
         max_dots=corners.MAX_DOTS,
