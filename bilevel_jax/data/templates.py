@@ -149,7 +149,7 @@ def refusal(row: Row, tokenizer, template: str) -> str | None:
     if not row.chat:
         return None
     if template != "chat":
-        return f"tool calls, which need a chat template; this run has template '{template}'"
+        return f"tool calls, which need a chat template; the template here is '{template}'"
     source = tokenizer.get_chat_template(tools=row.tools)
     if row.tools and "tools" not in source:
         return "tools, which the chat template does not render"

@@ -62,6 +62,8 @@ def check_flags() -> None:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if not 0 <= DROP_IMPLAUSIBLE.value < 1:
         raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
+    if FLAGS["columns"].present and not SCORE_NEW.value:
+        raise ValueError("--columns goes with --score-new")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 

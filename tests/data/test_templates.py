@@ -352,8 +352,8 @@ def test_tools_are_rendered_by_the_chat_template(value, prompt, response):
 @pytest.mark.parametrize(
     ("value", "tokenizer", "template", "reason"),
     [
-        ({"messages": [ASK, CALL]}, PLAIN, "auto", "tool calls, which need a chat template; this run has template 'human'"),
-        ({"messages": [ASK, CALL]}, WITH_TOOLS, "none", "tool calls, which need a chat template; this run has template 'none'"),
+        ({"messages": [ASK, CALL]}, PLAIN, "auto", "tool calls, which need a chat template; the template here is 'human'"),
+        ({"messages": [ASK, CALL]}, WITH_TOOLS, "none", "tool calls, which need a chat template; the template here is 'none'"),
         ({"messages": [ASK, CALL]}, CHATTING, "auto", "tool calls, which the chat template does not render"),
         ({"messages": [ASK, SUNNY], "tools": [TOOL]}, CHATTING, "auto", "tools, which the chat template does not render"),
         (
