@@ -7,6 +7,8 @@ from typing import Any
 from bilevel_jax.data import schemas
 from bilevel_jax.data.rejections import DataError
 
+MAX_SEEN = 1000  # names of columns that are kept for a message
+
 
 def parse(text: str, name: str = "--columns") -> dict[str, str]:
     """From `FIELD:COLUMN,...` to field -> column; an empty text gives {}. Errors begin with the `name` of the setting.
@@ -29,30 +31,36 @@ def parse(text: str, name: str = "--columns") -> dict[str, str]:
     return columns
 
 
-def rename(objects: Iterable[tuple[int, Any]], columns: Mapping[str, str], path: str) -> Iterator[tuple[int, Any]]:
-    """Renames the columns of each object. A field that has the new name already becomes `original_NAME`.
+class Columns:
+    """Other names of columns, and which of them were found in the data so far."""
 
-    Args:
-      objects: (line, object), as in `readers.read_objects`.
-      columns: field -> column.
-      path: for the message.
+    def __init__(self, text: str = "", name: str = "--columns"):
+        """Arguments and errors as for `parse`."""
+        self.names = parse(text, name)
+        self._missing = dict.fromkeys(self.names.values())
+        self._seen: dict[Any, None] = {}
 
-    Raises:
-      DataError: no object has one of the columns.
-    """
-    missing, seen = dict.fromkeys(columns.values()), {}
-    for line, value in objects:
-        if isinstance(value, Mapping):
-            for column in [column for column in missing if column in value]:
-                del missing[column]
-            if missing and len(seen) < 1000:
-                seen |= dict.fromkeys(value)
-            value = _renamed(value, columns)
-        yield line, value
-    if missing and seen:
-        column = next(iter(missing))
-        close = difflib.get_close_matches(column, map(str, seen), 1)
-        hint = f" (did you mean {close[0]}?)" if close else f"; the columns are {', '.join(map(str, list(seen)[:20]))}"
+    def rename(self, objects: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """Renames the columns of (line, object). A field that has the new name already becomes `original_NAME`."""
+        if not self.names:
+            yield from objects
+            return
+        for line, value in objects:
+            if isinstance(value, Mapping):
+                for column in [column for column in self._missing if column in value]:
+                    del self._missing[column]
+                if self._missing and len(self._seen) < MAX_SEEN:
+                    self._seen |= dict.fromkeys(value)
+                value = _renamed(value, self.names)
+            yield line, value
+
+    def check(self, path: str) -> None:
+        """Raises a DataError if no object had one of the columns; it names the source `path` and the nearest column."""
+        if not (self._missing and self._seen):
+            return
+        column, known = next(iter(self._missing)), [str(name) for name in self._seen]
+        close = difflib.get_close_matches(column, known, 1)
+        hint = f" (did you mean {close[0]}?)" if close else f"; the columns are {', '.join(known[:20])}"
         raise DataError(f"{path}: no row has the column '{column}'{hint}")
 
 

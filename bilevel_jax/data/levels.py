@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from bilevel_jax.data import duplicates, rows, sources, templates
+from bilevel_jax.data.columns import Columns
 
 OVERLAP = ("warn", "drop", "refuse")
 
@@ -64,7 +65,7 @@ def load_level(config, level: str, tokenizer) -> Level:
     Raises:
       DataError: the source cannot be used, or too few rows remain for training.
     """
-    (loaded,) = _split(config, [_read(config, level, tokenizer)])
+    (loaded,) = _split(config, [_read(config, level, tokenizer, _columns(config))])
     return loaded
 
 
@@ -74,12 +75,18 @@ def load_levels(config, tokenizer) -> tuple[Level, Level]:
     Raises:
       DataError: a source cannot be used, too few rows remain for training, or `data.overlap=refuse` and rows are on both levels.
     """
-    upper, lower = (_read(config, level, tokenizer) for level in ("upper", "lower"))
+    columns = _columns(config)
+    upper, lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
+    columns.check(f"{upper.source} and {lower.source}")
     upper, lower = _split(config, [upper, _without_overlap(config, upper, lower)])
     return upper, lower
 
 
-def _read(config, level: str, tokenizer) -> _Read:
+def _columns(config) -> Columns:
+    return Columns(getattr(config.data, "columns", ""), "data.columns")  # earlier runs have no such key
+
+
+def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     """Reads and tokenizes one level, and removes duplicates as `data.deduplicate` says."""
     source, limit = getattr(config.data, level), getattr(config.data, f"num_{level}")
     all_rows, report = sources.open_source(
@@ -88,7 +95,7 @@ def _read(config, level: str, tokenizer) -> _Read:
         num_rows=limit,
         bad_fraction=config.data.bad_fraction,
         preference=getattr(config.loss, level) != "sft",
-        columns=getattr(config.data, "columns", ""),  # earlier runs have none of these three keys
+        columns=columns,
     )
     read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={})
     mode = getattr(config.data, "deduplicate", "off")
@@ -166,7 +173,7 @@ def reopen(config) -> list[rows.Row]:
         num_rows=config.data.num_lower,
         bad_fraction=config.data.bad_fraction,
         preference=config.loss.get("lower", "sft") != "sft",  # earlier runs have no such key
-        columns=config.data.get("columns", ""),
+        columns=_columns(config),
     )
     return lower_rows
 

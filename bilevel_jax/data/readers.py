@@ -242,14 +242,13 @@ def _csv_row(line: int, header: list[str], values: list[str]) -> Any:
 def _read_parquet(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    line = 0
+    line, source = 0, path
     with contextlib.ExitStack() as stack:
         if path.lower().endswith(COMPRESSED):  # Parquet is read from its end
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, unpacked)
-            file = unpacked
+            source = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, source)
         try:
-            with pyarrow.parquet.ParquetFile(file) as table:
+            with pyarrow.parquet.ParquetFile(source) as table:
                 for batch in table.iter_batches(batch_size=1024):
                     for value in batch.to_pylist():
                         line += 1

@@ -13,8 +13,8 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bilevel_jax.data import columns as column_names
 from bilevel_jax.data import readers, schemas
+from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
 
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
@@ -173,13 +173,14 @@ def iter_rows(path: str, *, preference: bool = False, questions_only: bool = Fal
       DataError: the source cannot be read, or has no such column.
     """
     path = os.fspath(path)
-    return parse_columns(readers.read_objects(path), path, columns, preference=preference, questions_only=questions_only)
+    renamed = Columns(columns)
+    yield from parse_columns(readers.read_objects(path), renamed, preference=preference, questions_only=questions_only)
+    renamed.check(path)
 
 
-def parse_columns(objects: Iterable[tuple[int, Any]], path: str, columns: str, **options: bool) -> Iterator[Row | Rejection]:
+def parse_columns(objects: Iterable[tuple[int, Any]], columns: Columns, **options: bool) -> Iterator[Row | Rejection]:
     """`parse` of objects whose columns have other names."""
-    names = column_names.parse(columns)
-    return parse(column_names.rename(objects, names, path) if names else objects, named=names, **options)
+    return parse(columns.rename(objects), named=columns.names, **options)
 
 
 def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Report]:

@@ -46,16 +46,16 @@ class Schema(NamedTuple):
 
 def split_response(chat: Chat, key: str, trim: bool = True) -> tuple[Chat, str, bool]:
     """Splits a conversation into the turns before the assistant's last one, its text, and whether later turns were cut off."""
-    turns, messages = list(chat.turns), list(chat.messages)
+    turns = list(chat.turns)
     while trim and turns and turns[-1][0] != "assistant":
         turns.pop()
-        messages.pop()
     if not turns or turns[-1][0] != "assistant":
         raise Unusable(f"field '{key}' does not end with the assistant's message")
+    end = len(turns)
     response = turns.pop()[1]
     if not response.strip():
         raise Unusable("empty response")
-    return chat._replace(turns=turns, messages=messages), response, len(messages) < len(chat.messages)
+    return chat._replace(turns=turns, messages=chat.messages[:end]), response, end < len(chat.turns)
 
 
 def _prompt_messages(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

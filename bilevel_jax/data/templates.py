@@ -149,13 +149,17 @@ def refusal(row: Row, tokenizer, template: str) -> str | None:
     if not row.chat:
         return None
     if template != "chat":
-        return f"tool calls, which need a chat template; the template here is '{template}'"
+        return f"tools, which need a chat template; the template here is '{template}'"
     source = tokenizer.get_chat_template(tools=row.tools)
     if row.tools and "tools" not in source:
         return "tools, which the chat template does not render"
     if any("tool_calls" in message for message in row.chat) and "tool_calls" not in source:
         return "tool calls, which the chat template does not render"
-    if _ends_with_call(row) and not _full_text(row, tokenizer).startswith(render(row, tokenizer, template)):
+    try:
+        prompt, text = render(row, tokenizer, template), _full_text(row, tokenizer)
+    except ValueError:
+        return "tool calls or results that the chat template refuses"
+    if _ends_with_call(row) and not text.startswith(prompt):
         return "a tool call that the chat template does not put after the prompt"
     return None
 

@@ -62,8 +62,10 @@ def test_only_some_files_have_the_column(file, tmp_path):
 
 def test_columns_of_a_level(file):
     options = {"seed": 0, "num_rows": 2, "bad_fraction": 0.0}
-    kept, report = sources.open_source(file, **options, columns="question:query,response:answer")
+    kept, report = sources.open_source(file, **options, columns=columns.Columns("question:query,response:answer"))
     assert len(kept) == 2 and report.num_rows == 3
+    with pytest.raises(DataError, match=r"no row has the column 'answers' \(did you mean answer\?\)"):  # so no row can be used
+        sources.open_source(file, **options, columns=columns.Columns("question:query,response:answers"))
 
 
 def test_columns_of_a_config():

@@ -111,6 +111,18 @@ def test_near_duplicates_are_dropped(make_levels):
         assert len(lower.rows) == number
 
 
+def test_columns_of_one_level(make_levels):
+    """The other one has the usual names. A column that neither has is an error."""
+    renamed = [{"query": row["question"], "response": row["response"]} for row in LOWER]
+    expected, given = make_levels(UPPER, LOWER), make_levels(UPPER, renamed, {"data.columns": "question:query"})
+    for one, other in zip(expected, given):
+        assert [row.id for row in one.rows + one.eval_rows] == [row.id for row in other.rows + other.eval_rows]
+    reopened = levels.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"}))
+    assert len(reopened) == len(LOWER)
+    with pytest.raises(DataError, match="up.jsonl and .*low.jsonl: no row has the column 'qury'"):
+        make_levels(UPPER, LOWER, {"data.columns": "question:qury"})
+
+
 def test_near_needs_a_library(make_levels, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(configuration.ConfigError, match=r"^data.deduplicate=near needs the package datasketch: pip install"):

@@ -1,12 +1,14 @@
 """Chats in the forms of OpenAI, ShareGPT and TRL, and their tool calls."""
 
 import json
+import pathlib
+import re
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bilevel_jax.data import rows
+from bilevel_jax.data import rows, schemas
 from bilevel_jax.data.rows import Rejection
 
 USER, SYSTEM = {"role": "user", "content": "2 + 2?"}, {"role": "system", "content": "Be brief."}
@@ -197,3 +199,17 @@ def test_tools_of_a_parquet_file(tmp_path):
     usable, report = rows.read_rows(tmp_path / "a.parquet")
     assert not report.rejections
     assert [row.chat[-1]["tool_calls"][0]["function"]["arguments"] for row in usable] == [{"city": "Paris"}, {"a": 1}]
+
+
+# ---- the documentation ----
+
+
+def test_the_examples_of_the_page():
+    """Every line of the table of schemas, and the conversation with tools."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = re.findall(r"^\| ([^|]*) \| `(\{.*?\})`", page, re.MULTILINE)
+    parsed = {name: parse_one(json.loads(example), preference=name == "preference") for name, example in table}
+    assert {row.schema for row in parsed.values()} == {schema.name for schema in schemas.SCHEMAS}
+    assert {(row.question, row.response) for name, row in parsed.items() if name != "Alpaca"} == {("2 + 2?", "4")}
+    (tools,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert [message["role"] for message in parse_one(json.loads(tools)).chat] == ["user", "assistant", "tool", "assistant"]

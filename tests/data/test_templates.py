@@ -352,10 +352,18 @@ def test_tools_are_rendered_by_the_chat_template(value, prompt, response):
 @pytest.mark.parametrize(
     ("value", "tokenizer", "template", "reason"),
     [
-        ({"messages": [ASK, CALL]}, PLAIN, "auto", "tool calls, which need a chat template; the template here is 'human'"),
-        ({"messages": [ASK, CALL]}, WITH_TOOLS, "none", "tool calls, which need a chat template; the template here is 'none'"),
+        ({"messages": [ASK, CALL]}, PLAIN, "auto", "tools, which need a chat template; the template here is 'human'"),
+        ({"messages": [ASK, CALL]}, WITH_TOOLS, "none", "tools, which need a chat template; the template here is 'none'"),
         ({"messages": [ASK, CALL]}, CHATTING, "auto", "tool calls, which the chat template does not render"),
         ({"messages": [ASK, SUNNY], "tools": [TOOL]}, CHATTING, "auto", "tools, which the chat template does not render"),
+        (
+            {"messages": [ASK, RESULT, SUNNY]},
+            make_tokenizer(
+                chat="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+            ),
+            "auto",
+            "tool calls or results that the chat template refuses",
+        ),
         (
             {"messages": [ASK, CALL]},
             make_tokenizer(chat=TOOLS + "{{ '<think>' if add_generation_prompt }}", eos_token="<|im_end|>"),

@@ -202,4 +202,4 @@ def test_tools_without_a_chat_template_have_a_reason(neox, tmp_path):
     items = list(rows.parse(enumerate([*make_rows(1, seed=6), chat], 1)))
     results = scorer.score_rows(items, *load(neox), template="auto", eos=True, batch_size=4)
     assert results[0]["loss"] > 0 and results[1]["loss"] is None
-    assert results[1]["reason"] == "tool calls, which need a chat template; the template here is 'human'"
+    assert results[1]["reason"] == "tools, which need a chat template; the template here is 'human'"
