@@ -8,7 +8,7 @@ from bilevel_jax import checks, train
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, rows
 from bilevel_jax.data.rejections import DataError
-from tests.conftest import HELD_OUT, NUM_LOWER, load, make_rows, read_jsonl, write_jsonl
+from tests.conftest import EVERYTHING, HELD_OUT, NUM_LOWER, load, make_rows, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -130,10 +130,11 @@ def test_near_needs_a_library(make_levels, monkeypatch):
 
 
 def test_a_run_says_what_it_left_out(make_config, data, tmp_path):
-    """The rows of another test's run, so that nothing compiles, and copies of some of them."""
+    """The run of the fixture `finished`, whose compiled program it shares, with copies of some rows."""
     given = read_jsonl(data / "lower.jsonl")
     file = write_jsonl(tmp_path / "lower.jsonl", given + given[:6])
-    train.run(make_config({"data.lower": str(file), "data.deduplicate": "exact", "num_epochs": 1}), tmp_path / "run")
+    changes = {"data.lower": str(file), "data.deduplicate": "exact", "log.tensorboard": False}
+    train.run(make_config(EVERYTHING | changes), tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rows"] == NUM_LOWER - HELD_OUT
     assert (summary["data/lower_duplicates"], summary["data/lower_duplicate_clusters"]) == (6, {"2": 6})

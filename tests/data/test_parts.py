@@ -96,3 +96,17 @@ def test_rows_of_several_files(folder, tmp_path):
         "  left out 1: field 'question' is not text (first: b.jsonl:2)",
         "  left out 1: empty question (first: c row 2)",
     ]
+
+
+def test_hub_data_sets_in_a_list(folder, monkeypatch):
+    folder("a.jsonl")
+    calls = []
+
+    def load_dataset(name, config, *, split, data_dir):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list([{"prompt": "p", "completion": "c"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    usable, report = rows.read_rows("a.jsonl,org/set:test")
+    assert [(row.question, row.source, row.line) for row in usable] == [("a.jsonl", "a.jsonl", 1), ("p", "org/set:test", 1)]
+    assert calls == [("org/set", None, "test")] and report.schemas == {"question/response": 1, "prompt/completion": 1}

@@ -358,9 +358,7 @@ def test_tools_are_rendered_by_the_chat_template(value, prompt, response):
         ({"messages": [ASK, SUNNY], "tools": [TOOL]}, CHATTING, "auto", "tools, which the chat template does not render"),
         (
             {"messages": [ASK, RESULT, SUNNY]},
-            make_tokenizer(
-                chat="{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
-            ),
+            make_tokenizer(chat=CHAT + "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no') }}{% endfor %}"),
             "auto",
             "tool calls or results that the chat template refuses",
         ),
