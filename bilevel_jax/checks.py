@@ -10,7 +10,7 @@ import ml_collections
 from bilevel_jax import config as configuration
 from bilevel_jax import near_names, objective, online, sampling, step
 from bilevel_jax.config import Config, ConfigError
-from bilevel_jax.data import templates
+from bilevel_jax.data import columns, duplicates, levels, rejections, templates
 
 CHOICES = {
     "method": configuration.METHODS,
@@ -18,6 +18,8 @@ CHOICES = {
     "model.dtype": configuration.DTYPES,
     "selection.unit": configuration.UNITS,
     "data.template": templates.TEMPLATES,
+    "data.deduplicate": duplicates.MODES,
+    "data.overlap": levels.OVERLAP,
     "online.generate": online.GENERATE,
     "online.objective": objective.RESPONSE_LOSSES,
 }
@@ -149,9 +151,15 @@ def _check_values(config: Config) -> None:
         value = _value(config, key)
         _require(in_range(value), f"{key}={value} must be {words}")
     for key in ("data.upper", "data.lower"):
-        _require(bool(_value(config, key).strip()), f"{key} is empty; name a file, a hub data set or a recipe")
+        _require(bool(_value(config, key).strip()), f"{key} is empty; name files, folders, a hub data set or a recipe")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")
     _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")
+    installed = config.data.deduplicate != "near" or importlib.util.find_spec("datasketch")
+    _require(bool(installed), "data.deduplicate=near needs the package datasketch: pip install 'bilevel_jax[near]'")
+    try:
+        columns.parse(config.data.columns, "data.columns")
+    except rejections.DataError as error:
+        raise ConfigError(str(error)) from error
     configuration.profiled_steps(config)
 
 

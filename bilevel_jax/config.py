@@ -5,6 +5,7 @@ takes that. `to_selector`, `to_objective` and `to_optimizer` make what the updat
 """
 
 import dataclasses
+import os
 import re
 
 import ml_collections
@@ -121,9 +122,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    upper: str = "synthetic:upper"  # trusted rows: file, hub id, recipe:NAME or synthetic:upper
-    # The mixture to select from; synthetic:domains: some sources better than others; synthetic:tokens: right rows with bad words
+    # Trusted rows: files, folders, globs and hub ids, several separated by commas; recipe:NAME; synthetic:upper
+    upper: str = "synthetic:upper"
+    # The mixture to select from, likewise; synthetic:domains: some sources better than others; synthetic:tokens: right rows with
+    # bad words
     lower: str = "synthetic:lower"
+    columns: str = ""  # other names of columns, for example question:query,response:answer
+    deduplicate: str = "off"  # off (copies are counted), exact (of copies only the first is used), near (of similar rows)
+    overlap: str = "warn"  # rows on both levels: warn, drop (from the lower level), refuse
     template: str = "auto"  # auto (the tokenizer's chat template, else human), chat, human, alpaca, none
     max_length: int = 2048  # tokens of question and response together; also the length of a packed sequence
     num_upper: int = 0  # size of a seeded random subset; 0: all
@@ -192,7 +198,22 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """Every key with its default, for `configs/*.py` to start from."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    config.data = DataSection(config.data)
+    return config
+
+
+class DataSection(ml_collections.ConfigDict):
+    """The section `data`. It takes lists of sources and stores them as one text, separated by commas, as the command line does."""
+
+    def __setitem__(self, key, value):
+        if key in ("upper", "lower") and isinstance(value, (list, tuple)):
+            names = [os.fspath(name) for name in value]
+            with_comma = next((name for name in names if "," in name), None)
+            if with_comma is not None:
+                raise ConfigError(f"data.{key}: the name {with_comma!r} in a list has a comma; write ? in its place")
+            value = ",".join(names)
+        super().__setitem__(key, value)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def token_offsets(setup: Setup, state: step.State) -> list[np.ndarray] | None:
     return templates.response_offsets(setup.lower.rows, setup.lower.examples, setup.tokenizer)
 
 
-def write_summary(workdir: pathlib.Path, setup: Setup, values: dict[str, float], clock: clocks.Clock) -> dict[str, float]:
+def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: clocks.Clock) -> dict:
     """Writes summary.json and report.html, and returns the summary."""
     summary = values | {f"time/{key}": round(value, 2) for key, value in clock.elapsed().items()}
 

@@ -42,7 +42,7 @@ def load(config: configuration.Config) -> Setup:
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):
-        upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
+        upper, lower = levels.load_levels(config, tokenizer)
     checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         print(notice)

@@ -453,6 +453,8 @@ def _finish(run: Run, state: step.State, final: dict[str, float]) -> dict[str, f
     if run.token_offsets is not None:
         with run.clock("eval"):
             final |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
-    values: dict[str, float] = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
+    values: dict = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
+    for level in ("upper", "lower"):
+        values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
     return finish.write_summary(run.workdir, run.setup, values | final | run.refresh_counts, run.clock)

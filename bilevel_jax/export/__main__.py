@@ -30,7 +30,12 @@ DROP_IMPLAUSIBLE = flags.DEFINE_float(
     "Share of the rows to leave out, those with the smallest `plausible`, whatever their weight.",
     flag_values=FLAGS,
 )
-SCORE_NEW = flags.DEFINE_string("score-new", None, "New rows to rank and select, instead of the training rows.", flag_values=FLAGS)
+SCORE_NEW = flags.DEFINE_string(
+    "score-new", None, "Files with new rows to rank and select, instead of the training rows.", flag_values=FLAGS
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", None, "Other names of columns in --score-new: question:query; by default data.columns of the run.", flag_values=FLAGS
+)
 REFINED = flags.DEFINE_bool("refined", False, "Use the latest generated responses of masked rows.", flag_values=FLAGS)
 FORMAT = flags.DEFINE_enum(
     "format",
@@ -62,12 +67,15 @@ def check_flags() -> None:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if not 0 <= DROP_IMPLAUSIBLE.value < 1:
         raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
+    if FLAGS["columns"].present and not SCORE_NEW.value:
+        raise ValueError("--columns goes with --score-new")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
 
 def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     """The logit of each row's source in the run."""
+    from bilevel_jax.data import rows as data_rows
     from bilevel_jax.runtime import weight_table
 
     table = weight_table.latest(workdir)
@@ -75,7 +83,9 @@ def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     for row in rows:
         if row.source not in logits:
             sources = ", ".join(map(repr, logits))
-            raise ValueError(f"--score-new: {file}:{row.line}: source {row.source!r} is none of those of {workdir}: {sources}")
+            raise ValueError(
+                f"--score-new: {data_rows.location(file, row.line)}: source {row.source!r} is none of those of {workdir}: {sources}"
+            )
     return [logits[row.source] for row in rows]
 
 
@@ -96,7 +106,8 @@ def rank_new(workdir: pathlib.Path, config, file: str):
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
-    rows, report = data_rows.read_rows(file)
+    columns = config.data.get("columns", "") if COLUMNS.value is None else COLUMNS.value
+    rows, report = data_rows.read_rows(file, columns=columns)
     rows, examples = levels.usable(config, file, rows, report, tokenizer)
     zeros = np.zeros(len(rows))
     if by_domain:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bilevel_jax import selector
+from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import weight_table
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -223,7 +224,7 @@ def _by_source(groups) -> list[str]:
 def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
     """A section on the rows that the data mark as bad; empty without labels. Training never reads the labels."""
     label, records = provenance.config["data"]["label"], groups["all"]
-    labels = {row.id: row.fields.get(label) for row in rows}
+    labels = {row.id: data_rows.mark(row, label) for row in rows}
     if all(labels[record["id"]] is None for record in records):
         return []
     shares = {name: np.mean([bool(labels[record["id"]]) for record in group]) for name, group in groups.items() if group}

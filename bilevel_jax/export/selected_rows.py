@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel_jax.data import rows, templates
+from bilevel_jax.data import messages, rows, templates
 from bilevel_jax.runtime import weight_table
 
 FORMATS = {
@@ -170,9 +170,10 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
     Raises:
       DataError: the row is a preference pair.
     """
-    if row.schema == "messages":
-        *turns, last = row.fields["messages"]
-        changed = {"messages": [*turns, {**last, "content": response}]}
+    if row.schema in ("messages", "conversations"):
+        changed = {row.schema: messages.with_last_answer(row.fields[row.schema], response)}
+    elif isinstance(row.fields.get("completion"), list):
+        changed = {"completion": messages.with_last_answer(row.fields["completion"], response)}
     elif row.schema in RESPONSE_FIELDS:
         changed = {RESPONSE_FIELDS[row.schema]: response}
     else:
@@ -209,13 +210,12 @@ def resolve_format(form: str, kept_rows: Sequence[rows.Row], template: str) -> s
 def prompt_columns(row: rows.Row, form: str, tokenizer, template: str) -> dict:
     """`prompt` and `completion` of a row, if the format has them. `template` is as returned by `templates.resolve`."""
     if form == "chat":
-        turns = ((("system", row.system),) if row.system else ()) + row.messages
-        prompt = [{"role": role, "content": content} for role, content in turns]
-        return {"prompt": prompt, "completion": [{"role": "assistant", "content": row.response}]}
+        *prompt, completion = templates.messages_of(row, with_response=True)
+        return {"prompt": prompt, "completion": [completion]} | ({"tools": row.tools} if row.tools else {})
     if form == "text":
         rendered = templates.render(row, tokenizer, template)
         prompt = rendered.rstrip(" ")  # the concatenation stays the same, and the prompt ends at a token boundary
-        return {"prompt": prompt, "completion": rendered[len(prompt) :] + row.response}
+        return {"prompt": prompt, "completion": rendered[len(prompt) :] + templates.response_text(row, tokenizer)}
     return {}
 
 
@@ -223,8 +223,12 @@ def misread(form: str, kept_rows: Sequence[rows.Row]) -> set[str]:
     """Names of fields that SFTTrainer would misinterpret."""
     if form == "original":
         return set()
-    harmless = form == "chat" and all(row.schema == "messages" for row in kept_rows)
-    return set(READ_BY_TRL) - ({"messages"} if harmless else set())
+    harmless = set()
+    if form == "chat" and all(row.schema == "messages" for row in kept_rows):
+        harmless.add("messages")
+    if form == "chat" and all(row.tools for row in kept_rows if row.fields.get("tools")):
+        harmless.add("tools")
+    return set(READ_BY_TRL) - harmless
 
 
 def join(kept_rows: Sequence[rows.Row], columns: Sequence[Mapping], reserved: Collection[str]) -> tuple[list[dict], list[str]]:

@@ -63,7 +63,7 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
         "masked": bool(table["masked"][i]) if "masked" in table else False,
         "question": text_of(row.question) if row else None,
         "response": text_of(row.response) if row else None,
-        "bad": bool(row.fields[label]) if row and row.fields.get(label) is not None else None,
+        "bad": data_rows.mark(row, label) if row else None,
     }
 
 
@@ -357,6 +357,7 @@ def render(run: Run) -> str:
         extremes={} if reasons["rows"] else {epoch: extremes(run, epoch) for epoch in epochs},
         sources=[(one_line(name, 60), num_rows, share) for name, num_rows, share in shares[:MAX_TABLE_SOURCES]],
         num_more_sources=max(0, len(shares) - MAX_TABLE_SOURCES),
+        repeated=run_data.repeated_rows(run),
         measures={name: weight_table.MEASURES[name] for name in measures},
         corners=corner_rows(run) if measures else [],
         max_dots=corners.MAX_DOTS,

@@ -123,7 +123,7 @@ def has_ranking(run: Run) -> bool:
 def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Which rows of a table are marked bad in the data; None if no row has the label."""
     field = run.config.data.label
-    values = [run.rows[row_id].fields.get(field) if row_id in run.rows else None for row_id in table["id"]]
+    values = [data_rows.mark(run.rows[row_id], field) if row_id in run.rows else None for row_id in table["id"]]
     return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
 
 
@@ -166,6 +166,33 @@ def source_shares(run: Run) -> list[tuple[str, int, np.ndarray]]:
     shares += [np.bincount(source_index, table["weight"], len(names)) / table["weight"].sum() for table in tables]
     sources = [(str(name), int(number), share) for name, number, share in zip(names, count, np.stack(shares, 1))]
     return sorted(sources, key=lambda item: -abs(item[2][-1] - item[2][0]))
+
+
+class Repeated(NamedTuple):
+    """Rows of a level that occur more than once."""
+
+    level: str
+    copies: int  # beyond the first row of each cluster
+    clusters: list[tuple[int, int]]  # (size, number of clusters), the largest first
+    dropped: bool
+    overlap: int  # rows that are also on the upper level
+    held_out: int  # training rows left out as copies of held-out ones
+
+
+def repeated_rows(run: Run) -> list[Repeated]:
+    """What the summary says about duplicates and overlap, by level; empty without any."""
+    levels_with_some = []
+    for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
+        values = {
+            key.removeprefix(f"data/{level}_"): value for key, value in run.summary.items() if key.startswith(f"data/{level}_")
+        }
+        if values:
+            sizes = values.get("duplicate_clusters", {})
+            clusters = sorted(((int(size), int(count)) for size, count in sizes.items()), reverse=True)
+            counts = (int(values.get(key, 0)) for key in ("overlap", "held_out_copies"))
+            dropped = run.config.data.get("deduplicate", "off") != "off"
+            levels_with_some.append(Repeated(name, int(values.get("duplicates", 0)), clusters, dropped, *counts))
+    return levels_with_some
 
 
 def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:

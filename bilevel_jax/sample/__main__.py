@@ -20,7 +20,14 @@ FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
 ADAPTER = flags.DEFINE_string("adapter", None, "PEFT LoRA directory.", flag_values=FLAGS)
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "JSONL, JSON or Parquet file, or a hub data set; needs no responses.", required=True, flag_values=FLAGS
+    "prompts",
+    None,
+    "Files, folders, globs or hub data sets, separated by commas; needs no responses.",
+    required=True,
+    flag_values=FLAGS,
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "Other names of columns, for example question:query,response:answer.", flag_values=FLAGS
 )
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.", flag_values=FLAGS)
@@ -67,8 +74,9 @@ def main() -> None:
         raise ValueError(f"--{error}") from error
     out = pathlib.Path(OUT.value)
     check_out(out)
-    items = list(rows.iter_rows(PROMPTS.value, questions_only=True))
-    rows.collect(items, PROMPTS.value)  # raises if no row is usable
+    items = list(rows.iter_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value))
+    _, report = rows.collect(items, PROMPTS.value)  # raises if no row is usable
+    print("".join(f"{note}\n" for note in report.notes()), end="")
 
     directory = huggingface.locate(MODEL.value)
     model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.data import rows, templates
+from bilevel_jax.data import rejections, rows, templates
 from bilevel_jax.models import attention
 
 
@@ -35,8 +35,11 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
         if isinstance(item, rows.Rejection):
             prompts.append(Prompt(None, item.line, None, item.reason))
             continue
-        tokens, reason = next(examples).prompt, None
-        if not len(tokens):
+        example = next(examples)
+        tokens, reason = example.prompt, None
+        if example.reason:
+            reason = example.reason
+        elif not len(tokens):
             reason = "no token in the prompt"
         elif len(tokens) >= model.max_positions:
             reason = f"no room for a response within the model's {model.max_positions} positions"
@@ -81,7 +84,7 @@ def sample_prompts(
     for prompt in prompts:
         if prompt.reason is not None:
             nulls = dict.fromkeys(("sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"))
-            reason = {"question": prompt.question, "reason": prompt.reason, "line": prompt.line}
+            reason = {"question": prompt.question, "reason": prompt.reason} | rejections.place(prompt.line)
             results.append({"id": prompt.id} | nulls | reason)
             continue
         for sample_index, response in enumerate(next(responses)):

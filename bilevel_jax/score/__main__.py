@@ -1,6 +1,6 @@
 """Scores the responses of a file of rows.
 
-    python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl
+    python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl [--columns=question:query,response:answer]
 
 Writes one line per input row, in order: `id`, `loss` (mean NLL of the response tokens, nats), `logprob` (their summed
 log-probability) and `num_tokens`. A row that cannot be scored has nulls and a `reason`.
@@ -16,7 +16,12 @@ from bilevel_jax import cli
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
 ADAPTER = flags.DEFINE_string("adapter", None, "PEFT LoRA directory.", flag_values=FLAGS)
-DATA = flags.DEFINE_string("data", None, "JSONL, JSON or Parquet file, or a hub data set.", required=True, flag_values=FLAGS)
+DATA = flags.DEFINE_string(
+    "data", None, "Files, folders, globs or hub data sets, separated by commas.", required=True, flag_values=FLAGS
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "Other names of columns, for example question:query,response:answer.", flag_values=FLAGS
+)
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPLATE = flags.DEFINE_string("template", "auto", "auto, chat, human, alpaca or none.", flag_values=FLAGS)
 EOS = flags.DEFINE_bool("eos", True, "Score the EOS after the response.", flag_values=FLAGS)
@@ -32,8 +37,9 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    items = list(rows.iter_rows(DATA.value))
-    rows.collect(items, DATA.value)  # raises if no row is usable
+    items = list(rows.iter_rows(DATA.value, columns=COLUMNS.value))
+    _, report = rows.collect(items, DATA.value)  # raises if no row is usable
+    print("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(MODEL.value)
     model = huggingface.read_config(directory, DTYPE.value)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))

@@ -1,7 +1,7 @@
 """Scores the responses of rows."""
 
 from bilevel_jax import scoring, sharding
-from bilevel_jax.data import packing, rows, templates
+from bilevel_jax.data import packing, rejections, rows, templates
 
 
 def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bool, batch_size: int) -> list[dict]:
@@ -18,14 +18,14 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
         if isinstance(item, rows.Rejection):
-            result |= {"reason": item.reason, "line": item.line}
+            result |= {"reason": item.reason} | rejections.place(item.line)
             continue
         example = next(encoded)
         segment = packing.Segment(example.prompt, example.response)
         if segment.size > model.max_positions:
-            result |= {"reason": f"over the model's {model.max_positions} positions", "line": item.line}
+            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
         elif segment.size - (not len(example.prompt)) < 1 or not len(example.response):
-            result |= {"reason": "no token to score", "line": item.line}
+            result |= {"reason": example.reason or "no token to score"} | rejections.place(item.line)
         else:
             scored.append(result)
             segments.append(segment)

@@ -92,6 +92,10 @@ def test_score_new_by_source(by_source, tmp_path):
     expected = np.exp([*logits.values()])
     np.testing.assert_allclose([found[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
 
+    renamed = [{"query": row["question"], "response": row["response"], "source": row["source"]} for row in objects]
+    command(f"--workdir={workdir}", f"--score-new={write_jsonl(new, renamed)}", f"--selected={out}", "--columns=question:query")
+    assert {row["question"] for row in read_jsonl(out)} < {row["question"] for row in objects}
+
     write_jsonl(new, [*objects, {"question": "q", "response": "r", "source": "elsewhere"}])
     with pytest.raises(ValueError, match=f"new.jsonl:{len(objects) + 1}: source 'elsewhere' is none of those of"):
         command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
@@ -363,6 +367,7 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
         (["--merged=m", "--resampled"], "--resampled goes with --selected"),
         (["--selected=kept.jsonl", "--seed=1"], "--seed goes with --resampled"),
         (["--merged=m", "--refined"], "--refined goes with --selected"),
+        (["--selected=kept.jsonl", "--columns=question:query"], "--columns goes with --score-new"),
         (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),
         (["--merged=m", "--score-new=new.jsonl"], "--score-new goes with --selected"),
         (["--selected=kept.jsonl", "--score-new=new.jsonl", "--refined"], "never saw"),

@@ -273,6 +273,35 @@ def test_misread():
     assert not selected_rows.misread("original", mixed)
 
 
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+FORMS = [
+    *MIXED,
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "cut off"}]},
+    {"messages": [CHAT[1], CALLING, {"role": "tool", "content": "x"}, CHAT[-1]], "tools": [{"name": "f"}], "system": "S"},
+    {"prompt": CHAT[:-1], "completion": CHAT[-1:]},
+]
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+@pytest.mark.parametrize("only_columns", [False, True])
+def test_exported_chats_are_read_again(tmp_path, name, only_columns):
+    """As the same rows: of the export, and of its columns for TRL alone."""
+    for value in FORMS:
+        parsed = parse([value])
+        columns = [{"weight": 1.0} | selected_rows.prompt_columns(row, "chat", None, None) for row in parsed]
+        records, _ = selected_rows.join(parsed, columns, selected_rows.misread("chat", parsed))
+        selected_rows.write(tmp_path / name, columns if only_columns else records)
+        usable, report = rows.read_rows(tmp_path / name)
+        assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
+
+
+def test_refine_replaces_the_answer_of_every_form():
+    for value in FORMS:
+        (row,) = parse([value])
+        (again,) = parse([selected_rows.with_response(row, "new").fields])
+        assert again.response == "new" and again.messages == row.messages
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,19 @@ def test_weights_by_epoch(run_dir):
     assert second == ["2", "94.3%", "0.2", "1", "1.6", "10.0%", "1.000", "0.0%", "0.0%"]
 
 
+def test_duplicates(tmp_path, run_dir):
+    """One cluster of three rows and two of two have 2 + 1 + 1 copies."""
+    workdir, _ = make_workdir(tmp_path / "run", changes={"data.deduplicate": "exact"})
+    counts = {"duplicates": 4, "duplicate_clusters": {"2": 2, "3": 1}, "overlap": 5}
+    summary = SUMMARY | {f"data/lower_{key}": value for key, value in counts.items()} | {"data/upper_held_out_copies": 1}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    assert report(workdir).tables["repeated"][1:] == [
+        ["trusted rows", "0", "", "0", "1"],
+        ["mixture", "4, dropped", "1 of 3 rows, 2 of 2 rows", "5", "0"],
+    ]
+    assert "repeated" not in report(run_dir).tables
+
+
 def test_share_of_weight_by_source(run_dir):
     """Source a: 5 rows of 20, then 4.5 and 4 of a total of 20; b has the rest."""
     head, *found = report(run_dir).tables["sources"]
