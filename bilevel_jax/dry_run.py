@@ -214,7 +214,7 @@ def time_evaluation(
         return 0.0, 0, 0
     for _ in range(2):  # the first time compiles
         began = time.perf_counter()
-        program.score(setup.base, state.policy.adapter, scoring.example_segments(examples), "timing the evaluation")
+        program.score_greedy(setup.base, state.policy.adapter, scoring.example_segments(examples), "timing the evaluation")
         seconds = time.perf_counter() - began
     return seconds, sum(one.size for one in examples), len(examples)
 

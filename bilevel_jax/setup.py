@@ -104,6 +104,7 @@ class Program:
 
     train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
     score: Callable  # see `scoring.make_scorer`
+    score_greedy: Callable  # the same, with what greedy decoding gives exactly
     batch_of: Callable  # (k, store) -> StepBatch
     features: jax.Array | None  # of the rows, on the devices
     layout: packing.Layout  # of every batch
@@ -159,7 +160,8 @@ def compile_program(
         first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()
-    return Program(train_step, score, batch_of, values, layout)
+    score_greedy = scoring.make_scorer(setup.model, micro_size, length, mesh, greedy=True)
+    return Program(train_step, score, score_greedy, batch_of, values, layout)
 
 
 def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:

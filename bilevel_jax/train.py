@@ -261,7 +261,7 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
 
 def _measure(run: Run, state: step.State) -> dict[str, float]:
     with run.clock("eval"), phases.phase(f"evaluating at step {int(state.step)}"):
-        values = evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter)
+        values = evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter)
         if run.selects:
             rule = configuration.to_selector(run.config).rule
             values |= evaluation.selector_metrics(state, rule, run.bad, run.config.eval.keep)
@@ -407,7 +407,7 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
 
 def _measure_start(run: Run, state: step.State) -> None:
     with run.clock("eval"), phases.phase("evaluating before the first step"):
-        run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
+        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter))
     run.writer.write(0, 0, run.at_start)
 
 
