@@ -17,7 +17,6 @@ from bilevel_jax import batches, checks, features, finish, memory, online, prefe
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, shuffle, templates
-from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data.rejections import location
 from bilevel_jax.runtime import disk, workdir
 
@@ -72,21 +71,6 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def num_duplicates(rows: Sequence[data_rows.Row]) -> int:
-    """The number of rows that repeat another one."""
-    return len(rows) - len(_contents(rows))
-
-
-def _contents(rows: Sequence[data_rows.Row]) -> set[str]:
-    """The distinct contents: ids without the number that tells equal rows apart."""
-    return {row.id.partition("-")[0] for row in rows}
-
-
-def overlap(upper: Sequence[data_rows.Row], lower: Sequence[data_rows.Row]) -> int:
-    """The number of distinct rows that are on both levels."""
-    return len(_contents(upper) & _contents(lower))
-
-
 def _levels(setup: setups.Setup) -> dict[str, levels.Level]:
     return {"upper": setup.upper, "lower": setup.lower}
 
@@ -101,17 +85,10 @@ def data_text(setup: setups.Setup) -> str:
     """Rows of both levels: how many, how long, which repeat, which are on both."""
     lines = []
     for name, level in _levels(setup).items():
-        repeated = num_duplicates([*level.rows, *level.eval_rows])
-        numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {repeated} duplicates"
+        numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {level.counts.get('duplicates', 0)} copies"
         median, most, longest = np.quantile(sizes([*level.examples, *level.eval_examples]), QUANTILES)
         lines.append(f"{name}: {numbers}; tokens a row: median {median:.0f}, 95% below {most:.0f}, longest {longest:.0f}")
-    upper, lower = setup.upper, setup.lower
-    both = overlap([*upper.rows, *upper.eval_rows], [*lower.rows, *lower.eval_rows])
-    held_out = overlap(upper.eval_rows, lower.rows)
-    lines.append(
-        f"rows on both levels: {both}" + (f", {held_out} of them held-out trusted rows that are trained on" if held_out else "")
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"rows on both levels: {setup.lower.counts.get('overlap', 0)}"])
 
 
 def rows_text(config: configuration.Config, setup: setups.Setup) -> str:

@@ -7,7 +7,6 @@ import pytest
 
 from bilevel_jax import checks, dry_run, errors
 from bilevel_jax import setup as setups
-from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data import templates
 from bilevel_jax.runtime import disk
 from tests.conftest import make_rows, write_jsonl
@@ -54,9 +53,9 @@ def test_rows(parts, config):
     assert f"{config.data.lower}: 21 rows (1 messages, 20 question/response)" in text
     assert f"left out 1: no field 'response' (first: {config.data.lower}:19)" in text
     assert f"1: response cut to 96 tokens (first: {config.data.lower}:18)" in text
-    assert "upper: 6 rows to train on, 0 held out; 0 duplicates" in text
-    assert "lower: 21 rows to train on, 0 held out; 2 duplicates" in text
-    assert "longest 96" in text and "rows on both levels: 1" in text
+    assert "upper: 6 rows to train on, 0 held out; 0 copies" in text
+    assert "lower: 21 rows to train on, 0 held out; 2 copies" in text
+    assert "longest 96" in text and "rows on both levels: 3" in text  # of the lower level, a row three times
 
 
 def test_rendered_rows(parts, config):
@@ -157,19 +156,6 @@ def test_preferences(make_config, tmp_path):
     assert "(chosen) ⟦This one.<|end|>⟧\n    (rejected) ⟦That.<|end|>⟧" in text
     assert "rows on both levels: 6" in text
     assert "not included: the reference model's log-probabilities" in text
-
-
-def test_duplicates_and_overlap():
-    """Equal rows have a number behind their id; a pair of levels shares distinct rows."""
-
-    def rows(*values):
-        return list(data_rows.parse(enumerate(values, 1)))
-
-    one, two, three = ({"question": word, "response": "x"} for word in ("a", "b", "c"))
-    assert dry_run.num_duplicates(rows(one, two, three)) == 0
-    assert dry_run.num_duplicates(rows(one, two, one, one, two)) == 3
-    assert dry_run.overlap(rows(one, one, two), rows(one, three, one)) == 1
-    assert dry_run.overlap(rows(one), rows(two)) == 0
 
 
 def test_sizes():
