@@ -1,17 +1,16 @@
 """From a user's `ConfigDict` to a typed `Config`: what cannot run is refused before anything compiles."""
 
 import dataclasses
-import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import objective, online, sampling, step
+from bilevel_jax import near_names, objective, online, sampling, step
 from bilevel_jax.config import Config, ConfigError
-from bilevel_jax.data import templates
+from bilevel_jax.data import columns, duplicates, levels, rejections, templates
 
 CHOICES = {
     "method": configuration.METHODS,
@@ -19,6 +18,8 @@ CHOICES = {
     "model.dtype": configuration.DTYPES,
     "selection.unit": configuration.UNITS,
     "data.template": templates.TEMPLATES,
+    "data.deduplicate": duplicates.MODES,
+    "data.overlap": levels.OVERLAP,
     "online.generate": online.GENERATE,
     "online.objective": objective.RESPONSE_LOSSES,
 }
@@ -68,6 +69,7 @@ def build(config: ml_collections.ConfigDict) -> Config:
     typed = _typed(Config, config)
     _check_values(typed)
     _check_parts(typed)
+    _check_given_weights(typed)
     if typed.method == "mixing":
         _check_mixing(typed)
         return typed
@@ -88,16 +90,9 @@ def _require(condition: bool, message: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known) -> str:
-    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text. Initials count: lr is learning_rate."""
-    last_part = {key: key.rpartition(".")[2] for key in known}
-    section, _, last = name.rpartition(".")
-    close = [key for key, part in last_part.items() if last in (part, "".join(word[:1] for word in part.split("_")))]
-    close = [key for key in close if key.startswith(f"{section}.")] or close
-    if not close or len(last) < 2:
-        by_last_part = {part: key for key, part in last_part.items()}
-        close = difflib.get_close_matches(name, list(known), 1) or difflib.get_close_matches(last, by_last_part, 1)
-        close = [by_last_part.get(key, key) for key in close]
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text; see `near_names`."""
+    close = near_names.nearest(name, known)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
@@ -158,10 +153,16 @@ def _check_values(config: Config) -> None:
         value = _value(config, key)
         _require(in_range(value), f"{key}={value} must be {words}")
     for key in ("data.upper", "data.lower"):
-        _require(bool(_value(config, key).strip()), f"{key} is empty; name a file, a hub data set or a recipe")
+        _require(bool(_value(config, key).strip()), f"{key} is empty; name files, folders, a hub data set or a recipe")
     _require(bool(config.model.path.strip()), "model.path is empty; name a model directory or a hub id")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")
     _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")
+    installed = config.data.deduplicate != "near" or importlib.util.find_spec("datasketch")
+    _require(bool(installed), "data.deduplicate=near needs the package datasketch: pip install 'bilevel_jax[near]'")
+    try:
+        columns.parse(config.data.columns, "data.columns")
+    except rejections.DataError as error:
+        raise ConfigError(str(error)) from error
     configuration.profiled_steps(config)
 
 
@@ -218,6 +219,28 @@ def _check_schedule(config: Config) -> None:
     )
 
 
+def _check_given_weights(config: Config) -> None:
+    """Refuses `selection.init` and `selection.freeze` where they would be ignored, or where another key says the opposite."""
+    s = config.selection
+    if s.freeze:
+        _require(bool(s.init), "selection.freeze=True keeps equal weights without selection.init; name one, or take rule=uniform")
+    if not s.init:
+        return
+    reasons = {
+        "method=mixing": (config.method == "mixing", "which has no weights; take method=offline and selection.freeze=True"),
+        "selection.rule=uniform": (s.rule == "uniform", "which keeps equal weights; take selection.freeze=True"),
+        "selection.rule=metagradient": (s.rule == "metagradient", "which finds its own weights; take bds or bmo"),
+        "selection.unit=domain": (s.unit == "domain", "whose rows have no weights of their own; take selection.unit=sample"),
+        "selection.parameterization=features": (
+            s.parameterization == "features",
+            "which predicts the weights of the rows; take selection.parameterization=table",
+        ),
+    }
+    for setting, (is_set, words) in reasons.items():
+        _require(not is_set, f"selection.init={s.init!r} has no effect with {setting}, {words}")
+    _require(not s.freeze or s.unit == "sample", "selection.freeze=True keeps the weights of rows; take selection.unit=sample")
+
+
 def _check_selection(config: Config) -> None:
     s, built = config.selection, configuration.to_selector(config)
     if s.unit == "token":
@@ -241,8 +264,13 @@ def _check_selection(config: Config) -> None:
             "selection.unit=domain": s.unit == "domain",
             "selection.parameterization=features": built.parameterization != "table",
         }
+        cause = "selection.freeze=True" if s.freeze else f"selection.rule={built.rule}"
         for setting, is_set in without_effect.items():
-            _require(not is_set, f"{setting} has no effect with selection.rule={built.rule}, which never moves ω")
+            _require(not is_set, f"{setting} has no effect with {cause}, which never moves ω")
+    _require(
+        config.method != "dynamic" or s.rule != "uniform",
+        "method=dynamic masks the rows of the smallest weights: with selection.rule=uniform there are none; take method=online",
+    )
     _require(
         s.unit != "domain" or s.parameterization == "table",
         "selection.unit=domain takes the source of a row for its only feature; leave selection.parameterization=table",
@@ -268,7 +296,33 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
-def check_rows(config: Config, num_rows: int, num_held_out: int, devices: int) -> None:
+def check_masks(config: Config, num_steps: int) -> None:
+    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    o = config.online
+    if config.method != "dynamic" or config.selection.init or o.ratio in (0, 1) or o.refresh_every < num_steps:
+        return
+    raise ConfigError(
+        f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the "
+        f"end of this run of {num_steps} steps; lower it, or take method=online or offline"
+    )
+
+
+def check_profile(config: Config, num_steps: int) -> None:
+    """Refuses to trace steps that a run of `num_steps` does not have.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    traced = configuration.profiled_steps(config)
+    if traced and traced[1] > num_steps:
+        raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
+
+
+def check_rows(config: Config, num_rows: int, devices: int) -> None:
     """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
 
     Raises:
@@ -277,4 +331,8 @@ def check_rows(config: Config, num_rows: int, num_held_out: int, devices: int) -
     left = num_rows % devices
     if config.mesh.shard_selector and left:
         what = f"mesh.shard_selector=True: {devices} devices do not divide {num_rows} lower-level rows"
-        raise ConfigError(f"{what}; hold out some more (eval.num_lower={num_held_out + left}), or leave ω whole")
+        held_out = config.eval.num_lower
+        more = (
+            f"some more (eval.num_lower={held_out + left:g})" if held_out.is_integer() else f"{left} more of them (eval.num_lower)"
+        )
+        raise ConfigError(f"{what}; hold out {more}, or leave ω whole")

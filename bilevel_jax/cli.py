@@ -7,12 +7,13 @@ import re
 import signal
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from bilevel_jax import text
+from bilevel_jax import config_keys, text
 
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
 
@@ -48,7 +49,7 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     try:
         rest = flag_values(argv)
     except (flags.Error, ValueError, TypeError) as error:
-        fail(error, 2)
+        fail(_section_error(argv) or error, 2)
     except (SyntaxError, ImportError) as error:
         fail(f"--config cannot be read: {error}", 2)
     except (AttributeError, LookupError) as error:  # raised by ml_collections for an unknown key and for a missing get_config
@@ -59,7 +60,7 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
 
 
 def _config_error(argv: list[str], error: Exception) -> str:
-    """Names the first unknown key of the command line and the known key nearest to it."""
+    """Names the first unknown key of the command line, or of the config file, and the known keys nearest to it."""
     if "get_config" in str(error):
         return "--config: a file without get_config()"
     from bilevel_jax import checks, config  # only here: they import JAX
@@ -70,8 +71,39 @@ def _config_error(argv: list[str], error: Exception) -> str:
         if match and match[1] not in keys:
             key = text.one_line(match[1], 80)
             return f"the config has no key {key}{checks.nearest(key, keys)}"
+    where, key = _unknown_key_in_file(error)
+    if key:
+        return f"{where}: the config has no key {key}{checks.nearest(key, keys)}"
     cause = re.sub(r"[\"'\\]", "", str(error).replace("\\n", "; "))
-    return f"--config cannot be read: no key or attribute {cause}"  # raised inside get_config()
+    return f"--config cannot be read: {where}{': ' * bool(where)}no key or attribute {cause}"  # raised inside get_config()
+
+
+def _unknown_key_in_file(error: Exception) -> tuple[str, str]:
+    """`FILE:LINE` of the statement of a config file that raised, and the unknown key in it with its full path; "" for none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    in_file = [frame for frame in frames if frame.name == "get_config"]
+    unknown = re.search(r"[\"']([\w.]+)[\"'\\]", str(error))
+    if not in_file:
+        return "", ""
+    where = f"{pathlib.Path(in_file[-1].filename).name}:{in_file[-1].lineno}"
+    if in_file[-1] is frames[-1] or not unknown or "ml_collections" not in frames[-1].filename:
+        return where, ""  # an error of the file itself
+    # Of `c.lorra.rank = 2` and of `c["lorra"].rank` the path begins behind the name of the config.
+    line = re.sub(r"\[[\"'](\w+)[\"']\]", r".\1", in_file[-1].line or "")
+    path = re.search(rf"\w+\.((?:\w+\.)*{re.escape(unknown[1])}\b(?:\.\w+)*)", line)
+    return where, path[1] if path else unknown[1]
+
+
+def _section_error(argv: list[str]) -> str:
+    """Names the keys of the first section that the command line takes for a key; "" for none."""
+    sections: dict[str, list[str]] = {}
+    for key in config_keys.read():
+        sections.setdefault(key.section, []).append(key.name)
+    for argument in argv[1:]:
+        match = re.match(r"--?config\.(\w+)(?==|$)", argument)
+        if match and match[1] in sections:
+            return f"{text.one_line(argument, 80)}: {match[1]} is a section; name a key of it: {', '.join(sections[match[1]])}"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -106,7 +138,7 @@ def call(main: Callable[[], None]) -> None:
         main()
     except errors.Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + error.number)
     except KeyboardInterrupt:
         sys.stdout.flush()
         sys.stderr.flush()

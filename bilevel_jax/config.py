@@ -5,6 +5,7 @@ takes that. `to_selector`, `to_objective` and `to_optimizer` make what the updat
 """
 
 import dataclasses
+import os
 import re
 
 import ml_collections
@@ -51,12 +52,17 @@ class Selection:
     # uniform (ω frozen: the control)
     rule: str = "bds"
     outer_steps: int = 1  # of rule=metagradient
+    # Weights to start from, matched by row id: workdir of an earlier run, a table (.parquet, .jsonl) with id and weight, or
+    # column:NAME, a field of the rows; rows without one get the mean. Empty: equal weights
+    init: str = ""
+    freeze: bool = False  # use the weights of selection.init, and never move them
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
     learning_rate: float = 1.0  # of ω: mirror takes 1 to 3, the paper's Adam 1e-4
     tau: float = 1.0  # of bmo
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
     baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
-    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows), loss (10b, the paper)
+    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows and, half as much, its loss),
+    # loss (10b, the paper)
     cost: str = "influence"
     value_function: str = "zero"  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
     weight_scale: str = "dataset"  # dataset: N·σ(ω), mean 1; literal: σ(ω)
@@ -118,9 +124,14 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    upper: str = "synthetic:upper"  # trusted rows: file, hub id, recipe:NAME or synthetic:upper
-    # The mixture to select from; synthetic:domains: some sources better than others; synthetic:tokens: right rows with bad words
+    # Trusted rows: files, folders, globs and hub ids, several separated by commas; recipe:NAME; synthetic:upper
+    upper: str = "synthetic:upper"
+    # The mixture to select from, likewise; synthetic:domains: some sources better than others; synthetic:tokens: right rows with
+    # bad words
     lower: str = "synthetic:lower"
+    columns: str = ""  # other names of columns, for example question:query,response:answer
+    deduplicate: str = "off"  # off (copies are counted), exact (of copies only the first is used), near (of similar rows)
+    overlap: str = "warn"  # rows on both levels: warn, drop (from the lower level), refuse
     template: str = "auto"  # auto (the tokenizer's chat template, else human), chat, human, alpaca, none
     max_length: int = 2048  # tokens of question and response together; also the length of a packed sequence
     num_upper: int = 0  # size of a seeded random subset; 0: all
@@ -189,7 +200,22 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """Every key with its default, for `configs/*.py` to start from."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    config.data = DataSection(config.data)
+    return config
+
+
+class DataSection(ml_collections.ConfigDict):
+    """The section `data`. It takes lists of sources and stores them as one text, separated by commas, as the command line does."""
+
+    def __setitem__(self, key, value):
+        if key in ("upper", "lower") and isinstance(value, (list, tuple)):
+            names = [os.fspath(name) for name in value]
+            with_comma = next((name for name in names if "," in name), None)
+            if with_comma is not None:
+                raise ConfigError(f"data.{key}: the name {with_comma!r} in a list has a comma; write ? in its place")
+            value = ",".join(names)
+        super().__setitem__(key, value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -211,6 +237,7 @@ def to_selector(config: Config) -> selector.Selector:
         weight_scale=s.weight_scale,
         parameterization="features" if s.unit == "domain" else s.parameterization,
         ridge=s.ridge if s.unit != "domain" else 0.0,
+        freeze=s.freeze,
         token_learning_rate=s.token_learning_rate if s.unit == "token" else 0.0,
     )
 

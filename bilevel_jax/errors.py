@@ -1,5 +1,7 @@
 """Errors that end a run with one line."""
 
+import signal
+
 REMEDY = "the last checkpoint precedes this step. Lower the learning rates, or inspect the rows"
 
 
@@ -8,4 +10,13 @@ class RunError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT was received. The state is saved, and the same command continues the run."""
+    """SIGTERM or SIGINT was received. The state is saved, and the same command continues the run.
+
+    Args:
+      message: one line that starts with the name of the signal.
+      number: of the signal; commands exit with status 128 + number.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.number = number

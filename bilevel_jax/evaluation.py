@@ -18,7 +18,7 @@ from bilevel_jax.runtime import metrics
 def pair_log_probs(score: Callable, base, adapter, examples: Sequence[templates.Example], description: str) -> np.ndarray:
     """Log-probabilities [n, 2] of chosen and rejected responses. Without an adapter (None) it is DPO's reference model."""
     segments = [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
-    nll, _ = score(base, adapter, segments, description)
+    nll, *_ = score(base, adapter, segments, description)
     return -nll.reshape(-1, 2)
 
 
@@ -49,12 +49,21 @@ def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Le
 
 
 def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
-    """`eval/NAME_loss`, the mean ℓ of held-out rows; of pairs, also `eval/NAME_pair_accuracy`, ties counted half."""
+    """`eval/NAME_loss`, the mean ℓ of held-out rows; of pairs, also `eval/NAME_pair_accuracy`, ties counted half.
+
+    Where the data say what right responses are, also `eval/NAME_right`, the share of the questions to which greedy decoding gives
+    exactly that response.
+
+    Args:
+      score: from `scoring.make_scorer` with `greedy`.
+    """
     values = {}
     for name, examples in rows.examples.items():
         if examples:
-            nll, length = score(base, adapter, scoring.example_segments(examples), f"evaluating {name}")
+            nll, length, right = score(base, adapter, scoring.example_segments(examples), f"evaluating {name}")
             values[f"eval/{name}_loss"] = scoring.mean_loss(nll, length)
+            if name != "lower" and rows.examples["lower_clean"]:
+                values[f"eval/{name}_right"] = float(np.mean(right))
         if examples and name in rows.references:
             log_prob = pair_log_probs(score, base, adapter, examples, f"evaluating pairs of {name}")
             margin = (log_prob - rows.references[name]) @ [1, -1]

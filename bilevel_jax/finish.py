@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -13,14 +14,31 @@ from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import phases, weight_table
+from bilevel_jax.runtime.workdir import absolute
 from bilevel_jax.setup import Setup
+
+
+def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: step.State) -> None:
+    """θ in PEFT format."""
+    base = absolute(config.model.path)
+    huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base)
+
+
+def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, k: int) -> None:
+    """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints."""
+    directory = workdir / "adapters"
+    write_adapter(config, directory / f"step_{k}", setup, state)
+    numbers = ((path.name.removeprefix("step_"), path) for path in directory.glob("step_*"))
+    paths = {int(number): path for number, path in numbers if number.isdecimal()}
+    kept = sorted(number for number in paths if number <= k)[-config.checkpoint.keep :]
+    for number in paths.keys() - set(kept):
+        shutil.rmtree(paths[number])
 
 
 def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, encoder) -> None:
     """θ in PEFT format and, where ω is a function of features, φ."""
-    adapter = state.policy.adapter
-    huggingface.save_adapter(workdir / "adapter", setup.model, adapter, alpha=config.lora.alpha, base=config.model.path)
+    write_adapter(config, workdir / "adapter", setup, state)
     if encoder:
         features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
 
@@ -49,7 +67,7 @@ def token_offsets(setup: Setup, state: step.State) -> list[np.ndarray] | None:
     return templates.response_offsets(setup.lower.rows, setup.lower.examples, setup.tokenizer)
 
 
-def write_summary(workdir: pathlib.Path, setup: Setup, values: dict[str, float], clock: clocks.Clock) -> dict[str, float]:
+def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: clocks.Clock) -> dict:
     """Writes summary.json and report.html, and returns the summary."""
     summary = values | {f"time/{key}": round(value, 2) for key, value in clock.elapsed().items()}
 
@@ -58,7 +76,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict[str, float],
 
     write()  # the report reads it
     try:
-        with clock("report"):
+        with clock("report"), phases.phase("writing the report"):
             page.write(workdir, setup.lower.rows)
     except Exception as error:  # whatever it is, the run is finished and only its report is missing
         cause = " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,20 +1,34 @@
-"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.KEY=VALUE ...] [--plan]`."""
+"""Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.KEY=VALUE ...]`.
+
+`--check` is a dry run, `--plan` prints the memory plan.
+"""
 
 import pathlib
 
 from absl import flags
 from ml_collections import config_flags
 
-from bilevel_jax import cli, config_files
+from bilevel_jax import cli, config_files, config_keys
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config of the package, such as finetune, or a file; optionally with a tier: FILE:TIER.", flag_values=FLAGS
+    "config",
+    None,
+    "A config of the package, such as finetune, or a file; optionally with a tier: FILE:TIER. Its keys can be changed; "
+    f"their defaults are\n{config_keys.listing()}",
+    flag_values=FLAGS,
 )
 FLAGS["config"].parser = config_files.Parser("config")  # finds the package's configs from any directory
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name>[-TIER] by default.", flag_values=FLAGS)
 PLAN = flags.DEFINE_bool(
     "plan", False, "Only print the memory plan of each device of the mesh; reads config.json, no weights.", flag_values=FLAGS
+)
+CHECK = flags.DEFINE_bool(
+    "check",
+    False,
+    "Dry run: read both levels, compile, time two steps, and print rows, steps, time, memory and disk space. Writes nothing. "
+    "With --plan also the memory plan.",
+    flag_values=FLAGS,
 )
 flags.mark_flag_as_required("config", flag_values=FLAGS)
 
@@ -29,15 +43,20 @@ def main() -> None:
     """Runs the command."""
     import jax  # imports follow the flags, so that --help is quick
 
-    from bilevel_jax import memory, train
+    from bilevel_jax import dry_run, memory, train
     from bilevel_jax.runtime import distributed, summary_table
 
-    if PLAN.value:
+    if PLAN.value and not CHECK.value:
         print(memory.table(CONFIG.value, memory.make_plan(CONFIG.value)))
         return
     distributed.join()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
     with distributed.exit_together():
+        if CHECK.value:
+            for part in dry_run.check(CONFIG.value, workdir, plan=PLAN.value):
+                if not jax.process_index():
+                    print(f"\n{part}", flush=True)
+            return
         summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
         print(summary_table.summary_table(summary, workdir))

@@ -42,6 +42,7 @@ class Plan:
     mesh: AbstractMesh
     num_parameters: int  # of the base
     num_rows: int  # N
+    rows_assumed: bool  # N is `ASSUMED_ROWS`
     items: tuple[Item, ...]
 
     def total(self, when: str) -> int:
@@ -146,11 +147,12 @@ def activations(model: decoder.ModelConfig, rank: int, targets, sequences: int, 
     return kept(model.num_layers) + recomputed
 
 
-def make_plan(config) -> Plan:
+def make_plan(config, num_rows: int | None = None) -> Plan:
     """The memory plan of a run.
 
     Args:
       config: a `ConfigDict`, as for a run.
+      num_rows: the lower-level rows N to train on; None takes `data.num_lower` without the held-out rows, or `ASSUMED_ROWS`.
 
     Raises:
       ConfigError, ModelError: as in the run itself, as far as they can be detected without weights and rows.
@@ -162,17 +164,19 @@ def make_plan(config) -> Plan:
     model = huggingface.read_config(directory, dtype, activations=dtype)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     model = dataclasses.replace(model, remat=config.model.remat)
-    num_lower = config.data.num_lower
-    num_rows = num_lower - sources.num_held_out(config.eval.num_lower, num_lower) if num_lower else ASSUMED_ROWS
-    if num_lower:
-        checks.check_rows(config, num_rows, num_lower - num_rows, mesh.size)
+    assumed = num_rows is None and not config.data.num_lower
+    if num_rows is None:
+        num_lower = config.data.num_lower
+        num_rows = num_lower - sources.num_held_out(config.eval.num_lower, num_lower) if num_lower else ASSUMED_ROWS
+    if not assumed:
+        checks.check_rows(config, num_rows, mesh.size)
     base = base_shapes(model)
     adapter = adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets))
     items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, adapter)
     if config.method in configuration.ONLINE:
         items += _refresh_items(config, model, mesh, num_rows, base)
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base))
-    return Plan(model, mesh, num_parameters, num_rows, tuple(items))
+    return Plan(model, mesh, num_parameters, num_rows, assumed, tuple(items))
 
 
 def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
@@ -219,6 +223,15 @@ def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, 
     ]
 
 
+def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
+    """The most bytes that the generated responses of one refresh take, all of maximum length."""
+    max_new_tokens = min(config.online.max_new_tokens, config.data.max_length - 1)
+    masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
+    answered = masked if config.online.generate == "all" else min(masked, visited)
+    num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
+    return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
+
+
 def _refresh_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base) -> list[Item]:
     """The arrays of a refresh: the sampler and the response store."""
     length = config.data.max_length
@@ -226,16 +239,12 @@ def _refresh_items(config: configuration.Config, model: decoder.ModelConfig, mes
     slots = jax.eval_shape(lambda: decoding.init_slots(model, config.online.slots, length, max_new_tokens))
     shardings = decoding.slot_shardings(mesh, slots)
     cache = size_of(slots.cache, shardings.cache)
-    masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
-    answered = masked if config.online.generate == "all" else min(masked, visited)
-    num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
-    store = answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
     return [
         Item("base by layer, a copy", size_of(base, sharding.weight_shardings(mesh, base)), SAMPLING),
         Item("KV cache", cache, SAMPLING),
         Item("KV cache, copy of the decoding window", cache, SAMPLING, "formula: the full cache"),
         Item("responses in progress", size_of(slots, shardings) - cache, SAMPLING),
-        Item("response store", store, HOST, "formula: all of maximum length"),
+        Item("response store", response_store_bytes(config, num_rows), HOST, "formula: all of maximum length"),
     ]
 
 
@@ -253,8 +262,7 @@ def table(config, plan: Plan) -> str:
         f"mesh: {mesh} = {math.prod(shape.values())} devices",
         f"each: {config.batch.micro_size // parts} of {config.batch.micro_size} sequences of {config.data.max_length} tokens, "
         f"{config.online.slots // parts} of {config.online.slots} decoding slots",
-        f"lower-level rows: {plan.num_rows}"
-        + ("" if config.data.num_lower else " (assumed: data.num_lower=0 takes all there are)"),
+        f"lower-level rows: {plan.num_rows}" + (" (assumed: data.num_lower=0 takes all there are)" if plan.rows_assumed else ""),
     ]
     for when in (ALWAYS, TRAINING, SAMPLING, HOST):
         items = [item for item in plan.items if item.when == when]

@@ -24,11 +24,11 @@ import numpy as np
 import optax
 import tqdm
 
-from bilevel_jax import forward
+from bilevel_jax import forward, scoring
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 from bilevel_jax.objective import Objective, entry_losses, lower_losses
-from bilevel_jax.step import Learner, Scales
+from bilevel_jax.step import Learner, Scales, level_shares
 
 
 def _floats(tree) -> tuple[list, Callable]:
@@ -55,15 +55,14 @@ def make_replay(config: decoder.ModelConfig, objective: Objective, optimizer: op
 
     def step_gradient(base, adapter, weight_N, batch: packing.Batch, scales: Scales, tangent=None):
         """The gradient of the step's loss; with a `tangent` c, H c and ⟨∇ℓ_e, c⟩ [E]."""
-        E, N = batch.share.shape[0], weight_N.shape[0]
-        share_E = jnp.where(batch.sign < 0, 0.0, batch.share)
-        lower_E = jnp.where(batch.row_index < N, share_E, 0.0)
+        E = batch.share.shape[0]
+        upper_E, lower_E = level_shares(batch, weight_N.shape[0])
         weight_E = weight_N.at[batch.row_index].get(mode="fill", fill_value=0.0)
 
         def loss(adapter, m):
             nll_E = forward.micro_nll(config if tangent is None else twice, base, adapter, batch.packed, m)
             in_micro_E = jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
-            upper = jnp.sum((share_E - lower_E) * entry_losses(objective.upper, objective, batch, nll_E, m))
+            upper = jnp.sum(upper_E * entry_losses(objective.upper, objective, batch, nll_E, m))
             loss_E = jnp.where(in_micro_E, lower_losses(objective, batch, nll_E, m), 0.0)
             return scales.upper * upper + scales.lower * jnp.sum(lower_E * weight_E * loss_E), loss_E
 
@@ -111,6 +110,20 @@ def make_upper_gradient(config: decoder.ModelConfig) -> Callable:
         return jax.lax.fori_loop(0, packed.num_micro, body, jax.tree.map(jnp.zeros_like, adapter))
 
     return gradient
+
+
+def mean_gradient(upper_gradient: Callable, base, adapter, segments, micro_size: int, max_length: int, mesh):
+    """∇ of the mean ℓ of any number of segments.
+
+    Args:
+      upper_gradient: compiled, from `make_upper_gradient`.
+      micro_size, max_length: shape of a micro-batch.
+    """
+    total = jax.tree.map(jnp.zeros_like, adapter)
+    for _, packed in scoring.batches(segments, micro_size, max_length, mesh, "∇L0"):
+        with jax.set_mesh(mesh):
+            total = jax.tree.map(jnp.add, total, upper_gradient(base, adapter, packed, jnp.float32(len(segments))))
+    return total
 
 
 def metagradient(

@@ -28,12 +28,16 @@ MASK = 2  # tag that separates the mask's random stream from those of the data, 
 def masked_rows(logits_N: np.ndarray | None, num_rows: int, ratio: float, seed: int) -> np.ndarray:
     """The ⌊R·N⌋ masked rows, ascending: those of the smallest σ_i(ω), or random ones without logits.
 
-    Ties, such as the equal weights at the start, are broken by a random order that the seed fixes, never by the stored order.
+    While all logits are equal, no row is masked, because the choice would be arbitrary; with R = 1 there is no choice, and all are.
+    Other ties are broken by a random order that the seed fixes, never by the stored order.
     """
+    number = int(ratio * num_rows + 1e-9)  # 0.29 · 100 is 28.999...96 in binary
+    if logits_N is not None and number < num_rows and (logits_N == logits_N[0]).all():
+        number = 0
     shuffled = np.random.default_rng((seed, MASK)).permutation(num_rows)
     if logits_N is not None:
         shuffled = shuffled[np.argsort(logits_N[shuffled], kind="stable")]
-    return np.sort(shuffled[: int(ratio * num_rows + 1e-9)])  # 0.29 · 100 is 28.999...96 in binary
+    return np.sort(shuffled[:number])
 
 
 def visited_rows(seed: int, num_rows: int, batch: int, first: int, last: int) -> np.ndarray:
@@ -104,6 +108,23 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> ResponseStore:
         reward=arrays.get("reward"),
         reference=arrays.get("reference"),
     )
+
+
+def reaches(store: ResponseStore, config, num_steps_then: int, num_steps: int, start: int) -> bool:
+    """Whether the responses are enough for a run that goes on at `start` and may have more steps than it had before.
+
+    A refresh answers the questions of the steps up to the next one, or up to the end of the run as it was then.
+
+    Args:
+      store: the responses in use.
+      config: the section `online`.
+      num_steps_then: steps of the run, when the store was saved.
+      num_steps: its steps now.
+      start: steps taken.
+    """
+    is_used = store.step >= 0 and start != store.step  # at `store.step` the refresh is repeated
+    was_cut = num_steps_then < min(num_steps, store.step + config.refresh_every)
+    return not (is_used and was_cut and config.generate == "needed")
 
 
 def best_and_worst(store: ResponseStore, row: int) -> tuple[int, int]:

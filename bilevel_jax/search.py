@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -75,16 +74,6 @@ def _train(it: Iteration, state: step.State, j: int):
     return state.policy.adapter, past
 
 
-def _mean_gradient(it: Iteration, adapter, segments):
-    """∇ of the mean ℓ of the segments."""
-    config, setup = it.config, it.setup
-    total = jax.tree.map(jnp.zeros_like, adapter)
-    for _, packed in scoring.batches(segments, config.batch.micro_size, config.data.max_length, setup.mesh, "trusted rows"):
-        with jax.set_mesh(setup.mesh):
-            total = jax.tree.map(jnp.add, total, it.upper_gradient(setup.base, adapter, packed, jnp.float32(len(segments))))
-    return total
-
-
 def _write(file: pathlib.Path, logits: list[np.ndarray], losses: list[float]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, logits=np.array(logits), losses=np.array(losses))
@@ -133,15 +122,12 @@ def search(
         loss = scoring.mean_loss(*program.score(setup.base, adapter, it.stopping, "stopping rows"))
         if losses and loss > losses[-1]:
             return logits[-2]
+        shape = config.batch.micro_size, config.data.max_length, setup.mesh
+        final = metagradient.mean_gradient(it.upper_gradient, setup.base, adapter, it.steering, *shape)
         weights = sharding.replicate(len(logits[-1]) * np.asarray(jax.nn.softmax(logits[-1])), setup.mesh)
         with jax.set_mesh(setup.mesh):
-            gradient = metagradient.metagradient(
-                functools.partial(it.replay, setup.base),
-                past,
-                weights,
-                _mean_gradient(it, adapter, it.steering),
-                f"metagradient {j + 1}",
-            )
+            replay = functools.partial(it.replay, setup.base)
+            gradient = metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
         move = config.selection.learning_rate * gradient / max(np.sqrt(np.mean(gradient**2)), step.TINY)
         logits.append((logits[-1] - move).astype(np.float32))
         losses.append(loss)

@@ -31,7 +31,7 @@ class SelectorState(NamedTuple):
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
     data_visits: jax.Array  # [N] float32, those of `visits` at which the row had the response of the data
     loss: jax.Array  # [N] float32, ℓ of that response at the last of them, before the step that learned from it; NaN: none
-    cost: jax.Array  # [N] float32, sum of C over them
+    harm: jax.Array  # [N] float32, sum over them of what lowers the weight by influence, see `step.update_influence`
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
 
@@ -56,6 +56,7 @@ class Selector:
       ridge: λ, the pull of φ to 0. With `bmo` ω is then a ridge regression of -τC on the features, however long it is trained;
         without a ridge it ends up repeating the costs of single rows.
       token_learning_rate: of the parameters shared by the weights of all tokens, see `token_weights`; 0: equal weights of tokens.
+      freeze: ω stays where it is, whatever the rule.
     """
 
     rule: str = "bds"
@@ -67,6 +68,7 @@ class Selector:
     parameterization: str = "table"
     ridge: float = 0.0
     token_learning_rate: float = 0.0
+    freeze: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -94,7 +96,7 @@ class Selector:
 
     @property
     def frozen(self) -> bool:
-        return self.rule in ("metagradient", "uniform")
+        return self.freeze or self.rule in ("metagradient", "uniform")
 
     def scale(self, num_rows: int) -> float:
         """The factor of σ in the loss: N, or 1 for the paper's literal form."""
@@ -122,7 +124,7 @@ def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorSt
         baseline=jnp.float32(jnp.nan),
         data_visits=rows(0.0),
         loss=rows(jnp.nan),
-        cost=rows(0.0),
+        harm=rows(0.0),
         optimizer=optimizer,
         feature_params=feature_params,
     )
@@ -193,8 +195,8 @@ def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, featur
     return state._replace(logits=logits, feature_params=feature_params, optimizer=optimizer)
 
 
-def record(state: SelectorState, row_index_E, part_E, loss_E, cost_E) -> SelectorState:
-    """Notes the losses of the rows of a batch, and adds their costs.
+def record(state: SelectorState, row_index_E, part_E, loss_E, harm_E) -> SelectorState:
+    """Notes the losses of the rows of a batch, and adds what they do to the trusted rows.
 
     Args:
       part_E: each entry's part of its row; 0 for padding and for generated responses, which say nothing about those of the data.
@@ -205,7 +207,7 @@ def record(state: SelectorState, row_index_E, part_E, loss_E, cost_E) -> Selecto
 
     visited_N = per_row(jnp.ones_like(part_E))
     loss_N = jnp.where(visited_N > 0, per_row(loss_E), state.loss)
-    return state._replace(data_visits=state.data_visits + visited_N, loss=loss_N, cost=state.cost + per_row(cost_E))
+    return state._replace(data_visits=state.data_visits + visited_N, loss=loss_N, harm=state.harm + per_row(harm_E))
 
 
 def update(

@@ -1,5 +1,6 @@
 """What a run is made of before its first step: model and rows, state, compiled step, scorer, refresh."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -8,10 +9,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from bilevel_jax import batches, checks, evaluation, features, online, preferences, sampling, scoring, sharding, step
+from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, templates
+from bilevel_jax.data import levels, packing, rendering, templates
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.runtime import checkpoint, disk, phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,13 @@ def load(config: configuration.Config) -> Setup:
     model = huggingface.read_config(directory, config.model.dtype)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
-    upper, lower = (levels.load_level(config, level, tokenizer) for level in ("upper", "lower"))
-    checks.check_rows(config, len(lower.rows), len(lower.eval_rows), mesh.size)
-    base = huggingface.load_params(directory, model, mesh)
+    with phases.phase("loading rows"):
+        upper, lower = levels.load_levels(config, tokenizer)
+    checks.check_rows(config, len(lower.rows), mesh.size)
+    if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
+        print(notice)
+    with phases.phase("loading the model"):
+        base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
@@ -81,7 +87,8 @@ def row_features(config: configuration.Config, setup: Setup, directory: pathlib.
         names, domain_of_row = levels.domains(setup.lower, config.data.lower)
         return RowFeatures(None, domain_of_row, len(names))
     if config.selection.parameterization == "features":
-        encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
+        with phases.phase("computing features of the rows") if not resumed else contextlib.nullcontext():
+            encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
         return RowFeatures(encoder, values, features.SIZE)
     return RowFeatures(None, None, 0)
 
@@ -97,14 +104,15 @@ class Program:
 
     train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
     score: Callable  # see `scoring.make_scorer`
+    score_greedy: Callable  # the same, with what greedy decoding gives exactly
     batch_of: Callable  # (k, store) -> StepBatch
     features: jax.Array | None  # of the rows, on the devices
     layout: packing.Layout  # of every batch
 
 
 def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
-    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs."""
-    if loss not in preferences.PAIRS:
+    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs and it has none yet."""
+    if loss not in preferences.PAIRS or level.references is not None:
         return level
     return dataclasses.replace(level, references=evaluation.pair_log_probs(score, base, None, level.examples, "reference"))
 
@@ -118,6 +126,19 @@ def init_state(config: configuration.Config, setup: Setup, num_features: int) ->
     state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE, influence)
     shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
     return jax.tree.map(sharding.device_put, state, shardings), shardings
+
+
+def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: int) -> int:
+    """The most bytes of a checkpoint, with the most generated responses there can be."""
+    responses = memory.response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
+    return checkpoint.num_bytes(state) + responses
+
+
+def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
+    """Bytes that a run still writes into a workdir with `num_saved` checkpoints."""
+    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy.adapter))
+    size = checkpoint_bytes(config, state, num_rows)
+    return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter_bytes, num_rows, config.num_epochs)
 
 
 def compile_program(
@@ -139,7 +160,8 @@ def compile_program(
         first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()
-    return Program(train_step, score, batch_of, values, layout)
+    score_greedy = scoring.make_scorer(setup.model, micro_size, length, mesh, greedy=True)
+    return Program(train_step, score, score_greedy, batch_of, values, layout)
 
 
 def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:

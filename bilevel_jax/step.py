@@ -13,12 +13,16 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
 This is the gradient of the penalty. ω can also follow the gradient of L0 itself (`cost="influence"`). With D the preconditioner of
 the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i times
 
-    ⟨∇ℓ_i(θ^k), D ∇L0(θ^k)⟩,   so   C_b = -⟨∇ℓ_b, D m⟩,   m = a running mean of ∇L0 over the last batches             (I)
+    I_i = ⟨∇ℓ_i(θ^k), D m⟩,   m = a running mean of ∇L0 over the last batches                                       (I)
 
-which is (10b) with another cost: rows lose weight whose gradients work against that of the trusted rows, whatever their loss. One
-batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product is a
-finite difference of ℓ_b along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al. 2024;
-in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.)
+One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product
+is a finite difference of ℓ_i along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al.
+2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
+
+    C_b = -tanh(I_b / σ_I) + ½ tanh((ℓ_b - ℓ̄) / σ_ℓ)                                                                (C)
+
+with running means and spreads over the rows: rows lose weight whose gradients work against that of the trusted rows and, half as
+much, rows that are unlikely under the model made with them. The first term is noisy for a single row, the second is not.
 
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights.
 
@@ -44,7 +48,8 @@ from bilevel_jax.objective import Objective, entry_losses, lower_losses
 TINY = 1e-30
 FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
 UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
-SPREAD_DECAY = 0.9  # of the running mean square of the influences
+SPREAD_DECAY = 0.9  # of the running means and mean squares of influences and losses
+LOSS_PART = 0.5  # of the loss in the cost, that of the influence being 1
 
 
 class Learner(NamedTuple):
@@ -67,7 +72,9 @@ class Influence(NamedTuple):
     """What the costs of `cost="influence"` remember from step to step."""
 
     upper_gradient: dict  # Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, running mean square of the costs before tanh; NaN before the first
+    mean_square: jax.Array  # [] float32, running mean square of the influences; this and the next two are NaN before the first
+    loss_mean: jax.Array  # [] float32, running mean of the losses of the lower level
+    loss_square: jax.Array  # [] float32, running mean square of their deviations from it
 
 
 class Scales(NamedTuple):
@@ -90,7 +97,8 @@ def init(
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
     token_params = jnp.zeros(len(token_weights.SCORES), jnp.float32) if selector.token_learning_rate else None
-    memory = Influence(jax.tree.map(jnp.zeros_like, adapter), jnp.float32(jnp.nan)) if influence else None
+    unknown = [jnp.full((), jnp.nan, jnp.float32) for _ in range(3)]
+    memory = Influence(jax.tree.map(jnp.zeros_like, adapter), *unknown) if influence else None
     return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, memory)
 
 
@@ -128,18 +136,24 @@ class Shares(NamedTuple):
     weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row
 
 
+def level_shares(batch: packing.Batch, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """How much each entry [E] counts in the mean of the upper level, and in that of the lower one."""
+    share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # the chosen response stands for its pair
+    lower_E = jnp.where(batch.row_index < num_rows, share_E, 0.0)
+    return share_E - lower_E, lower_E
+
+
 def entry_shares(problem: Problem, state: selection.SelectorState, batch: packing.Batch) -> Shares:
     """The shares and weights of the entries of a batch."""
     N = state.logits.shape[0]
-    share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # the chosen response stands for its pair
-    lower_E = jnp.where(batch.row_index < N, share_E, 0.0)
+    upper_E, lower_E = level_shares(batch, N)
     cost_E, num_costs = lower_E, batch.num_lower
     if problem.objective.lower in preferences.PAIRS:  # all rows but those without a pair
         paired_E = jnp.where(batch.sign > 0, lower_E, 0.0)
         part = jnp.sum(paired_E)
         cost_E, num_costs = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
     weight_E = problem.selector.scale(N) * selection.probabilities(state.logits, batch.row_index)
-    return Shares(share_E - lower_E, lower_E, cost_E, num_costs, weight_E)
+    return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
 
 
 def response_weights(problem: Problem, batch: packing.Batch, nll_E) -> jax.Array:
@@ -287,31 +301,47 @@ def _preconditioned(optimizer_state, gradient):
     return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
 
 
+def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:
+    """The running mean square with that of a batch, and tanh(value / its root): few rows have by far the largest values."""
+    mean_square = _running(mean_square, jnp.sum(share_E * value_E**2))
+    return mean_square, jnp.tanh(value_E / jnp.maximum(jnp.sqrt(mean_square), TINY))
+
+
+def _running(mean, value):
+    return jnp.where(jnp.isnan(mean), value, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * value)
+
+
 def update_influence(
     problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, batch: packing.Batch, shares: Shares
-) -> tuple[Influence, jax.Array]:
-    """C_b of each entry [E] by (I), as tanh(C / running root mean square of C): few rows have by far the largest gradients.
+) -> tuple[Influence, jax.Array, jax.Array]:
+    """What each entry does for the trusted rows, and its cost.  (I), (C)
 
     Args:
       memory: before the step.
       update: of θ, with the NLL and ∇L0 of the batch at θ^k.
+
+    Returns:
+      memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
     """
     model, objective = problem.model, problem.objective
 
     def decay(mean, g):
         return UPPER_DECAY * mean + (1 - UPPER_DECAY) * g
 
-    mean = jax.tree.map(decay, memory.upper_gradient, update.upper_gradient)
-    direction = _preconditioned(update.policy.optimizer, mean)
+    def losses_of(nll_E):
+        return entry_losses(objective.lower, objective, batch, nll_E)
+
+    upper_gradient = jax.tree.map(decay, memory.upper_gradient, update.upper_gradient)
+    direction = _preconditioned(update.policy.optimizer, upper_gradient)
     size = FD_SCALE[model.dtype] * optax.tree.norm(state.policy.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
     moved = jax.tree.map(lambda leaf, d: leaf - size * d, state.policy.adapter, direction)
-    nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)
-    change_E = entry_losses(objective.lower, objective, batch, nll_E) - entry_losses(
-        objective.lower, objective, batch, update.nll_E
-    )
-    square = jnp.sum(shares.cost * change_E**2)
-    square = jnp.where(jnp.isnan(memory.mean_square), square, SPREAD_DECAY * memory.mean_square + (1 - SPREAD_DECAY) * square)
-    return Influence(mean, square), jnp.tanh(change_E / jnp.maximum(jnp.sqrt(square), TINY))
+    loss_E = losses_of(update.nll_E)
+    change_E = losses_of(forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)) - loss_E
+    mean_square, harm_E = _scaled(memory.mean_square, change_E, shares.cost)
+    loss_mean = _running(memory.loss_mean, jnp.sum(shares.cost * loss_E))
+    loss_square, surprise_E = _scaled(memory.loss_square, loss_E - loss_mean, shares.cost)
+    memory = Influence(upper_gradient, mean_square, loss_mean, loss_square)
+    return memory, harm_E, harm_E + LOSS_PART * surprise_E
 
 
 def row_costs(
@@ -405,15 +435,16 @@ def make_step(
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         memory = state.influence
         if problem.influence and memory is not None:
-            memory, cost_E = update_influence(problem, base, memory, state, update, batch, shares)
+            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, batch, shares)
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
+            harm_E = jnp.zeros_like(cost_E)  # not measured
         selector_state = selection.update(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )
         loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
-        selector_state = selection.record(selector_state, batch.row_index, of_data_E, loss_E, cost_E)
+        selector_state = selection.record(selector_state, batch.row_index, of_data_E, loss_E, harm_E)
         new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
         return new, _metrics(objective, batch, shares, update)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import signal
@@ -15,14 +16,38 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import batches, checks, evaluation, features, files, finish, online, rewards, search, selector, sharding, step
+from bilevel_jax import (
+    batches,
+    checks,
+    evaluation,
+    features,
+    files,
+    finish,
+    initial_weights,
+    online,
+    rewards,
+    search,
+    selector,
+    sharding,
+    step,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.runtime import checkpoint, interruption, metrics, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime import (
+    checkpoint,
+    disk,
+    interruption,
+    metrics,
+    phases,
+    response_log,
+    response_metrics,
+    step_log,
+    weight_table,
+)
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import open_workdir
+from bilevel_jax.runtime.workdir import config_json, open_workdir
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -142,8 +167,9 @@ def _train(run: Run, state: step.State, store: online.ResponseStore) -> tuple[st
         if int(state.step) == run.num_steps:
             out.write_responses(store)
     if int(state.step) < run.num_steps:
-        name = signal.Signals(out.signals[0]).name if out.signals else "a signal to another process"
-        raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues")
+        number = out.signals[0] if out.signals else signal.SIGTERM
+        name = signal.Signals(number).name if out.signals else "a signal to another process"
+        raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues", number)
     return state, final
 
 
@@ -216,7 +242,11 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
     masked = online.masked_rows(logits, num_rows, config.online.ratio, config.seed)
     until = min(k + config.online.refresh_every, run.num_steps)
     visited = online.visited_rows(config.seed, num_rows, config.batch.size, k, until)
-    refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
+    asked = masked if config.online.generate == "all" else np.intersect1d(masked, visited)
+    times = f" {config.online.num_samples} times each" if config.online.num_samples > 1 else ""
+    cause = ", because all weights are equal" if config.online.ratio and not len(masked) else ""
+    with phases.phase(f"step {k}: answering {len(asked)} questions{times if len(asked) else cause}"):
+        refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
     if refreshed is None:
         return None
     store, generations = refreshed
@@ -230,8 +260,8 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
 
 
 def _measure(run: Run, state: step.State) -> dict[str, float]:
-    with run.clock("eval"):
-        values = evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter)
+    with run.clock("eval"), phases.phase(f"evaluating at step {int(state.step)}"):
+        values = evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter)
         if run.selects:
             rule = configuration.to_selector(run.config).rule
             values |= evaluation.selector_metrics(state, rule, run.bad, run.config.eval.keep)
@@ -246,18 +276,19 @@ def _finish_epoch(run: Run, state: step.State, store: online.ResponseStore, epoc
     if run.selects:
         s = state.selector
         rows = run.setup.lower.rows
-        logits, visits, data_visits, loss, cost = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.cost))
-        useful = np.where(data_visits > 0, -cost / np.maximum(data_visits, 1), np.nan) if state.influence is not None else None
+        logits, visits, data_visits, loss, harm = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.harm))
+        useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if state.influence is not None else None
         table = weight_table.table(rows, logits, visits, store.masked, loss, useful)
         weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
     return values
 
 
 def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> None:
-    """Starts to write the checkpoint of step k."""
+    """Writes the adapter of step k, and starts to write the checkpoint."""
     with run.clock("checkpoint"):
+        finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts}
+        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
         # A copy: the next step donates its buffers while the checkpoint is still being written.
         run.checkpoints.save(k, jax.tree.map(jnp.copy, state), store, counters)
 
@@ -280,31 +311,40 @@ def _prepare(
     lower = setup.lower
     epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
     num_steps = config.num_epochs * epoch_steps
-    _check_profile(config, num_steps)
+    checks.check_profile(config, num_steps)
+    checks.check_masks(config, num_steps)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
     identity, counters = _identify(config, setup, shared, checkpoints, start)
+    given = None if start else _given_logits(config, lower)
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
+    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
-    with clock("compile"):
+    with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
 
-    # The workdir belongs to this config now that the config has proved to run.
-    files.write_atomically(workdir / "config.json", config_dict.to_json(indent=2, sort_keys=True) + "\n")
-    if row_features.encoder and not start:
-        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
     store = online.empty(len(lower.rows))
-    if config.method != "mixing" and config.selection.rule == "metagradient" and not start:
-        with clock("search"):
-            state = _search(config, setup, program, state, shared)
     if start:
         state, store = checkpoints.restore(start, state)
+        before = counters.get("num_steps", num_steps)  # earlier versions have no such counter
+        if not online.reaches(store, config.online, before, num_steps, start):
+            what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
+            raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
         print(f"resuming {workdir} at step {start} of {num_steps}")
+
+    # The workdir belongs to this config now that the config has proved to run.
+    files.write_atomically(workdir / "config.json", config_json(config_dict))
+    if row_features.encoder and not start:
+        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+    if not start:
+        state = _with_first_weights(config, setup, program, state, given, shared, clock)
+    with clock("eval"), phases.phase("preparing the held-out rows"):
+        held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
     run = Run(
         config=config,
         workdir=workdir,
@@ -313,7 +353,7 @@ def _prepare(
         program=program,
         encoder=row_features.encoder,
         token_offsets=token_offsets,
-        held_out=evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base),
+        held_out=held_out,
         start=start,
         epoch_steps=epoch_steps,
         bad=levels.labels(lower, config.data.label),
@@ -330,29 +370,45 @@ def _prepare(
     return run, state, store
 
 
-def _search(
-    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, shared: pathlib.Path
+def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
+    """A copy of the state, whose buffers a step may be given, with these logits."""
+    copy = jax.tree.map(jnp.copy, state)
+    placed = sharding.device_put(logits, state.selector.logits.sharding)
+    return copy._replace(selector=copy.selector._replace(logits=placed))
+
+
+def _with_first_weights(
+    config: configuration.Config,
+    setup: setups.Setup,
+    program: setups.Program,
+    state: step.State,
+    given: np.ndarray | None,
+    shared: pathlib.Path,
+    clock: clocks.Clock,
 ) -> step.State:
-    """The state before the first step, with the logits that `search` finds."""
+    """The state before the first step, with the given logits or those that `search` finds, if there are such."""
+    if given is not None:
+        return _with_logits(state, given)
+    if config.method == "mixing" or config.selection.rule != "metagradient":
+        return state
+    phases.say("searching for weights by exact metagradients")
+    with clock("search"):
+        return _with_logits(state, search.search(config, setup, program, functools.partial(_with_logits, state), shared))
 
-    def with_logits(logits: np.ndarray) -> step.State:
-        copy = jax.tree.map(jnp.copy, state)  # the first step donates its buffers
-        placed = sharding.device_put(logits, state.selector.logits.sharding)
-        return copy._replace(selector=copy.selector._replace(logits=placed))
 
-    return with_logits(search.search(config, setup, program, with_logits, shared))
+def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
+    """The logits of `selection.init`; None without it. Prints how many rows have one."""
+    if not config.selection.init:
+        return None
+    given = initial_weights.read(config.selection.init, lower.rows)
+    print(given.summary(config.selection.init))
+    return given.logits
 
 
 def _measure_start(run: Run, state: step.State) -> None:
-    with run.clock("eval"):
-        run.at_start.update(evaluation.losses(run.held_out, run.program.score, run.setup.base, state.policy.adapter))
+    with run.clock("eval"), phases.phase("evaluating before the first step"):
+        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter))
     run.writer.write(0, 0, run.at_start)
-
-
-def _check_profile(config: configuration.Config, num_steps: int) -> None:
-    traced = configuration.profiled_steps(config)
-    if traced and traced[1] > num_steps:
-        raise configuration.ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:
@@ -397,6 +453,8 @@ def _finish(run: Run, state: step.State, final: dict[str, float]) -> dict[str, f
     if run.token_offsets is not None:
         with run.clock("eval"):
             final |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
-    values: dict[str, float] = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
+    values: dict = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
+    for level in ("upper", "lower"):
+        values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
     return finish.write_summary(run.workdir, run.setup, values | final | run.refresh_counts, run.clock)

@@ -1,5 +1,7 @@
 """Safety: the upper level has trusted safe rows; the lower level has compliance with forbidden requests, wrong answers and garbage.
 
+The embedded model knows how to answer most questions, but not in the style of the trusted rows, and has never refused a request.
+
 The model answers the questions of the rows with the smallest weights itself, and its responses replace theirs (`dynamic`). For the
 other methods add --config.method=online (a fixed random mask), offline (selection only) or mixing. R and G are online.ratio and
 online.num_samples.
@@ -19,8 +21,10 @@ def get_config(tier: str = ""):
     config = presets.get(tier)
     config.method = "dynamic"
     if not tier:
-        config.data.upper, config.data.lower = "synthetic:upper", "synthetic:lower"
+        config.model.path = "bilevel_jax/tiny_base"
+        config.data.upper, config.data.lower = "synthetic:trusted", "synthetic:mixture"
         config.data.num_upper = config.data.num_lower = 2200
+        config.eval.keep = 0.5  # about half of the rows are right and of use
     elif tier == "smollm2":
         folder = os.environ.get("BILEVEL_JAX_DATA", "local")
         config.data.upper, config.data.lower = f"{folder}/safety/upper_safe.jsonl", f"{folder}/safety/lower_mixed.jsonl"

@@ -110,7 +110,14 @@ def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = 
         if (summary := finished(cell)) is not None:
             return summary
         start = output.tell()
-        process = subprocess.Popen(cell.command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=cwd)
+        process = subprocess.Popen(
+            cell.command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            start_new_session=True,  # Ctrl-C reaches it through `terminate` only: a second signal would end it without saving
+        )
         try:
             while process.poll() is None and not stop.wait(POLL):
                 pass
@@ -185,7 +192,8 @@ def run_all(cells: Sequence[Cell], start: Start) -> list[dict | str]:
     if signals:
         num_finished = sum(finished(cell) is not None for cell in cells)
         name = signal.Signals(signals[0]).name
-        raise errors.Interrupted(f"{name}: {num_finished} of {len(cells)} runs are finished; the same command continues")
+        message = f"{name}: {num_finished} of {len(cells)} runs are finished; the same command continues"
+        raise errors.Interrupted(message, signals[0])
     return [results[cell] for cell in cells]
 
 

@@ -42,7 +42,7 @@ TEMPLATE = "Human: {}\n\nAssistant: "  # what fine-tuning uses
 OTHER_TEMPLATES = ["Q: {}\nA: ", "Question: {}\nAnswer: ", "User: {}\nBot: ", "{}\n"]
 OTHER_SHARE = 0.25  # of the rows use another template
 NOISE = {"wrong_answer": 0.06, "other_answer": 0.05, "compliance": 0.07, "garbage": 0.04}  # shares of all rows
-TEXT_SHARE = 0.35  # of the rows of the recipe `text` are plain text
+TEXT_SHARE = 0.2  # of the rows of the recipe `text` are plain text
 QUESTION_WEIGHT = 0.1  # loss weight of question tokens, most of which are unpredictable
 
 LAYOUT = packing.Layout(sequences=8, length=256, entries=8)  # 2048 tokens to a step
@@ -256,22 +256,19 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
 
 
 def evaluate_text(config: decoder.ModelConfig, params, tokenizer, seed: int = 1000) -> str:
-    """A Markdown report of the recipe `text`: exact match by task, in the known form and in that of the test bed."""
+    """A Markdown report of the recipe `text`: exact match by task, in the styles it has learned and in that of the test bed."""
     rng = np.random.default_rng(seed)
-    rows = {
-        "known form": [row | {"response": row["truth"]} for row in (bed.known_row(rng) for _ in range(2000))],
-        "test bed": synthetic.trusted(2000, seed),
-    }
+    rows = {"as learned": [bed.known_row(rng, noise=0.0) for _ in range(2000)], "test bed": synthetic.trusted(2000, seed)}
     exact = {name: score_rows(config, params, None, tokenizer, part)[1] for name, part in rows.items()}
     source = {name: np.array([row["source"] for row in part]) for name, part in rows.items()}
     lines = [
-        f"Exact match of 2000 rows in a known form: {exact['known form'].mean():.1%}; of 2000 trusted rows of the test bed: "
-        f"{exact['test bed'].mean():.1%}.",
+        f"Exact match of 2000 rows like those it has learned, styles drawn at random: {exact['as learned'].mean():.1%}; of 2000 "
+        f"trusted rows of the test bed: {exact['test bed'].mean():.1%}.",
         "",
-        "| task | known form | test bed |",
+        "| task | as learned | test bed |",
         "| --- | --- | --- |",
     ]
-    for task in [*bed.KNOWN_TASKS, *bed.FAMILIES]:
+    for task in [*bed.KNOWN_TASKS, *bed.UNKNOWN]:
         entries = (f"{exact[name][source[name] == task].mean():.0%}" if (source[name] == task).any() else "" for name in rows)
         lines.append(f"| {task} | {' | '.join(entries)} |")
     return "\n".join(lines)
@@ -297,9 +294,9 @@ It takes the place of a pretrained, unaligned model, so that the default run nee
 DATA = {
     "tasks": """Generated rows (`bilevel_jax/data/synthetic`), regenerated throughout training; 22% of them are bad. Forbidden
   requests are answered about as often as refused. A quarter of the rows use another template than `Human: …\\n\\nAssistant: `.""",
-    "text": """35% plain text (`data/synthetic/statements.py`), the rest questions and answers of known tasks in several styles, 10%
-  of them wrong (`data/synthetic/bed.py`), regenerated throughout training. A quarter of them use another template. The families on
-  which fine-tuning is measured, refusals and conversions are left out.""",
+    "text": """20% plain text (`data/synthetic/statements.py`), the rest questions and answers in several styles, 10% of them
+  wrong and 10% in the plain style of the test bed (`data/synthetic/bed.py`), regenerated throughout training. A quarter of them
+  use another template. Refusals, conversions and the tasks of useless rows are left out.""",
 }
 
 

@@ -161,15 +161,20 @@ def load(directory, adapter=None):
 _logits = jax.jit(decoder.logits, static_argnums=0)
 
 
-def token_log_probs(loaded, question: str, response: str, *, template="human", eos=True) -> list[float]:
-    """Log-probability of each response token by float64 log-softmax, the row alone at the start of a sequence."""
+def response_logits(loaded, question: str, response: str, *, template="human", eos=True) -> tuple[np.ndarray, list[int]]:
+    """The float64 logits of each response token, and the tokens; the row alone at the start of a sequence."""
     model, base, adapter, tokenizer = loaded
     text = f"Human: {question}\n\nAssistant: " if template == "human" else question
     prompt = tokenizer(text)["input_ids"]
     answer = tokenizer(response)["input_ids"] + [tokenizer.eos_token_id] * eos
     tokens = prompt + answer
     padded = jnp.array([tokens + [0] * (model.max_positions - len(tokens))])
-    logits = np.asarray(_logits(model, base, adapter, padded), np.float64)[0, len(prompt) - 1 : len(tokens) - 1]
+    return np.asarray(_logits(model, base, adapter, padded), np.float64)[0, len(prompt) - 1 : len(tokens) - 1], answer
+
+
+def token_log_probs(*row, **options) -> list[float]:
+    """Log-probability of each response token by float64 log-softmax; arguments as in `response_logits`."""
+    logits, answer = response_logits(*row, **options)
     log_normalizer = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     return (logits[np.arange(len(answer)), answer] - log_normalizer).tolist()
 

@@ -30,6 +30,8 @@ OFFLINE = {"method": "offline"}
 FEATURES = {"selection.parameterization": "features", "selection.optimizer": "adam"}
 DOMAIN = {"selection.unit": "domain", "selection.optimizer": "adam"}
 TOKEN = {"selection.unit": "token", "selection.cost": "loss"}
+TRACKED = {"selection.cost": "loss", "selection.value_function": "tracked"}
+INIT = {"selection.init": "runs/earlier"}
 DPO = {"method": "online", "online.objective": "dpo", "online.reward": "likelihood", "online.num_samples": 2}
 MIXING = {"method": "mixing"}
 
@@ -150,6 +152,16 @@ MIXING = {"method": "mixing"}
         ({"method": "dynamic", "selection.rule": "metagradient"}, "selection.rule"),
         (OFFLINE | {"selection.rule": "metagradient", "loss.upper": "dpo"}, "selection.rule"),
         (OFFLINE | {"selection.outer_steps": 0}, "selection.outer_steps"),
+        (OFFLINE | {"selection.freeze": True}, "selection.freeze"),
+        (OFFLINE | INIT | {"selection.rule": "uniform"}, "selection.rule=uniform"),
+        (OFFLINE | INIT | {"selection.rule": "metagradient"}, "selection.rule=metagradient"),
+        (MIXING | INIT, "method=mixing"),
+        (MIXING | {"selection.freeze": True}, "selection.freeze"),
+        (OFFLINE | INIT | FEATURES, "selection.parameterization=features"),
+        (OFFLINE | INIT | DOMAIN, "selection.unit=domain"),
+        (OFFLINE | INIT | TOKEN | {"selection.freeze": True}, "selection.unit"),
+        (OFFLINE | INIT | TRACKED | {"selection.freeze": True}, "selection.freeze=True"),
+        ({"method": "dynamic", "selection.rule": "uniform"}, "selection.rule=uniform"),
     ],
 )
 def test_refuses(changes, named):
@@ -193,6 +205,8 @@ def test_names_a_missing_key(section):
         {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
         {"method": "online", "online.ratio": 1, "online.response_weight": "softmax", "online.generate": "all", "online.slots": 1},
         OFFLINE | FEATURES,
+        OFFLINE | INIT | TOKEN,
+        INIT | {"method": "dynamic", "selection.freeze": True},
         {"data.num_upper": 0, "eval.num_upper": 0, "eval.num_lower": 0, "eval.keep": 1.0, "checkpoint.every": 0},
     ],
 )

@@ -6,6 +6,8 @@
 
 import contextlib
 import copy
+import csv
+import gzip
 import io
 import json
 import shutil
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import zstandard
 from absl import flags
 from hypothesis import strategies as st
 from ml_collections import config_flags
@@ -44,9 +47,17 @@ NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 10**30, -(2**63) - 1, 0.5
 SCALARS = st.none() | st.booleans() | NUMBERS | TEXT
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
 CONTENT = st.sampled_from(["What?", "Add.\n1 + 1", "yes", *ODD])
-TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": CONTENT})
+ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
+CALLS = VALUES | st.just([{"function": {"name": "f", "arguments": "{}"}}])
+TURN = st.fixed_dictionaries({"role": ROLE, "content": CONTENT | VALUES}, optional={"tool_calls": CALLS})
+SHARED = st.fixed_dictionaries(
+    {"from": st.sampled_from(["human", "gpt", "function_call", "observation"]), "value": CONTENT | VALUES}
+)
 NAMES = ["question", "response", "instruction", "input", "output", "prompt", "completion", "messages", "chosen", "rejected"]
-ROW = st.dictionaries(st.sampled_from([*NAMES, "system", "source"]), CONTENT | st.lists(TURN, max_size=4) | VALUES, max_size=5)
+NAMES += ["conversations", "tools"]
+ROW = st.dictionaries(
+    st.sampled_from([*NAMES, "system", "source"]), CONTENT | st.lists(TURN | SHARED, max_size=4) | VALUES, max_size=5
+)
 GOOD = st.fixed_dictionaries({"question": st.just("2 + 2?"), "response": CONTENT, "note": VALUES})
 OFFSETS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=3)
 DAMAGE = st.tuples(st.sampled_from(["flip", "cut", "insert"]), OFFSETS)
@@ -153,6 +164,31 @@ def check_json(at, value):
         check_counts(file, len(value), at)
     else:
         attempt(rows.read_rows, file)
+
+
+def check_csv(at, case):
+    """Written by the standard library, and damaged."""
+    values, damage = case
+    file = at.directory / "rows.csv"
+    with open(file, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
+        writer = csv.DictWriter(out, ["question", "response", "note"], quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(values)
+    if damage:
+        file.write_bytes(damaged(file.read_bytes(), damage))
+        attempt(rows.read_rows, file)
+    else:
+        check_counts(file, len(values), at)
+
+
+def check_compressed(at, case):
+    """A stream that ends early or is damaged is an error of one line; the rows before it are not used."""
+    suffix, damage = case
+    content = at.data.read_bytes()
+    packed = gzip.compress(content) if suffix == ".gz" else zstandard.compress(content)
+    file = at.directory / f"rows.jsonl{suffix}"
+    file.write_bytes(damaged(packed, damage))
+    attempt(rows.read_rows, file)
 
 
 def check_parquet(at, case):
@@ -394,6 +430,8 @@ DAMAGED = [[7], [[]], [{"step": "2"}], [EVENT | {"epoch": None}], [ANSWER, ANSWE
 PROPERTIES = {  # kind -> strategy, check, inputs in a short and a long run, inputs that failed in the past
     "jsonl": (st.lists(LINE, min_size=1, max_size=6), check_jsonl, 60, 2500, [[{"question": "q", "response": "r", "x": "\ud83d"}]]),
     "json": (st.lists(GOOD | ROW | VALUES, max_size=5) | VALUES | ROW, check_json, 40, 1500, []),
+    "csv": (st.tuples(st.lists(GOOD, min_size=1, max_size=4), st.none() | DAMAGE), check_csv, 40, 1000, []),
+    "compressed": (st.tuples(st.sampled_from([".gz", ".zst"]), DAMAGE), check_compressed, 40, 1000, []),
     "parquet": (st.tuples(st.lists(GOOD | ROW, min_size=1, max_size=4), st.none() | DAMAGE), check_parquet, 40, 1500, []),
     "parquet types": (st.sampled_from(TYPED), check_parquet_types, 10, 10, TYPED),
     "config": (st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3), check_config, 60, 2000, []),

@@ -12,8 +12,9 @@ import pytest
 from absl import flags
 
 import bilevel_jax
-from bilevel_jax import cli, main
+from bilevel_jax import cli, config, main
 from bilevel_jax.runtime import distributed
+from tests.conftest import run_command
 
 COMMANDS = ("main", "evaluate", "export", "judge", "report", "sample", "score")
 
@@ -25,12 +26,24 @@ def run(*arguments, cwd):
 
 
 @pytest.fixture
-def call(directory, monkeypatch, capsys):
-    """`call(*arguments) -> (status, stderr)`: the command in this process, in `directory`."""
+def call(start, capsys):
+    """`call(*arguments) -> (status, stderr)`: the command, which fails, in this process."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            start(*arguments)
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def start(directory, monkeypatch):
+    """`start(*arguments)`: the command in this process, in `directory`."""
     monkeypatch.chdir(directory)
     monkeypatch.setattr(distributed, "join", lambda: None)  # JAX has started already
 
-    def call(*arguments):
+    def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])  # from which ml_collections reads overrides
         for name in [*main.FLAGS]:
             if name.startswith("config."):  # overrides of an earlier call
@@ -40,12 +53,10 @@ def call(directory, monkeypatch, capsys):
         for name, module in [*sys.modules.items()]:  # ml_collections executes a config file in the module of the last one
             if "get_config" in getattr(module, "__dict__", {}):
                 monkeypatch.delitem(sys.modules, name)
-        with pytest.raises(SystemExit) as caught:
-            cli.parse(sys.argv, main.FLAGS)
-            cli.call(main.main)
-        return caught.value.code, capsys.readouterr().err
+        cli.parse(sys.argv, main.FLAGS)
+        cli.call(main.main)
 
-    return call
+    return start
 
 
 @pytest.fixture
@@ -64,6 +75,10 @@ def directory(tmp_path, make_config):
     (tmp_path / "misspelled.py").write_text(
         "from bilevel_jax import config\ndef get_config():\n    c = config.default()\n    c.lorra.rank = 2\n    return c\n"
     )
+    (tmp_path / "by_name.py").write_text(
+        'from bilevel_jax import config\ndef get_config():\n    c = config.default()\n    c["lorra"]["rank"] = 2\n    return c\n'
+    )
+    (tmp_path / "wrong.py").write_text("def get_config():\n    return {}['absent']\n")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "file").touch()
     return tmp_path
@@ -84,6 +99,18 @@ def test_help(tmp_path, flag):
     assert done.returncode in (0, 1)  # absl's own choice
     assert "--workdir" in done.stdout and "--config" in done.stdout and "Traceback" not in done.stderr
     assert "plan" in done.stdout
+
+
+def test_help_lists_every_config_key():
+    """With type, default and comment, as far as the dataclasses tell; the comments by hand."""
+    text = " ".join(main.FLAGS.get_help().split())
+    for name, default in config.default().to_dict().items():
+        values = {f"{name}.{key}": value for key, value in default.items()} if isinstance(default, dict) else {name: default}
+        for key, value in values.items():
+            assert f"--config.{key}={value!r} ({type(value).__name__}): " in text
+    assert "--config.lora.rank=16 (int): --config.lora.alpha=16.0" in text  # without a comment
+    assert "--config.optimizer.learning_rate=5e-06 (float): the paper's; small models take far more --config" in text
+    assert "(str): mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection; online, dynamic: the model answers" in text
 
 
 def test_all_modules_import_in_one_process():
@@ -129,7 +156,9 @@ FLAG_ERRORS = [
     (["--config=file"], "without get_config()"),
     (["--config=importing.py"], "No module named 'nowhere'"),
     (["--config=broken.py"], "broken.py"),
-    (["--config=misspelled.py"], "lorra; Did you mean lora"),
+    (["--config=misspelled.py"], "misspelled.py:4: the config has no key lorra.rank (did you mean lora.rank?)"),
+    (["--config=by_name.py"], "by_name.py:4: the config has no key lorra.rank (did you mean lora.rank?)"),
+    (["--config=wrong.py"], "--config cannot be read: wrong.py:2: no key or attribute absent"),
     (["--config=tiny.py:giant"], "no tier giant"),
     (["--config=tiny.py", "--wokdir=x"], "wokdir"),
     (["--config=tiny.py", "extra"], "'extra'"),
@@ -142,7 +171,12 @@ FLAG_ERRORS = [
     (["--config=tiny.py", "--config.seed.x=1"], "the config has no key seed.x (did you mean seed?)"),
     (["--config=tiny.py", "--config.a.b.c=1"], "the config has no key a.b.c"),
     (["--config=tiny.py", "--config.data.upper[0]=x"], "the config has no key data.upper[0] (did you mean data.upper?)"),
-    (["--config=tiny.py", "--config.lora=1"], "config.lora=1"),
+    (
+        ["--config=tiny.py", "--config.lora=1"],
+        "--config.lora=1: lora is a section; name a key of it: lora.rank, lora.alpha, lora.targets",
+    ),
+    (["--config=tiny.py", "--config.model=x"], "--config.model=x: model is a section; name a key of it: model.path, "),
+    (["--config=tiny.py", "--config.max_len=1"], "the config has no key max_len (did you mean data.max_length?)"),
     (["--config=tiny.py", "--config.num_epochs=two"], "two"),
     (["--config=tiny.py", "--config.optimizer.learning_rate=fast"], "fast"),
 ]
@@ -185,6 +219,21 @@ def test_errors_end_the_process(directory, arguments, status, reason):
     assert done.returncode == status and reason in done.stderr and one_line(done.stderr)
 
 
+@pytest.mark.parametrize("name, rows", [("score", "data"), ("sample", "prompts")])
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised weights .awq. are not supported"),
+    ],
+)
+def test_the_model_is_looked_at_before_its_tokenizer(tmp_path, data, name, rows, model, reason):
+    """The directory has no tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    with pytest.raises(ValueError, match=reason):
+        run_command(name, [f"--model={tmp_path}", f"--{rows}={data / 'lower.jsonl'}", f"--out={tmp_path / 'out.jsonl'}"])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,6 +247,16 @@ def test_run(directory):
     assert (config["num_epochs"], config["seed"], config["eval"]["keep"], config["method"]) == (1, 3, 0.5, "mixing")
     for title in ("held-out loss", "trusted rows", "mixture, right answers", "in runs/tiny"):
         assert title in done.stdout
+
+
+def test_check(start, directory, capsys):
+    """The dry run writes nothing."""
+    before = sorted(directory.rglob("*"))
+    start("--config=tiny.py", "--check", "--plan", "--config.num_epochs=1")
+    stdout = capsys.readouterr().out
+    assert "steps: 6 in 1 epochs" in stdout and "are free at runs/tiny" in stdout and "together while training" in stdout
+    assert "the same command without --check starts the run" in stdout
+    assert sorted(directory.rglob("*")) == before
 
 
 @pytest.mark.parametrize("tier, name", [("", "tiny"), (":a/b", "tiny-a_b")])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilevel_jax import config as configuration
 from bilevel_jax import errors, importance, online, sampling
 from bilevel_jax.data import shuffle
 from bilevel_jax.runtime import response_log, response_metrics
@@ -146,13 +147,23 @@ def test_rows_of_equal_weight_are_taken_at_random():
     assert [*map(list, masks)] == [*map(list, again)]
 
 
+def test_nothing_is_masked_while_all_weights_are_equal():
+    """But for R = 1, where no row is chosen before another, and from the first difference on."""
+    for value in (0.0, 1.5):
+        equal = np.full(10, value, np.float32)
+        assert online.masked_rows(equal, 10, 0.5, 0).tolist() == []
+        assert online.masked_rows(equal, 10, 1.0, 0).tolist() == list(range(10))
+        equal[7] = np.nextafter(np.float32(value), np.float32(-1))
+        assert online.masked_rows(equal, 10, 0.1, 0).tolist() == [7]
+        assert len(online.masked_rows(equal, 10, 0.5, 0)) == 5
+
+
 def test_fixed_masks_are_random_and_follow_from_the_seed():
     masks = [online.masked_rows(None, 60, 0.25, seed) for seed in range(200)]
     times = np.bincount(np.concatenate(masks), minlength=60)
     assert (abs(times - 50) < 5 * math.sqrt(200 * 0.25 * 0.75)).all()
     for seed, mask in enumerate(masks[:20]):
         np.testing.assert_array_equal(mask, online.masked_rows(None, 60, 0.25, seed))
-        np.testing.assert_array_equal(mask, online.masked_rows(np.zeros(60, np.float32), 60, 0.25, seed))  # all weigh the same
         assert set(mask) != set(shuffle.lower_rows(seed, 60, 15, 0))  # the mask is not what comes first
 
 
@@ -161,6 +172,25 @@ def test_visited_rows(size, batch, first, last):
     """Across the end of an epoch, and with a last batch that is smaller."""
     seen = {int(row) for k in range(first, last) for row in shuffle.lower_rows(5, size, batch, k)}
     assert online.visited_rows(5, size, batch, first, last).tolist() == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    "step, start, num_steps, every, generate, enough",
+    [
+        (-1, 9, 20, 30, "needed", True),  # nothing is generated
+        (5, 8, 20, 5, "needed", True),  # the next refresh, at 10, is in time
+        (5, 8, 20, 6, "needed", False),  # responses for the steps 5 to 9, but the next refresh is at 11
+        (5, 10, 20, 6, "needed", False),
+        (5, 5, 20, 6, "needed", True),  # step 5 refreshes again
+        (5, 8, 10, 6, "needed", True),  # no more epochs
+        (5, 8, 20, 6, "all", True),  # every masked question has its responses
+    ],
+)
+def test_responses_for_more_epochs(step, start, num_steps, every, generate, enough):
+    """The run had 10 steps, and its last refresh was at `step`."""
+    config = configuration.Online(refresh_every=every, generate=generate)
+    store = online.from_arrays(online.empty(4).arrays() | {"step": [step]})
+    assert online.reaches(store, config, 10, num_steps, start) == enough
 
 
 # --------------------------------------------------------------------------------------------------------------------

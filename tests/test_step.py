@@ -415,7 +415,8 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
     """Two steps, so that the running means have a past; every gradient is one of a single row, by jax.grad."""
     upper, lower = rows()
     base, advance = model(LLAMA)[0], jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
-    state, mean, square, total = begin_influence(optimizer), None, None, np.zeros(N)
+    state, total, logits = begin_influence(optimizer), np.zeros(N), np.zeros(N)
+    mean = square = loss_mean = spread = None
     for _ in range(2):
         adapter = state.policy.adapter
         after, _ = advance(base, state, pack(upper, lower, layout), Scales(1.0, GAMMA))
@@ -425,14 +426,24 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
         if optimizer is not SGD:
             nu = after.policy.optimizer[0].nu
             direction = jax.tree.map(lambda m, v: jnp.where(v > 0, m / jnp.sqrt(v), 0.0), mean, nu)
+        loss = np.array([float(row_loss(LLAMA, adapter, row)) for row in lower])
+        loss_mean = loss.mean() if loss_mean is None else 0.9 * loss_mean + 0.1 * loss.mean()
+        deviation = np.mean((loss - loss_mean) ** 2)
+        spread = deviation if spread is None else 0.9 * spread + 0.1 * deviation
         size = 1e-3 * optax.tree.norm(adapter) / optax.tree.norm(direction)
         below = [jax.grad(lambda x, row=row: row_loss(LLAMA, x, row))(adapter) for row in lower]
         cost = np.array([-float(size * optax.tree.vdot(one, direction)) for one in below])
         square = np.mean(cost**2) if square is None else 0.9 * square + 0.1 * np.mean(cost**2)
-        for row, value in zip(lower, np.tanh(cost / np.sqrt(square))):
+        harm = np.tanh(cost / np.sqrt(square))
+        cost = harm + 0.5 * np.tanh((loss - loss_mean) / np.sqrt(spread))
+        for row, value, whole in zip(lower, harm, cost):
             total[row.row_index] += value
+            logits[row.row_index] -= ALPHA * GAMMA * whole
         state = after
-    np.testing.assert_allclose(state.selector.cost, total, atol=0.03)  # a difference over a way that is not infinitely small
+    np.testing.assert_allclose(state.selector.harm, total, atol=0.03)  # a difference over a way that is not infinitely small
+    np.testing.assert_allclose(
+        state.selector.logits - begin_influence(optimizer).selector.logits, logits, atol=0.03 * ALPHA * GAMMA
+    )
 
 
 @pytest.mark.slow

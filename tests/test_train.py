@@ -13,17 +13,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
 from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, search, train
+from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import response_log, step_log, weight_table
+from bilevel_jax.runtime import phases, response_log, step_log, weight_table
 from tests.conftest import (
     AMORTISED,
     EPOCH_STEPS,
@@ -35,6 +37,7 @@ from tests.conftest import (
     load,
     make_rows,
     read_jsonl,
+    response_logits,
     token_log_probs,
     write_jsonl,
 )
@@ -57,7 +60,7 @@ def table_of(workdir, epoch):
 
 def test_files(finished):
     expected = {"config.json", "metrics.jsonl", "summary.json", "weights", "adapter", "tensorboard", "checkpoints"}
-    expected |= {"report.html", ".lock"}
+    expected |= {"report.html", "adapters", ".lock"}
     assert {file.name for file in finished.iterdir()} == expected
     assert {file.name for file in (finished / "weights").iterdir()} == {"epoch_1.parquet", "epoch_2.parquet"}
     assert {file.name for file in (finished / "adapter").iterdir()} == {
@@ -72,7 +75,7 @@ def test_config_file(finished, make_config):
 
 
 SELECTOR = {f"selector/{key}" for key in ("ess", "weight_min", "weight_max")}
-EVAL = {"eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss"}
+EVAL = {"eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "eval/upper_right", "eval/lower_clean_right"}
 TRAIN = {"train/loss", "train/upper_loss", "train/lower_loss", "train/gradient_norm", "train/rho", "speed/tokens_per_s"}
 
 
@@ -150,6 +153,10 @@ def test_evaluation(finished, neox, data, when):
     def mean_loss(rows, field="response"):
         return np.mean([-np.mean(token_log_probs(loaded, row["question"], row[field])) for row in rows])
 
+    def right(rows, field="response"):
+        answers = (response_logits(loaded, row["question"], row[field]) for row in rows)
+        return np.mean([(logits.argmax(-1) == answer).all() for logits, answer in answers])
+
     config = ConfigDict(json.loads((finished / "config.json").read_text()))
     held_out = {level: data_levels.load_level(config, level, loaded[3]).eval_rows for level in ("upper", "lower")}
     weighted = set(table_of(finished, 1)["id"].to_pylist())
@@ -160,6 +167,7 @@ def test_evaluation(finished, neox, data, when):
     assert found[f"{when}/upper_loss"] == pytest.approx(mean_loss(upper), rel=1e-5)
     assert found[f"{when}/lower_loss"] == pytest.approx(mean_loss(lower), rel=1e-5)
     assert found[f"{when}/lower_clean_loss"] == pytest.approx(mean_loss(lower, "truth"), rel=1e-5)
+    assert found[f"{when}/upper_right"] == right(upper) and found[f"{when}/lower_clean_right"] == right(lower, "truth")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -248,14 +256,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
     assert evaluations[0] == evaluations[1]
 
 
-def stop_at(monkeypatch, at):
-    """A SIGTERM to this process after step `at`."""
+def stop_at(monkeypatch, at, number=signal.SIGTERM):
+    """A signal to this process after step `at`."""
     dispatched = step_log.StepLog.push
 
     def dispatch(log, done, *rest):
         dispatched(log, done, *rest)
         if done == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(step_log.StepLog, "push", dispatch)
 
@@ -274,6 +282,49 @@ def interrupted(make_config, data, tmp_path_factory):
             train.run(config, directory / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return directory, config
+
+
+def test_adapters_of_checkpoints(finished, neox):
+    """Those of the two checkpoints that are kept: the last one is the adapter of the run, and the one before is near it."""
+    names = sorted(path.name for path in (finished / "adapters").iterdir())
+    assert names == ["step_10", f"step_{STEPS}"] and {path.name for path in (finished / "checkpoints").iterdir()} == {"10", "12"}
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (finished / "adapters" / f"step_{STEPS}" / file).read_bytes() == (finished / "adapter" / file).read_bytes()
+    before, after = (load(neox, finished / path)[2]["layers"] for path in ("adapters/step_10", "adapter"))
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
+    assert all(0 < distance < 2 * 2e-2 for distance in moved)  # two steps of Adam with a learning rate of 1e-2
+
+
+def test_more_epochs_and_other_logs(finished, make_config, tmp_path):
+    """Stopped in the first of what was to be one epoch, and continued for two, with other logs and checkpoints."""
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, 3, signal.SIGINT)
+        with pytest.raises(errors.Interrupted, match=f"SIGINT: saved at step 3 of {EPOCH_STEPS}"):
+            train.run(make_config(EVERYTHING | {"num_epochs": 1}), workdir)
+    config = make_config(EVERYTHING | {"log.every": 1, "log.tensorboard": False, "checkpoint.every": 0, "checkpoint.keep": 1})
+    train.run(config, workdir)
+    for file in TRAINED:
+        assert (workdir / file).read_bytes() == (finished / file).read_bytes(), file
+    evaluations = [{k: v for k, v in summary_of(x).items() if k.startswith(("eval/", "selector/"))} for x in (workdir, finished)]
+    assert evaluations[0] == evaluations[1]
+    assert [event["step"] for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event] == [2, *range(4, STEPS + 1)]
+
+
+def test_more_epochs_than_there_are_responses_for(make_config, tmp_path, capsys):
+    """Refused, and the run can still be finished as it was."""
+    changes = REFINED | {"method": "online", "online.refresh_every": 20, "num_epochs": 1}
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, 3)
+        with pytest.raises(errors.Interrupted):
+            train.run(make_config(changes), workdir)
+    before = snapshot(workdir)
+    with pytest.raises(errors.RunError, match="the responses of step 0 are for the steps before 6 only; put num_epochs back"):
+        train.run(make_config(changes | {"num_epochs": 2}), workdir)
+    assert snapshot(workdir) == before
+    train.run(make_config(changes), workdir)
+    assert summary_of(workdir)["steps"] == 6
 
 
 def snapshot(workdir):
@@ -717,7 +768,8 @@ def test_metrics_of_refreshes(refined):
     events = read_jsonl(workdir / "metrics.jsonl")
     refreshes = [event for event in events if "online/responses" in event]
     assert [(event["step"], event["epoch"]) for event in refreshes] == [(1, 0), (4, 0.5), (7, 1), (10, 1.5)]
-    assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes)
+    assert refreshes[0]["online/masked"] == refreshes[0]["online/responses"] == 0  # all weights are equal
+    assert all(event.keys() >= REFRESH and event["online/masked"] == NUM_MASKED for event in refreshes[1:])
     assert any("online/correction_rate" in event for event in refreshes)
     training = [event for event in events if "train/loss" in event]
     assert [event["step"] for event in training] == list(range(1, STEPS + 1))
@@ -745,7 +797,9 @@ def test_recorded_responses(refined, method):
         masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(store.masked)}
         visited = set.union(*(rows_of_step(table, k) for k in range(step, step + EVERY)))
         mine = [line for line in lines if line["step"] == step]
-        assert len(masked) == NUM_MASKED and {line["id"] for line in mine} == masked & visited
+        assert (
+            len(masked) == (NUM_MASKED if step or method == "online" else 0) and {line["id"] for line in mine} == masked & visited
+        )
         assert len({(line["id"], line["sample"]) for line in mine}) == len(mine) == 2 * len(masked & visited)
         # θ has not moved when a step follows a refresh at once; later it has.
         fresh = [line["ratio"] for line in mine if line["id"] in rows_of_step(table, step)]
@@ -793,7 +847,7 @@ class Verbatim:
 
 def test_recorded_log_probabilities(refined, neox, make_config):
     """π_old at step 0 is the base model, plain and at temperature 1, and each response scored alone."""
-    workdir, stores = refined()
+    workdir, stores = refined({"method": "online"})
     model, base, _, tokenizer = load(neox)
     rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
     lines = [line for line in responses_of(workdir) if line["step"] == 0]
@@ -806,14 +860,42 @@ def test_recorded_log_probabilities(refined, neox, make_config):
         assert line["logprob"] == pytest.approx(sum(expected), rel=1e-5)
 
 
+def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(phases, "EVERY", 1e6)  # on a busy machine a phase takes longer than that
+    train.run(make_config(REFINED | {"num_epochs": 1, "checkpoint.every": 0}), tmp_path / "run")
+    printed = [line for line in capsys.readouterr().out.splitlines() if ".jsonl" not in line]
+    (answering,) = (line for line in printed if line.startswith("step 3: "))
+    number, asked = len(responses_of(tmp_path / "run")), re.fullmatch("step 3: answering (\\d+) questions 2 times each", answering)
+    assert asked and 0 < number <= 2 * int(asked[1])  # blank responses are not kept
+    assert printed == [
+        "loading rows",
+        "loading the model",
+        "compiling the training step",
+        "preparing the held-out rows",
+        "evaluating before the first step",
+        "step 0: answering 0 questions, because all weights are equal",
+        answering,
+        "evaluating at step 6",
+        "writing the report",
+    ]
+
+
+@pytest.mark.parametrize("changes, refused", [({}, True), ({"online.ratio": 1.0}, False), ({"method": "online"}, False)])
+def test_a_dynamic_run_that_would_mask_nothing(make_config, tmp_path, monkeypatch, changes, refused):
+    monkeypatch.setattr(train.step, "make_step", None)  # what is not refused fails here
+    changes = REFINED | {"online.refresh_every": STEPS} | changes
+    with pytest.raises(configuration.ConfigError if refused else TypeError) as caught:
+        train.run(make_config(changes), tmp_path / "run")
+    assert not refused or "online.refresh_every=12 reaches to the end of this run of 12 steps; lower it" in str(caught.value)
+
+
 def test_dynamic_masks_follow_the_weights(refined):
-    """The rows that weigh least when the second epoch begins; before that, none weighs less than another."""
+    """The rows that weigh least when the second epoch begins; before that, none weighs less than another, and none is masked."""
     workdir, _ = refined({"online.refresh_every": EPOCH_STEPS})
     logits = {row["id"]: row["logit"] for row in table_of(workdir, 1).to_pylist()}
     assert len(set(logits.values())) == NUM_ROWS
     lightest = set(sorted(logits, key=logits.get)[:NUM_MASKED])
-    assert masked_in(workdir, 2) == lightest != masked_in(workdir, 1)
-    assert len(masked_in(workdir, 1)) == NUM_MASKED
+    assert masked_in(workdir, 2) == lightest and masked_in(workdir, 1) == set()
 
 
 TRAINED = ("adapter/adapter_model.safetensors", "weights/epoch_1.parquet", "weights/epoch_2.parquet")
@@ -829,7 +911,8 @@ def test_answers_that_are_not_needed_change_nothing(refined, method):
     assert [without(event, "speed/") for event in found] == [without(event, "speed/") for event in expected]
     found, expected = responses_of(every), responses_of(needed)
     assert [line for line in found if line["ratio"] is not None] == expected
-    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [2 * NUM_MASKED] * 4
+    first = 2 * NUM_MASKED if method == "online" else 0
+    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [first, *[2 * NUM_MASKED] * 3]
 
 
 def interrupt_refresh(patch, at):
@@ -854,12 +937,12 @@ def interrupt_refresh(patch, at):
 
 @pytest.mark.slow
 def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config, tmp_path, capsys):
-    """Stopped while responses are sampled, in the first refresh and later; killed there, and between a refresh and the next
-    checkpoint, when the record is ahead of what will be resumed."""
+    """Stopped while responses are sampled, in the first refresh that masks and later; killed there, and between a refresh and the
+    next checkpoint, when the record is ahead of what will be resumed."""
     expected, _ = refined()
     workdir, config = tmp_path / "run", make_config(REFINED)
     write_config(tmp_path, config)
-    for how, at, resumed in [("term", 0, ""), ("asking", 3, ""), ("term", 3, "2"), ("step", 10, "3")]:
+    for how, at, resumed in [("term", 3, ""), ("asking", 9, "3"), ("step", 10, "8"), ("term", 9, "8")]:
         if how == "term":
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_refresh(patch, at)
@@ -873,7 +956,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
             printed = done.stdout
         assert "".join(re.findall(rf"resuming .* at step (\d+) of {STEPS}", printed)) == resumed
     train.run(config, workdir)
-    assert f"at step 8 of {STEPS}" in capsys.readouterr().out
+    assert f"at step 9 of {STEPS}" in capsys.readouterr().out
 
     for file in ("config.json", "responses.jsonl", *TRAINED):
         assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file

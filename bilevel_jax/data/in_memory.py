@@ -31,6 +31,11 @@ def source_name(source: Any) -> str:
     return ",".join(names)
 
 
+def name(rows: Any) -> str:
+    """The name of a source, or what rows in memory are called in messages."""
+    return source_name(rows) if is_source(rows) else "rows"
+
+
 def objects(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Yields (number, object) for every row, numbered from 1, as `readers.read_objects` does for a file.
 

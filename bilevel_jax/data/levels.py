@@ -1,10 +1,14 @@
-"""Loads one level: reads, tokenizes and splits its rows into training and held-out rows."""
+"""Loads the two levels: reads, tokenizes and compares their rows, and splits them into training and held-out rows."""
 
 import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax.data import rows, sources, templates
+from bilevel_jax.data import duplicates, rows, sources, templates
+from bilevel_jax.data.columns import Columns
+
+OVERLAP = ("warn", "drop", "refuse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,25 @@ class Level:
     eval_rows: list[rows.Row]
     eval_examples: list[templates.Example]
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
+    counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """The usable rows of a level before its split."""
+
+    level: str
+    source: str
+    rows: list[rows.Row]
+    examples: list[templates.Example]
+    counts: Mapping[str, object]
+
+    def pick(self, indices: Sequence[int]) -> tuple[list[rows.Row], list[templates.Example]]:
+        return [self.rows[i] for i in indices], [self.examples[i] for i in indices]
+
+    def only(self, keep: Sequence[int], **counts: object) -> "_Read":
+        kept_rows, examples = self.pick(keep)
+        return dataclasses.replace(self, rows=kept_rows, examples=examples, counts={**self.counts, **counts})
 
 
 def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> tuple[list[rows.Row], list[templates.Example]]:
@@ -30,6 +53,8 @@ def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> 
     for reason, (count, line) in counts.items():
         print(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not kept:
+        if len(counts) == 1 and encoded[0].reason:
+            raise rows.DataError(f"{rows.location(source, all_rows[0].line)}: {encoded[0].reason}; no row can be used")
         raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
     return [all_rows[i] for i in kept], examples
 
@@ -40,22 +65,100 @@ def load_level(config, level: str, tokenizer) -> Level:
     Raises:
       DataError: the source cannot be used, or too few rows remain for training.
     """
+    (loaded,) = _split(config, [_read(config, level, tokenizer, _columns(config))])
+    return loaded
+
+
+def load_levels(config, tokenizer) -> tuple[Level, Level]:
+    """Both levels, upper first. No training row of either level has the content of a held-out row.
+
+    Raises:
+      DataError: a source cannot be used, too few rows remain for training, or `data.overlap=refuse` and rows are on both levels.
+    """
+    columns = _columns(config)
+    upper, lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
+    columns.check(f"{upper.source} and {lower.source}")
+    upper, lower = _split(config, [upper, _without_overlap(config, upper, lower)])
+    return upper, lower
+
+
+def _columns(config) -> Columns:
+    return Columns(getattr(config.data, "columns", ""), "data.columns")  # earlier runs have no such key
+
+
+def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
+    """Reads and tokenizes one level, and removes duplicates as `data.deduplicate` says."""
     source, limit = getattr(config.data, level), getattr(config.data, f"num_{level}")
-    preference = getattr(config.loss, level) != "sft"
     all_rows, report = sources.open_source(
-        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference
+        source,
+        seed=config.seed,
+        num_rows=limit,
+        bad_fraction=config.data.bad_fraction,
+        preference=getattr(config.loss, level) != "sft",
+        columns=columns,
     )
-    kept, examples = usable(config, source, all_rows, report, tokenizer)
-    num_eval = sources.num_held_out(getattr(config.eval, f"num_{level}"), len(kept))
-    if num_eval >= len(kept):
-        what = f"eval.num_{level}={num_eval} leaves no row for training: {source} has {len(kept)} usable rows"
-        raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{level}=0.1")
-    train, held_out = sources.split(kept, num_eval, config.seed)
+    read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={})
+    mode = getattr(config.data, "deduplicate", "off")
+    cluster = duplicates.clusters(read.rows, mode)
+    sizes = duplicates.sizes(cluster)
+    if not sizes:
+        return read
+    copies, kind = duplicates.num_copies(sizes), "near-duplicates" if mode == "near" else "copies"
+    what = "data.deduplicate=exact drops them" if mode == "off" else "dropped"
+    first = int(np.flatnonzero(cluster != np.arange(len(cluster)))[0])
+    where = f"{rows.location(source, read.rows[first].line)} is one of {rows.location(source, read.rows[cluster[first]].line)}"
+    print(f"  {copies} {kind} of {sum(sizes.values())} other rows, the largest cluster has {max(sizes)} ({where}); {what}")
+    keep = np.arange(len(cluster)) if mode == "off" else np.unique(cluster)
+    clusters = {str(size): count for size, count in sizes.items()}
+    return read.only(keep, duplicates=copies, duplicate_clusters=clusters)
 
-    def pick(items, indices):
-        return [items[i] for i in indices]
 
-    return Level(pick(kept, train), pick(examples, train), pick(kept, held_out), pick(examples, held_out))
+def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:
+    """The lower level, without the rows of the upper one if `data.overlap=drop`.
+
+    Raises:
+      DataError: rows are on both levels and `data.overlap=refuse`.
+    """
+    trusted = {rows.content_of(row.id) for row in upper.rows}
+    both = [i for i, row in enumerate(lower.rows) if rows.content_of(row.id) in trusted]
+    if not both:
+        return lower
+    where = rows.location(lower.source, lower.rows[both[0]].line)
+    what = f"{len(both)} of {len(lower.rows)} rows of data.lower are also in data.upper (first: {where})"
+    if config.data.overlap == "refuse":
+        raise rows.DataError(f"{what}; remove them, or take data.overlap=drop or warn")
+    if config.data.overlap == "warn":
+        print(f"warning: {what}; data.overlap=drop leaves them out of the lower level")
+        return lower.only(range(len(lower.rows)), overlap=len(both))
+    print(f"{what}; left out of the lower level")
+    if len(both) == len(lower.rows):
+        raise rows.DataError(f"data.overlap=drop leaves no row of {lower.source}: all are also in {upper.source}")
+    left = set(range(len(lower.rows))).difference(both)
+    return lower.only(sorted(left), overlap=len(both))
+
+
+def _split(config, read: Sequence[_Read]) -> list[Level]:
+    """Splits each level. Rows with the content of a held-out row of any level are not trained on."""
+    splits = []
+    for one in read:
+        num_eval = sources.num_held_out(getattr(config.eval, f"num_{one.level}"), len(one.rows))
+        if num_eval >= len(one.rows):
+            what = f"eval.num_{one.level}={num_eval} leaves no row for training: {one.source} has {len(one.rows)} usable rows"
+            raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{one.level}=0.1")
+        splits.append(sources.split(one.rows, num_eval, config.seed))
+    held = {rows.content_of(one.rows[i].id) for one, (_, held_out) in zip(read, splits) for i in held_out}
+    return [_level(one, train, held_out, held) for one, (train, held_out) in zip(read, splits)]
+
+
+def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Collection[str]) -> Level:
+    free = [i for i in train if rows.content_of(read.rows[i].id) not in held]
+    counts = dict(read.counts)
+    if len(free) < len(train):
+        counts["held_out_copies"] = len(train) - len(free)
+        print(f"{len(train) - len(free)} rows of data.{read.level} are copies of held-out rows and are not trained on")
+    if not free:
+        raise rows.DataError(f"{read.source}: no row is left for training, all are also held out; hold out fewer (eval.num_*)")
+    return Level(*read.pick(free), *read.pick(held_out), counts=counts)
 
 
 def reopen(config) -> list[rows.Row]:
@@ -70,6 +173,7 @@ def reopen(config) -> list[rows.Row]:
         num_rows=config.data.num_lower,
         bad_fraction=config.data.bad_fraction,
         preference=config.loss.get("lower", "sft") != "sft",  # earlier runs have no such key
+        columns=_columns(config),
     )
     return lower_rows
 
@@ -98,7 +202,7 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
 
 def labels(level: Level, field: str) -> np.ndarray | None:
     """Whether each training row is marked bad, [n] bool, for measurement; None if no row has the field."""
-    marks = [row.fields.get(field) for row in level.rows]
+    marks = [rows.mark(row, field) for row in level.rows]
     return np.array([bool(mark) for mark in marks]) if any(mark is not None for mark in marks) else None
 
 

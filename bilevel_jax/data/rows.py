@@ -10,11 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bilevel_jax.data import in_memory, readers, schemas
+from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
+
+UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Row:
     fields: Mapping[str, Any]  # the original object, unchanged (labels for measurement are here)
     line: int  # 1-based: the line of a JSONL file, the row number otherwise
     schema: str
+    chat: tuple[dict, ...] | None = None  # with tools: the messages in OpenAI's form, the response among them
+    tools: list[dict] | None = None  # that the row declares
+    is_cut: bool = False  # turns after the assistant's last one are left out
+    not_read: tuple[str, ...] = ()  # fields that look like content and are not used
 
     @property
     def question(self) -> str:
@@ -46,6 +53,8 @@ class Report:
     num_rows: int  # usable rows in the data
     rejections: tuple[Rejection, ...] = ()
     num_kept: int | None = None  # size of the random subset; None: all rows
+    cut: tuple[Rejection, ...] = ()  # usable rows of which turns after the last answer are left out
+    not_read: Mapping[str, int] = dataclasses.field(default_factory=dict)  # field that is not used -> usable rows that have it
 
     @property
     def rejected(self) -> dict[str, tuple[int, int]]:
@@ -59,26 +68,41 @@ class Report:
         reasons = [
             f"  left out {count}: {reason} (first: {location(self.path, line)})" for reason, (count, line) in self.rejected.items()
         ]
-        return [f"{self.path}: {self.num_rows} rows ({by_schema}){subset}", *reasons]
+        return [f"{self.path}: {self.num_rows} rows ({by_schema}){subset}", *reasons, *self.notes()]
+
+    def notes(self) -> list[str]:
+        """Lines on what is left out of usable rows."""
+        lines = [f"  {count}: {note} (first: {location(self.path, line)})" for note, (count, line) in tally(self.cut).items()]
+        if self.not_read:
+            fields = ", ".join(f"{name} (in {count} rows)" for name, count in self.not_read.items())
+            lines.append(f"  fields that are neither prompt nor response here: {fields}")
+        return lines
 
 
 def content_id(content: schemas.Content) -> str:
     """The first 16 hex digits of SHA-256 over the canonical JSON of a row's content."""
-    text = json.dumps(content._asdict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    hashed = {name: getattr(content, name) for name in ("system", "messages", "response", "rejected")}
+    hashed |= {name: value for name in ("chat", "tools") if (value := getattr(content, name)) is not None}
+    text = json.dumps(hashed, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _make_row(line: int, value: Any, preference: bool, questions_only: bool) -> Row:
+def content_of(row_id: str) -> str:
+    """The id without the number of a copy: equal for rows of equal content."""
+    return row_id.partition("-")[0]
+
+
+def _make_row(line: int, value: Any, preference: bool, questions_only: bool, named: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise schemas.Unusable("not an object")
     fields = {key: field for key, field in value.items() if field is not None}
-    schema = schemas.detect(fields, preference)
+    schema = schemas.detect(fields, preference, named)
     content = schema.parse(fields, questions_only)
     system = next((schemas.text_field(fields, key) for key in ("system", "system_prompt") if key in fields), "")
     if content.system and system and system != content.system:
         raise schemas.Unusable("two different system texts")
     content = content._replace(system=content.system or system)
-    source = str(fields.get("source", ""))
+    source = str(fields.get("source", "")) or getattr(line, "source", "")
     try:
         source.encode()
         row_id = content_id(content)
@@ -86,13 +110,31 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool) -> 
         raise schemas.Unusable("text with a lone surrogate") from None
     if preference and content.response.strip() == content.rejected.strip():
         raise schemas.Unusable("chosen and rejected are the same")
-    # The id covers the rejected response even if it is dropped here, so that a row has the same id in every use.
-    rejected = content.rejected if preference else None
-    return Row(row_id, content.system, content.messages, content.response, rejected, source, value, line, schema.name)
+    not_read = [name for name in schemas.CONTEXT if fields.get(name) and name not in schema.reads]
+    return Row(
+        id=row_id,
+        system=content.system,
+        messages=content.messages,
+        response=content.response,
+        # The id covers the rejected response even if it is dropped here, so that a row has the same id in every use.
+        rejected=content.rejected if preference else None,
+        source=source,
+        fields=value,
+        line=line,
+        schema=schema.name,
+        chat=content.chat,
+        tools=content.tools,
+        is_cut=content.is_cut,
+        not_read=(*not_read, *sorted(content.not_read)),
+    )
 
 
 def parse(
-    objects: Iterable[tuple[int, Any]], *, preference: bool = False, questions_only: bool = False
+    objects: Iterable[tuple[int, Any]],
+    *,
+    preference: bool = False,
+    questions_only: bool = False,
+    named: Collection[str] = (),
 ) -> Iterator[Row | Rejection]:
     """Yields a Row or a Rejection for each numbered object, in order, with unique ids.
 
@@ -103,6 +145,7 @@ def parse(
       objects: (line, object); an object that is a Rejection is passed on.
       preference: every row must have a chosen and a rejected response. Otherwise only the chosen one of a preference row is used.
       questions_only: the response may be missing or empty.
+      named: fields that the user named, as in `schemas.detect`.
     """
     counts: collections.Counter[str] = collections.Counter()
     for line, value in objects:
@@ -110,7 +153,7 @@ def parse(
             yield value
             continue
         try:
-            row = _make_row(line, value, preference, questions_only)
+            row = _make_row(line, value, preference, questions_only, named)
         except schemas.Unusable as error:
             yield Rejection(line, str(error))
             continue
@@ -118,18 +161,27 @@ def parse(
         yield row if counts[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}-{counts[row.id]}")
 
 
-def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = False) -> Iterator[Row | Rejection]:
+def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = False, columns: str = "") -> Iterator[Row | Rejection]:
     """Yields a Row or a Rejection for every row of a source, in order.
 
     Args:
-      path: a file or hub data set, as in `readers.read_objects`, or rows in memory, as in `in_memory.objects`.
+      path: files, folders and data sets, as in `readers.read_objects`; or rows in memory, as in `in_memory.objects`.
       preference, questions_only: as in `parse`.
+      columns: other names of columns, as in `columns.parse`.
 
     Raises:
-      DataError: the source cannot be read.
+      DataError: the source cannot be read, or has no such column.
     """
-    numbered = readers.read_objects(in_memory.source_name(path)) if in_memory.is_source(path) else in_memory.objects(path)
-    return parse(numbered, preference=preference, questions_only=questions_only)
+    name = in_memory.name(path)
+    objects = readers.read_objects(name) if in_memory.is_source(path) else in_memory.objects(path)
+    renamed = Columns(columns)
+    yield from parse_columns(objects, renamed, preference=preference, questions_only=questions_only)
+    renamed.check(name)
+
+
+def parse_columns(objects: Iterable[tuple[int, Any]], columns: Columns, **options: bool) -> Iterator[Row | Rejection]:
+    """`parse` of objects whose columns have other names."""
+    return parse(columns.rename(objects), named=columns.names, **options)
 
 
 def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Report]:
@@ -150,17 +202,19 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
             f"used (known schemas: {names})"
         )
     counts = collections.Counter(row.schema for row in rows)
-    return rows, Report(path, dict(counts), len(rows), tuple(rejections))
+    cut = tuple(Rejection(row.line, "turns after the last answer left out") for row in rows if row.is_cut)
+    not_read = collections.Counter(name for row in rows for name in row.not_read)
+    return rows, Report(path, dict(counts), len(rows), tuple(rejections), cut=cut, not_read=dict(not_read))
 
 
-def read_rows(path: str, *, preference: bool = False, questions_only: bool = False) -> tuple[list[Row], Report]:
+def read_rows(path: str, **options) -> tuple[list[Row], Report]:
     """Reads all usable rows of a source, with a report on the others; arguments as for `iter_rows`.
 
     Raises:
       DataError: the source cannot be read, is empty, or has no usable row.
     """
     path = os.fspath(path)
-    return collect(iter_rows(path, preference=preference, questions_only=questions_only), path)
+    return collect(iter_rows(path, **options), path)
 
 
 def select(rows: Sequence[Row], ids: Iterable[str]) -> list[int]:
@@ -175,3 +229,11 @@ def select(rows: Sequence[Row], ids: Iterable[str]) -> list[int]:
     if unknown:
         raise DataError(f"{len(unknown)} of {len(ids)} ids match no row (first: {unknown[0]}); the ids are from other data")
     return [index_of[row_id] for row_id in ids]
+
+
+def mark(row: Row, field: str) -> bool | None:
+    """Whether a field of labels marks the row; None if the row has no such field. Texts such as `0` and `false` do not."""
+    value = row.fields.get(field)
+    if isinstance(value, str):
+        return value.strip().lower() not in UNMARKED
+    return None if value is None else bool(value)

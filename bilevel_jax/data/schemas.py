@@ -3,22 +3,22 @@
 `SCHEMAS` is the table. A row has the first schema of the table that has one of its `keys` among the row's fields:
 
     prompt/chosen/rejected      prompt, chosen, rejected        texts, or lists of chat messages (then `prompt` is optional)
-    messages                    messages                        a chat; the last message is the assistant's response
+    messages                    messages, [tools]               a chat; the assistant's last message is the response
     question/response           question, response
     instruction/input/output    instruction, [input], output    prompt = instruction, a line feed, the input if not empty
-    prompt/completion           prompt, completion
+    prompt/completion           prompt, completion, [tools]     texts, or lists of chat messages
+    conversations               conversations, [tools]          a chat in the form of ShareGPT
 
-A parser raises `Unusable` with the reason if a row has the schema but cannot be used. docs/adding_a_data_schema.md shows how to add
-a schema.
+Chat messages are those of `messages`. A parser raises `Unusable` with the reason if a row has the schema but cannot be used.
+docs/adding_a_data_schema.md shows how to add a schema.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-
-class Unusable(Exception):
-    """A row that cannot be used; the message is the reason."""
+from bilevel_jax.data import messages
+from bilevel_jax.data.messages import Chat, Unusable, text_field
 
 
 class Content(NamedTuple):
@@ -28,6 +28,10 @@ class Content(NamedTuple):
     messages: tuple[tuple[str, str], ...]  # (role, content) before the response, without the system text; the last is the user's
     response: str  # the chosen one of a preference row; "" for none
     rejected: str | None = None  # None unless the row is a preference
+    chat: tuple[dict, ...] | None = None  # the messages, with the response if there is one; None unless there are tools
+    tools: list[dict] | None = None  # that the row declares
+    is_cut: bool = False  # turns after the assistant's last one are left out
+    not_read: frozenset[str] = frozenset()  # fields of messages that are not used
 
 
 class Schema(NamedTuple):
@@ -37,44 +41,25 @@ class Schema(NamedTuple):
     keys: tuple[str, ...]  # any of these fields selects the schema
     parse: Callable[[Mapping, bool], Content]  # (fields, questions_only): fields without null; the response may be missing
     preference: bool = False  # has a chosen and a rejected response
+    reads: tuple[str, ...] = ()  # fields of `CONTEXT` that it uses
 
 
-def text_field(fields: Mapping, key: str, part: str | None = None) -> str:
-    """Returns the text `fields[key]`. If `part` ("question" or "response") is given, the text must not be empty."""
-    if key not in fields:
-        raise Unusable(f"no field '{key}'")
-    if not isinstance(fields[key], str):
-        raise Unusable(f"field '{key}' is not text")
-    if part and not fields[key].strip():
-        raise Unusable(f"empty {part}")
-    return fields[key]
-
-
-def chat_turns(fields: Mapping, key: str) -> tuple[str, list[tuple[str, str]]]:
-    """Returns the system text and the (role, content) turns of the list of chat messages `fields[key]`."""
-    value = fields[key]
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(m, Mapping) for m in value):
-        raise Unusable(f"field '{key}' is not a list of messages")
-    turns = [(text_field(message, "role"), text_field(message, "content")) for message in value]
-    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-    for role, _ in turns:
-        if role not in ("user", "assistant"):
-            raise Unusable(f"field '{key}' has a message of role '{role}' where user or assistant is expected")
-    return system, turns
-
-
-def split_response(turns: list[tuple[str, str]], key: str) -> tuple[list[tuple[str, str]], str]:
-    """Splits turns into those before the assistant's last one, and its text."""
+def split_response(chat: Chat, key: str, trim: bool = True) -> tuple[Chat, str, bool]:
+    """Splits a conversation into the turns before the assistant's last one, its text, and whether later turns were cut off."""
+    turns = list(chat.turns)
+    while trim and turns and turns[-1][0] != "assistant":
+        turns.pop()
     if not turns or turns[-1][0] != "assistant":
         raise Unusable(f"field '{key}' does not end with the assistant's message")
-    response = turns[-1][1]
+    end = len(turns)
+    response = turns.pop()[1]
     if not response.strip():
         raise Unusable("empty response")
-    return turns[:-1], response
+    return chat._replace(turns=turns, messages=chat.messages[:end]), response, end < len(chat.turns)
 
 
 def _prompt_messages(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():
+    if not turns or turns[-1][0] not in ("user", "tool") or not turns[-1][1].strip():
         raise Unusable("empty question")
     return tuple(turns)
 
@@ -93,13 +78,54 @@ def _parse_instruction(fields: Mapping, questions_only: bool) -> Content:
     return _parse_texts(fields, questions_only, prompt_key="instruction", response_key="output")
 
 
-def _parse_chat(fields: Mapping, questions_only: bool, *, key: str = "messages") -> Content:
-    system, turns = chat_turns(fields, key)
-    if questions_only and turns and turns[-1][0] == "user":
-        response = ""
-    else:
-        turns, response = split_response(turns, key)
-    return Content(system, _prompt_messages(turns), response)
+def _parse_chat(fields: Mapping, questions_only: bool, *, key: str) -> Content:
+    chat = messages.read(fields, key)
+    return _chat_content(fields, chat, key, questions_only)
+
+
+def _chat_content(fields: Mapping, chat: Chat, key: str, questions_only: bool) -> Content:
+    response, is_cut = "", False
+    if not (questions_only and chat.turns and chat.turns[-1][0] != "assistant"):
+        chat, response, is_cut = split_response(chat, key)
+    content = Content(chat.system, _prompt_messages(chat.turns), response, is_cut=is_cut, not_read=chat.not_read)
+    tools = messages.read_tools(fields)
+    return content._replace(chat=tuple(chat.messages), tools=tools) if tools or chat.has_tools else content
+
+
+def _parse_completion(fields: Mapping, questions_only: bool) -> Content:
+    """The fields hold texts, or lists of messages (the conversational form of TRL)."""
+    if not any(isinstance(fields.get(key), list) for key in ("prompt", "completion")):
+        return _parse_texts(fields, questions_only, prompt_key="prompt", response_key="completion")
+    prompt = _as_chat(fields, "prompt", "user", "question")
+    if questions_only and not fields.get("completion"):
+        return _chat_content(fields, prompt, "prompt", questions_only)
+    completion = _as_chat(fields, "completion", "assistant", "response")
+    if completion.system:
+        raise Unusable("field 'completion' has a system text")
+    if not any(role == "assistant" for role, _ in completion.turns):
+        raise Unusable("field 'completion' does not end with the assistant's message")
+    joined = Chat(
+        prompt.system,
+        prompt.turns + completion.turns,
+        prompt.messages + completion.messages,
+        prompt.has_tools or completion.has_tools,
+        prompt.not_read | completion.not_read,
+    )
+    return _chat_content(fields, joined, "completion", False)
+
+
+def _as_chat(fields: Mapping, key: str, role: str, part: str) -> Chat:
+    if isinstance(fields.get(key), list):
+        return messages.read(fields, key)
+    message = {"role": role, "content": text_field(fields, key, part)}
+    return Chat("", [(role, message["content"])], [message], False, frozenset())
+
+
+def _pair_chat(fields: Mapping, key: str) -> Chat:
+    chat = messages.read(fields, key)
+    if chat.has_tools:
+        raise Unusable("tool calls in a preference row")
+    return chat
 
 
 def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
@@ -109,17 +135,17 @@ def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
     if isinstance(fields.get("prompt"), str):
         prompt = [("user", fields["prompt"])]
     elif "prompt" in fields:
-        system, prompt = chat_turns(fields, "prompt")
+        chat = _pair_chat(fields, "prompt")
+        system, prompt = chat.system, chat.turns
     responses, conversations = [], set()
     for key in ("chosen", "rejected"):
         if isinstance(fields.get(key), str) or key not in fields:
             responses.append(text_field(fields, key, "response"))
         else:
-            key_system, turns = chat_turns(fields, key)
-            turns, response = split_response(turns, key)
+            before, response, _ = split_response(_pair_chat(fields, key), key, trim=False)
             responses.append(response)
-            if turns:
-                conversations.add((key_system, tuple(turns)))
+            if before.turns:
+                conversations.add((before.system, tuple(before.turns)))
     if len(conversations) > 1:
         raise Unusable("chosen and rejected answer different prompts")
     if conversations:  # the full conversation; it includes `prompt`
@@ -131,21 +157,37 @@ def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
 
 SCHEMAS = (  # in order of precedence
     Schema("prompt/chosen/rejected", ("chosen", "rejected"), _parse_preference, preference=True),
-    Schema("messages", ("messages",), _parse_chat),
+    Schema("messages", ("messages",), functools.partial(_parse_chat, key="messages"), reads=("tools",)),
     Schema("question/response", ("question",), functools.partial(_parse_texts, prompt_key="question", response_key="response")),
-    Schema("instruction/input/output", ("instruction",), _parse_instruction),
-    Schema("prompt/completion", ("prompt",), functools.partial(_parse_texts, prompt_key="prompt", response_key="completion")),
+    Schema("instruction/input/output", ("instruction",), _parse_instruction, reads=("input",)),
+    Schema("prompt/completion", ("prompt",), _parse_completion, reads=("tools",)),
+    Schema("conversations", ("conversations",), functools.partial(_parse_chat, key="conversations"), reads=("tools",)),
 )
 KEYS = frozenset(key for schema in SCHEMAS for key in schema.keys)
+FIELDS = (  # what a column can be read as
+    *("question", "response", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"),
+    *("chosen", "rejected", "system", "source", "tools"),
+)
+CONTEXT = (  # fields that often belong to the prompt or the response, and are reported where the schema does not use them
+    *("context", "history", "input", "documents", "passage", "knowledge", "examples", "tools", "functions", "images", "image"),
+    *("audio", "reasoning", "reasoning_content", "thinking", "rationale", "explanation"),
+)
 
 
-def detect(fields: Mapping[str, Any], preference: bool) -> Schema:
-    """Returns the schema of a row, which must be a preference schema if `preference`; `fields` has no null values.
+def detect(fields: Mapping[str, Any], preference: bool, named: Collection[str] = ()) -> Schema:
+    """Returns the schema of a row.
+
+    Args:
+      fields: without null values.
+      preference: it must be a preference schema.
+      named: fields that the user named; a schema that they select takes precedence.
 
     Raises:
       Unusable: no schema has a key among the fields.
     """
-    schema = next((schema for schema in SCHEMAS if any(key in fields for key in schema.keys)), None)
+    matching = [schema for schema in SCHEMAS if any(key in fields for key in schema.keys)]
+    matching.sort(key=lambda schema: not any(key in fields and key in named for key in schema.keys))  # stable
+    schema = matching[0] if matching else None
     if preference and not (schema and schema.preference):
         raise Unusable("no field 'chosen'")
     if schema:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from bilevel_jax.data import readers, recipes, rows, synthetic
+from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rejections import DataError
 from bilevel_jax.data.rows import Report, Row
 
@@ -14,17 +16,21 @@ SUBSET, SPLIT = 1, 2  # tags of the random streams of the two functions
 MAX_SHARE = 200  # the most rows that are held out where a share of them is asked for
 
 
-def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False) -> tuple[list[Row], Report]:
+def open_source(
+    name: str, *, seed: int, num_rows: int, bad_fraction: float, preference: bool = False, columns: Columns | None = None
+) -> tuple[list[Row], Report]:
     """Reads or generates the rows of a source, with a report.
 
     Args:
       name: `synthetic:upper`, `synthetic:lower`, `synthetic:domains`, `synthetic:tokens`, `synthetic:trusted`,
-        `synthetic:mixture`, `recipe:blueorca`, `recipe:redorca`, a file, or a hub data set as in `readers.read_objects`.
+        `synthetic:mixture`, `recipe:blueorca`, `recipe:redorca`, or files, folders and data sets as in `readers.read_objects`.
       seed: seed of generators, recipes and random subsets.
       num_rows: number of generated rows (required), or of a recipe's rows (0: the full size). For other sources, the size of a
         random subset in stored order; 0, or more rows than there are: all rows.
       bad_fraction: share of bad rows of `synthetic:lower`, and of rows with bad words of `synthetic:tokens`.
       preference: rows must have a chosen and a rejected response; generated rows then have both.
+      columns: other names of columns; generated rows and recipes have none. A column that is missing is no error by itself, since
+        the other level may have it.
 
     Raises:
       DataError: the source does not exist, or has no usable row.
@@ -32,14 +38,15 @@ def open_source(name: str, *, seed: int, num_rows: int, bad_fraction: float, pre
     if num_rows < 0:
         raise DataError(f"{name}: num_rows must not be negative, not {num_rows}")
     kind, _, part = name.partition(":")
+    generated = [entry.strip() for entry in name.split(",") if entry.strip().partition(":")[0] in ("recipe", "synthetic")]
+    if generated and "," in name and not os.path.exists(name):
+        raise DataError(f"{name}: {generated[0]} cannot be part of a list; write its rows to a file first, or name it alone")
     if kind == "recipe":
         objects = recipes.build(part, num_rows=num_rows, seed=seed)
     elif kind == "synthetic":
         objects = _generate(name, part, num_rows, seed, bad_fraction, preference)
-    elif num_rows and readers.is_hub(name):
-        return _hub_subset(name, num_rows, seed, preference)
     else:
-        return _subset(*rows.read_rows(name, preference=preference), num_rows, seed)
+        return _read(name, num_rows, seed, preference, columns or Columns())
     return rows.collect(rows.parse(enumerate(objects, 1), preference=preference), name)
 
 
@@ -102,9 +109,20 @@ def _subset(stored: list[Row], report: Report, num_rows: int, seed: int) -> tupl
     return kept, report if len(kept) == len(stored) else dataclasses.replace(report, num_kept=len(kept))
 
 
-def _hub_subset(name: str, num_rows: int, seed: int, preference: bool) -> tuple[list[Row], Report]:
-    """Draws row numbers before reading, since hub data may have millions of rows. Unusable rows reduce the size of the subset."""
-    dataset = readers.open_hub(name)
-    indices = _subset_indices(len(dataset), num_rows, seed)
-    objects = ((int(i) + 1, dataset[int(i)]) for i in indices)
-    return rows.collect(rows.parse(objects, preference=preference), name)
+def _read(name: str, num_rows: int, seed: int, preference: bool, columns: Columns) -> tuple[list[Row], Report]:
+    """Reads files and data sets.
+
+    Of a single data set with millions of rows, row numbers are drawn before reading. Unusable rows reduce the size of that subset.
+    """
+    is_drawn = bool(num_rows) and readers.is_indexed(name)
+    if is_drawn:
+        dataset = readers.open_indexed(name)
+        objects = ((int(i) + 1, dataset[int(i)]) for i in _subset_indices(len(dataset), num_rows, seed))
+    else:
+        objects = readers.read_objects(name)
+    try:
+        stored, report = rows.collect(rows.parse_columns(objects, columns, preference=preference), name)
+    except DataError:
+        columns.check(name)  # a missing column explains why no row can be used
+        raise
+    return (stored, report) if is_drawn else _subset(stored, report, num_rows, seed)

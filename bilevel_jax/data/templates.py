@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tqdm
 
-from bilevel_jax.data.rejections import Rejection, tally
+from bilevel_jax.data.rejections import Rejection, location, tally
 from bilevel_jax.data.rows import Row
 
 TEMPLATES = ("auto", "chat", "human", "alpaca", "none")
@@ -44,6 +44,7 @@ class Example:
     prompt: np.ndarray  # [P] int32
     response: np.ndarray  # [R] int32, including EOS; empty if the row has only a question
     rejected: np.ndarray | None  # [R'] int32, including EOS; None unless the row is a preference
+    reason: str | None = None  # why the template cannot render the row, which then has no tokens
 
     @property
     def size(self) -> int:
@@ -89,7 +90,7 @@ def resolve(template: str | None, tokenizer) -> str:
 def render(row: Row, tokenizer, template: str) -> str:
     """The prompt of a row as text, up to the start of the response; `template` as returned by `resolve`."""
     if template == "chat":
-        return _chat(row, tokenizer)
+        return _chat(row, messages_of(row, with_response=False), tokenizer, add_generation_prompt=True)
     if template == "none":
         return row.question
     system = f"{row.system}\n\n" if row.system else ""
@@ -112,18 +113,77 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
         raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token to end a response; turn EOS off")
     head = [tokenizer.bos_token_id] if template in ("human", "alpaca") and _adds_bos(tokenizer) else []
     tail = [tokenizer.eos_token_id] if eos else []
-    prompts = _tokenize((render(row, tokenizer, template) for row in rows), len(rows), tokenizer, "prompts")
-    responses = _tokenize((row.response for row in rows), len(rows), tokenizer, "responses")
-    pairs = [row for row in rows if row.rejected is not None]
+    reasons = [refusal(row, tokenizer, template) for row in rows]
+    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    prompts = iter(_tokenize((render(row, tokenizer, template) for row in usable), len(usable), tokenizer, "prompts"))
+    texts = (response_text(row, tokenizer) for row in usable)
+    responses = iter(_tokenize(texts, len(usable), tokenizer, "responses"))
+    pairs = [row for row in usable if row.rejected is not None]
     rejected = iter(_tokenize((row.rejected for row in pairs), len(pairs), tokenizer, "rejected responses"))
-    return [
-        Example(
-            prompt=_ids(head, prompt),
-            response=_ids(response, tail) if row.response else _ids(),
-            rejected=None if row.rejected is None else _ids(next(rejected), tail),
-        )
-        for row, prompt, response in zip(rows, prompts, responses, strict=True)
-    ]
+
+    def example(row: Row, reason: str | None) -> Example:
+        if reason:
+            return Example(_ids(), _ids(), None, reason)
+        prompt, response = _ids(head, next(prompts)), _ids(next(responses), tail)
+        return Example(prompt, response if row.response else _ids(), None if row.rejected is None else _ids(next(rejected), tail))
+
+    return [example(row, reason) for row, reason in zip(rows, reasons, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tools
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def messages_of(row: Row, with_response: bool) -> list[dict]:
+    """The messages of a row as a chat template takes them."""
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    if row.chat:
+        return system + list(row.chat if with_response or not row.response else row.chat[:-1])
+    messages = [{"role": role, "content": content} for role, content in row.messages]
+    return system + messages + ([{"role": "assistant", "content": row.response}] if with_response else [])
+
+
+def refusal(row: Row, tokenizer, template: str) -> str | None:
+    """Why a template cannot render the tools of a row; None if it can, or if there are none. `template` is from `resolve`."""
+    if not row.chat:
+        return None
+    if template != "chat":
+        return f"tools, which need a chat template; the template here is '{template}'"
+    source = tokenizer.get_chat_template(tools=row.tools)
+    if row.tools and "tools" not in source:
+        return "tools, which the chat template does not render"
+    if any("tool_calls" in message for message in row.chat) and "tool_calls" not in source:
+        return "tool calls, which the chat template does not render"
+    try:
+        prompt, text = render(row, tokenizer, template), _full_text(row, tokenizer)
+    except ValueError:
+        return "tool calls or results that the chat template refuses"
+    if _ends_with_call(row) and not text.startswith(prompt):
+        return "a tool call that the chat template does not put after the prompt"
+    return None
+
+
+def response_text(row: Row, tokenizer) -> str:
+    """The response as text without EOS; of a tool call, what the chat template writes after the prompt."""
+    if not _ends_with_call(row):
+        return row.response
+    text = _full_text(row, tokenizer)[len(render(row, tokenizer, "chat")) :]
+    head, eos, tail = text.rpartition(tokenizer.eos_token or "\n")
+    return head if eos and not tail.strip() else text
+
+
+def _ends_with_call(row: Row) -> bool:
+    return bool(row.chat and row.response and "tool_calls" in row.chat[-1])
+
+
+def _full_text(row: Row, tokenizer) -> str:
+    return _chat(row, messages_of(row, with_response=True), tokenizer, add_generation_prompt=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lengths and tokens
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
@@ -136,7 +196,7 @@ def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer
         raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no character offsets; it needs a tokenizer.json")
     offsets = []
     for first in range(0, len(rows), CHUNK):
-        texts = [row.response for row in rows[first : first + CHUNK]]
+        texts = [response_text(row, tokenizer) for row in rows[first : first + CHUNK]]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
             offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[: len(example.response)])
@@ -161,7 +221,9 @@ def fit(
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         room = max_length - len(example.prompt)
         responses = [example.response] if example.rejected is None else [example.response, example.rejected]
-        if not len(example.prompt) or not all(len(response) for response in responses):
+        if example.reason:
+            note = example.reason
+        elif not len(example.prompt) or not all(len(response) for response in responses):
             note = "question or response without a token"
         elif example.rejected is not None:
             length = sum(len(example.prompt) + len(response) for response in responses)
@@ -183,16 +245,16 @@ def _labelled(turns: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> st
     return "".join(f"{labels[role]}{content}\n\n" for role, content in turns) + labels["assistant"]
 
 
-def _chat(row: Row, tokenizer) -> str:
-    turns = ((("system", row.system),) if row.system else ()) + row.messages
-    messages = [{"role": role, "content": content} for role, content in turns]
+def _chat(row: Row, messages: list[dict], tokenizer, add_generation_prompt: bool) -> str:
+    options = {"tools": row.tools} if row.tools else {}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
         text.encode()  # a template may write half a surrogate pair, which cannot be encoded
         return text
     except Exception as error:  # rejected rows, for example system texts, and any error in the template
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the chat template refuses the row of line {row.line} (id {row.id}): {reason}") from error
+        where = location(row.line.file, row.line) if getattr(row.line, "file", "") else f"line {row.line}"
+        raise ValueError(f"the chat template refuses the row of {where} (id {row.id}): {reason}") from error
 
 
 def _adds_bos(tokenizer) -> bool:

@@ -115,10 +115,10 @@ def load_lm(evaluated: EvaluatedModel):
     from bilevel_jax.models import huggingface
 
     directory = huggingface.locate(evaluated.model)
+    model = huggingface.read_config(directory, evaluated.dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
     if CHAT_TEMPLATE.value and not tokenizer.chat_template:
         raise ValueError(f"--chat_template: the tokenizer of {evaluated.model} has none")
-    model = huggingface.read_config(directory, evaluated.dtype)
     model, adapter = huggingface.load_adapter(evaluated.adapter, model) if evaluated.adapter else (model, None)
     base = huggingface.load_params(directory, model)
     eos = huggingface.eos_ids(directory, tokenizer)

@@ -1,12 +1,14 @@
 """Exports the selected rows or the merged model of a finished run, for Hugging Face libraries.
 
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 --refined --format=...]
+    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl --resampled [--seed=0]
     python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
 `--selected` writes the heaviest rows and a card, FILE.card.md. `--drop_implausible` leaves out the rows with the least likely
-responses. `--score-new` ranks rows that the run never saw, and needs `selection.parameterization=features` or
-`selection.unit=domain`. `--merged` writes base and adapter as one model directory.
+responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score-new` ranks rows that the run
+never saw, and needs `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one
+model directory.
 """
 
 import pathlib
@@ -28,7 +30,12 @@ DROP_IMPLAUSIBLE = flags.DEFINE_float(
     "Share of the rows to leave out, those with the smallest `plausible`, whatever their weight.",
     flag_values=FLAGS,
 )
-SCORE_NEW = flags.DEFINE_string("score-new", None, "New rows to rank and select, instead of the training rows.", flag_values=FLAGS)
+SCORE_NEW = flags.DEFINE_string(
+    "score-new", None, "Files with new rows to rank and select, instead of the training rows.", flag_values=FLAGS
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", None, "Other names of columns in --score-new: question:query; by default data.columns of the run.", flag_values=FLAGS
+)
 REFINED = flags.DEFINE_bool("refined", False, "Use the latest generated responses of masked rows.", flag_values=FLAGS)
 FORMAT = flags.DEFINE_enum(
     "format",
@@ -37,6 +44,8 @@ FORMAT = flags.DEFINE_enum(
     "; ".join(f"{k}: {v}" for k, v in selected_rows.FORMATS.items()),
     flag_values=FLAGS,
 )
+RESAMPLED = flags.DEFINE_bool("resampled", False, "Repeat the kept rows by weight, as many in all as are kept.", flag_values=FLAGS)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of --resampled.", lower_bound=0, flag_values=FLAGS)
 MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
 
@@ -45,7 +54,8 @@ def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    for required, names in ((SELECTED, ("keep", "drop_implausible", "score-new", "refined", "format")), (MERGED, ("dtype",))):
+    of_selected = ("keep", "drop_implausible", "score-new", "refined", "resampled", "format")
+    for required, names in ((SELECTED, of_selected), (RESAMPLED, ("seed",)), (MERGED, ("dtype",))):
         given = [name for name in names if FLAGS[name].present]
         if given and not required.value:
             raise ValueError(f"--{given[0]} goes with --{required.name}")
@@ -57,12 +67,15 @@ def check_flags() -> None:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if not 0 <= DROP_IMPLAUSIBLE.value < 1:
         raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
+    if FLAGS["columns"].present and not SCORE_NEW.value:
+        raise ValueError("--columns goes with --score-new")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
 
 def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     """The logit of each row's source in the run."""
+    from bilevel_jax.data import rows as data_rows
     from bilevel_jax.runtime import weight_table
 
     table = weight_table.latest(workdir)
@@ -70,7 +83,9 @@ def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     for row in rows:
         if row.source not in logits:
             sources = ", ".join(map(repr, logits))
-            raise ValueError(f"--score-new: {file}:{row.line}: source {row.source!r} is none of those of {workdir}: {sources}")
+            raise ValueError(
+                f"--score-new: {data_rows.location(file, row.line)}: source {row.source!r} is none of those of {workdir}: {sources}"
+            )
     return [logits[row.source] for row in rows]
 
 
@@ -91,7 +106,8 @@ def rank_new(workdir: pathlib.Path, config, file: str):
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
-    rows, report = data_rows.read_rows(file)
+    columns = config.data.get("columns", "") if COLUMNS.value is None else COLUMNS.value
+    rows, report = data_rows.read_rows(file, columns=columns)
     rows, examples = levels.usable(config, file, rows, report, tokenizer)
     zeros = np.zeros(len(rows))
     if by_domain:
@@ -111,21 +127,31 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
 
     new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
     options = {"drop_implausible": DROP_IMPLAUSIBLE.value, "refined": REFINED.value, "form": FORMAT.value}
-    selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, new=new)
-    late = selected_rows.write(out, selection.records)
-    provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
+    selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, weight=not RESAMPLED.value, new=new)
     kept, refined_columns, num_left_out = selection.kept, selection.refined_columns, selection.num_left_out
+    copies = selected_rows.resample([one.weight for one in kept], SEED.value) if RESAMPLED.value else range(len(kept))
+    late = selected_rows.write(out, [selection.records[i] for i in copies])
+    is_new, were_masked = bool(new), set() if new else selected_rows.replaced(workdir)
+    num_replaced = sum(
+        one.row.id in were_masked and not more.get("refined", False) for one, more in zip(kept, refined_columns, strict=True)
+    )
+    provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
+    num_different = len(set(copies)) if RESAMPLED.value else None
     about = selection.table, selection.candidates, kept, refined_columns, selection.form, selection.renamed, num_left_out
-    text = cards.data_card(provenance, out, *about, bool(SCORE_NEW.value))
+    text = cards.data_card(provenance, out, *about, is_new, num_replaced, num_different)
     files.write_atomically(card, text)
 
     print(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
+    if num_different is not None:
+        print(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     if num_left_out:
         print(f"  {num_left_out} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
+    if num_replaced:
+        print(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
     for name in selection.renamed:
         print(f"  field '{name}' is kept as 'original_{name}'")
     if late:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bilevel_jax import selector
+from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import weight_table
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -18,10 +19,16 @@ LICENCE = (
     "The selection does not change any rights: every row keeps the licence of its source. "
     "Check these licences before you share the file."
 )
+REPLACED = (
+    "The model answered their questions itself for some of the time, so their weights say less about the responses of the data; "
+    "method=offline weighs these."
+)
 COLUMNS = {
+    "id": "of the row, as in weights/*.parquet",
     "weight": "N·σ(ω) at the end of the run: mean 1 over all rows",
     "rank": "1 is the heaviest",
     **weight_table.MEASURES,
+    "masked": "whether the model answered the question itself at the end of the run",
     "prompt": "the prompt for TRL's SFTTrainer",
     "completion": "the completion that SFTTrainer trains on",
     "refined": "whether the model generated the response",
@@ -46,6 +53,8 @@ class Provenance:
         """The origin as lines of a Markdown table."""
         config = self.config
         rule = f", selection.rule={config['selection']['rule']}" if config["method"] != "mixing" else ""
+        if init := config["selection"].get("init"):
+            rule = f", weights of `{init}`" + ("" if config["selection"]["freeze"] else rule)
         rows = {
             "method": f"`{config['method']}`{rule}, {config['num_epochs']} epochs, seed {config['seed']}",
             "base model": f"`{config['model']['path']}`",
@@ -70,6 +79,8 @@ def data_card(
     renamed,
     num_left_out: int = 0,
     is_new: bool = False,
+    num_replaced: int = 0,
+    num_different: int | None = None,
 ) -> str:
     """The card of a file of kept rows.
 
@@ -83,6 +94,8 @@ def data_card(
       renamed: fields that are called `original_NAME` in the file.
       num_left_out: number of rows that were left out as implausible.
       is_new: the run did not train on these rows.
+      num_replaced: kept rows with the response of the data that were masked in the run.
+      num_different: different rows in a file that repeats rows by weight; None if it does not.
     """
     records = table.to_pylist()
     ids = {one.row.id for one in kept}
@@ -92,7 +105,8 @@ def data_card(
         "dropped": [record for record in records if record["id"] not in ids],
     }
     measures = weight_table.known_measures(table)
-    columns = ["weight", "rank", *measures, *(["prompt", "completion"] if form in ("chat", "text") else []), *refined_columns[0]]
+    columns = ["id", *(["weight"] if num_different is None else []), "rank", *([] if is_new else ["masked"]), *measures]
+    columns += [*(["prompt", "completion"] if form in ("chat", "text") else []), *refined_columns[0]]
     head = _front_matter(
         pretty_name=f"Rows kept by {provenance.workdir.name}",
         license="unknown",
@@ -106,6 +120,7 @@ def data_card(
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
         *([f"Rows with the smallest `plausible` were left out first: {num_left_out}."] if num_left_out else []),
+        *([] if num_different is None else [_repeated(num_different, len(kept))]),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),
         "",
         *provenance.table(),
@@ -120,6 +135,8 @@ def data_card(
     if refined_columns[0]:
         masked, refined = sum(one.masked for one in kept), sum(columns["refined"] for columns in refined_columns)
         lines += ["", f"{masked} of the kept rows are masked; {refined} of them have a response that the model generated."]
+    if num_replaced:
+        lines += ["", f"{num_replaced} of the kept rows were masked in the run. {REPLACED}"]
     lines += ["", "## Weights", "", *_weights(groups), "", "## Licence", "", LICENCE]
     return head + "\n".join(lines) + "\n"
 
@@ -181,6 +198,13 @@ def _and(items) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+def _repeated(num_different: int, number: int) -> str:
+    return (
+        f"Rows are repeated by weight (systematic resampling): {number} rows, {num_different} different ones. Each is there n·w/Σw "
+        f"times, rounded up or down at random, with n = {number} and Σw over the kept rows. Do not weight them again."
+    )
+
+
 def _counts(groups) -> list[str]:
     return _table(("", "rows"), [(name, len(records)) for name, records in groups.items()])
 
@@ -200,7 +224,7 @@ def _by_source(groups) -> list[str]:
 def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
     """A section on the rows that the data mark as bad; empty without labels. Training never reads the labels."""
     label, records = provenance.config["data"]["label"], groups["all"]
-    labels = {row.id: row.fields.get(label) for row in rows}
+    labels = {row.id: data_rows.mark(row, label) for row in rows}
     if all(labels[record["id"]] is None for record in records):
         return []
     shares = {name: np.mean([bool(labels[record["id"]]) for record in group]) for name, group in groups.items() if group}

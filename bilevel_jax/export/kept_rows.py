@@ -34,6 +34,7 @@ def collect(
     drop_implausible: float = 0.0,
     refined: bool = False,
     form: str = "auto",
+    weight: bool = True,
     new: tuple[list[rows.Row], pa.Table] | None = None,
 ) -> Selection:
     """Selects the heaviest rows of a finished run, and gives them their columns.
@@ -45,6 +46,7 @@ def collect(
       drop_implausible: share of the rows with the smallest `plausible`, which are left out; in [0, 1).
       refined: masked rows have their latest generated response.
       form: a key of `selected_rows.FORMATS`.
+      weight: whether there is a column `weight`; not where rows are repeated by weight.
       new: rows that the run never saw, and the table of their weights.
 
     Raises:
@@ -74,8 +76,10 @@ def collect(
         tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
         template = templates.resolve(config.data.template, tokenizer)
     form = selected_rows.resolve_format(form, kept_rows, template)
+    names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
     columns = [
-        {name: getattr(one, name) for name in ("weight", "rank", *measures)}
+        {"id": one.row.id}
+        | {name: getattr(one, name) for name in names}
         | more
         | selected_rows.prompt_columns(one.row, form, tokenizer, template)
         for one, more in zip(kept, refined_columns)

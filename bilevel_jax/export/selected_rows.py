@@ -2,11 +2,15 @@
 
 Rows keep their fields and get these columns:
 
+    id                    of the row, as in weights/*.parquet and responses.jsonl
     weight, rank          of the last epoch; the mean weight of all training rows is 1, the heaviest row has rank 1
     plausible, useful     of the last epoch, where known; see `weight_table.table`
+    masked                whether the model answered the row's question itself at the end of the run
     prompt, completion    for TRL's SFTTrainer, which trains on the completion only; see `FORMATS`
     refined               whether the model generated the response (with `--refined`)
     original_response     the response of the data (with `--refined`)
+
+Rows that are repeated by weight (`resample`) have no `weight`.
 
 A field with the name of a column, or with a name that SFTTrainer interprets, is renamed `original_NAME`.
 
@@ -20,10 +24,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from bilevel_jax.data import rows, templates
+import numpy as np
+
+from bilevel_jax.data import messages, rows, templates
+from bilevel_jax.runtime import weight_table
 
 FORMATS = {
     "auto": "chat where the run's template is the tokenizer's chat template, else text; pairs and prompt/completion rows stay",
@@ -87,9 +94,55 @@ def select(candidates: Sequence[rows.Row], table, keep: float, left_out: Collect
     return [Kept(row, **{name: records[row.id][name] for name in names}) for row in kept]
 
 
+def resample(weights: Sequence[float], seed: int) -> np.ndarray:
+    """Repeats rows by weight: indices of as many rows as there are weights, ascending.
+
+    Systematic resampling: with e_i = n w_i / Σ w and one u drawn from [0, 1), row i gets the points u, u + 1, ..., u + n - 1 in
+    [e_1 + ... + e_{i-1}, e_1 + ... + e_i). It is repeated ⌊e_i⌋ or ⌈e_i⌉ times, e_i times on average.
+
+    Args:
+      weights: [n], at least 0, not all 0.
+      seed: of u.
+    """
+    ends = np.cumsum(np.asarray(weights, np.float64))
+    number = len(ends)
+    ends = np.minimum(ends / ends[-1] * number, number)
+    return np.searchsorted(ends, np.random.default_rng(seed).random() + np.arange(number), side="right")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Generated responses
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _read_responses(file: pathlib.Path) -> Iterator[dict]:
+    """The lines of `responses.jsonl`.
+
+    Raises:
+      DataError: a line is not a response.
+    """
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                response = json.loads(line.decode())
+                values = *(response[key] for key in ("id", "text", "step", "sample")), response.get("reward", 0.0)
+                if not all(isinstance(value, kind) for value, kind in zip(values, (str, str, int, int, (int, float)))):
+                    raise TypeError("a field of another type")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise rows.DataError(f"{file}:{number}: not a response ({type(error).__name__}: {error})") from error
+            yield response
+
+
+def replaced(workdir: pathlib.Path) -> set[str]:
+    """Ids of the rows that were masked in the run: at the end of an epoch, or with a generated response that a step used."""
+    ids: set[str] = set()
+    for file in weight_table.epoch_files(workdir).values():
+        table = weight_table.read(file)
+        ids.update(table.filter(table["masked"])["id"].to_pylist())
+    responses = workdir / "responses.jsonl"
+    if responses.exists():
+        ids.update(response["id"] for response in _read_responses(responses) if response.get("ratio") is not None)
+    return ids
 
 
 def latest_responses(file: pathlib.Path) -> dict[str, str]:
@@ -102,20 +155,12 @@ def latest_responses(file: pathlib.Path) -> dict[str, str]:
       DataError: a line is not a response.
     """
     latest: dict[str, tuple[tuple[int, float, int], str]] = {}
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                response = json.loads(line.decode())
-                row_id, text = response["id"], response["text"]
-                order = response["step"], response.get("reward", 0.0), -response["sample"]
-                are_numbers = all(isinstance(value, kind) for value, kind in zip(order, (int, (int, float), int)))
-                if not (isinstance(row_id, str) and isinstance(text, str) and are_numbers):
-                    raise TypeError("a field of another type")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise rows.DataError(f"{file}:{number}: not a response ({type(error).__name__}: {error})") from error
-            usable = text.strip() and response.get("finish_reason", "stop") == "stop"
-            if usable and (row_id not in latest or order > latest[row_id][0]):
-                latest[row_id] = order, text
+    for response in _read_responses(file):
+        row_id, text = response["id"], response["text"]
+        order = response["step"], response.get("reward", 0.0), -response["sample"]
+        usable = text.strip() and response.get("finish_reason", "stop") == "stop"
+        if usable and (row_id not in latest or order > latest[row_id][0]):
+            latest[row_id] = order, text
     return {row_id: text for row_id, (_, text) in latest.items()}
 
 
@@ -125,9 +170,10 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
     Raises:
       DataError: the row is a preference pair.
     """
-    if row.schema == "messages":
-        *turns, last = row.fields["messages"]
-        changed = {"messages": [*turns, {**last, "content": response}]}
+    if row.schema in ("messages", "conversations"):
+        changed = {row.schema: messages.with_last_answer(row.fields[row.schema], response)}
+    elif isinstance(row.fields.get("completion"), list):
+        changed = {"completion": messages.with_last_answer(row.fields["completion"], response)}
     elif row.schema in RESPONSE_FIELDS:
         changed = {RESPONSE_FIELDS[row.schema]: response}
     else:
@@ -164,13 +210,12 @@ def resolve_format(form: str, kept_rows: Sequence[rows.Row], template: str) -> s
 def prompt_columns(row: rows.Row, form: str, tokenizer, template: str) -> dict:
     """`prompt` and `completion` of a row, if the format has them. `template` is as returned by `templates.resolve`."""
     if form == "chat":
-        turns = ((("system", row.system),) if row.system else ()) + row.messages
-        prompt = [{"role": role, "content": content} for role, content in turns]
-        return {"prompt": prompt, "completion": [{"role": "assistant", "content": row.response}]}
+        *prompt, completion = templates.messages_of(row, with_response=True)
+        return {"prompt": prompt, "completion": [completion]} | ({"tools": row.tools} if row.tools else {})
     if form == "text":
         rendered = templates.render(row, tokenizer, template)
         prompt = rendered.rstrip(" ")  # the concatenation stays the same, and the prompt ends at a token boundary
-        return {"prompt": prompt, "completion": rendered[len(prompt) :] + row.response}
+        return {"prompt": prompt, "completion": rendered[len(prompt) :] + templates.response_text(row, tokenizer)}
     return {}
 
 
@@ -178,8 +223,12 @@ def misread(form: str, kept_rows: Sequence[rows.Row]) -> set[str]:
     """Names of fields that SFTTrainer would misinterpret."""
     if form == "original":
         return set()
-    harmless = form == "chat" and all(row.schema == "messages" for row in kept_rows)
-    return set(READ_BY_TRL) - ({"messages"} if harmless else set())
+    harmless = set()
+    if form == "chat" and all(row.schema == "messages" for row in kept_rows):
+        harmless.add("messages")
+    if form == "chat" and all(row.tools for row in kept_rows if row.fields.get("tools")):
+        harmless.add("tools")
+    return set(READ_BY_TRL) - harmless
 
 
 def join(kept_rows: Sequence[rows.Row], columns: Sequence[Mapping], reserved: Collection[str]) -> tuple[list[dict], list[str]]:

@@ -3,7 +3,7 @@
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --outputs=model_outputs.json
     python -m bilevel_jax.judge --prompts=FILE --answers=FILE.jsonl --endpoint=https://HOST/v1 --judge=MODEL --out=verdicts.jsonl
 
-`--answers` is a file of `sample` for the same prompts; of several samples the first counts. `--out` has one row per verdict. The
+`--answers` is a file of `sample` for the same questions; of several samples the first counts. `--out` has one row per verdict. The
 same command requests only the missing verdicts.
 """
 
@@ -18,7 +18,10 @@ from absl import flags
 from bilevel_jax import cli
 
 FLAGS = flags.FlagValues()
-PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: a file or hub data set.", required=True, flag_values=FLAGS)
+PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: files, folders or hub data sets.", required=True, flag_values=FLAGS)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "Other names of columns, for example question:query,response:answer.", flag_values=FLAGS
+)
 ANSWERS = flags.DEFINE_string("answers", None, "File of `sample` for these prompts.", required=True, flag_values=FLAGS)
 OUTPUTS = flags.DEFINE_string("outputs", None, "JSON file for the responses in AlpacaEval's format.", flag_values=FLAGS)
 GENERATOR = flags.DEFINE_string(
@@ -187,8 +190,8 @@ def main() -> None:
         raise ValueError("--summary goes with --endpoint, --judge and --out")
     if not any(values) and not OUTPUTS.value:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
-    prompts, report = rows.read_rows(PROMPTS.value, questions_only=True)
-    if report.rejections:
+    prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
+    if report.rejections or report.notes():
         print("\n".join(report.summary()))
     answers = verdicts.answers_to(prompts, ANSWERS.value)
     if OUTPUTS.value:

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 from bilevel_jax.data import rows
 from bilevel_jax.judge.endpoint import Reply
+from bilevel_jax.text import one_line
 
 ANSWERS, AGAINST, TIE = "answers", "against", "tie"  # values of `first` and `winner`
 POINTS = {ANSWERS: 1.0, TIE: 0.5, AGAINST: 0.0}
+MIN_PAIRS = 3  # for an interval: the spread of one score is undefined, and that of two is zero where they agree
 
 PROMPT = """\
 Below are a question and two answers to it. Judge which answer serves the one who asked better: whether it is correct, does what \
@@ -69,41 +71,65 @@ class Request(NamedTuple):
 # ---- answers ----
 
 
-def read_answers(path: str) -> dict[str, str]:
-    """id -> first answer in a file of `sample`; "" for a prompt without an answer.
+class Answer(NamedTuple):
+    """The first answer to a prompt in a file of `sample`."""
+
+    line: int
+    id: str | None  # of the prompt
+    question: str | None  # None in files of earlier versions
+    text: str  # "" for none
+
+
+def read_answers(path: str) -> list[Answer]:
+    """The first answer to every prompt in a file of `sample`; rows that could not be read are left out.
 
     Raises:
       DataError: a line is not a row of `sample`.
     """
-    answers: dict[str, str] = {}
+    answers: dict[tuple, Answer] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                row_id, text = row["id"], row["text"]
-                if not isinstance(row_id, str | None) or not isinstance(text, str | None):
+                answer = Answer(number, row.get("id"), row.get("question"), row["text"])
+                if not all(isinstance(value, str | None) for value in answer[1:]) or not {"id", "question"} & row.keys():
                     raise TypeError
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise rows.DataError(f"{path}:{number}: not a row of `sample` (an object with id and text)") from None
-            if row_id is not None:
-                answers.setdefault(row_id, (text or "").strip())
-    return answers
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                raise rows.DataError(f"{path}:{number}: not a row of `sample` (an object with id or question, and text)") from None
+            if answer.id is not None or answer.question is not None:
+                key = ("id", answer.id) if answer.id is not None else ("question", answer.question.strip())
+                answers.setdefault(key, answer._replace(text=(answer.text or "").strip()))
+    return list(answers.values())
 
 
 def answers_to(prompts: Sequence[rows.Row], path: str) -> list[str]:
     """The answers in a file of `sample` to the prompts, in the order of the prompts.
 
+    An answer belongs to the prompt with its id. If no prompt has its id, which depends on the response of the prompts file, it
+    belongs to the prompt with its question.
+
     Raises:
-      DataError: a prompt has no answer in the file.
+      DataError: a prompt has no answer in the file, or its question has several.
     """
     answers = read_answers(path)
-    missing = [prompt for prompt in prompts if prompt.id not in answers]
+    by_id = {answer.id: answer for answer in answers}
+    by_question: dict[str, list[Answer]] = {}
+    for answer in answers:
+        if answer.question is not None:
+            by_question.setdefault(answer.question.strip(), []).append(answer)
+    candidates = [[by_id[one.id]] if one.id in by_id else by_question.get(one.question.strip(), []) for one in prompts]
+    missing = [prompt for prompt, matches in zip(prompts, candidates) if not matches]
     if missing:
-        first = f"the first: {missing[0].id} of line {missing[0].line}"
+        first = f"the first: {missing[0].id} of line {missing[0].line}, {one_line(missing[0].question, 80)!r}"
         raise rows.DataError(
-            f"{path} has no answer to {len(missing)} of {len(prompts)} prompts ({first}); is it of the same prompts?"
+            f"{path} has no answer to {len(missing)} of {len(prompts)} prompts ({first}); is it of the same questions?"
         )
-    return [answers[prompt.id] for prompt in prompts]
+    for prompt, matches in zip(prompts, candidates):
+        if len({answer.text for answer in matches}) > 1:
+            lines = f"lines {matches[0].line} and {matches[1].line}"
+            question = one_line(prompt.question, 80)
+            raise rows.DataError(f"{path}: {lines} answer the same question, {question!r}; remove one, or sample for these prompts")
+    return [matches[0].text for matches in candidates]
 
 
 def alpaca_eval_outputs(prompts: Sequence[rows.Row], answers: Sequence[str], generator: str) -> list[dict]:
@@ -255,14 +281,21 @@ def summarize(pairs: Sequence[Pair], winners: Sequence[tuple[str | None, str | N
 
 def table(metrics: Mapping[str, float]) -> str:
     """The result of `summarize` as text."""
+
+    def show(name: str, form: str) -> str:
+        return "none" if metrics[name] != metrics[name] else format(metrics[name], form)
+
+    interval, lengths = f" ± {show('standard_error', '.4f')}", f"{show('length', '.0f')} against {show('length_against', '.0f')}"
+    few = metrics["judged"] < MIN_PAIRS
     lines = {
-        "win rate (win 1, tie ½, loss 0)": f"{metrics['win_rate']:.4f} ± {metrics['standard_error']:.4f}",
+        "win rate (win 1, tie ½, loss 0)": f"{show('win_rate', '.4f')}{'' if few else interval}",
         "pairs won, tied, lost": f"{metrics['wins']}, {metrics['ties']}, {metrics['losses']}",
         "pairs with both verdicts": f"{metrics['judged']} of {metrics['pairs']}",
         "verdicts that could not be read": f"{metrics['unread']}",
-        "pairs whose two orders disagree": f"{metrics['disagree']:.1%}",
-        "verdicts for the answer that is first": f"{metrics['first']:.1%}",
-        "pairs won by the longer answer": f"{metrics['longer']:.1%}",
-        "mean length, characters": f"{metrics['length']:.0f} against {metrics['length_against']:.0f}",
+        "pairs whose two orders disagree": show("disagree", ".1%"),
+        "verdicts for the answer that is first": show("first", ".1%"),
+        "pairs won by the longer answer": show("longer", ".1%"),
+        "mean length, characters": lengths,
     }
-    return "\n".join(f"  {name:<40}{value:>20}" for name, value in lines.items())
+    note = [f"  an interval of the win rate needs more pairs: {metrics['judged']} of at least {MIN_PAIRS} are judged"] * few
+    return "\n".join([*(f"  {name:<40}{value:>20}" for name, value in lines.items()), *note])

@@ -23,7 +23,7 @@ class Corner(NamedTuple):
     number: int
     share: float  # of the rows that are split
     weight: float | None  # mean; None without rows
-    bad: float | None  # share of its rows that are bad; None without labels or rows
+    bad: float | None  # share of its labelled rows that are bad; None without labels or rows
     examples: np.ndarray  # indices in the table, the most extreme row first
 
 
@@ -38,7 +38,7 @@ def known_rows(table: Table) -> np.ndarray:
     return np.flatnonzero(~np.any([np.isnan(table[name]) for name in measures(table)], axis=0))
 
 
-def split(table: Table, bad: np.ndarray | None) -> list[Corner]:
+def split(table: Table, bad: np.ndarray | None, known: np.ndarray | None = None) -> list[Corner]:
     """The corners: at least the median of `plausible` or less, and above 0 of `useful` or not. Without `useful` two halves.
 
     The most extreme rows of a corner are those with the largest product of distances from both lines.
@@ -46,6 +46,7 @@ def split(table: Table, bad: np.ndarray | None) -> list[Corner]:
     Args:
       table: columns of a weight table with `measures`.
       bad: whether each row is bad, or None.
+      known: whether the label of each row is known; None for all.
     """
     rows = known_rows(table)
     plausible = table["plausible"][rows].astype(float)
@@ -66,7 +67,8 @@ def split(table: Table, bad: np.ndarray | None) -> list[Corner]:
     for name, is_in in kinds.items():
         inside = rows[is_in]
         weight = float(table["weight"][inside].mean()) if len(inside) else None
-        share_bad = float(bad[inside].mean()) if bad is not None and len(inside) else None
+        labelled = inside if known is None else inside[known[inside]]
+        share_bad = float(bad[labelled].mean()) if bad is not None and len(labelled) else None
         examples = rows[extreme[is_in[extreme]]][:NUM_EXAMPLES]
         corners.append(Corner(name, len(inside), len(inside) / len(rows), weight, share_bad, examples))
     return corners

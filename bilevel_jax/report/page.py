@@ -63,7 +63,7 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
         "masked": bool(table["masked"][i]) if "masked" in table else False,
         "question": text_of(row.question) if row else None,
         "response": text_of(row.response) if row else None,
-        "bad": bool(row.fields[label]) if row and row.fields.get(label) is not None else None,
+        "bad": data_rows.mark(row, label) if row else None,
     }
 
 
@@ -78,7 +78,7 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
 def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
-    split = corners.split(table, run_data.labels(run, table))
+    split = corners.split(table, run_data.labels(run, table), run_data.in_data(run, table))
     return [(corner, [row_cells(run, table, i) for i in corner.examples]) for corner in split]
 
 
@@ -148,8 +148,11 @@ def method_text(run: Run) -> str:
             "All rows have the same weight."
         )
     weights = "the run learned one weight for each row of the mixture, jointly with the model"
+    if run.config.selection.get("freeze"):
+        weights = "each row of the mixture had a given weight, which stayed as it was"
     if run.config.method == "offline":
-        return f"Data selection: {weights}, so that the model does best on the trusted rows."
+        purpose = "" if run.config.selection.get("freeze") else ", so that the model does best on the trusted rows"
+        return f"Data selection: {weights}{purpose}."
     ratio = f"{run.config.online.ratio:.0%}"
     dynamic = run.config.method == "dynamic"
     which = f"the {ratio} of the rows with the smallest weights" if dynamic else f"a fixed random {ratio} of the rows"
@@ -354,6 +357,7 @@ def render(run: Run) -> str:
         extremes={} if reasons["rows"] else {epoch: extremes(run, epoch) for epoch in epochs},
         sources=[(one_line(name, 60), num_rows, share) for name, num_rows, share in shares[:MAX_TABLE_SOURCES]],
         num_more_sources=max(0, len(shares) - MAX_TABLE_SOURCES),
+        repeated=run_data.repeated_rows(run),
         measures={name: weight_table.MEASURES[name] for name in measures},
         corners=corner_rows(run) if measures else [],
         max_dots=corners.MAX_DOTS,
@@ -367,7 +371,12 @@ def render(run: Run) -> str:
 
 
 def write(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> pathlib.Path:
-    """Writes `report.html` into a workdir and returns its path. Arguments and errors as for `run_data.read`."""
-    file = workdir / "report.html"
-    files.write_atomically(file, render(run_data.read(workdir, rows)))
+    """Writes `report.html` into a workdir and returns its path; prints which rows are missing, if any.
+
+    Arguments and errors as for `run_data.read`.
+    """
+    file, run = workdir / "report.html", run_data.read(workdir, rows)
+    if run.notice:
+        print(one_line(run.notice, 1000))
+    files.write_atomically(file, render(run))
     return file

@@ -16,6 +16,8 @@ from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
+NUM_MISSING = 10  # ids shown of rows that are no longer in the data
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -50,11 +52,9 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     by_id, notice = {}, ""
     if tables:
         try:
-            ids = set(tables[max(tables)]["id"])
+            ids = dict.fromkeys(tables[max(tables)]["id"])  # in their order
             by_id = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
-            if len(by_id) < len(ids):
-                missing = len(ids) - len(by_id)
-                notice = f"{missing} rows are no longer in {config.data.lower}. Their ids are shown instead of their texts."
+            notice = _missing_rows([row_id for row_id in ids if row_id not in by_id], len(ids), config.data.lower)
         except (ValueError, OSError) as error:
             notice = f"The rows cannot be read, so their ids are shown instead of their texts ({error})."
     return Run(
@@ -67,6 +67,18 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         rows=by_id,
         notice=notice,
         tokens=weight_table.read_tokens(workdir),
+    )
+
+
+def _missing_rows(missing: Sequence[str], number: int, source: str) -> str:
+    """Which rows of the run are not in its data any more, and what that means for the report; "" for none."""
+    if not missing:
+        return ""
+    shown = ", ".join(missing[:NUM_MISSING]) + (", …" if len(missing) > NUM_MISSING else "")
+    are = "row is" if len(missing) == 1 else "rows are"
+    return (
+        f"{len(missing)} of {number} {are} no longer in {source}: {shown}. Their ids are shown instead of their texts. Generated "
+        "responses to them are not shown, and numbers that need labels are those of the other rows."
     )
 
 
@@ -111,8 +123,13 @@ def has_ranking(run: Run) -> bool:
 def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Which rows of a table are marked bad in the data; None if no row has the label."""
     field = run.config.data.label
-    values = [run.rows[row_id].fields.get(field) if row_id in run.rows else None for row_id in table["id"]]
+    values = [data_rows.mark(run.rows[row_id], field) if row_id in run.rows else None for row_id in table["id"]]
     return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
+
+
+def in_data(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a table are in the data, [n] bool."""
+    return np.array([row_id in run.rows for row_id in table["id"]], bool)
 
 
 def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
@@ -129,10 +146,12 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
         "high": weight.max(),
         "masked": table["masked"].mean() if "masked" in table else 0.0,
     }
-    if bad is not None and bad.any() and not bad.all():
-        values["auroc"] = metrics.auroc(-weight, bad)
-        values["bad_kept"] = metrics.bad_kept(-table["rank"], bad, run.config.eval.keep)
-        values["bad_among_kept"] = metrics.bad_among_kept(-table["rank"], bad, run.config.eval.keep)
+    known = in_data(run, table)  # a row that is missing is not a good one
+    if bad is not None and bad[known].any() and not bad[known].all():
+        scores, bad = -table["rank"][known], bad[known]
+        values["auroc"] = metrics.auroc(-weight[known], bad)
+        values["bad_kept"] = metrics.bad_kept(scores, bad, run.config.eval.keep)
+        values["bad_among_kept"] = metrics.bad_among_kept(scores, bad, run.config.eval.keep)
     return {name: float(value) for name, value in values.items()}
 
 
@@ -147,6 +166,33 @@ def source_shares(run: Run) -> list[tuple[str, int, np.ndarray]]:
     shares += [np.bincount(source_index, table["weight"], len(names)) / table["weight"].sum() for table in tables]
     sources = [(str(name), int(number), share) for name, number, share in zip(names, count, np.stack(shares, 1))]
     return sorted(sources, key=lambda item: -abs(item[2][-1] - item[2][0]))
+
+
+class Repeated(NamedTuple):
+    """Rows of a level that occur more than once."""
+
+    level: str
+    copies: int  # beyond the first row of each cluster
+    clusters: list[tuple[int, int]]  # (size, number of clusters), the largest first
+    dropped: bool
+    overlap: int  # rows that are also on the upper level
+    held_out: int  # training rows left out as copies of held-out ones
+
+
+def repeated_rows(run: Run) -> list[Repeated]:
+    """What the summary says about duplicates and overlap, by level; empty without any."""
+    levels_with_some = []
+    for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
+        values = {
+            key.removeprefix(f"data/{level}_"): value for key, value in run.summary.items() if key.startswith(f"data/{level}_")
+        }
+        if values:
+            sizes = values.get("duplicate_clusters", {})
+            clusters = sorted(((int(size), int(count)) for size, count in sizes.items()), reverse=True)
+            counts = (int(values.get(key, 0)) for key in ("overlap", "held_out_copies"))
+            dropped = run.config.data.get("deduplicate", "off") != "off"
+            levels_with_some.append(Repeated(name, int(values.get("duplicates", 0)), clusters, dropped, *counts))
+    return levels_with_some
 
 
 def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:

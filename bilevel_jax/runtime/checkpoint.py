@@ -37,6 +37,11 @@ OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
 METADATA_TIMEOUT = 60.0  # seconds
 
 
+def num_bytes(state) -> int:
+    """The most bytes that a checkpoint of a tree of arrays takes."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + OVERHEAD
+
+
 def fingerprint(ids: Iterable[str]) -> str:
     """Identifies a sequence of rows by their content."""
     digest = hashlib.sha256()
@@ -143,13 +148,14 @@ class Checkpoints:
         self._directory, self._keep = directory.resolve(), keep
         self._saving_step: int | None = None
         self._response: ocp.AsyncResponse | None = None  # of the save in progress
-        self._newest: int | None = None  # intact
+        self._newest: int | None = None  # intact, or being written
+        self._written: int | None = None  # the newest one that is completely written
         self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
         steps = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
         for step in sorted(steps, reverse=True):
             reason = damage(self._directory / str(step))
             if not reason:
-                self._newest = step
+                self._newest = self._written = step
                 break
             self._damaged[step] = reason
         if self._damaged and self._newest is None:
@@ -195,7 +201,9 @@ class Checkpoints:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"{self._directory / str(self._saving_step)}: the checkpoint could not be written ({reason:.200})"
-            raise RunError(f"{what}; the previous one is intact, and the same command continues from there") from error
+            if self._written is None:
+                raise RunError(f"{what}; there is no earlier one, so the same command starts from step 0") from error
+            raise RunError(f"{what}; that of step {self._written} is intact, and the same command continues from there") from error
 
     def latest(self) -> int | None:
         """The step of the newest intact checkpoint."""
@@ -216,10 +224,11 @@ class Checkpoints:
         if self._newest == step:
             return
         tree = {"state": state, "responses": store.arrays()}
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + OVERHEAD
+        needed = num_bytes(tree)
         with self._save_errors():
             if self._response:
                 self._response.result()
+                self._written = self._saving_step
             self._saving_step = step
             checkpointer, free = self._checkpointer, shutil.disk_usage(self._directory).free
             if needed > free:  # checked here because Orbax's threads print long tracebacks if the disk fills while they write

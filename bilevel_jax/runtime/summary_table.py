@@ -8,6 +8,7 @@ from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 LOSSES = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
+RIGHT = {"upper_right": "trusted rows", "lower_clean_right": "mixture"}
 PAIRS = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
 FILES = "adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
 
@@ -23,6 +24,8 @@ def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
     summary = metrics.with_current_keys(summary)
     lines = [f"{'held-out loss, nats per token':<34}{'before':>9}{'after':>9}"]
     lines += _before_and_after(summary, LOSSES, ".4f")
+    if right := _before_and_after(summary, RIGHT, ".1%"):
+        lines += ["", "held-out questions answered right", *right]
     if pairs := _before_and_after(summary, PAIRS, ".1%"):
         lines += ["", "held-out pairs ranked correctly", *pairs]
     lines += _selector(summary)

@@ -50,7 +50,7 @@ def table(
         weight      N·σ(ω), mean 1
         rank        1 is the largest weight
         plausible   exp(-ℓ), how likely the model finds the response: the geometric mean of its tokens' probabilities, in (0, 1]
-        useful      how much the row helps the trusted rows: minus its mean cost, in (-1, 1); below 0 it harms them
+        useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
 
     Both are about the response of the data, and null for rows that were only visited with generated ones.
 

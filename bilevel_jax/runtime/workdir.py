@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
+import glob
 import os
 import pathlib
 import platform
@@ -14,6 +16,11 @@ from bilevel_jax import files
 from bilevel_jax.errors import RunError
 
 LOCK = ".lock"
+NO_RESULT = ("log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
+RESUMABLE = ("checkpoint.*", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
+PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init")
+REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
+PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -34,7 +41,7 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir) if lock else contextlib.nullcontext():
             refuse_finished(workdir)  # the other process may have finished it before the lock was released
-            refuse_another(config, workdir)
+            refuse_another(config, workdir, resumes=True)
             yield
 
 
@@ -71,7 +78,11 @@ def _write_errors(workdir: pathlib.Path):
         if error.errno not in WRITE_ERRORS or not concerns_workdir:
             raise
         what = f"{workdir}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
-        raise RunError(f"{what}; saved files are kept, and the same command continues when files can be written again") from error
+        if any(entry.name.isdecimal() for entry in (workdir / "checkpoints").glob("*")):
+            remedy = "saved files are kept, and the same command continues when files can be written again"
+        else:
+            remedy = "there is no checkpoint yet, so the same command starts from step 0 when files can be written again"
+        raise RunError(f"{what}; {remedy}") from error
 
 
 def refuse_finished(workdir: pathlib.Path) -> None:
@@ -80,21 +91,73 @@ def refuse_finished(workdir: pathlib.Path) -> None:
         raise RunError(f"{workdir} holds a finished run; give another --workdir, or remove it to run again")
 
 
-def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Refuses a workdir that holds a run of another config. `mesh.*` and `log.profile` may differ: they change no result.
+def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, resumes: bool = False) -> None:
+    """Refuses a workdir that holds a run of another config. Paths are compared as absolute ones.
+
+    Args:
+      config: of the run that wants the workdir.
+      workdir: its directory.
+      resumes: an unfinished run goes on with this config, so the keys of `RESUMABLE` may differ, and `num_epochs` may be larger,
+        except with `selection.rule=metagradient`, which looks at whole runs. Otherwise only those of `NO_RESULT` may differ.
 
     Raises:
-      RunError: one line with the keys that differ.
+      RunError: one line with the keys that differ, and those that may.
     """
     file = workdir / "config.json"
     if not file.exists():
         return
     now, stored = _flatten(config), _flatten(_read_config_file(file))
-    compared = {key for key in now | stored if not key.startswith(("mesh.", "log.profile"))}
-    different = sorted(key for key in compared if now.get(key) != stored.get(key))
-    changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
+    may_differ = RESUMABLE if resumes else NO_RESULT
+    compared = {key for key in now | stored if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
+    different = sorted(key for key in compared if not _equal(key, stored.get(key), now.get(key)))
+    if resumes and different == ["num_epochs"] and _may_grow(now, stored):
+        return
     if different:
-        raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir")
+        changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
+        hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow)" if resumes else ""
+        raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir{hint}")
+
+
+def _may_grow(now: dict, stored: dict) -> bool:
+    """Whether a run may go on with another number of epochs: the steps so far are the same ones."""
+    before, after = stored.get("num_epochs"), now["num_epochs"]
+    whole_runs = now["method"] != "mixing" and now["selection.rule"] == "metagradient"
+    return isinstance(before, int) and after > before and not whole_runs
+
+
+def _equal(key: str, stored, now) -> bool:
+    if key not in PATHS:
+        return stored == now
+    is_gone = isinstance(now, str) and stored == os.path.abspath(now)  # reading it fails later, with a better message
+    return absolute(stored) == absolute(now) or is_gone
+
+
+def absolute(value):
+    """A source of rows or a directory by its absolute path; names of the hub, of recipes and the like as they are.
+
+    Args:
+      value: a path, a pattern, several of them separated by commas, or a sequence of them.
+    """
+    if isinstance(value, (list, tuple)):
+        return [absolute(part) for part in value]
+    if not isinstance(value, str) or not value or value in REWARDS or value.startswith(PREFIXES):
+        return value
+    folder, colon, split = value.rpartition(":")
+    if os.path.exists(value) or any(glob.iglob(value, recursive=True)):
+        return os.path.abspath(value)
+    if colon and os.path.isdir(folder):  # a split of a saved data set
+        return f"{os.path.abspath(folder)}:{split}"
+    return ",".join(absolute(part.strip()) for part in value.split(",")) if "," in value else value
+
+
+def config_json(config: ml_collections.ConfigDict) -> str:
+    """The content of `config.json`. Its paths are absolute, so that commands find them from any directory."""
+    resolved = config.copy_and_resolve_references()
+    with resolved.ignore_type():
+        for key in PATHS:
+            section, _, name = key.partition(".")
+            resolved[section][name] = absolute(resolved[section][name])
+    return resolved.to_json(indent=2, sort_keys=True) + "\n"
 
 
 def _read_config_file(file: pathlib.Path) -> ml_collections.ConfigDict:

@@ -24,6 +24,7 @@ class _Sample(types.ModuleType):
         template="auto",
         dtype="auto",
         batch_size=16,
+        columns="",
     ) -> list[dict]:
         """Responses of a model to prompts.
 
@@ -42,6 +43,7 @@ class _Sample(types.ModuleType):
           template: of the prompt: `auto` (the tokenizer's chat template, else `human`), `chat`, `human`, `alpaca` or `none`.
           dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
           batch_size: responses generated in parallel.
+          columns: other names of columns, such as `question:query,response:answer`.
 
         Returns:
           An object for every prompt and sample, in order: `id`, `sample`, `text`, `tokens` (without the EOS), `logprob` (under the
@@ -63,6 +65,7 @@ class _Sample(types.ModuleType):
                 temperature, top_k, top_p, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)
             )
             options = {"num_samples": num_samples, "seed": seed, "template": template, "dtype": dtype, "batch_size": batch_size}
+            options["columns"] = columns
             return sampler.sample(prompts, model or inputs.EMBEDDED, adapter, settings, **options)
 
 

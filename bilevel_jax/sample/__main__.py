@@ -3,8 +3,8 @@
     python -m bilevel_jax.sample --model=DIR [--adapter=DIR] --prompts=FILE --out=FILE.jsonl
 
 Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens` (without the EOS), `logprob` (under the model, as
-`score` computes it), `sampled_logprob` (after temperature, top-k and top-p; 0 if greedy) and `finish_reason` (`stop` or `length`).
-A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
+`score` computes it), `sampled_logprob` (after temperature, top-k and top-p; 0 if greedy), `finish_reason` (`stop` or `length`) and
+`question`. A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
 """
 
 import json
@@ -20,7 +20,14 @@ FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
 ADAPTER = flags.DEFINE_string("adapter", None, "PEFT LoRA directory.", flag_values=FLAGS)
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "JSONL, JSON or Parquet file, or a hub data set; needs no responses.", required=True, flag_values=FLAGS
+    "prompts",
+    None,
+    "Files, folders, globs or hub data sets, separated by commas; needs no responses.",
+    required=True,
+    flag_values=FLAGS,
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "Other names of columns, for example question:query,response:answer.", flag_values=FLAGS
 )
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.", flag_values=FLAGS)
@@ -66,7 +73,8 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     check_out(out)
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
-    results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options, batch_size=BATCH_SIZE.value)
+    options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
+    results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options)
     files.write_atomically(out, "".join(json.dumps(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]
     num_stops = sum(result["finish_reason"] == "stop" for result in responses)

@@ -6,31 +6,36 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.data import in_memory, rows, templates
+from bilevel_jax.data import in_memory, rejections, rendering, rows, templates
 from bilevel_jax.models import attention, huggingface
 
 
 def sample(
-    source, model: str, adapter, settings, *, num_samples=1, seed=0, template="auto", dtype="float32", batch_size=16
+    source, model: str, adapter, settings, *, num_samples=1, seed=0, template="auto", dtype="float32", batch_size=16, columns=""
 ) -> list[dict]:
-    """Reads prompts and a model, and generates responses; see `sample_prompts`.
+    """Reads prompts and a model, and generates responses; see `sample_prompts`. Prints notes on rows and template.
 
     Args:
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`; they need no responses.
       model, adapter: directories or hub ids; no adapter: None.
       settings: `sampling.Settings`.
-      num_samples, seed, template, dtype, batch_size: as the flags of the command.
+      num_samples, seed, template, dtype, batch_size, columns: as the flags of the command.
 
     Raises:
       DataError: no prompt can be used.
       ModelError: the model cannot be used.
     """
-    name = in_memory.source_name(source) if in_memory.is_source(source) else "rows"
-    items = list(rows.iter_rows(source, questions_only=True))
-    rows.collect(items, name)  # raises if no row is usable
+    name = in_memory.name(source)
+    items = list(rows.iter_rows(source, questions_only=True, columns=columns))
+    usable, report = rows.collect(items, name)  # raises if no row is usable
+    print("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
+    if notice := rendering.template_notice(
+        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False)
+    ):
+        print(notice)
     prompts = encode_rows(items, config, tokenizer, template=template)
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(name, prompts[0].line)}: {prompts[0].reason}"
@@ -49,6 +54,7 @@ class Prompt(NamedTuple):
     line: int
     tokens: np.ndarray | None  # [n] int32; None if the row could not be read
     reason: str | None  # None if the prompt can be used
+    question: str | None = None  # without a template
 
 
 def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
@@ -66,14 +72,17 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
         if isinstance(item, rows.Rejection):
             prompts.append(Prompt(None, item.line, None, item.reason))
             continue
-        tokens, reason = next(examples).prompt, None
-        if not len(tokens):
+        example = next(examples)
+        tokens, reason = example.prompt, None
+        if example.reason:
+            reason = example.reason
+        elif not len(tokens):
             reason = "no token in the prompt"
         elif len(tokens) >= model.max_positions:
             reason = f"no room for a response within the model's {model.max_positions} positions"
         elif tokens.max() >= model.vocab_size:
             reason = f"token {tokens.max()} is not in the model's vocabulary of {model.vocab_size}"
-        prompts.append(Prompt(item.id, item.line, tokens, reason))
+        prompts.append(Prompt(item.id, item.line, tokens, reason, item.question))
     return prompts
 
 
@@ -112,13 +121,15 @@ def sample_prompts(
     for prompt in prompts:
         if prompt.reason is not None:
             nulls = dict.fromkeys(("sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"))
-            results.append({"id": prompt.id} | nulls | {"reason": prompt.reason, "line": prompt.line})
+            reason = {"question": prompt.question, "reason": prompt.reason} | rejections.place(prompt.line)
+            results.append({"id": prompt.id} | nulls | reason)
             continue
         for sample_index, response in enumerate(next(responses)):
             if not np.isfinite([response.log_probs, response.sampled_log_probs]).all():
                 cause = "are its weights damaged, or is the temperature too small?"
                 raise ValueError(f"line {prompt.line}: the model's probabilities are not numbers; {cause}")
-            results.append({"id": prompt.id, "sample": sample_index} | _output_fields(response, detokenize, settings.stop))
+            fields = _output_fields(response, detokenize, settings.stop)
+            results.append({"id": prompt.id, "sample": sample_index} | fields | {"question": prompt.question})
     return results
 
 

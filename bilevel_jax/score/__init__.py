@@ -8,7 +8,9 @@ import types
 
 
 class _Score(types.ModuleType):
-    def __call__(self, rows, model=None, adapter=None, *, template="auto", eos=True, dtype="auto", batch_size=8) -> list[dict]:
+    def __call__(
+        self, rows, model=None, adapter=None, *, template="auto", eos=True, dtype="auto", batch_size=8, columns=""
+    ) -> list[dict]:
         """The loss of the response of every row, under a model.
 
         Args:
@@ -20,6 +22,7 @@ class _Score(types.ModuleType):
           eos: whether the EOS after the response counts.
           dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
           batch_size: packed sequences per forward pass.
+          columns: other names of columns, such as `question:query,response:answer`.
 
         Returns:
           An object for every row, in order: `id`, `loss` (mean negative log-likelihood of the tokens of the response, nats),
@@ -32,7 +35,7 @@ class _Score(types.ModuleType):
         """
         from bilevel_jax import api
 
-        options = {"template": template, "eos": eos, "dtype": dtype, "batch_size": batch_size}
+        options = {"template": template, "eos": eos, "dtype": dtype, "batch_size": batch_size, "columns": columns}
         with api.started():
             from bilevel_jax import inputs
             from bilevel_jax.score import scorer

@@ -1,6 +1,6 @@
 """Scores the responses of a file of rows.
 
-    python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl
+    python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl [--columns=question:query,response:answer]
 
 Writes one line per input row, in order: `id`, `loss` (mean NLL of the response tokens, nats), `logprob` (their summed
 log-probability) and `num_tokens`. A row that cannot be scored has nulls and a `reason`.
@@ -16,7 +16,12 @@ from bilevel_jax import cli
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
 ADAPTER = flags.DEFINE_string("adapter", None, "PEFT LoRA directory.", flag_values=FLAGS)
-DATA = flags.DEFINE_string("data", None, "JSONL, JSON or Parquet file, or a hub data set.", required=True, flag_values=FLAGS)
+DATA = flags.DEFINE_string(
+    "data", None, "Files, folders, globs or hub data sets, separated by commas.", required=True, flag_values=FLAGS
+)
+COLUMNS = flags.DEFINE_string(
+    "columns", "", "Other names of columns, for example question:query,response:answer.", flag_values=FLAGS
+)
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPLATE = flags.DEFINE_string("template", "auto", "auto, chat, human, alpaca or none.", flag_values=FLAGS)
 EOS = flags.DEFINE_bool("eos", True, "Score the EOS after the response.", flag_values=FLAGS)
@@ -30,8 +35,8 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "batch_size": BATCH_SIZE.value}
-    results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options)
+    options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
+    results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
     with open(out, "w") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)
     scored = [result["loss"] for result in results if result["loss"] is not None]

@@ -1,29 +1,34 @@
 """Scores the responses of rows."""
 
 from bilevel_jax import scoring, sharding
-from bilevel_jax.data import in_memory, packing, rows, templates
+from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates
 from bilevel_jax.models import huggingface
 
 
-def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype="float32", batch_size=8) -> list[dict]:
-    """Reads rows and a model, and scores the responses; see `score_rows`.
+def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype="float32", batch_size=8, columns="") -> list[dict]:
+    """Reads rows and a model, and scores the responses; see `score_rows`. Prints notes on rows and template.
 
     Args:
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`.
       model, adapter: directories or hub ids; no adapter: None.
-      template, eos, dtype, batch_size: as the flags of the command.
+      template, eos, dtype, batch_size, columns: as the flags of the command.
 
     Raises:
       DataError: no row is usable.
       ModelError: the model cannot be used.
     """
-    items = list(rows.iter_rows(source))
-    rows.collect(items, in_memory.source_name(source) if in_memory.is_source(source) else "rows")  # raises if no row is usable
+    items = list(rows.iter_rows(source, columns=columns))
+    usable, report = rows.collect(items, in_memory.name(source))  # raises if no row is usable
+    print("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
     base = huggingface.load_params(directory, config)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
+    if notice := rendering.template_notice(
+        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos)
+    ):
+        print(notice)
     return score_rows(items, config, base, weights, tokenizer, template=template, eos=eos, batch_size=batch_size)
 
 
@@ -41,14 +46,14 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
         if isinstance(item, rows.Rejection):
-            result |= {"reason": item.reason, "line": item.line}
+            result |= {"reason": item.reason} | rejections.place(item.line)
             continue
         example = next(encoded)
         segment = packing.Segment(example.prompt, example.response)
         if segment.size > model.max_positions:
-            result |= {"reason": f"over the model's {model.max_positions} positions", "line": item.line}
+            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
         elif segment.size - (not len(example.prompt)) < 1 or not len(example.response):
-            result |= {"reason": "no token to score", "line": item.line}
+            result |= {"reason": example.reason or "no token to score"} | rejections.place(item.line)
         else:
             scored.append(result)
             segments.append(segment)

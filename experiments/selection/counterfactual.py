@@ -40,12 +40,15 @@ RULES = flags.DEFINE_multi_string("rule", [], "A rule to judge, as in the tables
 CHOOSE = flags.DEFINE_bool(
     "choose", True, "Trains on the rows that each rule keeps, and with weights made of its scores.", flag_values=FLAGS
 )
+KEPT = flags.DEFINE_multi_float("keep", [0.8, 0.5, 0.2], "Shares of the rows that are kept.", 0.0, 1.0, flag_values=FLAGS)
+WITHOUT = flags.DEFINE_bool("without", True, "Trains without each kind of rows.", flag_values=FLAGS)
 
 NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 160, 480, 1500, 2000
-KEPT = (0.8, 0.5, 0.2)
 ORDERS = (0, 1)
 UNIFORM = "all rows alike"
-PLAUSIBLE = "plausible"  # minus the loss at the last visit
+KINDS = [name for name in kinds.KINDS if name != "clean"]
+IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
+NUMBERS = {"plausible": lambda state: -state.loss, "useful": lambda state: -state.harm}  # of the rows, beside their weights
 
 
 def bed_config(seed: int):
@@ -113,7 +116,7 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
     """Trusted loss and share of right answers without each kind of rows, and with all of them."""
     kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
     result = {UNIFORM: record.get("all", lambda: _pair(bed.measure(bed.train(np.ones(bed.N), 0))))}
-    for name in kinds.KINDS if CHOOSE.value else ():
+    for name in kinds.KINDS if WITHOUT.value else ():
         result[name] = record.get(
             f"without/{name}", lambda name=name: _pair(bed.measure(bed.train((kind != name).astype(float), 0)))
         )
@@ -142,7 +145,7 @@ def measure_kept(bed: Bed, record: Record, name: str, score_N: np.ndarray, alone
             f"kept/{share}/{alone}/{name}",
             lambda share=share: _pair(bed.measure(bed.train(kept_rows(score_N, share), 0, levels=levels))),
         )
-        for share in KEPT
+        for share in KEPT.value
     }
 
 
@@ -174,13 +177,14 @@ def measure_joint(bed: Bed, record: Record) -> dict[str, list[float]]:
 
 
 def aurocs(bed: Bed, score_N: np.ndarray) -> dict[str, float]:
-    """AUROC of each kind of rows against the clean ones: how surely its rows have the lower scores."""
+    """AUROC of each kind of rows, and of all implausible ones, against the clean rows: how surely they have the lower scores."""
     kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
-    return {
-        name: metrics.auroc(-score_N[np.isin(kind, (name, "clean"))], kind[np.isin(kind, (name, "clean"))] == name)
-        for name in kinds.KINDS
-        if name != "clean"
-    }
+
+    def against_clean(*names: str) -> float:
+        compared = np.isin(kind, (*names, "clean"))
+        return metrics.auroc(-score_N[compared], kind[compared] != "clean")
+
+    return {name: against_clean(name) for name in KINDS} | {"implausible": against_clean(*IMPLAUSIBLE)}
 
 
 def measure_seed(seed: int, names) -> dict:
@@ -189,12 +193,16 @@ def measure_seed(seed: int, names) -> dict:
     bed = Bed(bed_config(seed), NUM_STEERING)
     scores = measure_scores(bed, record, names)
     masks = halves(seed, HALVES.value, bed.N)
-    loss = record.get("loss of rows", lambda: np.asarray(bed.select("influence", candidates.MIRROR, 0).selector.loss).tolist())
-    plausible = -np.array(loss)
+    numbers = {
+        name: np.array(
+            record.get(name, lambda of=of: np.asarray(of(bed.select("influence", candidates.MIRROR, 0).selector)).tolist())
+        )
+        for name, of in NUMBERS.items()
+    }
     result = {
         "joint": measure_joint(bed, record),
         "kinds": measure_kinds(bed, record),
-        "aurocs": {name: aurocs(bed, score) for name, score in (scores | {PLAUSIBLE: plausible}).items()},
+        "aurocs": {name: aurocs(bed, score) for name, score in (scores | numbers).items()},
         "weighted": {},
         "kept": {},
     }
@@ -256,7 +264,21 @@ def _claims(results: dict[int, dict]) -> list[tuple]:
         for other_text, other in (("all rows alike", ("kinds", UNIFORM)), (candidates.LOSS, loss)):
             values = [{seed: sign * value for seed, value in _pairs(results, *cell, i).items()} for cell in (ours, other)]
             claims.append((f"{text}: {candidates.OURS} below {other_text}", *values))
-    return claims
+    return claims + _kept_claims(results)
+
+
+def _kept_claims(results: dict[int, dict]) -> list[tuple]:
+    """That training on what the default keeps has a lower trusted loss than on what each other rule keeps."""
+    names = dict.fromkeys(name for result in results.values() for name, _ in result["kept"] if name != candidates.OURS)
+    return [
+        (
+            f"kept {share:.0%}, {'alone' if alone else 'beside the trusted rows'}: {candidates.OURS} below {name}",
+            *({seed: r["kept"][rule, alone][share][0] for seed, r in results.items()} for rule in (candidates.OURS, name)),
+        )
+        for name in names
+        for alone in (False, True)
+        for share in KEPT.value
+    ]
 
 
 def _kept_lines(results: dict[int, dict], names) -> list[str]:
@@ -264,13 +286,13 @@ def _kept_lines(results: dict[int, dict], names) -> list[str]:
     for alone in (False, True):
         rows = []
         for name in names:
-            entries = [[result["kept"][name, alone][share][0] for result in results.values()] for share in KEPT]
+            entries = [[result["kept"][name, alone][share][0] for result in results.values()] for share in KEPT.value]
             rows.append([name, *(judgement.interval(values) for values in entries)])
         where = "alone" if alone else "beside the trusted rows"
         lines += [
             f"Trusted loss after training on the kept rows {where}:",
             "",
-            *runs.markdown(["rule", *(f"{s:.0%}" for s in KEPT)], rows),
+            *runs.markdown(["rule", *(f"{s:.0%}" for s in KEPT.value)], rows),
             "",
         ]
     rows = [[name, *(judgement.interval([r["weighted"][name][i] for r in results.values()]) for i in (0, 1))] for name in names]
@@ -284,7 +306,7 @@ def page(results: dict[int, dict], names) -> list[str]:
     ]
     lines += runs.markdown(["training", "trusted loss", "answered right"], _trained_rows(results))
     lines += ["", "Claims, one-sided, Holm-corrected:", "", *judgement.claims_table(_claims(results)), ""]
-    if CHOOSE.value:
+    if WITHOUT.value:
         without = [
             [name, judgement.interval([r["kinds"][name][0] - r["kinds"][UNIFORM][0] for r in results.values()])]
             for name in kinds.KINDS
@@ -295,12 +317,17 @@ def page(results: dict[int, dict], names) -> list[str]:
             *runs.markdown(["left out", "difference"], without),
             "",
         ]
-    others = [name for name in kinds.KINDS if name != "clean"]
+    columns = [*KINDS, "implausible"]
     rows = [
-        [name, *(judgement.interval([r["aurocs"][name][kind] for r in results.values()]) for kind in others)]
-        for name in (*names, PLAUSIBLE)
+        [name, *(judgement.interval([r["aurocs"][name][column] for r in results.values()]) for column in columns)]
+        for name in (*names, *NUMBERS)
     ]
-    lines += ["AUROC of each kind of rows against clean ones:", "", *runs.markdown(["rule", *others], rows), ""]
+    lines += [
+        "AUROC of each kind of rows against clean ones; implausible are " + ", ".join(IMPLAUSIBLE) + ":",
+        "",
+        *runs.markdown(["rule", *columns], rows),
+        "",
+    ]
     if CHOOSE.value:
         lines += _kept_lines(results, names)
     return lines + _lds_lines(results)

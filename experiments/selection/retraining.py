@@ -119,13 +119,8 @@ class Bed:
 
     def mean_gradient(self, adapter, segments):
         """∇ of the mean ℓ of many rows."""
-        total = jax.tree.map(jnp.zeros_like, adapter)
-        for _, packed in scoring.batches(
-            segments, self.config.batch.micro_size, self.config.data.max_length, self.setup.mesh, "∇L0"
-        ):
-            part = self.upper_gradient(self.setup.base, adapter, packed, jnp.float32(len(segments)))
-            total = jax.tree.map(jnp.add, total, part)
-        return total
+        shape = self.config.batch.micro_size, self.config.data.max_length, self.setup.mesh
+        return metagradient.mean_gradient(self.upper_gradient, self.setup.base, adapter, segments, *shape)
 
     def metagradient(self, weight_N, seed: int, segments) -> np.ndarray:
         """dL0(θ^T)/dw [N], L0 the mean loss of the given rows."""

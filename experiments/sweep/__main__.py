@@ -1,12 +1,12 @@
 """Runs a grid of settings: `python -m experiments.sweep --config=FILE:TIER --workdir=DIR [--set key=value,value,...]`.
 
     python -m experiments.sweep --config=configs/quality.py --workdir=runs/sweep \\
-        --set online.ratio=0.05,0.1,0.2 --set online.num_samples=1,5
+        --set online.ratio=0.05,0.1,0.2 --set online.num_samples=1,5 --config.num_epochs=2
 
-Several --set form a grid, their product. Without --set, `sweep(add)` of the config file defines the cells. Each cell is a run of
-`bilevel_jax.main` in DIR/<cell>/seed_K, with its output in DIR/<cell>/seed_K.log. The same command again continues killed runs and
-repeats failed runs. DIR/sweep.md contains the table, sweep.json all summaries, sweep.png a heat map over two keys or a line over
-one.
+Several --set form a grid, their product. Without --set, `sweep(add)` of the config file defines the cells. `--config.KEY=VALUE` is
+for all runs. Each cell is a run of `bilevel_jax.main` in DIR/<cell>/seed_K, named by the keys that vary, with its output in
+DIR/<cell>/seed_K.log. The same command again continues killed runs and repeats failed runs. DIR/sweep.md contains the table,
+sweep.json all summaries, sweep.png a heat map over two keys or a line over one.
 """
 
 import json
@@ -15,13 +15,15 @@ import shlex
 import sys
 
 from absl import flags
+from ml_collections import config_flags
 
 from bilevel_jax import cli
 
 FLAGS = flags.FlagValues()
-CONFIG = flags.DEFINE_string(
-    "config", None, "Config file, optionally followed by a colon and the tier.", required=True, flag_values=FLAGS
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, optionally with a tier: FILE:TIER; --config.KEY=VALUE is for all runs.", flag_values=FLAGS
 )
+flags.mark_flag_as_required("config", flag_values=FLAGS)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs, table and picture.", required=True, flag_values=FLAGS)
 SET = flags.DEFINE_multi_string("set", [], "key=value,value,...: a config key and its values.", flag_values=FLAGS)
 SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds 0, 1, ... of every cell.", lower_bound=1, flag_values=FLAGS)
@@ -57,10 +59,10 @@ def main() -> None:
     from experiments.sweep import grid, launchers
 
     directory = pathlib.Path(WORKDIR.value)
-    grid.resolve(CONFIG.value, {})  # an unreadable config ends the process with the message of the training command
-    settings = grid.grid(SET.value) if SET.value else grid.declared(CONFIG.value)
-    points = grid.points(CONFIG.value, settings)
-    cells = grid.plan(CONFIG.value, points, SEEDS.value, directory)
+    config = config_flags.get_config_filename(FLAGS["config"])
+    settings = grid.grid(SET.value) if SET.value else grid.declared(config)
+    points = grid.points(config, settings, config_flags.get_override_values(FLAGS["config"]))
+    cells = grid.plan(config, points, SEEDS.value, directory)
     directory.mkdir(parents=True, exist_ok=True)
     start = launchers.get(LAUNCHER.value, JOBS.value, options(), directory / "slurm")
     outcomes = grid.gather(points, cells, runs.run_all(cells, start))

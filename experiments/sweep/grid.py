@@ -1,6 +1,7 @@
 """The cells of a sweep, all checked before any of them runs, and the table and the picture of their results."""
 
 import functools
+import hashlib
 import itertools
 import json
 import numbers
@@ -23,11 +24,13 @@ from experiments import runs
 
 METRICS = ("eval/lower_clean_loss", "eval/upper_loss")  # in order of preference
 COLUMNS = runs.COLUMNS | {
+    "ESS/N": "selector/ess",
     "correction rate": "online/correction_rate",
     "train s": "time/train",
     "generate s": "time/generate",
 }
 COMMON = {"log.tensorboard": False}  # of every run; metrics.jsonl has the same values
+LONGEST_NAME = 80  # bytes, of the directory of a cell; file systems allow 255
 
 
 class Point(NamedTuple):
@@ -35,13 +38,24 @@ class Point(NamedTuple):
 
     settings: Mapping[str, object]
     config: ml_collections.ConfigDict
+    folder: str  # name of its directory
 
     @property
     def name(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.settings.items())
 
     def workdir(self, directory: pathlib.Path, seed: int) -> pathlib.Path:
-        return directory / runs.slug(self.name.replace(", ", ",")) / f"seed_{seed}"
+        return directory / self.folder / f"seed_{seed}"
+
+
+def folder_name(settings: Mapping[str, object]) -> str:
+    """The directory of a cell with these settings. A long name is cut, and ends in a hash of the whole one."""
+    whole = ",".join(f"{key}={value}" for key, value in settings.items())
+    if len(runs.slug(whole).encode()) <= LONGEST_NAME:
+        return runs.slug(whole)
+    short = ",".join(f"{key}={str(value).rstrip('/').rpartition('/')[2]}" for key, value in settings.items())  # ends of paths
+    cut = runs.slug(short).encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -89,25 +103,38 @@ def resolve(config: str, settings: Mapping[str, object]) -> ml_collections.Confi
     return holder.value
 
 
-def points(config: str, cells: Sequence[Mapping[str, object]]) -> list[Point]:
+def points(config: str, cells: Sequence[Mapping[str, object]], common: Mapping[str, object] | None = None) -> list[Point]:
     """The cells with their values converted to the types of the config, all of them validated.
+
+    Args:
+      config: the config file, optionally followed by a colon and the tier.
+      cells: the config keys and values of each cell.
+      common: those of all cells.
 
     Raises:
       ConfigError: a value out of range.
       ValueError: a duplicate cell, or a key that the sweep itself sets.
     """
-    by_directory: dict[str, Point] = {}
+    resolved = []
     for settings in cells:
+        for key in settings:
+            if key in (common or {}):
+                raise ValueError(f"{key} is set for all cells by --config.{key}, and swept; remove one")
+        settings = {**(common or {}), **settings}
         if "seed" in settings:
             raise ValueError("seed is not swept; give --seeds")
-        resolved = resolve(config, COMMON | settings)
-        checks.build(resolved)
-        values = {key: functools.reduce(lambda part, name: part[name], key.split("."), resolved) for key in settings}
-        point = Point(values, resolved)
-        directory = str(point.workdir(pathlib.Path(), 0))
-        if directory in by_directory:
-            raise ValueError(f"two cells have the same directory: {by_directory[directory].name} and {point.name}")
-        by_directory[directory] = point
+        full = resolve(config, COMMON | settings)
+        checks.build(full)
+        values = {key: functools.reduce(lambda part, name: part[name], key.split("."), full) for key in settings}
+        resolved.append((values, full))
+    varied = axes([values for values, _ in resolved])
+    by_directory: dict[str, Point] = {}
+    for values, full in resolved:
+        naming = {key: value for key, value in values.items() if key in varied} or values
+        point = Point(values, full, folder_name(naming))
+        if point.folder in by_directory:
+            raise ValueError(f"two cells have the same directory: {by_directory[point.folder].name} and {point.name}")
+        by_directory[point.folder] = point
     return list(by_directory.values())
 
 
@@ -164,7 +191,7 @@ def table(outcomes: Sequence[Outcome], metric: str | None = None) -> list[str]:
     if metric in available - set(columns.values()):
         columns[metric] = metric
     first = outcomes[0].point.settings
-    keys = list(axes([outcome.point for outcome in outcomes])) or list(first)
+    keys = list(axes([outcome.point.settings for outcome in outcomes])) or list(first)
     shared = ", ".join(f"{key}={value}" for key, value in first.items() if key not in keys)
     rows = []
     for point, summaries, failed in outcomes:
@@ -208,7 +235,7 @@ def draw(file: pathlib.Path, outcomes: Sequence[Outcome], metric: str | None) ->
     metric = next((key for key in ((metric,) if metric else METRICS) if key in available), None)
     if metric is None:
         return "no picture: nothing was measured"
-    varied = axes([outcome.point for outcome in outcomes])
+    varied = axes([outcome.point.settings for outcome in outcomes])
     if len(varied) not in (1, 2) or not all(_numeric(values) for values in varied.values()):
         return f"no picture: it takes one or two keys that vary, all numbers; here {', '.join(varied) or 'none'}"
     values = {
@@ -223,10 +250,10 @@ def draw(file: pathlib.Path, outcomes: Sequence[Outcome], metric: str | None) ->
     return f"{metric}: {file}"
 
 
-def axes(points: Sequence[Point]) -> dict[str, list]:
-    """The keys that vary with their values, numbers sorted; None if a cell does not set the key."""
-    keys = dict.fromkeys(key for point in points for key in point.settings)
-    by_key = {key: list(dict.fromkeys(point.settings.get(key) for point in points)) for key in keys}
+def axes(cells: Sequence[Mapping[str, object]]) -> dict[str, list]:
+    """The keys that vary between the settings of cells, with their values, numbers sorted; None if a cell does not set the key."""
+    keys = dict.fromkeys(key for settings in cells for key in settings)
+    by_key = {key: list(dict.fromkeys(settings.get(key) for settings in cells)) for key in keys}
     return {key: sorted(values) if _numeric(values) else values for key, values in by_key.items() if len(values) > 1}
 
 

@@ -123,7 +123,7 @@ def test_questions_only(value, response):
     [
         (3, "not an object"),
         ([QA], "not an object"),
-        ({}, "no field 'messages', 'question', 'instruction' or 'prompt'"),
+        ({}, "no field 'messages', 'question', 'instruction', 'prompt' or 'conversations'"),
         ({"question": "q"}, "no field 'response'"),
         ({"question": "q", "response": None}, "no field 'response'"),
         ({"instruction": "i", "response": "r"}, "no field 'output'"),
@@ -144,10 +144,10 @@ def test_questions_only(value, response):
         ({"messages": [GOOD]}, "empty question"),
         ({"messages": [{"role": "system", "content": "s"}, GOOD]}, "empty question"),
         ({"messages": [{"role": "user"}, GOOD]}, "no field 'content'"),
-        ({"messages": [{"role": "user", "content": [{"text": "x"}]}, GOOD]}, "field 'content' is not text"),
+        ({"messages": [{"role": "user", "content": [{"text": 3}]}, GOOD]}, "field 'text' is not text"),
         (
-            {"messages": [USER, {"role": "tool", "content": "x"}, GOOD]},
-            "field 'messages' has a message of role 'tool' where user or assistant is expected",
+            {"messages": [USER, {"role": "critic", "content": "x"}, GOOD]},
+            "field 'messages' has a message of role 'critic' where user, assistant or tool is expected",
         ),
         (
             {"messages": [{"role": "system", "content": "s"}, USER, GOOD], "system": "t"},
@@ -313,7 +313,8 @@ def test_parquet_of_chats_with_nulls(tmp_path):
         ("a.jsonl", b'{"question": "q"}\n3\n', "{path}:1: no field 'response'; none of the 2 rows"),
         ("a.jsonl", '{"question": "q"}'.encode("utf-16"), "{path}:1: not UTF-8"),
         ("a.parquet", b"PAR?", "{path}: not a readable Parquet file"),
-        ("a.csv", b"question,response\n", "{path}: unknown file type '.csv'; use .jsonl, .json, .parquet"),
+        ("a.csv", b"question,response\n", "{path}: no rows in it"),
+        ("a.tsv", b"question\tresponse\n", "{path}: unknown file type '.tsv'; use .jsonl, .json, .csv, .parquet"),
         ("data", b"", "{path}: unknown file type ''"),
     ],
 )
@@ -329,11 +330,6 @@ def test_unusable_files_are_rejected_in_one_line(tmp_path, name, content, messag
 def test_missing_files(path):
     with pytest.raises(DataError, match="no such file"):
         rows.read_rows(path)
-
-
-def test_directory(tmp_path):
-    with pytest.raises(DataError, match="a directory; name a .jsonl"):
-        rows.read_rows(tmp_path)
 
 
 @pytest.mark.parametrize(

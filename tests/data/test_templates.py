@@ -299,3 +299,80 @@ def test_response_offsets_need_a_fast_tokenizer():
 
     with pytest.raises(ValueError, match="'old' has no character offsets"):
         templates.response_offsets(parse(QA), [], Slow())
+
+
+# ---- tools ----
+
+TOOLS = (  # after the template that Qwen 2.5 publishes, without its default system text
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}<tools>"
+    "{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}{{ '\n</tools><|im_end|>\n' }}"
+    "{% elif messages[0].role == 'system' %}{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+    "{% elif m.role != 'system' %}{{ '<|im_start|>' + m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    '{% for call in m.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WITH_TOOLS = make_tokenizer(chat=TOOLS, eos_token="<|im_end|>")
+ASK = {"role": "user", "content": "Weather?"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "get", "arguments": '{"city": "Paris"}'}}]}
+RESULT, SUNNY = {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "Sunny."}
+TOOL = {"type": "function", "function": {"name": "get"}}
+RENDERED_CALL = '<tool_call>\n{"name": "get", "arguments": {"city": "Paris"}}\n</tool_call>'
+RENDERED_TOOLS = '<|im_start|>system\n<tools>\n{"type": "function", "function": {"name": "get"}}\n</tools><|im_end|>\n'
+
+
+@pytest.mark.parametrize(
+    ("value", "prompt", "response"),
+    [
+        (
+            {"messages": [ASK, CALL, RESULT, SUNNY], "tools": [TOOL]},
+            f"{RENDERED_TOOLS}<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n{RENDERED_CALL}<|im_end|>\n"
+            "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+            "Sunny.",
+        ),
+        (
+            {"messages": [ASK, CALL], "system": "S"},
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\n",
+            RENDERED_CALL,
+        ),
+    ],
+)
+def test_tools_are_rendered_by_the_chat_template(value, prompt, response):
+    """The learned text of a call is what the template writes, up to the EOS, which is learned too."""
+    (row,) = parse(value)
+    (example,) = templates.encode([row], WITH_TOOLS, template="auto")
+    assert WITH_TOOLS.decode(example.prompt) == prompt
+    assert WITH_TOOLS.decode(example.response) == f"{response}<|im_end|>" and example.reason is None
+    (offsets,) = templates.response_offsets([row], [example], WITH_TOOLS)
+    assert len(offsets) == len(example.response) and offsets[-1].tolist() == [len(response)] * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "tokenizer", "template", "reason"),
+    [
+        ({"messages": [ASK, CALL]}, PLAIN, "auto", "tools, which need a chat template; the template here is 'human'"),
+        ({"messages": [ASK, CALL]}, WITH_TOOLS, "none", "tools, which need a chat template; the template here is 'none'"),
+        ({"messages": [ASK, CALL]}, CHATTING, "auto", "tool calls, which the chat template does not render"),
+        ({"messages": [ASK, SUNNY], "tools": [TOOL]}, CHATTING, "auto", "tools, which the chat template does not render"),
+        (
+            {"messages": [ASK, RESULT, SUNNY]},
+            make_tokenizer(chat=CHAT + "{% for m in messages if m.role == 'tool' %}{{ raise_exception('no') }}{% endfor %}"),
+            "auto",
+            "tool calls or results that the chat template refuses",
+        ),
+        (
+            {"messages": [ASK, CALL]},
+            make_tokenizer(chat=TOOLS + "{{ '<think>' if add_generation_prompt }}", eos_token="<|im_end|>"),
+            "auto",
+            "a tool call that the chat template does not put after the prompt",
+        ),
+    ],
+)
+def test_tools_that_cannot_be_rendered_are_counted(value, tokenizer, template, reason):
+    parsed = parse(QA, value, QA)
+    examples = templates.encode(parsed, tokenizer, template=template)
+    assert [example.reason for example in examples] == [None, reason, None]
+    kept, _, counts = templates.fit(examples, parsed, 100)
+    assert kept == [0, 2] and counts == {reason: (1, 2)}

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from bilevel_jax import sampling, scoring
-from bilevel_jax.evaluate import lm_eval_adapter
+from bilevel_jax.evaluate import __main__, lm_eval_adapter
 from tests.conftest import _logits, load, run_command, write_jsonl
 
 LOCAL = pathlib.Path("bilevel_jax/evaluate/tasks").absolute()
@@ -364,6 +364,13 @@ def test_command_on_a_model(command, neox, adapter, tmp_path):
 def test_command_refuses(command, neox, flags, error, message):
     with pytest.raises(error, match=message):
         command(f"--model={neox}", "--tasks=local_piqa", *flags)
+
+
+def test_the_model_is_looked_at_before_its_tokenizer(tmp_path):
+    """The directory has no tokenizer."""
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):
+        __main__.load_lm(__main__.EvaluatedModel(str(tmp_path), None, "float32", None))
 
 
 def test_command_refuses_an_unfinished_run(command, tmp_path):

@@ -20,6 +20,9 @@ def command_line(name: str, arguments: Sequence[str], *command_flags: flags.Flag
     for values in command_flags:
         combined.append_flag_values(values)
         values.mark_as_parsed()
+        for name in values:
+            if hasattr(values[name], "flag_values"):  # a config flag, which defines a flag for each --config.KEY
+                values[name].flag_values = combined
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [name, *arguments])

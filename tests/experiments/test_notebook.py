@@ -18,6 +18,7 @@ SMALLER = {  # in the first run
     "data.num_upper": 120,
     "data.num_lower": 160,
     "data.max_length": 160,
+    "online.refresh_every": 2,  # nothing is masked before the first step
     "online.max_new_tokens": 16,
     "log.every": 2,
 }

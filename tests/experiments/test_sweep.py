@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +122,58 @@ def test_refused_before_anything_runs(pairs, reason, capsys):
         grid.points(SAFETY, grid.grid(pairs))
     message = str(caught.value) if caught.type is not SystemExit else capsys.readouterr().err
     assert reason in message and message.count("\n") <= 1
+
+
+def test_settings_of_all_cells():
+    """They are in every command and checked with each cell; a key cannot be both."""
+    common = {"num_epochs": 2, "model.remat": True, "data.lower": "synthetic:domains"}
+    points = grid.points(SAFETY, grid.grid(["online.ratio=0.1,0.2"]), common)
+    assert [point.folder for point in points] == ["online.ratio_0.1", "online.ratio_0.2"]
+    assert {(p.config.num_epochs, p.config.model.remat, p.config.data.lower) for p in points} == {(2, True, "synthetic:domains")}
+    for cell in grid.plan(SAFETY, points, 1, pathlib.Path("absent")):
+        assert {"--config.num_epochs=2", "--config.model.remat=True", "--config.data.lower=synthetic:domains"} <= {*cell.command}
+    lines = grid.table(outcomes_of(points))
+    assert lines[0] == "All cells: num_epochs=2, model.remat=True, data.lower=synthetic:domains"
+    assert lines[2].startswith("| online.ratio | seeds |")
+    for pairs, common, reason in [
+        (["num_epochs=1,2"], {"num_epochs": 3}, "num_epochs is set for all cells by --config.num_epochs, and swept"),
+        (["num_epochs=1,2"], {"seed": 3}, "seed is not swept; give --seeds"),
+        (["online.ratio=0.1"], {"online.ratio": 0.2}, "online.ratio is set for all cells"),
+        (["num_epochs=1,2"], {"online.ratio": 2.0}, "online.ratio=2.0 must be in"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            grid.points(SAFETY, grid.grid(pairs), common)
+
+
+@pytest.mark.parametrize(
+    "pairs, folders",
+    [
+        (["online.ratio=0.1,0.2", "num_epochs=2"], ["online.ratio_0.1", "online.ratio_0.2"]),
+        (["num_epochs=2", "online.ratio=0.1"], ["num_epochs_2_online.ratio_0.1"]),  # nothing varies
+        (["data.lower=a.jsonl,b/c.jsonl"], ["data.lower_a.jsonl", "data.lower_b_c.jsonl"]),
+    ],
+)
+def test_folders_are_named_by_what_varies(pairs, folders):
+    assert [point.folder for point in grid.points(SAFETY, grid.grid(pairs))] == folders
+
+
+def test_long_names_are_cut(tmp_path):
+    """The names differ, also where only the start of the paths does, and files of these names can be made."""
+    paths = [f"/{name * 150}/directory/rows.jsonl" for name in ("a", "b", "é")]
+    points = grid.points(SAFETY, grid.grid([f"data.lower={','.join(paths)}"]))
+    folders = [point.folder for point in points]
+    assert len(set(folders)) == 3 and all(len(name.encode()) <= 80 for name in folders)
+    assert all(re.fullmatch(r"data\.lower_rows\.jsonl-[0-9a-f]{8}", name) for name in folders)
+    assert folders == [point.folder for point in grid.points(SAFETY, grid.grid([f"data.lower={','.join(paths)}"]))]
+    longer = grid.points(SAFETY, grid.grid([f"data.lower={','.join('ü' * number for number in (200, 201))}"]))
+    for point in longer:
+        point.workdir(tmp_path, 0).mkdir(parents=True)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_the_table_has_ess(points):
+    outcomes = [grid.Outcome(points[0], {0: {"selector/ess": 0.75}}, {})]
+    assert grid.table(outcomes)[-1] == "| 0.1 | 1 | 1 | 0.7500 |" and "ESS/N" in grid.table(outcomes)[-3]
 
 
 def test_a_config_without_a_sweep(tmp_path):
@@ -342,10 +396,12 @@ def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
         f"    add({{'data.lower': {str(data / 'lower.jsonl')!r}}})\n"
         f"    add({{'data.lower': {str(tmp_path / 'absent.jsonl')!r}}})\n"
     )
-    arguments = [f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/sweep", "--jobs=2"]
+    arguments = [f"--config={tmp_path}/tiny.py", f"--workdir={tmp_path}/sweep", "--jobs=2", "--config.eval.keep=0.5"]
     with command_line("sweep", arguments, command.FLAGS):
         with pytest.raises(ValueError, match="^1 of 2 runs failed; the same command tries them again$"):
             command.main()
+    [config] = (tmp_path / "sweep").glob("*/seed_0/config.json")
+    assert json.loads(config.read_text())["eval"]["keep"] == 0.5
     [summary] = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("*/seed_0/summary.json")]
     table = (tmp_path / "sweep" / "sweep.md").read_text()
     assert f"lower.jsonl | 1 | {summary['eval/upper_loss']:.4f} | {summary['eval/lower_loss']:.4f} |" in table

@@ -18,7 +18,7 @@ from bilevel_jax.runtime import weight_table
 from tests.conftest import HELD_OUT, NUM_LOWER, make_rows, read_jsonl, run_command, write_jsonl
 
 TRAINED = NUM_LOWER - HELD_OUT
-ADDED = {"weight", "rank", *weight_table.MEASURES, "prompt", "completion"}
+ADDED = {"id", "weight", "rank", *weight_table.MEASURES, "masked", "prompt", "completion"}
 
 
 def run(*arguments):
@@ -92,6 +92,10 @@ def test_score_new_by_source(by_source, tmp_path):
     expected = np.exp([*logits.values()])
     np.testing.assert_allclose([found[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
 
+    renamed = [{"query": row["question"], "response": row["response"], "source": row["source"]} for row in objects]
+    command(f"--workdir={workdir}", f"--score-new={write_jsonl(new, renamed)}", f"--selected={out}", "--columns=question:query")
+    assert {row["question"] for row in read_jsonl(out)} < {row["question"] for row in objects}
+
     write_jsonl(new, [*objects, {"question": "q", "response": "r", "source": "elsewhere"}])
     with pytest.raises(ValueError, match=f"new.jsonl:{len(objects) + 1}: source 'elsewhere' is none of those of"):
         command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
@@ -105,6 +109,9 @@ def test_jsonl_and_parquet(finished, data, tmp_path):
     kept = read_jsonl(tmp_path / "kept.jsonl")
     assert kept == pyarrow.parquet.read_table(tmp_path / "new/kept.parquet").to_pylist()
     assert len(kept) == round(0.75 * TRAINED)
+    table = {row["id"]: row for row in weight_table.latest(finished).to_pylist()}
+    for row in kept:
+        assert all(row[key] == table[row["id"]][key] for key in ("weight", "rank", "masked"))
     for row in kept:
         assert {key: row[key] for key in row.keys() - ADDED} == original[row["question"]]
         assert row["prompt"] == f"Human: {row['question']}\n\nAssistant:"  # the tiny model has no chat template
@@ -192,6 +199,51 @@ def test_refined(copied, tmp_path):
     assert refined["rank"] == table["rank"].to_pylist()[0]
     card = (tmp_path / "kept.card.md").read_text()
     assert "2 of the kept rows are masked; 1 of them have a response that the model generated." in card
+
+
+def test_warns_of_masked_rows(copied, tmp_path):
+    """One row was masked at the end of the first epoch, one was trained on with the model's answer, one had an unused answer."""
+    workdir, _ = copied
+    first, second, third, *_ = ids = weight_table.latest(workdir)["id"].to_pylist()
+    file = workdir / "weights" / "epoch_1.parquet"
+    table = weight_table.read(file)
+    masked = pa.array([row_id == first for row_id in ids])
+    weight_table.write(file, table.set_column(table.column_names.index("masked"), "masked", masked))
+    answers = [(second, 0.9), (third, None)]
+    lines = [{"step": 2, "id": row_id, "sample": 0, "text": "Mine.", "logprob": -1.0, "ratio": ratio} for row_id, ratio in answers]
+    write_jsonl(workdir / "responses.jsonl", lines)
+    out = tmp_path / "kept.jsonl"
+    printed = command(f"--workdir={workdir}", f"--selected={out}", "--keep=1")
+    assert "warning: 2 of them were masked in the run" in printed
+    assert "2 of the kept rows were masked in the run" in out.with_suffix(".card.md").read_text()
+    assert not any(row["masked"] for row in read_jsonl(out))  # by the table of the last epoch
+
+
+def test_fields_with_the_names_of_columns(copied, tmp_path):
+    workdir, file = copied
+    objects = [row | {"id": i, "masked": "yes"} for i, row in enumerate(read_jsonl(file))]
+    write_jsonl(file, objects)
+    printed = command(f"--workdir={workdir}", f"--selected={tmp_path / 'kept.jsonl'}", "--keep=1")
+    assert "field 'id' is kept as 'original_id'" in printed and "field 'masked' is kept as 'original_masked'" in printed
+    of_question = {row["question"]: row["id"] for row in objects}
+    assert all(row["original_id"] == of_question[row["question"]] for row in read_jsonl(tmp_path / "kept.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+def test_resampled(finished, tmp_path, name):
+    """Of the kept rows, each as often as n w / Σw, rounded up or down."""
+    out, plain = tmp_path / name, tmp_path / "plain.jsonl"
+    command(f"--workdir={finished}", f"--selected={plain}", "--keep=0.5")
+    weights = {row["id"]: row["weight"] for row in read_jsonl(plain)}
+    printed = command(f"--workdir={finished}", f"--selected={out}", "--keep=0.5", "--resampled", "--seed=3")
+    rows = read_jsonl(out) if name.endswith("jsonl") else pyarrow.parquet.read_table(out).to_pylist()
+    assert len(rows) == len(weights) and not any("weight" in row for row in rows)
+    counts = {row_id: sum(row["id"] == row_id for row in rows) for row_id in weights}
+    assert sum(counts.values()) == len(rows) and f"{sum(map(bool, counts.values()))} of them are in the file" in printed
+    for row_id, weight in weights.items():
+        assert abs(counts[row_id] - len(rows) * weight / sum(weights.values())) < 1
+    card = out.with_suffix(".card.md").read_text()
+    assert "Do not weight them again" in card and "`weight` (" not in card and "`id` (" in card
 
 
 def test_data_card(finished, data, tmp_path):
@@ -312,7 +364,10 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
         (["--merged=m", "--drop_implausible=0.1"], "--drop_implausible goes with --selected"),
         (["--selected=kept.jsonl", "--score-new=new.jsonl", "--drop_implausible=0.1"], "--drop_implausible has no numbers"),
         ([], "--selected=FILE.jsonl, --merged=DIR or both"),
+        (["--merged=m", "--resampled"], "--resampled goes with --selected"),
+        (["--selected=kept.jsonl", "--seed=1"], "--seed goes with --resampled"),
         (["--merged=m", "--refined"], "--refined goes with --selected"),
+        (["--selected=kept.jsonl", "--columns=question:query"], "--columns goes with --score-new"),
         (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),
         (["--merged=m", "--score-new=new.jsonl"], "--score-new goes with --selected"),
         (["--selected=kept.jsonl", "--score-new=new.jsonl", "--refined"], "never saw"),

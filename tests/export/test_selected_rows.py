@@ -273,6 +273,35 @@ def test_misread():
     assert not selected_rows.misread("original", mixed)
 
 
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}
+FORMS = [
+    *MIXED,
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "cut off"}]},
+    {"messages": [CHAT[1], CALLING, {"role": "tool", "content": "x"}, CHAT[-1]], "tools": [{"name": "f"}], "system": "S"},
+    {"prompt": CHAT[:-1], "completion": CHAT[-1:]},
+]
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+@pytest.mark.parametrize("only_columns", [False, True])
+def test_exported_chats_are_read_again(tmp_path, name, only_columns):
+    """As the same rows: of the export, and of its columns for TRL alone."""
+    for value in FORMS:
+        parsed = parse([value])
+        columns = [{"weight": 1.0} | selected_rows.prompt_columns(row, "chat", None, None) for row in parsed]
+        records, _ = selected_rows.join(parsed, columns, selected_rows.misread("chat", parsed))
+        selected_rows.write(tmp_path / name, columns if only_columns else records)
+        usable, report = rows.read_rows(tmp_path / name)
+        assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
+
+
+def test_refine_replaces_the_answer_of_every_form():
+    for value in FORMS:
+        (row,) = parse([value])
+        (again,) = parse([selected_rows.with_response(row, "new").fields])
+        assert again.response == "new" and again.messages == row.messages
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -324,3 +353,30 @@ def test_fields_that_datasets_would_miss_are_reported(tmp_path, index, late):
         assert read(tmp_path / "kept.jsonl", tmp_path)[0]["note"] == "here"
     selected_rows.write(tmp_path / "kept.parquet", records)
     assert read(tmp_path / "kept.parquet", tmp_path)[index]["note"] == "here"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Repeated by weight
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [3.0, 0.5, 0.0, 1.0, 0.5], [0.0, 0.0, 7.0], [2.5], [1e-300, 1e300, 0.0]])
+def test_resampling(weights):
+    """Each row ⌊e⌋ or ⌈e⌉ times with e = n w / Σw, in stored order; e times on average over seeds."""
+    number, expected = len(weights), len(weights) * np.array(weights) / sum(weights)
+    counts = []
+    for seed in range(300):
+        indices = selected_rows.resample(weights, seed)
+        assert len(indices) == number and (np.diff(indices) >= 0).all()
+        counts.append(np.bincount(indices, minlength=number))
+        assert (np.floor(expected) <= counts[-1]).all() and (counts[-1] <= np.ceil(expected)).all()
+        np.testing.assert_array_equal(indices, selected_rows.resample(weights, seed))
+    fraction = expected % 1
+    deviation = np.sqrt(fraction * (1 - fraction) / len(counts))
+    assert (np.abs(np.mean(counts, axis=0) - expected) <= 5 * deviation + 1e-12).all()
+
+
+def test_resampling_by_hand():
+    """One u for all: with NumPy's first draw of seed 0, 0.637, the points are 0.637, 1.637, 2.637 and 3.637."""
+    assert np.random.default_rng(0).random() == pytest.approx(0.637, abs=1e-3)
+    assert selected_rows.resample([0.5, 1.2, 0.3, 2.0], 0).tolist() == [1, 1, 3, 3]  # ends at 0.5, 1.7, 2, 4

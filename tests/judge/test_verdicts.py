@@ -177,10 +177,17 @@ def test_summarize():
     assert "0.5625 ± 0.2135" in verdicts.table(found) and "4 of 5" in verdicts.table(found)
 
 
-def test_nothing_judged():
-    found = verdicts.summarize([PAIR], [(None, "tie")])
-    assert found["judged"] == 0 and math.isnan(found["win_rate"])
-    assert "0 of 1" in verdicts.table(found)
+@pytest.mark.parametrize(
+    "winners, rate", [([(None, "tie")], "none"), ([("answers",) * 2, (None, "tie")], "1.0000"), ([("answers",) * 2] * 2, "1.0000")]
+)
+def test_too_few_pairs_for_an_interval(winners, rate):
+    found = verdicts.summarize([PAIR] * len(winners), winners)
+    judged = sum(None not in results for results in winners)
+    assert found["judged"] == judged and math.isnan(found["standard_error"]) == (judged < 2)
+    table = verdicts.table(found)
+    assert "nan" not in table and "±" not in table and f"{judged} of {len(winners)}" in table
+    assert re.search(rf"loss 0\) +{rate}$", table, re.M)
+    assert f"an interval of the win rate needs more pairs: {judged} of at least 3 are judged" in table
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -216,7 +223,29 @@ def test_answers_are_found_by_id(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", told)
     assert verdicts.answers_to(PROMPTS, str(file)) == ["first", "", "last"]
     write_jsonl(file, told[:3])
-    with pytest.raises(rows.DataError, match=f"no answer to 1 of 3 prompts .the first: {PROMPTS[0].id} of line 1"):
+    with pytest.raises(rows.DataError, match=f"no answer to 1 of 3 prompts .the first: {PROMPTS[0].id} of line 1, 'Where\\?'"):
+        verdicts.answers_to(PROMPTS, str(file))
+
+
+def test_answers_are_matched_by_question(tmp_path):
+    """Answers to a file with the same questions, in another order and with other responses, so with other ids."""
+    others = [{"messages": [*CHAT, {"role": "assistant", "content": "Other."}]}, {"question": "Why?"}, {"question": "Where? "}]
+    sampled = list(rows.parse(enumerate(others, 1), questions_only=True))
+    told = [{"id": row.id, "sample": 0, "text": f"to {row.question.strip()}", "question": row.question} for row in sampled]
+    file = write_jsonl(tmp_path / "a.jsonl", told)
+    assert not {row.id for row in sampled} & {prompt.id for prompt in PROMPTS}
+    assert verdicts.answers_to(PROMPTS, str(file)) == ["to Where?", "to Why?", "to Hi\n\nHo\n\nAnd?"]
+    write_jsonl(file, [{"text": row["text"], "question": row["question"]} for row in told])  # of another program
+    assert verdicts.answers_to(PROMPTS, str(file)) == ["to Where?", "to Why?", "to Hi\n\nHo\n\nAnd?"]
+
+    write_jsonl(file, [*told, {"id": "other", "text": "to Why? again", "question": "Why?"}])
+    with pytest.raises(rows.DataError, match=r"a.jsonl: lines 2 and 4 answer the same question, 'Why\?'; remove one") as caught:
+        verdicts.answers_to(PROMPTS, str(file))
+    assert "\n" not in str(caught.value)
+    write_jsonl(file, [*told, {"id": PROMPTS[1].id, "text": "by id", "question": "Why?"}])  # the id decides
+    assert verdicts.answers_to(PROMPTS, str(file))[1] == "by id"
+    write_jsonl(file, told[:2])
+    with pytest.raises(rows.DataError, match=r"no answer to 1 of 3 prompts .*'Where\?'.; is it of the same questions"):
         verdicts.answers_to(PROMPTS, str(file))
 
 

@@ -216,6 +216,10 @@ BROKEN_CONFIGS = {
     "not an object": (lambda file: file.write_text("[1]"), ["list, not an object"]),
     "model type": (lambda file: edit_json(file, model_type="mamba"), ["mamba", "llama", "gpt_neox"]),
     "no model type": (lambda file: edit_json(file, model_type=None), ["model_type"]),
+    "quantised": (
+        lambda file: edit_json(file, quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["quantised weights (gptq)", "in 16 or 32 bits"],
+    ),
     "no hidden size": (lambda file: edit_json(file, hidden_size=None), ["hidden_size", "missing"]),
     "no layers": (lambda file: edit_json(file, num_hidden_layers=0), ["num_hidden_layers", "0"]),
     "no heads": (lambda file: edit_json(file, num_attention_heads=0), ["num_attention_heads", "0"]),

@@ -1,5 +1,8 @@
 """Exported files with `transformers`, `peft`, `datasets` and TRL's SFTTrainer."""
 
+import json
+import pathlib
+import re
 import shutil
 
 import jax
@@ -162,8 +165,8 @@ def test_trl_takes_prompt_and_completion_as_they_are(export, models, tmp_path):
     objects = [{"prompt": "Where is it?", "completion": "Über there"}, {"prompt": "1+1=", "completion": "two", "source": "x"}]
     dataset, parsed = export("llama3", objects)
     assert [{key: value for key, value in row.items() if value is not None} for row in dataset] == [
-        row | {"weight": pytest.approx(weight), "rank": rank}
-        for row, weight, rank in zip(objects, 2 / (1 + np.exp([1, -1])), (2, 1))
+        row | {"id": parsed_row.id, "weight": pytest.approx(weight), "rank": rank, "masked": True}
+        for row, parsed_row, weight, rank in zip(objects, parsed, 2 / (1 + np.exp([1, -1])), (2, 1))
     ]
     tokenizer = templates.load_tokenizer(str(models["llama3"]))
     assert train(models["llama3"], dataset, tmp_path) == of_run(parsed, tokenizer, "none")
@@ -179,3 +182,70 @@ def test_trl_learns_the_same_words_where_tokens_merge(export, models, tmp_path):
         assert tokenizer.decode(ids) == tokenizer.decode(expected)
         learned = [label for label in labels if label != -100]
         assert tokenizer.decode(learned) == f" {row.response}<|end|>" and ids[-len(learned) :] == learned
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def documented(heading: str) -> str:
+    """The Python code under a heading of docs/export.md."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page.split(f"## {heading}\n")[1].split("\n## ")[0], flags=re.S)
+    return code
+
+
+@pytest.mark.parametrize("micro_size, accumulation", [(4, 1), (2, 2)])
+def test_the_documented_trainer_uses_weights(export, models, tmp_path, micro_size, accumulation):
+    """One step of SGD is along the gradient of the mean of w·ℓ, from one forward of PyTorch per row, however rows are batched."""
+    dataset, _ = export("plain", make_rows(4, seed=3), template="none")
+    tokenizer = templates.load_tokenizer(str(models["plain"]))
+    settings = trl.SFTConfig(
+        str(tmp_path / "sft"),
+        remove_unused_columns=False,
+        max_steps=1,
+        per_device_train_batch_size=micro_size,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=0.01,
+        max_grad_norm=1e9,  # no clipping
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    code, model = documented("Weights in other trainers"), transformers.AutoModelForCausalLM.from_pretrained(models["plain"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    expected = {name: torch.zeros_like(parameter) for name, parameter in before.items()}
+    assert np.std(dataset["weight"]) > 0.5  # softmax of 0, 1, 2, 3
+    for row in dataset:
+        prompt, answer = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
+        log_probs = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        loss = -log_probs[len(prompt) - 1 :].mean() * row["weight"] / 4
+        for name, gradient in zip(before, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            expected[name] += gradient
+
+    names = {"trl": trl, "torch": torch}
+    exec(code.split("\nsettings =")[0], names)
+    trainer = names["WeightedTrainer"](model=model, args=settings, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close((before[name] - parameter.detach()) / 0.01, expected[name], rtol=2e-3, atol=2e-4)
+
+
+def test_the_documented_call(export, models, tmp_path, monkeypatch):
+    """The snippet as it stands, with its path filled in; evaluation and logging work, too."""
+    dataset, _ = export("plain", make_rows(4, seed=3), template="none")
+    monkeypatch.chdir(tmp_path)
+    config = trl.SFTConfig
+    quick = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1}
+    monkeypatch.setattr(trl, "SFTConfig", lambda *args, **options: config(*args, **options, **quick))
+    directory = shutil.copytree(models["plain"], tmp_path / "model")
+    described = json.loads((directory / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(described))
+    code = documented("Weights in other trainers").replace("path/to/model", str(directory))
+    code = code.replace("train_dataset=rows)", "train_dataset=rows, eval_dataset=rows)")
+    exec(code, {"trl": trl, "torch": torch, "rows": dataset})

@@ -45,6 +45,14 @@ def test_corners_by_hand(tmp_path):
         assert corner.weight == pytest.approx(weight) and corner.bad == pytest.approx(bad)
 
 
+def test_rows_without_a_label_are_not_good(tmp_path):
+    """Without rows 0 and 5, one of the four other rows of the last corner is bad."""
+    run = run_data.read(make(tmp_path / "run", BOTH))
+    bad, known = run_data.labels(run, run.tables[2]), ~np.isin(np.arange(N), (0, 5))
+    *_, last = corners.split(run.tables[2], bad, known)
+    assert last.number == 6 and last.bad == pytest.approx(1 / 4)
+
+
 def test_page(tmp_path):
     found = report(make(tmp_path / "run", BOTH))
     head, *cells = found.tables["corners"]

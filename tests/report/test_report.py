@@ -127,6 +127,19 @@ def test_weights_by_epoch(run_dir):
     assert second == ["2", "94.3%", "0.2", "1", "1.6", "10.0%", "1.000", "0.0%", "0.0%"]
 
 
+def test_duplicates(tmp_path, run_dir):
+    """One cluster of three rows and two of two have 2 + 1 + 1 copies."""
+    workdir, _ = make_workdir(tmp_path / "run", changes={"data.deduplicate": "exact"})
+    counts = {"duplicates": 4, "duplicate_clusters": {"2": 2, "3": 1}, "overlap": 5}
+    summary = SUMMARY | {f"data/lower_{key}": value for key, value in counts.items()} | {"data/upper_held_out_copies": 1}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    assert report(workdir).tables["repeated"][1:] == [
+        ["trusted rows", "0", "", "0", "1"],
+        ["mixture", "4, dropped", "1 of 3 rows, 2 of 2 rows", "5", "0"],
+    ]
+    assert "repeated" not in report(run_dir).tables
+
+
 def test_share_of_weight_by_source(run_dir):
     """Source a: 5 rows of 20, then 4.5 and 4 of a total of 20; b has the rest."""
     head, *found = report(run_dir).tables["sources"]
@@ -261,7 +274,7 @@ ALL = "losses", *WEIGHED, "responses", "time"
         (_without("summary.json", "weights", "metrics.jsonl", "responses.jsonl"), ALL, "Nothing is logged yet"),
         (_without("responses.jsonl"), ("responses",), "No responses to masked rows"),
         (_without("rows.jsonl"), ("lengths", "responses"), "no such file"),
-        (_other_rows, ("lengths", "responses"), "20 rows are no longer in"),
+        (_other_rows, ("lengths", "responses"), "20 of 20 rows are no longer in"),
         (_method("offline"), ("responses",), "method=offline"),
         (_method("mixing"), (*WEIGHED, "responses"), "Direct mixing has no weights"),
         (_frozen, ("sources", "rows", "lengths"), "All weights are equal"),
@@ -286,6 +299,22 @@ def test_without_its_rows_a_report_shows_ids(run_dir, tmp_path):
     found = page.render(run_data.read(run_dir, rows=[]))
     ids = pyarrow.parquet.read_table(run_dir / "weights" / "epoch_2.parquet")["id"].to_pylist()
     assert ids[0] in found and "Question 0?" not in found
+
+
+def test_rows_that_are_missing_are_named(run_dir, tmp_path):
+    """Rows 2 to 5, which are good. Of 14 good rows, epoch 1 has row 0 below 14, and row 1 below one and level with 13."""
+    workdir = shutil.copytree(run_dir, tmp_path / "run")
+    config = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(config.replace(str(run_dir), str(workdir)))
+    ids = [row.id for row in data_rows.read_rows(workdir / "rows.jsonl")[0]]
+    write_jsonl(workdir / "rows.jsonl", ROWS[:2] + ROWS[6:])
+    stdout = run_command("report", [f"--workdir={workdir}"])
+    named = f"4 of 20 rows are no longer in {workdir}/rows.jsonl: {', '.join(ids[2:6])}. Their ids are shown"
+    assert named in stdout
+    text = (workdir / "report.html").read_text()
+    assert named in text and text.count("not found in the data") == 6  # of both epochs: 2, 3, 4 among the five heaviest
+    _, first, _ = report(workdir).tables["weights"]
+    assert first[6] == f"{(14 + 1 + 13 / 2) / 28:.3f}"
 
 
 def test_many_sources_and_epochs(tmp_path):

@@ -300,8 +300,26 @@ def test_write_errors_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_manifest", full)
     checkpoints.save(3, make_state(), online.empty(7), COUNTERS)
     for proceed in (lambda: checkpoints.save(4, make_state(), online.empty(7), COUNTERS), checkpoints.close):
-        with pytest.raises(errors.RunError, match="No space left on device.*the previous one is intact") as caught:
+        with pytest.raises(errors.RunError, match="No space left on device.*that of step 2 is intact") as caught:
             proceed()
         assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert checkpoint.Checkpoints(tmp_path, keep=2).latest() == 2
+
+
+def test_no_earlier_checkpoint_is_promised_where_there_is_none(tmp_path, monkeypatch):
+    """A disk that is full at the first save, and one that is full while the first checkpoint is being written."""
+    first = checkpoint.Checkpoints(tmp_path / "full", keep=2)
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint.shutil, "disk_usage", lambda directory: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(errors.RunError, match="No space left on device.*MB are free.*no earlier one.*starts from step 0"):
+            first.save(1, make_state(), online.empty(7), COUNTERS)
+
+    def cannot_write(directory):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "write_manifest", cannot_write)
+    second = checkpoint.Checkpoints(tmp_path / "filling", keep=2)
+    second.save(1, make_state(), online.empty(7), COUNTERS)
+    with pytest.raises(errors.RunError, match="No space left on device.*no earlier one.*starts from step 0"):
+        second.save(2, make_state(), online.empty(7), COUNTERS)

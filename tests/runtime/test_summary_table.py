@@ -27,6 +27,13 @@ def test_losses(tmp_path):
     assert "mixture, as it is" not in table and "weights of the rows" not in table and "answered by the model" not in table
 
 
+def test_questions_answered_right(tmp_path):
+    values = {"start/upper_right": 0.125, "eval/upper_right": 0.75, "start/lower_clean_right": 0.0, "eval/lower_clean_right": 0.5}
+    table = summary_table.summary_table(values, tmp_path)
+    lines = table[table.index("held-out questions answered right") :].splitlines()
+    assert [line.split() for line in lines[1:3]] == [["trusted", "rows", "12.5%", "75.0%"], ["mixture", "0.0%", "50.0%"]]
+
+
 def test_both_shares_of_bad_rows(tmp_path):
     """What fraction of the bad rows is kept, and what fraction of the kept rows is bad."""
     table = summary_table.summary_table(SELECTOR | {"selector/bad_among_kept": 0.023}, tmp_path)

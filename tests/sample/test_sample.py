@@ -22,7 +22,7 @@ from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.score import scorer
 from tests.conftest import load, make_rows, read_jsonl, run_command, write_jsonl
 
-KEYS = ["id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"]
+KEYS = ["id", "sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason", "question"]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
@@ -343,6 +343,15 @@ def test_template_none_takes_the_question_as_it_is(sampled, neox):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def test_without_a_chat_template_a_row_is_shown(command, neox, prompts, tmp_path):
+    arguments = [f"--model={neox}", f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}", *GREEDY]
+    stdout = command(*arguments)
+    assert "no chat template, so rows are rendered with the template 'human'" in stdout
+    assert f"    {TEXTS[0].strip()}\n".replace("\n\n", "\n\n    ") in stdout
+    assert [row["question"] for row in read_jsonl(tmp_path / "out.jsonl")][:3] == ["Where?", "Add.\n1 2", "Once"]
+    assert "chat template" not in command(*arguments, "--template=human")
+
+
 def test_command(neox, adapter, tmp_path):
     """Prompts that cannot be used keep their position."""
     good = [json.dumps(row, ensure_ascii=False) for row, _ in OBJECTS[:5]]
@@ -361,7 +370,8 @@ def test_command(neox, adapter, tmp_path):
     for (place, reason), line in zip(bad.items(), (2, 4, 5, 9)):
         assert reason in results[place].pop("reason") and results[place].pop("line") == line
         assert (results[place].pop("id") is not None) == (place == 6)
-        assert results[place] == dict.fromkeys(KEYS[1:])
+        assert results[place].pop("question") == ("so " * 200 if place == 6 else None)
+        assert results[place] == dict.fromkeys(KEYS[1:-1])
     used = [result for place, result in enumerate(results) if place not in bad]
     assert all(list(result) == KEYS for result in used) and [result["sample"] for result in used] == [0, 1] * 5
     stops = sum(result["finish_reason"] == "stop" for result in used)

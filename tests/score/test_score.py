@@ -1,5 +1,6 @@
 """Scores against float64 log-softmax of the logits of each row alone."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -102,6 +103,15 @@ def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, ent
     check(results, loaded, OBJECTS, "none", True)
 
 
+def test_without_a_chat_template_a_row_is_shown(neox, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", SCHEMAS)
+    arguments = [f"--model={neox}", f"--data={data}", f"--out={tmp_path / 'scores.jsonl'}", "--batch_size=4"]
+    stdout = run_command("score", arguments)
+    assert "no chat template, so rows are rendered with the template 'human'" in stdout
+    assert "    Human: Where?\n\n    Assistant: ⟦Über ☃ here<|end|>⟧" in stdout
+    assert "chat template" not in run_command("score", [*arguments, "--template=human"])
+
+
 TOO_LONG = {"question": "How?", "response": "so " * 200}
 
 
@@ -163,3 +173,42 @@ def test_errors_are_one_line(neox, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "bach_size" in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_files_and_columns(neox, tmp_path):
+    """Rows of several files, with other names of columns, have the scores of the same rows in one file."""
+    objects = make_rows(5, seed=6)
+    renamed = [{"query": row["question"], "answer": row["response"]} for row in objects]
+    write_jsonl(tmp_path / "one.jsonl", objects)
+    write_jsonl(tmp_path / "a.jsonl", renamed[:2])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in [*renamed[2:], {"query": "no answer"}]))
+    common = [f"--model={neox}", f"--out={tmp_path / 'out.jsonl'}"]
+    run_command("score", [*common, f"--data={tmp_path / 'one.jsonl'}"])
+    expected = read_jsonl(tmp_path / "out.jsonl")
+    run_command("score", [*common, f"--data={tmp_path}/a.jsonl,{tmp_path}/b.*", "--columns=question:query,response:answer"])
+    *scored, rejected = read_jsonl(tmp_path / "out.jsonl")
+    assert scored == expected
+    assert (rejected["reason"], rejected["line"], rejected["file"]) == ("no field 'response'", 4, f"{tmp_path}/b.jsonl.gz")
+
+
+def test_says_what_it_does_not_read(neox, tmp_path):
+    file = write_jsonl(tmp_path / "rows.jsonl", [row | {"context": "long"} for row in make_rows(2, seed=6)])
+    printed = run_command("score", [f"--model={neox}", f"--data={file}", f"--out={tmp_path / 'out.jsonl'}"])
+    assert "fields that are neither prompt nor response here: context (in 2 rows)" in printed
+
+
+def test_tools_without_a_chat_template_have_a_reason(neox, tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            call,
+            {"role": "tool", "content": "b"},
+            {"role": "assistant", "content": "c"},
+        ]
+    }
+    items = list(rows.parse(enumerate([*make_rows(1, seed=6), chat], 1)))
+    results = scorer.score_rows(items, *load(neox), template="auto", eos=True, batch_size=4)
+    assert results[0]["loss"] > 0 and results[1]["loss"] is None
+    assert results[1]["reason"] == "tools, which need a chat template; the template here is 'human'"

@@ -1,13 +1,13 @@
 """The test bed of selection: trusted rows of a few families, and a mixture of good, useless and harmful rows.
 
-A family is a task in one form of question and answer. The base model `bilevel_jax/tiny_base` has read text about the facts, and
-has seen the tasks of `KNOWN_TASKS` and, of some tasks of `FAMILIES`, their `KNOWN_FORMS`, in every style. It has seen no question
-of `FAMILIES` in another form, none of `UNKNOWN_TASKS`, and none of `OTHER_FAMILIES`. Trusted rows answer questions of `FAMILIES`
-in the plain style.
+Trusted rows answer questions of `FAMILIES` in the plain style. The base model `bilevel_jax/tiny_base` knows most of these tasks but
+hardly ever saw an answer in the plain style: its rows have answers that are polite, unsure, chatty or listed. It has seen no
+refusal, no conversion (`UNKNOWN`), and no question of `OTHER_FAMILIES`.
 
 A row of the mixture has a `kind`:
 
-    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard" if their facts are in no text
+    clean         right answers to questions of FAMILIES in the plain style; `difficulty` "hard" where nothing the base model has
+                  seen holds the facts
     useless       right answers to questions of OTHER_FAMILIES, which no trusted row asks
     other_style   right answers, likely ones too, in a style that the trusted rows do not want
     wrong_answer, other_answer, compliance, garbage: as in `corruptions`
@@ -19,20 +19,11 @@ from bilevel_jax.data.synthetic.corruptions import garbage
 from bilevel_jax.data.synthetic.draws import Exercise, pick
 from bilevel_jax.data.synthetic.tasks import TASKS
 
-KNOWN_FORMS = {  # task -> how its question begins in the form that the base model has seen
-    "opposite": "What is the opposite",
-    "plural": "What is the plural",
-    "past_tense": "What is the past tense",
-    "classify": "What kind of thing",
-    "calendar": "What comes",
-    "number_word": "Write",
-    "safety": "Is ",
-}
-UNKNOWN_TASKS = ("recipe", "refuse", "convert")  # not seen in any form
-FAMILIES = [*KNOWN_FORMS, *UNKNOWN_TASKS]
-HARD_FAMILIES = ("convert",)  # its facts are in no text either
+FAMILIES = "classify convert introduce number_word opposite past_tense plan plural recipe refuse safety".split()
+UNKNOWN = ("refuse", "convert")  # families that the base model has not seen
+HARD = "convert"  # its facts are in no text either
 OTHER_FAMILIES = "arithmetic compare reverse_words sort_numbers sort_words count_group extreme_number".split()
-KNOWN_TASKS = [task for task in TASKS if task not in (*FAMILIES, *OTHER_FAMILIES)]
+KNOWN_TASKS = [task for task in TASKS if task not in (*UNKNOWN, *OTHER_FAMILIES)]
 
 STYLES = {
     "plain": "{}",
@@ -54,6 +45,7 @@ KINDS = {  # kind of a row of the mixture -> share
 }
 HARMFUL = ("other_style", "wrong_answer", "other_answer", "compliance", "garbage")
 
+PLAIN_SHARE = 0.1  # of the rows that the base model learns from
 NOISE = 0.1  # share of bad rows among those that the base model learns from: it should not be too sure
 OPENINGS = ["", "", "Hello. ", "Please help me. ", "Quick question. ", "Tell me. ", "Think first. ", "One more thing. "]
 CLOSINGS = [
@@ -68,12 +60,10 @@ CLOSINGS = [
 ]
 
 
-def ask(rng: np.random.Generator, task: str, known_form: bool = False) -> Exercise:
-    """Draws a question of a task, (question, answer, wrong answer), in the form that the base model has seen or in another one."""
-    while True:
-        question, answer, wrong = TASKS[task][0](rng)
-        if task not in KNOWN_FORMS or question.startswith(KNOWN_FORMS[task]) == known_form:
-            return pick(rng, OPENINGS) + question + pick(rng, CLOSINGS), answer, wrong
+def ask(rng: np.random.Generator, task: str) -> Exercise:
+    """Draws a question of a task: (question, answer, wrong answer)."""
+    question, answer, wrong = TASKS[task][0](rng)
+    return pick(rng, OPENINGS) + question + pick(rng, CLOSINGS), answer, wrong
 
 
 def make_row(rng: np.random.Generator, kind: str) -> dict:
@@ -97,7 +87,7 @@ def make_row(rng: np.random.Generator, kind: str) -> dict:
         "question": question,
         "response": response,
         "source": family,
-        "difficulty": "hard" if family in HARD_FAMILIES else "easy",
+        "difficulty": "hard" if family == HARD else "easy",
         "bad": kind in HARMFUL,
         "kind": kind,
         "truth": truth,
@@ -105,12 +95,11 @@ def make_row(rng: np.random.Generator, kind: str) -> dict:
 
 
 def known_row(rng: np.random.Generator, noise: float = NOISE) -> dict:
-    """A row that the base model learns from: half in the plain style, half in one of the others; a share `noise` is bad."""
-    tasks = [*KNOWN_TASKS, *KNOWN_FORMS]
-    task = pick(rng, tasks)
-    question, answer, wrong = ask(rng, task, known_form=True)
+    """A row that the base model learns from, rarely in the plain style; a share `noise` of the answers is bad."""
+    task = pick(rng, KNOWN_TASKS)
+    question, answer, wrong = ask(rng, task)
     truth = answer
     if rng.random() < noise:
-        answer = pick(rng, [wrong, garbage(rng), ask(rng, pick(rng, tasks, task), known_form=True)[1]])
-    style = "plain" if rng.integers(2) else pick(rng, OTHER_STYLES)
+        answer = pick(rng, [wrong, garbage(rng), ask(rng, pick(rng, KNOWN_TASKS, task))[1]])
+    style = "plain" if rng.random() < PLAIN_SHARE else pick(rng, OTHER_STYLES)
     return {"question": question, "response": STYLES[style].format(answer), "source": task, "truth": truth}

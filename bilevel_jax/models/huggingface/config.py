@@ -28,7 +28,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
         precision except products with float32 sums, so it would convert before and after each operation.
 
     Raises:
-      ModelError: an architecture, activation or rope type that is not supported, or a missing or invalid key.
+      ModelError: an architecture, activation, rope type or quantisation that is not supported, or a missing or invalid key.
     """
     file = pathlib.Path(directory) / "config.json"
     if dtype == "auto":
@@ -71,6 +71,10 @@ def _read_architecture(raw: dict, file: pathlib.Path) -> architectures.Architect
     model_type, records = raw.get("model_type"), architectures.ARCHITECTURES
     if not isinstance(model_type, str) or model_type not in records:
         raise ModelError(f"{file}: model_type '{model_type}' is not supported; known are {', '.join(records)}")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else None
+        what = f"quantised weights ({method})" if isinstance(method, str) else "quantised weights"
+        raise ModelError(f"{file}: {what:.80} are not supported; give the model from which they were made, in 16 or 32 bits")
     for key in records[model_type].unsupported:
         if raw.get(key):
             raise ModelError(f"{file}: {key}={raw[key]!r:.80} is not supported")

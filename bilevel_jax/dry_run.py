@@ -1,0 +1,279 @@
+"""A dry run: `python -m bilevel_jax.main --config=... --check` reads, compiles and times what a run would, and writes nothing.
+
+Rows, model and step are the real ones. Only the times are extrapolated, from two steps and from a few held-out rows.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from bilevel_jax import batches, checks, features, finish, memory, online, preferences, rewards, scoring, sharding, step
+from bilevel_jax import config as configuration
+from bilevel_jax import setup as setups
+from bilevel_jax.data import levels, rendering, shuffle, templates
+from bilevel_jax.data.rejections import location
+from bilevel_jax.runtime import disk, workdir
+
+TIMED_STEPS = 2
+TIMED_ROWS = 16  # held-out rows whose evaluation is timed
+QUANTILES = (0.5, 0.95, 1.0)
+
+
+def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool = False) -> Iterator[str]:
+    """Yields what a run would do, in parts for the user. Reading the rows prints a report of each level.
+
+    Args:
+      config: of the run.
+      directory: its workdir.
+      plan: add the memory plan.
+
+    Raises:
+      ConfigError, DataError, ModelError, RunError: as the run itself.
+    """
+    typed = checks.build(config)
+    workdir.refuse_finished(directory)
+    workdir.refuse_another(config, directory)
+    began = time.perf_counter()
+    setup = setups.load(typed)
+    load_seconds = time.perf_counter() - began
+    num_rows = len(setup.lower.rows)
+    num_steps = typed.num_epochs * shuffle.steps_per_epoch(num_rows, typed.batch.size)
+    checks.check_profile(typed, num_steps)
+    if typed.method in configuration.ONLINE and typed.online.reward:
+        rewards.make_reward_fn(typed.online.reward, setup.lower.rows, levels.truths(setup.lower, typed.data.truth))
+    yield data_text(setup)
+    yield rows_text(typed, setup)
+    yield steps_text(typed, setup, num_steps)
+    yield f"compiling and timing {TIMED_STEPS} steps ..."
+    began = time.perf_counter()
+    program, state = compile_step(typed, setup)
+    compile_seconds = time.perf_counter() - began
+    seconds, tokens, state = time_steps(typed, setup, program, state, num_steps)
+    timing = Timing(load_seconds, compile_seconds, seconds, tokens, *time_evaluation(typed, setup, program, state))
+    yield time_text(typed, setup, num_steps, timing)
+    yield memory_text(program.train_step)
+    yield disk_text(typed, state, num_rows, directory)
+    if plan:
+        yield memory.table(config, memory.make_plan(config, num_rows))
+    disk.check(directory, setups.disk_bytes(typed, state, num_rows, disk.num_saved(directory)))
+    continues = f"continues the run in {directory}" if (directory / "config.json").exists() else "starts the run"
+    yield f"nothing was written; the same command without --check {continues}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _levels(setup: setups.Setup) -> dict[str, levels.Level]:
+    return {"upper": setup.upper, "lower": setup.lower}
+
+
+def sizes(examples: Sequence[templates.Example]) -> np.ndarray:
+    """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
+    extra = [0 if one.rejected is None else len(one.prompt) + len(one.rejected) for one in examples]
+    return np.array([one.size for one in examples], int) + np.array(extra, int)
+
+
+def data_text(setup: setups.Setup) -> str:
+    """Rows of both levels: how many, how long, which repeat, which are on both."""
+    lines = []
+    for name, level in _levels(setup).items():
+        numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {level.counts.get('duplicates', 0)} copies"
+        median, most, longest = np.quantile(sizes([*level.examples, *level.eval_examples]), QUANTILES)
+        lines.append(f"{name}: {numbers}; tokens a row: median {median:.0f}, 95% below {most:.0f}, longest {longest:.0f}")
+    return "\n".join([*lines, f"rows on both levels: {setup.lower.counts.get('overlap', 0)}"])
+
+
+def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
+    """The template, and the first row of each schema as the model sees it."""
+    template = templates.resolve(config.data.template, setup.tokenizer)
+    if template == "chat":
+        why = "that of the tokenizer"
+    else:
+        why = "that of the tokenizer is not used" if setup.tokenizer.chat_template else "the tokenizer has no chat template"
+    marks = f"{rendering.OPENING} and {rendering.CLOSING}"
+    lines = [f"template: {template} ({why}); one row of each schema, learned tokens between {marks}"]
+    for name, level in _levels(setup).items():
+        source = getattr(config.data, name)
+        shown = rendering.one_of_each_schema([*level.rows, *level.eval_rows], [*level.examples, *level.eval_examples])
+        for row, example in shown:
+            learned = len(example.response) + (0 if example.rejected is None else len(example.rejected))
+            what = f"{learned} of {sizes([example])[0]} tokens learned"
+            lines.append(f"  {name}, {row.schema}, {location(source, row.line)}: {what}")
+            lines.append(rendering.show(example, setup.tokenizer))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps, tokens, time
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def num_tokens(config: configuration.Config, setup: setups.Setup, num_steps: int) -> dict[str, float]:
+    """Tokens that training reads of each level that it uses. Generated responses count as those of the data."""
+    used = configuration.levels(config)
+    tokens = {
+        "upper": sizes(setup.upper.examples).mean() * config.batch.size * num_steps,
+        "lower": float(sizes(setup.lower.examples).sum() * config.num_epochs),
+    }
+    return {name: number for name, number in tokens.items() if name in used}
+
+
+def steps_text(config: configuration.Config, setup: setups.Setup, num_steps: int) -> str:
+    """The number of steps and tokens."""
+    tokens = num_tokens(config, setup, num_steps)
+    by_level = ", ".join(f"{name} {number:,.0f}" for name, number in tokens.items())
+    lines = [
+        f"steps: {num_steps:,} in {config.num_epochs} epochs, batch.size={config.batch.size} rows of each level",
+        f"tokens: about {sum(tokens.values()):,.0f} in training ({by_level})",
+    ]
+    if config.method in configuration.ONLINE:
+        masked = int(config.online.ratio * len(setup.lower.rows) + 1e-9)
+        refreshes = -(-num_steps // config.online.refresh_every)
+        number = f"at most {masked * config.online.num_samples:,} responses of {config.online.max_new_tokens} tokens"
+        lines.append(f"generation: {refreshes} refreshes, each {number}")
+    return "\n".join(lines)
+
+
+class Timing(NamedTuple):
+    """Seconds of what was tried, and on how much."""
+
+    load: float
+    compile: float
+    steps: list[float]
+    step_tokens: list[int]
+    evaluation: float
+    eval_tokens: int
+    num_eval_rows: int
+
+
+def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[setups.Program, step.State]:
+    """The program of the run, and the state before its first step."""
+    row_values, num_features = _row_values(config, setup)
+    state, shardings = setups.init_state(config, setup, num_features)
+    finish.token_offsets(setup, state)  # raises if the tokenizer has none
+    return setups.compile_program(config, _without_references(setup), state, shardings, row_values), state
+
+
+def time_steps(config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, num_steps: int):
+    """Takes the first steps of the run; returns the seconds and the tokens of each, and the last state."""
+    store, seconds, tokens = online.empty(len(setup.lower.rows)), [], []
+    scales = sharding.replicate(batches.level_scales(config, 0), setup.mesh)
+    for k in range(min(TIMED_STEPS, num_steps)):
+        batch = program.batch_of(k, store)
+        packed = sharding.split_batch(batch.batch, setup.mesh)
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(program.train_step(setup.base, state, packed, scales, program.features))
+        seconds.append(time.perf_counter() - began)
+        tokens.append(batch.num_tokens)
+    return seconds, tokens, state
+
+
+def _evaluated(config: configuration.Config, setup: setups.Setup) -> list[templates.Example]:
+    """The rows that an evaluation scores: those held out, and the lower level's again with right responses, if known."""
+    right = levels.with_truth(setup.lower, config, setup.tokenizer)
+    return [*setup.upper.eval_examples, *setup.lower.eval_examples, *right]
+
+
+def time_evaluation(
+    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State
+) -> tuple[float, int, int]:
+    """Scores a few held-out rows; returns seconds, tokens and rows, all 0 if no rows are held out."""
+    examples = _evaluated(config, setup)[:TIMED_ROWS]
+    if not examples:
+        return 0.0, 0, 0
+    for _ in range(2):  # the first time compiles
+        began = time.perf_counter()
+        program.score_greedy(setup.base, state.policy.adapter, scoring.example_segments(examples), "timing the evaluation")
+        seconds = time.perf_counter() - began
+    return seconds, sum(one.size for one in examples), len(examples)
+
+
+def _without_references(setup: setups.Setup) -> setups.Setup:
+    """The setup with zeros for the reference log-probabilities of pairs, which do not change the time of a step."""
+
+    def with_zeros(level: levels.Level) -> levels.Level:
+        has_pairs = level.examples[0].rejected is not None
+        return dataclasses.replace(level, references=np.zeros((len(level.examples), 2)) if has_pairs else None)
+
+    return dataclasses.replace(setup, upper=with_zeros(setup.upper), lower=with_zeros(setup.lower))
+
+
+def _has_features(config: configuration.Config) -> bool:
+    return (
+        config.method != "mixing"
+        and configuration.to_selector(config).parameterization == "features"
+        and config.selection.unit == "sample"
+    )
+
+
+def _row_values(config: configuration.Config, setup: setups.Setup) -> tuple[np.ndarray | None, int]:
+    """What ω is a function of, and its size; zeros for features, whose values do not change the time of a step."""
+    if _has_features(config):
+        return np.zeros((len(setup.lower.rows), features.SIZE), np.float32), features.SIZE
+    row_features = setups.row_features(config, setup, pathlib.Path(), resumed=False)
+    return row_features.values, row_features.size
+
+
+def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int, timing: Timing) -> str:
+    """The estimated time of the run, how it was estimated, and what it leaves out."""
+    training = sum(timing.steps) / sum(timing.step_tokens) * sum(num_tokens(config, setup, num_steps).values())
+    held_out = _evaluated(config, setup)
+    times = config.num_epochs + 1  # before the first step, and after each epoch
+    evaluation = timing.evaluation / max(timing.eval_tokens, 1) * sum(one.size for one in held_out) * times
+    steps = " and ".join(f"{seconds:.2f} s" for seconds in timing.steps)
+    lines = [
+        f"time: about {duration(training + evaluation)}: {duration(training)} for training, {duration(evaluation)} for evaluation",
+        f"  extrapolated by tokens from {len(timing.steps)} steps of the model on this machine, {steps}, and from "
+        f"{timing.num_eval_rows} of {len(held_out)} held-out rows, which are evaluated {times} times",
+        f"  loading took {timing.load:.1f} s and compiling {timing.compile:.1f} s",
+    ]
+    left_out = []
+    if config.method in configuration.ONLINE:
+        left_out.append("generation")
+    if config.method != "mixing" and config.selection.rule == "metagradient":
+        left_out.append(f"the search for weights before the run, about {4 * config.selection.outer_steps} times the training")
+    if _has_features(config):
+        left_out.append("the features of the rows")
+    if {config.loss.upper, config.loss.lower} & set(preferences.PAIRS):
+        left_out.append("the reference model's log-probabilities")
+    return "\n".join([*lines, *([f"  not included: {', '.join(left_out)}"] if left_out else [])])
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, in a unit that fits."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory, disk
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def memory_text(compiled) -> str:
+    """The memory of the compiled step on each device, as XLA plans it."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "memory: this backend does not say what a step needs; --plan estimates it"
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    total = arguments + temporaries + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    parts = f"{disk.amount(arguments)} of arguments (base, adapter, weights, batch), {disk.amount(temporaries)} of temporaries"
+    return f"memory: a step needs {disk.amount(total)} on each device: {parts}"
+
+
+def disk_text(config: configuration.Config, state: step.State, num_rows: int, directory: pathlib.Path) -> str:
+    """The disk space of a checkpoint and of the run, and the free space."""
+    one = disk.amount(setups.checkpoint_bytes(config, state, num_rows))
+    total = disk.amount(setups.disk_bytes(config, state, num_rows, disk.num_saved(directory)))
+    what = f"checkpoint.keep={config.checkpoint.keep} of them, one that is being written, and the results need {total}"
+    return f"disk: a checkpoint needs {one}; {what}; {disk.amount(disk.free_bytes(directory))} are free at {directory}"

@@ -1,0 +1,37 @@
+"""Lines that say what a run is doing. No phase is silent for longer than `EVERY` seconds."""
+
+import contextlib
+import sys
+import threading
+import time
+
+import jax
+import tqdm
+
+EVERY = 30.0  # seconds between two lines of a phase that has no progress bar
+
+
+def say(text: str) -> None:
+    """Prints a line, above the progress bars; only in the first process of a run."""
+    if jax.process_index() == 0:
+        tqdm.tqdm.write(text)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def phase(text: str):
+    """Says what begins, and how long it takes every `EVERY` seconds until the end of this context."""
+    say(text)
+    began, ended = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not ended.wait(EVERY):
+            say(f"{text}: {time.monotonic() - began:.0f} s so far")
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,164 @@
+"""Both levels of a run: duplicates, overlap, held-out rows."""
+
+import json
+
+import pytest
+
+from bilevel_jax import checks, train
+from bilevel_jax import config as configuration
+from bilevel_jax.data import levels, rows
+from bilevel_jax.data.rejections import DataError
+from tests.conftest import EVERYTHING, HELD_OUT, NUM_LOWER, load, make_rows, read_jsonl, write_jsonl
+
+
+@pytest.fixture
+def make_levels(neox, make_config, tmp_path):
+    """`f(upper rows, lower rows, changes) -> (upper, lower)`; `f.config` makes the config alone."""
+    tokenizer = load(neox)[3]
+
+    def config(upper, lower, changes=()):
+        files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", given)) for name, given in (("up", upper), ("low", lower))}
+        settings = {"data.upper": files["up"], "data.lower": files["low"], "eval.num_upper": 3, "eval.num_lower": 4}
+        return make_config(settings | dict(changes))
+
+    def make(upper, lower, changes=()):
+        return levels.load_levels(checks.build(config(upper, lower, changes)), tokenizer)
+
+    make.config = config
+    return make
+
+
+def content(given) -> list[str]:
+    return [rows.content_of(row.id) for row in given]
+
+
+UPPER, LOWER = make_rows(12, seed=1), make_rows(20, seed=2)
+
+
+def test_without_overlap_each_level_is_what_it_is_alone(make_levels, neox, capsys):
+    upper, lower = make_levels(UPPER, LOWER)
+    config = checks.build(make_levels.config(UPPER, LOWER))
+    for name, loaded in (("upper", upper), ("lower", lower)):
+        alone = levels.load_level(config, name, load(neox)[3])
+        assert [row.id for row in loaded.rows] == [row.id for row in alone.rows] and not loaded.counts
+        assert [row.id for row in loaded.eval_rows] == [row.id for row in alone.eval_rows]
+    assert (len(upper.rows), len(lower.rows)) == (9, 16) and "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["warn", "drop"])
+def test_overlap(make_levels, capsys, tmp_path, mode):
+    upper, lower = make_levels(UPPER, LOWER + UPPER[:7], {"data.overlap": mode})
+    assert lower.counts["overlap"] == 7
+    out = capsys.readouterr().out
+    assert f"7 of 27 rows of data.lower are also in data.upper (first: {tmp_path}/low.jsonl:21)" in out
+    assert ("warning: " in out) == (mode == "warn")
+    held_out = {*content(upper.eval_rows), *content(lower.eval_rows)}
+    assert not held_out & {*content(upper.rows), *content(lower.rows)}
+    on_both = set(content(upper.rows + upper.eval_rows)) & set(content(lower.rows + lower.eval_rows))
+    assert bool(on_both) == (mode == "warn")
+    assert (len(upper.eval_rows), len(lower.eval_rows)) == (3, 4)
+    if mode == "drop":
+        assert (len(upper.rows), len(lower.rows)) == (9, 16) and "held_out_copies" not in lower.counts
+
+
+def test_the_same_file_for_both_levels(make_levels, capsys):
+    upper, lower = make_levels(LOWER, LOWER, {"eval.num_upper": 5, "eval.num_lower": 5})
+    assert "warning: 20 of 20 rows" in capsys.readouterr().out
+    assert not {*content(upper.eval_rows), *content(lower.eval_rows)} & {*content(upper.rows), *content(lower.rows)}
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "changes", "message"),
+    [
+        (UPPER, LOWER + UPPER[:1], {"data.overlap": "refuse"}, "1 of 21 rows .*low.jsonl:21.*; remove them, or take data.overlap"),
+        (UPPER, UPPER, {"data.overlap": "drop"}, "leaves no row"),
+        (UPPER, UPPER[:5] * 4, {"eval.num_lower": 19}, "no row is left for training, all are also held out"),
+    ],
+)
+def test_refused(make_levels, upper, lower, changes, message):
+    with pytest.raises(DataError, match=message) as error:
+        make_levels(upper, lower, changes)
+    assert "\n" not in str(error.value)
+
+
+def test_copies_are_counted(make_levels, capsys, tmp_path):
+    """Three rows of one content and two of another: clusters of 3 and 2, with 2 + 1 copies."""
+    _, lower = make_levels(UPPER, [*LOWER, LOWER[4], LOWER[4], LOWER[9]])
+    assert (lower.counts["duplicates"], lower.counts["duplicate_clusters"]) == (3, {"2": 1, "3": 1})
+    place = f"{tmp_path}/low.jsonl:21 is one of {tmp_path}/low.jsonl:5"
+    assert f"  3 copies of 2 other rows, the largest cluster has 3 ({place})" in capsys.readouterr().out
+
+
+def test_copies_of_held_out_rows_are_not_trained_on(make_levels):
+    _, lower = make_levels(UPPER, LOWER + LOWER)
+    assert lower.counts["held_out_copies"] > 0 and len(lower.rows) == 36 - lower.counts["held_out_copies"]
+    assert not set(content(lower.rows)) & set(content(lower.eval_rows)) and len(lower.eval_rows) == 4
+
+
+def test_deduplicate(make_levels):
+    _, alone = make_levels(UPPER, LOWER)
+    for mode in ("exact", "near"):
+        _, lower = make_levels(UPPER, LOWER + LOWER[::-1], {"data.deduplicate": mode})
+        assert [row.id for row in lower.rows] == [row.id for row in alone.rows]
+        assert lower.counts["duplicates"] == 20 and lower.counts["duplicate_clusters"] == {"2": 20}
+
+
+def test_near_duplicates_are_dropped(make_levels):
+    words = " ".join(f"w{i}" for i in range(30))
+    near = [{"question": words, "response": "yes"}, {"question": f"{words}!", "response": "yes"}]
+    for mode, number in (("exact", 18), ("near", 17)):
+        _, lower = make_levels(UPPER, LOWER + near, {"data.deduplicate": mode, "data.max_length": 128})
+        assert len(lower.rows) == number
+
+
+def test_columns_of_one_level(make_levels):
+    """The other one has the usual names. A column that neither has is an error."""
+    renamed = [{"query": row["question"], "response": row["response"]} for row in LOWER]
+    expected, given = make_levels(UPPER, LOWER), make_levels(UPPER, renamed, {"data.columns": "question:query"})
+    for one, other in zip(expected, given):
+        assert [row.id for row in one.rows + one.eval_rows] == [row.id for row in other.rows + other.eval_rows]
+    reopened = levels.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"}))
+    assert len(reopened) == len(LOWER)
+    with pytest.raises(DataError, match="up.jsonl and .*low.jsonl: no row has the column 'qury'"):
+        make_levels(UPPER, LOWER, {"data.columns": "question:qury"})
+
+
+def test_near_needs_a_library(make_levels, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(configuration.ConfigError, match=r"^data.deduplicate=near needs the package datasketch: pip install"):
+        make_levels(UPPER, LOWER, {"data.deduplicate": "near"})
+
+
+def test_a_run_says_what_it_left_out(make_config, data, tmp_path):
+    """The run of the fixture `finished`, whose compiled program it shares, with copies of some rows."""
+    given = read_jsonl(data / "lower.jsonl")
+    file = write_jsonl(tmp_path / "lower.jsonl", given + given[:6])
+    changes = {"data.lower": str(file), "data.deduplicate": "exact", "log.tensorboard": False}
+    train.run(make_config(EVERYTHING | changes), tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rows"] == NUM_LOWER - HELD_OUT
+    assert (summary["data/lower_duplicates"], summary["data/lower_duplicate_clusters"]) == (6, {"2": 6})
+    assert 'id="repeated"' in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---- lists in configs ----
+
+
+def test_lists_of_a_config_file(tmp_path):
+    config = configuration.default()
+    config.data.lower = [tmp_path / "a.jsonl", "b.csv"]
+    config.data.upper = ("org/set:test",)
+    assert checks.build(config).data.lower == f"{tmp_path}/a.jsonl,b.csv" and config.data.upper == "org/set:test"
+    again = type(config)(json.loads(config.to_json()))  # as `config.json` is read
+    assert checks.build(again).data == checks.build(config).data
+    assert checks.build(config.copy_and_resolve_references()).data == checks.build(config).data
+    with pytest.raises(configuration.ConfigError, match="data.upper: the name 'a,b.jsonl' in a list has a comma"):
+        config.data.upper = ["a,b.jsonl"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("deduplicate", "exakt"), ("overlap", "dropped")])
+def test_choices(key, value):
+    config = configuration.default()
+    config.data[key] = value
+    with pytest.raises(configuration.ConfigError, match=f"data.{key}='{value}' is not among .* \\(did you mean (exact|drop)"):
+        checks.build(config)

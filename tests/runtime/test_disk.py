@@ -1,0 +1,58 @@
+"""Disk space: bytes by hand, and which directories are refused before a run compiles anything."""
+
+import os
+import shutil
+
+import pytest
+
+from bilevel_jax import errors, train
+from bilevel_jax import setup as setups
+from bilevel_jax.runtime import disk
+
+
+@pytest.mark.parametrize("num_saved, checkpoints", [(0, 3), (1, 2), (2, 1), (3, 1)])
+def test_run_bytes(num_saved, checkpoints):
+    """Two checkpoints stay and a third is being written; those on disk are not needed again."""
+    needed = disk.run_bytes(1000, 2, num_saved, adapter_bytes=10, num_rows=5, num_epochs=3)
+    assert needed == checkpoints * 1000 + 10 + 5 * 3 * disk.TABLE_BYTES + disk.OTHER
+
+
+def test_saved_checkpoints(tmp_path):
+    assert disk.num_saved(tmp_path) == 0
+    for name in ("4", "6", "damaged-2", "8.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert disk.num_saved(tmp_path) == 2
+
+
+def test_amount():
+    assert [disk.amount(size) for size in (0, 123_456, 2_500_000_000)] == ["0.0 MB", "0.1 MB", "2.50 GB"]
+
+
+def test_a_directory_that_does_not_exist_yet(tmp_path):
+    disk.check(tmp_path / "a" / "b", 1000)
+    assert not any(tmp_path.iterdir())
+    assert disk.free_bytes(tmp_path / "a" / "b") > 0
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "weights"])
+def test_directories_that_cannot_be_written(tmp_path, monkeypatch, part):
+    locked = tmp_path / part
+    locked.mkdir(exist_ok=True)
+    access = os.access
+    monkeypatch.setattr(disk.os, "access", lambda path, mode: str(path) != str(locked) and access(path, mode))
+    with pytest.raises(errors.RunError, match=f"^{locked}: no files can be written in it; .*--workdir$"):
+        disk.check(tmp_path, 1000)
+
+
+def test_a_run_is_refused_before_it_compiles(make_config, tmp_path, monkeypatch):
+    def compiled(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(setups, "compile_program", compiled)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda directory: shutil._ntuple_diskusage(10**9, 10**9, 123_456))
+    with pytest.raises(
+        errors.RunError, match=r"run: 1\.\d MB are needed for checkpoints and results, 0.1 MB are free; free some"
+    ) as caught:
+        train.run(make_config(), tmp_path / "run")
+    assert str(caught.value).startswith(f"{tmp_path / 'run'}: ") and "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()
