@@ -791,7 +791,8 @@ def test_recorded_responses(refined, method):
     assert all(list(line) == ["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"] for line in lines)
     eos = load_tokenizer(ConfigDict(json.loads((workdir / "config.json").read_text()))).eos_token_id
     ends = ["stop" if tokens[-1] == eos else "length" for store in stores for tokens in store.tokens]
-    assert [line["finish_reason"] for line in lines] == ends and set(ends) == {"stop", "length"}
+    assert [line["finish_reason"] for line in lines] == ends
+    assert set(ends) == {"stop", "length"} or method == "dynamic"  # which generates fewer
     table = table_of(workdir, 2)
     for store, step in zip(stores, range(0, STEPS, EVERY), strict=True):
         masked = {table["id"][int(i)].as_py() for i in np.flatnonzero(store.masked)}

@@ -143,11 +143,19 @@ def absolute(value):
     if not isinstance(value, str) or not value or value in REWARDS or value.startswith(PREFIXES):
         return value
     folder, colon, split = value.rpartition(":")
-    if os.path.exists(value) or any(glob.iglob(value, recursive=True)):
+    if os.path.exists(value) or _matches(value):
         return os.path.abspath(value)
     if colon and os.path.isdir(folder):  # a split of a saved data set
         return f"{os.path.abspath(folder)}:{split}"
     return ",".join(absolute(part.strip()) for part in value.split(",")) if "," in value else value
+
+
+def _matches(pattern: str) -> bool:
+    """Whether a file matches a pattern."""
+    try:
+        return any(glob.iglob(pattern, recursive=True))
+    except ValueError:  # a NUL or half a surrogate pair, which no file name has
+        return False
 
 
 def config_json(config: ml_collections.ConfigDict) -> str:

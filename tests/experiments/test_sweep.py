@@ -382,6 +382,19 @@ def test_mistakes_end_the_command_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_the_command_passes_the_config_on(tmp_path, fake, monkeypatch, capsys):
+    """`--config.KEY=VALUE` of the sweep, in each command of a run."""
+    monkeypatch.chdir(ROOT)
+    commands, run_cell = [], runs.run_cell
+    monkeypatch.setattr(runs, "run_cell", lambda cell, *rest: commands.append(cell.command) or run_cell(cell, *rest))
+    arguments = [f"--config={SAFETY}", f"--workdir={tmp_path}/sweep", "--set=online.ratio=0.1,0.3"]
+    with command_line("sweep", [*arguments, "--config.online.num_samples=5", "--config.model.remat=True"], command.FLAGS):
+        command.main()
+    assert len(commands) == 2 and all({"--config.online.num_samples=5", "--config.model.remat=True"} <= {*c} for c in commands)
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["online.ratio_0.1", "online.ratio_0.3"]
+    assert "All cells: online.num_samples=5, model.remat=True" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
     """The training runs are real processes; the command of the sweep runs in this one."""

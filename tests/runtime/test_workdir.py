@@ -98,7 +98,17 @@ def directory(tmp_path, monkeypatch):
         (["a.jsonl", "org/rows:train"], ["{}/a.jsonl", "org/rows:train"]),
         *(
             (name, name)
-            for name in ("org/model", "absent.jsonl", "synthetic:lower", "recipe:redorca", "column:weight", "truth", "")
+            for name in (
+                "org/model",
+                "absent.jsonl",
+                "synthetic:lower",
+                "recipe:redorca",
+                "column:weight",
+                "truth",
+                "",
+                "a\0*",
+                "\ud800*",
+            )
         ),
     ],
 )
