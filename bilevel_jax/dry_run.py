@@ -13,7 +13,20 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_jax import batches, checks, features, finish, memory, online, preferences, rewards, scoring, sharding, step
+from bilevel_jax import (
+    batches,
+    checks,
+    features,
+    finish,
+    initial_weights,
+    memory,
+    online,
+    preferences,
+    rewards,
+    scoring,
+    sharding,
+    step,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, shuffle, templates
@@ -45,6 +58,9 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     num_rows = len(setup.lower.rows)
     num_steps = typed.num_epochs * shuffle.steps_per_epoch(num_rows, typed.batch.size)
     checks.check_profile(typed, num_steps)
+    checks.check_masks(typed, num_steps)
+    if typed.selection.init:
+        yield initial_weights.read(typed.selection.init, setup.lower.rows).summary(typed.selection.init)
     if typed.method in configuration.ONLINE and typed.online.reward:
         rewards.make_reward_fn(typed.online.reward, setup.lower.rows, levels.truths(setup.lower, typed.data.truth))
     yield data_text(setup)

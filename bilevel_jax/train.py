@@ -330,10 +330,7 @@ def _prepare(
     store = online.empty(len(lower.rows))
     if start:
         state, store = checkpoints.restore(start, state)
-        before = counters.get("num_steps", num_steps)  # earlier versions have no such counter
-        if not online.reaches(store, config.online, before, num_steps, start):
-            what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
-            raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
+        _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
         print(f"resuming {workdir} at step {start} of {num_steps}")
 
@@ -368,6 +365,15 @@ def _prepare(
     if not start:
         _measure_start(run, state)
     return run, state, store
+
+
+def _check_growth(
+    config: configuration.Config, shared: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
+) -> None:
+    """Refuses more steps than the run had `before`, where the responses in use do not reach so far."""
+    if not online.reaches(store, config.online, before, num_steps, start):
+        what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
+        raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
 
 
 def _with_logits(state: step.State, logits: np.ndarray) -> step.State:

@@ -12,9 +12,9 @@ from bilevel_jax.runtime import disk
 
 @pytest.mark.parametrize("num_saved, checkpoints", [(0, 3), (1, 2), (2, 1), (3, 1)])
 def test_run_bytes(num_saved, checkpoints):
-    """Two checkpoints stay and a third is being written; those on disk are not needed again."""
+    """Two checkpoints stay and a third is being written, each with an adapter; those on disk are not needed again."""
     needed = disk.run_bytes(1000, 2, num_saved, adapter_bytes=10, num_rows=5, num_epochs=3)
-    assert needed == checkpoints * 1000 + 10 + 5 * 3 * disk.TABLE_BYTES + disk.OTHER
+    assert needed == checkpoints * 1010 + 10 + 5 * 3 * disk.TABLE_BYTES + disk.OTHER
 
 
 def test_saved_checkpoints(tmp_path):
