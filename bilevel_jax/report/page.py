@@ -165,16 +165,18 @@ def _first_and_last(run: Run, key: str) -> tuple[float, float] | None:
     return (values[0], values[-1]) if len(values) > 1 else None
 
 
-def result_text(losses: tuple[float, float] | None) -> str:
-    """The held-out loss on trusted rows, before and after, as a sentence."""
+def result_text(losses: tuple[float, float] | None, right: tuple[float, float] | None = None) -> str:
+    """The held-out loss on trusted rows, before and after, and the share of their questions answered right, if measured."""
     if losses is None:
         return "The run has not measured a loss after the start yet."
     before, after = losses
     change = after / before - 1
     if abs(change) < 0.005:
-        return f"The loss on held-out trusted rows stayed at {after:.4f}."
-    verb, percent = ("fell", f"−{-change:.0%}") if change < 0 else ("rose", f"+{change:.0%}")
-    return f"The loss on held-out trusted rows {verb} from {before:.4f} to {after:.4f} ({percent})."
+        text = f"The loss on held-out trusted rows stayed at {after:.4f}."
+    else:
+        verb, percent = ("fell", f"−{-change:.0%}") if change < 0 else ("rose", f"+{change:.0%}")
+        text = f"The loss on held-out trusted rows {verb} from {before:.4f} to {after:.4f} ({percent})."
+    return text if right is None else f"{text} Of their questions {right[0]:.1%} were answered right before, {right[1]:.1%} after."
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -347,7 +349,7 @@ def render(run: Run) -> str:
     return environment.get_template("report.html.jinja").render(
         run=run,
         method_text=method_text(run),
-        result_text=result_text(_first_and_last(run, "upper_loss")),
+        result_text=result_text(_first_and_last(run, "upper_loss"), _first_and_last(run, "upper_right")),
         tiles=tiles(run),
         last_step=max((event["step"] for event in run.events), default=0),
         reasons=reasons,

@@ -189,6 +189,18 @@ def test_words_in_common(a, b, expected):
     assert run_data.words_in_common(a, b) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "losses, right, expected",
+    [
+        (None, None, "The run has not measured a loss after the start yet."),
+        ((0.5, 0.501), None, "The loss on held-out trusted rows stayed at 0.5010."),
+        ((1.0, 0.05), (0.0, 0.9), "(−95%). Of their questions 0.0% were answered right before, 90.0% after."),
+    ],
+)
+def test_result(losses, right, expected):
+    assert page.result_text(losses, right).endswith(expected)
+
+
 def test_head(run_dir):
     words = " ".join(report(run_dir).words[""].split())
     for shown in (
