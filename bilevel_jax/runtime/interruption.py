@@ -15,9 +15,13 @@ SAME = 0.2  # seconds in which further signals count as the first one: `timeout`
 def catch_signals():
     """Yields a list to which received SIGTERM and SIGINT are appended. The first one does not end the process inside this context.
 
-    A second one ends it at once, with status 128 + its number: nothing more is saved.
+    A second one ends it at once, with status 128 + its number: nothing more is saved. Outside the main thread, where Python allows no
+    handlers, the list stays empty.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in HANDLED}
     # Python calls a handler only when the main thread is back from a computation, which may hang. It writes to this socket at once.
     reading, writing = socket.socketpair()

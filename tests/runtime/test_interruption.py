@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -17,6 +18,20 @@ from bilevel_jax.runtime import interruption
 from bilevel_jax.runtime.workdir import locked, open_workdir
 from tests.conftest import make_model
 from tests.test_train import REFINED, without
+
+def test_a_thread_has_no_handlers():
+    """Python allows them in the main thread only; a run in another one ends with its process."""
+    before, caught = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with interruption.catch_signals() as received:
+            caught.append((received, signal.getsignal(signal.SIGTERM) is before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert caught == [([], True)]
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Locks
