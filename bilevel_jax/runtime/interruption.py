@@ -15,8 +15,8 @@ SAME = 0.2  # seconds in which further signals count as the first one: `timeout`
 def catch_signals():
     """Yields a list to which received SIGTERM and SIGINT are appended. The first one does not end the process inside this context.
 
-    A second one ends it at once, with status 128 + its number: nothing more is saved. Outside the main thread, where Python allows no
-    handlers, the list stays empty.
+    A second one ends it at once, with status 128 + its number: nothing more is saved. Outside the main thread Python allows no
+    handlers, and the list stays empty.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

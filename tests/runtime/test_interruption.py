@@ -19,6 +19,7 @@ from bilevel_jax.runtime.workdir import locked, open_workdir
 from tests.conftest import make_model
 from tests.test_train import REFINED, without
 
+
 def test_a_thread_has_no_handlers():
     """Python allows them in the main thread only; a run in another one ends with its process."""
     before, caught = signal.getsignal(signal.SIGTERM), []
