@@ -41,6 +41,7 @@ CHOOSE = flags.DEFINE_bool(
     "choose", True, "Trains on the rows that each rule keeps, and with weights made of its scores.", flag_values=FLAGS
 )
 KEPT = flags.DEFINE_multi_float("keep", [0.8, 0.5, 0.2], "Shares of the rows that are kept.", 0.0, 1.0, flag_values=FLAGS)
+PAGE = flags.DEFINE_string("page", "counterfactual", "Name of the page in experiments/results.", flag_values=FLAGS)
 WITHOUT = flags.DEFINE_bool("without", True, "Trains without each kind of rows.", flag_values=FLAGS)
 
 NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 160, 480, 1500, 2000
@@ -339,7 +340,7 @@ def main() -> None:
     if unknown:
         raise ValueError(f"--rule={unknown[0]!r} is no rule; those are {'; '.join(candidates.CANDIDATES)}")
     results = {seed: measure_seed(seed, names) for seed in range(FIRST.value, FIRST.value + SEEDS.value)}
-    judgement.write("counterfactual", "Selection rules, judged by retraining", page(results, names))
+    judgement.write("counterfactual", "Selection rules, judged by retraining", page(results, names), PAGE.value)
 
 
 if __name__ == "__main__":

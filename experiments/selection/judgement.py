@@ -66,11 +66,15 @@ def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, f
     )
 
 
-def write(name: str, title: str, lines: Sequence[str]) -> None:
-    """Writes experiments/results/NAME.md with its command, versions and commit at the top, and prints it."""
+def write(name: str, title: str, lines: Sequence[str], page: str = "") -> None:
+    """Writes experiments/results/PAGE.md with its command, versions and commit at the top, and prints it.
+
+    Args:
+      name: of the command, and of the page unless `page` is given.
+    """
     arguments = [f'"{part}"' if " " in part else part for part in sys.argv[1:]]
     command = " ".join([f"python -m experiments.{name}", *arguments])
     head = [f"# {title}", "", f"`{command}`", "", f"Commit {tables.commit()}; {tables.provenance()}", ""]
     text = "\n".join([*head, *lines]).rstrip() + "\n"
-    files.write_atomically(pathlib.Path("experiments/results", f"{name}.md"), text)
+    files.write_atomically(pathlib.Path("experiments/results", f"{page or name}.md"), text)
     print(text)
