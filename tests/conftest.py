@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from bilevel_jax import cli, main, train
 from bilevel_jax import config as configuration
-from bilevel_jax import train
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.runtime import distributed
 
 
 def _shapes(jaxpr):
@@ -193,6 +195,22 @@ def run_command(name: str, arguments) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         command.main()
     return printed.getvalue()
+
+
+def call_main(monkeypatch, *arguments) -> None:
+    """`python -m bilevel_jax.main ARGUMENTS` in this process, in the current directory; errors raise SystemExit."""
+    monkeypatch.setattr(distributed, "join", lambda: None)  # JAX has started already
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # from which ml_collections reads overrides
+    for name in [*main.FLAGS]:
+        if name.startswith("config."):  # overrides of an earlier call
+            delattr(main.FLAGS, name)
+        else:
+            main.FLAGS[name].unparse()
+    for name, module in [*sys.modules.items()]:  # ml_collections executes a config file in the module of the last one
+        if "get_config" in getattr(module, "__dict__", {}):
+            monkeypatch.delitem(sys.modules, name)
+    cli.parse(sys.argv, main.FLAGS)
+    cli.call(main.main)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -110,6 +110,17 @@ def test_every_configuration_key_exists(page):
     assert not unknown, f"{page.relative_to(ROOT)}: {sorted(unknown)}"
 
 
+def test_the_options_of_other_libraries_are_mapped_to_keys():
+    """In the tables of docs/coming_from.md whose last column is `here`, its code names keys, flags, commands, values or fields."""
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    tables = re.findall(r"^\|.*\| here \|\n\|[-| ]+\|\n((?:\|.*\|\n)+)", text, flags=re.M)
+    spans = [span for table in tables for line in table.splitlines() for span in re.findall(r"`([^`]+)`", line.split(" | ")[-1])]
+    named = {span.partition("=")[0] for span in spans if re.fullmatch(r"[a-z_]+(\.[a-z_]+)*(=.*)?", span)}
+    values = {"auto", "finetune", "adamw", "sgd", "all-linear", "near", "ipo", "model"}  # of keys, and an argument of `select`
+    assert named - values <= KEYS, sorted(named - values - KEYS)
+    assert len(tables) == 4 and len(named & KEYS) > 25
+
+
 def is_code(span: str) -> bool:
     """Whether `online.masked_rows` and the like names something in a module that is called as a section is."""
     module, _, name = span.partition(".")

@@ -1,6 +1,7 @@
 """The training command as a user meets it: help, errors of one line, the default workdir; and the flags of all commands."""
 
 import copy
+import functools
 import importlib
 import json
 import os
@@ -13,8 +14,7 @@ from absl import flags
 
 import bilevel_jax
 from bilevel_jax import cli, config, main
-from bilevel_jax.runtime import distributed
-from tests.conftest import run_command
+from tests.conftest import call_main, run_command
 
 COMMANDS = ("main", "evaluate", "export", "judge", "report", "sample", "score")
 
@@ -41,22 +41,7 @@ def call(start, capsys):
 def start(directory, monkeypatch):
     """`start(*arguments)`: the command in this process, in `directory`."""
     monkeypatch.chdir(directory)
-    monkeypatch.setattr(distributed, "join", lambda: None)  # JAX has started already
-
-    def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # from which ml_collections reads overrides
-        for name in [*main.FLAGS]:
-            if name.startswith("config."):  # overrides of an earlier call
-                delattr(main.FLAGS, name)
-            else:
-                main.FLAGS[name].unparse()
-        for name, module in [*sys.modules.items()]:  # ml_collections executes a config file in the module of the last one
-            if "get_config" in getattr(module, "__dict__", {}):
-                monkeypatch.delitem(sys.modules, name)
-        cli.parse(sys.argv, main.FLAGS)
-        cli.call(main.main)
-
-    return start
+    return functools.partial(call_main, monkeypatch)
 
 
 @pytest.fixture

@@ -1,13 +1,22 @@
 """Other names of columns: `question:query,response:answer` reads the column `query` as `question`."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bilevel_jax.data import schemas
 from bilevel_jax.data.rejections import DataError
+from bilevel_jax.text import one_line
 
 MAX_SEEN = 1000  # names of columns that are kept for a message
+MAX_SHOWN = 20
+LIKELY = {  # columns of other data sets that probably hold a field, for a message
+    "question": ("query", "user", "input", "problem", "text"),
+    "response": ("answer", "answers", "output", "reply", "completion", "assistant", "target", "solution"),
+    "output": ("response", "answer"),
+    "completion": ("response", "answer", "output"),
+}
 
 
 def parse(text: str, name: str = "--columns") -> dict[str, str]:
@@ -29,6 +38,26 @@ def parse(text: str, name: str = "--columns") -> dict[str, str]:
             raise DataError(f"{name}: the field '{field}' is named twice")
         columns[field] = column
     return columns
+
+
+def suggestion(reason: str, names: Sequence[str]) -> str:
+    """How to name the columns of a row that lacks a field, for a message; "" if the row is unusable for another reason.
+
+    Args:
+      reason: of the rejection.
+      names: the columns of the row.
+    """
+    if not names or not reason.startswith("no field "):
+        return ""
+    missing = re.fullmatch(r"no field '(\w+)'", reason)  # otherwise it has the fields of no schema
+    names = [one_line(name, 80) for name in names]
+    pairs = []
+    for field in [missing[1]] if missing else ["question", "response"]:
+        folded = {name.lower(): name for name in reversed(names)}
+        candidates = (folded[name] for name in (field, *LIKELY.get(field, ())) if name in folded)
+        pairs.append(f"{field}:{next(candidates, 'COLUMN')}")
+    shown = ", ".join(names[:MAX_SHOWN])
+    return f"; the columns are {shown}: name them with data.columns={','.join(pairs)} (--columns of commands)"
 
 
 class Columns:
@@ -60,7 +89,7 @@ class Columns:
             return
         column, known = next(iter(self._missing)), [str(name) for name in self._seen]
         close = difflib.get_close_matches(column, known, 1)
-        hint = f" (did you mean {close[0]}?)" if close else f"; the columns are {', '.join(known[:20])}"
+        hint = f" (did you mean {close[0]}?)" if close else f"; the columns are {', '.join(known[:MAX_SHOWN])}"
         raise DataError(f"{path}: no row has the column '{column}'{hint}")
 
 

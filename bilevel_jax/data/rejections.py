@@ -30,6 +30,7 @@ class Rejection:
 
     line: int
     reason: str
+    columns: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # of the row, for messages
 
 
 def suffix_of(path: str) -> str:

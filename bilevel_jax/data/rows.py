@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bilevel_jax.data import in_memory, readers, schemas
-from bilevel_jax.data.columns import Columns
+from bilevel_jax.data.columns import Columns, suggestion
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
 
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
@@ -155,7 +155,8 @@ def parse(
         try:
             row = _make_row(line, value, preference, questions_only, named)
         except schemas.Unusable as error:
-            yield Rejection(line, str(error))
+            fields = value.items() if isinstance(value, Mapping) else ()
+            yield Rejection(line, str(error), tuple(str(key) for key, field in fields if field is not None))
             continue
         counts[row.id] += 1
         yield row if counts[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}-{counts[row.id]}")
@@ -196,10 +197,10 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
     if not rows and not rejections:
         raise DataError(f"{path}: no rows in it")
     if not rows:
-        names = ", ".join(schema.name for schema in schemas.SCHEMAS)
+        names, first = ", ".join(schema.name for schema in schemas.SCHEMAS), rejections[0]
         raise DataError(
-            f"{location(path, rejections[0].line)}: {rejections[0].reason}; none of the {len(rejections)} rows can be "
-            f"used (known schemas: {names})"
+            f"{location(path, first.line)}: {first.reason}; none of the {len(rejections)} rows can be "
+            f"used{suggestion(first.reason, first.columns)} (known schemas: {names})"
         )
     counts = collections.Counter(row.schema for row in rows)
     cut = tuple(Rejection(row.line, "turns after the last answer left out") for row in rows if row.is_cut)

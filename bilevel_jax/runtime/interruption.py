@@ -41,12 +41,14 @@ def catch_signals():
 
 
 def _exit_on_second(reading: socket.socket) -> None:
-    """Reads the numbers of signals, and ends the process at the second one."""
+    """Reads the numbers of signals, says that the first one has arrived, and ends the process at the second one."""
     first = None
     while byte := reading.recv(1):
         if byte[0] not in HANDLED:
             continue
-        first = first or time.monotonic()
+        if first is None:
+            first = time.monotonic()
+            os.write(2, f"\n{signal.Signals(byte[0]).name}: stopping; a second signal ends the process without saving\n".encode())
         if time.monotonic() - first > SAME:
             os.write(2, f"\n{signal.Signals(byte[0]).name}: the second signal ends the process, without saving\n".encode())
             os._exit(128 + byte[0])

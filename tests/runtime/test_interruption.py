@@ -107,7 +107,9 @@ def test_a_second_signal_ends_the_process(second, main_thread):
         assert process.poll() is None
         process.send_signal(second)
         assert process.wait(timeout=10) == 128 + second
-        assert f"{second.name}: the second signal ends the process" in process.stderr.read()
+        stderr = process.stderr.read()
+        assert stderr.count("SIGINT: stopping; a second signal ends the process without saving") == 1
+        assert f"{second.name}: the second signal ends the process" in stderr
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
