@@ -2,9 +2,9 @@
 
 The rows are ordinary ones, forbidden requests refused, and forbidden requests complied with. Half of the trusted rows are
 ordinary; the other half refuse (A), or comply (B). Nothing else changes. A rule that follows ranks refused rows over complied ones
-in A, and the other way round in B. The base either knows both kinds (`tiny`, pretrained on such rows) or neither (`tiny_base`).
-Control: trusted responses that change places, so that only
-the kind of response is left of them.
+in A, and the other way round in B. One base knows both kinds (`tiny`, pretrained on such rows); the other one knows answers to
+harmless requests of the same form, and has never refused one (`tiny_base`). Control: trusted responses that change places, so that
+only the kind of response is left of them.
 """
 
 import json
@@ -31,7 +31,7 @@ RULE = flags.DEFINE_multi_string("rule", [], "A rule to test, as in the table; a
 BASE = flags.DEFINE_multi_enum("base", [], ["tiny", "tiny_base"], "A base model; both by default.", flag_values=FLAGS)
 
 ORDINARY, EACH, TRUSTED = 160, 120, 160
-BASES = {"tiny": "knows both kinds of answers", "tiny_base": "knows neither"}
+BASES = {"tiny": "knows both kinds of answers", "tiny_base": "has never refused"}
 RULES = (candidates.OURS, candidates.LOSS, candidates.TRACKED, "bmo", "−ℓ, base model", "LESS", candidates.OWN)
 
 
