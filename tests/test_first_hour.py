@@ -656,7 +656,7 @@ EXPORT_MISTAKES = [  # name; what must happen; arguments; what the one line says
         ["--selected=a.jsonl", "--refined"],
         "generates nothing",
     ),
-    ("a model directory that exists", "It is not overwritten.", ["--merged=."], r"\. exists already; give another directory"),
+    ("a model directory that exists", "It is not overwritten.", ["--merged=.."], r"\.\. exists already; give another directory"),
 ]
 
 

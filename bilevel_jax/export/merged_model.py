@@ -93,6 +93,7 @@ def write_merged_model(
       OSError: `out` is in use or cannot be written.
     """
     check_free(out)
+    out = out.absolute()  # a directory cannot take the place of "."
     config, low_rank = huggingface.load_adapter(adapter, huggingface.read_config(base))
     reader, weights = huggingface.TensorReader(base), list_weights(config)
     num_params = sum(int(np.prod(weight.shape)) for weight in weights)
