@@ -95,7 +95,7 @@ def test_an_installed_package(tmp_path):
     copy.mkdir()
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
-        if name.startswith(("bilevel_jax/", "configs/")) or "/" not in name:
+        if (ROOT / name).is_file() and (name.startswith(("bilevel_jax/", "configs/")) or "/" not in name):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

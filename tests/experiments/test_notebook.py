@@ -18,8 +18,6 @@ SMALLER = {  # in the first run
     "data.num_upper": 120,
     "data.num_lower": 160,
     "data.max_length": 160,
-    "online.refresh_every": 2,  # nothing is masked before the first step
-    "online.max_new_tokens": 16,
     "log.every": 2,
 }
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,12 +29,13 @@ def shrink(book) -> None:
     first.source = first.source.replace(
         '    data={"num_upper": 2200, "num_lower": 2200, "max_length": 256},\n', f"    **{SMALLER},\n"
     )
+    first.source = first.source.replace('"refresh_every": 30, "max_new_tokens": 128', '"refresh_every": 2, "max_new_tokens": 16')
     (model,) = [cell for cell in book.cells if MODEL in cell.source]
     model.source = model.source.replace(MODEL, "bilevel_jax/tiny")
     own = [cell for cell in book.cells if "lower=mixture" in cell.source]
     for cell in own:
         cell.source = cell.source.replace("lower=mixture", "lower=mixture, num_epochs=1")
-    assert str(SMALLER) in first.source and len(own) == 2
+    assert str(SMALLER) in first.source and '"refresh_every": 2,' in first.source and len(own) == 2
 
 
 def install_cell(book) -> str:

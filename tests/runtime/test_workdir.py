@@ -46,8 +46,8 @@ def test_what_may_change_on_resumption(stored):
 @pytest.mark.parametrize(
     "before, changes, named",
     [
-        ({}, {"eval.num_upper": 100}, "eval.num_upper: 200 there, 100 now"),
-        ({}, {"eval.num_lower": 100}, "eval.num_lower: 200 there, 100 now"),
+        ({}, {"eval.num_upper": 100}, "eval.num_upper: 200.0 there, 100.0 now"),
+        ({}, {"eval.num_lower": 100}, "eval.num_lower: 200.0 there, 100.0 now"),
         ({}, {"num_epochs": 2}, "num_epochs: 3 there, 2 now"),
         ({}, {"num_epochs": 4, "optimizer.learning_rate": 1.0}, "num_epochs: 3 there, 4 now, optimizer.learning_rate: "),
         ({"selection.rule": "metagradient"}, {"selection.rule": "metagradient", "num_epochs": 4}, "num_epochs: 3 there, 4 now"),
