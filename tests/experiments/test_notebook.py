@@ -29,7 +29,7 @@ def shrink(book) -> None:
     first.source = first.source.replace(
         '    data={"num_upper": 2200, "num_lower": 2200, "max_length": 256},\n', f"    **{SMALLER},\n"
     )
-    first.source = first.source.replace('"refresh_every": 30, "max_new_tokens": 128', '"refresh_every": 2, "max_new_tokens": 16')
+    first.source = first.source.replace('"refresh_every": 30, "max_new_tokens": 128', '"refresh_every": 2, "max_new_tokens": 128')
     (model,) = [cell for cell in book.cells if MODEL in cell.source]
     model.source = model.source.replace(MODEL, "bilevel_jax/tiny")
     own = [cell for cell in book.cells if "lower=mixture" in cell.source]
