@@ -151,7 +151,7 @@ def steps_text(config: configuration.Config, setup: setups.Setup, num_steps: int
         f"tokens: about {sum(tokens.values()):,.0f} in training ({by_level})",
     ]
     if config.method in configuration.ONLINE:
-        masked = int(config.online.ratio * len(setup.lower.rows) + 1e-9)
+        masked = online.num_masked(len(setup.lower.rows), config.online.ratio)
         refreshes = -(-num_steps // config.online.refresh_every)
         number = f"at most {masked * config.online.num_samples:,} responses of {config.online.max_new_tokens} tokens"
         lines.append(f"generation: {refreshes} refreshes, each {number}")

@@ -63,19 +63,19 @@ def read(source: str, rows: Sequence[Row]) -> Given:
 
 
 def _weights(records: Iterable[tuple[str, str, object]], prefix: str) -> dict[str, float]:
-    """id -> weight, of (place, id, weight); None is no weight."""
+    """id -> weight, of (where, id, weight); None is no weight."""
     weights = {}
-    for place, row_id, weight in records:
+    for where, row_id, weight in records:
         if weight is None:
             continue
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise DataError(f"{prefix}: {place}: {weight!r} is not a weight, a finite number of at least 0")
+            raise DataError(f"{prefix}: {where}: {weight!r} is not a weight, a finite number of at least 0")
         weights[row_id] = float(weight)
     return weights
 
 
 def _read_table(path: pathlib.Path, prefix: str) -> list[tuple[str, str, object]]:
-    """(place, id, weight) of each row of a table."""
+    """(where, id, weight) of each row of a table."""
     if path.is_dir():
         table = weight_table.latest(path)
         if table is None:

@@ -25,13 +25,18 @@ MASK = 2  # tag that separates the mask's random stream from those of the data, 
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def num_masked(num_rows: int, ratio: float) -> int:
+    """⌊R·N⌋."""
+    return int(ratio * num_rows + 1e-9)  # 0.29 · 100 is 28.999...96 in binary
+
+
 def masked_rows(logits_N: np.ndarray | None, num_rows: int, ratio: float, seed: int) -> np.ndarray:
     """The ⌊R·N⌋ masked rows, ascending: those of the smallest σ_i(ω), or random ones without logits.
 
     While all logits are equal, no row is masked, because the choice would be arbitrary; with R = 1 there is no choice, and all are.
     Other ties are broken by a random order that the seed fixes, never by the stored order.
     """
-    number = int(ratio * num_rows + 1e-9)  # 0.29 · 100 is 28.999...96 in binary
+    number = num_masked(num_rows, ratio)
     if logits_N is not None and number < num_rows and (logits_N == logits_N[0]).all():
         number = 0
     shuffled = np.random.default_rng((seed, MASK)).permutation(num_rows)

@@ -312,13 +312,14 @@ def _running(mean, value):
 
 
 def update_influence(
-    problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, batch: packing.Batch, shares: Shares
+    problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, loss_E, batch: packing.Batch, shares: Shares
 ) -> tuple[Influence, jax.Array, jax.Array]:
     """What each entry does for the trusted rows, and its cost.  (I), (C)
 
     Args:
       memory: before the step.
-      update: of θ, with the NLL and ∇L0 of the batch at θ^k.
+      update: of θ, with ∇L0 of the batch at θ^k.
+      loss_E: losses of the entries at θ^k.
 
     Returns:
       memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
@@ -328,15 +329,12 @@ def update_influence(
     def decay(mean, g):
         return UPPER_DECAY * mean + (1 - UPPER_DECAY) * g
 
-    def losses_of(nll_E):
-        return entry_losses(objective.lower, objective, batch, nll_E)
-
     upper_gradient = jax.tree.map(decay, memory.upper_gradient, update.upper_gradient)
     direction = _preconditioned(update.policy.optimizer, upper_gradient)
     size = FD_SCALE[model.dtype] * optax.tree.norm(state.policy.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
     moved = jax.tree.map(lambda leaf, d: leaf - size * d, state.policy.adapter, direction)
-    loss_E = losses_of(update.nll_E)
-    change_E = losses_of(forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)) - loss_E
+    moved_nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)
+    change_E = entry_losses(objective.lower, objective, batch, moved_nll_E) - loss_E
     mean_square, harm_E = _scaled(memory.mean_square, change_E, shares.cost)
     loss_mean = _running(memory.loss_mean, jnp.sum(shares.cost * loss_E))
     loss_square, surprise_E = _scaled(memory.loss_square, loss_E - loss_mean, shares.cost)
@@ -433,30 +431,28 @@ def make_step(
         token_params, next_nll_E = state.token_params, None
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
-        memory = state.influence
+        memory, loss_E = state.influence, entry_losses(objective.lower, objective, batch, update.nll_E)
         if problem.influence and memory is not None:
-            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, batch, shares)
+            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, loss_E, batch, shares)
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             harm_E = jnp.zeros_like(cost_E)  # not measured
         selector_state = selection.update(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )
-        loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
         selector_state = selection.record(selector_state, batch.row_index, of_data_E, loss_E, harm_E)
         new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
-        return new, _metrics(objective, batch, shares, update)
+        return new, _metrics(objective, batch, shares, update, loss_E)
 
     return step
 
 
-def _metrics(objective: Objective, batch: packing.Batch, shares: Shares, update: PolicyUpdate) -> dict[str, jax.Array]:
-    lower_E = entry_losses(objective.lower, objective, batch, update.nll_E)
+def _metrics(objective: Objective, batch: packing.Batch, shares: Shares, update: PolicyUpdate, loss_E) -> dict[str, jax.Array]:
     return {
         "loss": update.loss,
         "upper_loss": update.upper_loss,
-        "lower_loss": jnp.sum(shares.cost * lower_E),
+        "lower_loss": jnp.sum(shares.cost * loss_E),
         "gradient_norm": optax.tree.norm(update.gradient),
         "response_tokens": jnp.sum(batch.packed.num_targets).astype(jnp.float32),
         "row_loss": losses.row_losses(update.nll_E, batch.packed.length, objective.reduction),
