@@ -119,7 +119,10 @@ class Run:
 
     @property
     def adapter_path(self) -> pathlib.Path:
-        """The adapter, a directory in PEFT's format: `PeftModel.from_pretrained(base, run.adapter_path)`."""
+        """The adapter, a directory in PEFT's format: `PeftModel.from_pretrained(base, run.adapter_path)`.
+
+        With `lora.rank=0` there is none; `run.workdir / "model"` is the model then.
+        """
         self._require_finished()
         return self.workdir / "adapter"
 

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import near_names, objective, online, sampling, step
+from bilevel_jax import near_names, objective, online, optimizer, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
 
 CHOICES = {
     "method": configuration.METHODS,
-    "optimizer.name": configuration.OPTIMIZERS,
+    "optimizer.name": optimizer.OPTIMIZERS,
+    "optimizer.schedule": optimizer.SCHEDULES,
     "model.dtype": configuration.DTYPES,
     "selection.unit": configuration.UNITS,
     "data.template": templates.TEMPLATES,
@@ -25,7 +26,7 @@ CHOICES = {
 }
 AT_LEAST = {
     "num_epochs": 1,
-    "lora.rank": 1,
+    "lora.rank": 0,
     "log.every": 1,
     "batch.size": 1,
     "batch.micro_size": 1,
@@ -40,6 +41,8 @@ AT_LEAST = {
     "data.num_lower": 0,
     "eval.num_upper": 0,
     "eval.num_lower": 0,
+    "eval.every": 0,
+    "eval.patience": 0,
     "online.num_samples": 1,
     "online.refresh_every": 1,
     "online.max_new_tokens": 1,
@@ -49,8 +52,8 @@ AT_LEAST = {
 RANGES = {  # key -> (allowed?, in words); those of `Selector`, `Objective` and `sampling.Settings` are checked there
     "seed": (lambda value: value < 2**32, "below 2^32"),
     "online.ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-    "optimizer.learning_rate": (lambda value: value > 0, "positive"),
     "lora.alpha": (lambda value: value > 0, "positive"),
+    "lora.dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "data.bad_fraction": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "eval.keep": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "eval.num_upper": (lambda value: 0 <= value < 1 or value.is_integer(), "a number of rows, or a share of them below 1"),
@@ -70,6 +73,7 @@ def build(config: ml_collections.ConfigDict) -> Config:
     _check_values(typed)
     _check_parts(typed)
     _check_given_weights(typed)
+    _check_learned(typed)
     if typed.method == "mixing":
         _check_mixing(typed)
         return typed
@@ -173,6 +177,10 @@ def _check_parts(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"online.{error}") from error
     try:
+        configuration.optimizer_settings(config)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
+    try:
         step.check_token_weights(configuration.to_objective(config), configuration.to_selector(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -181,6 +189,24 @@ def _check_parts(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Combinations
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _check_learned(config: Config) -> None:
+    """Refuses options of adapters and evaluations that would have no effect, or a wrong one."""
+    section, e = config.lora, config.eval
+    if not section.rank:
+        of_adapters = {"lora.init": bool(section.init), "lora.dropout": section.dropout > 0, "lora.rslora": section.rslora}
+        for key, is_set in of_adapters.items():
+            _require(not is_set, f"{key} is an option of adapters: with lora.rank=0 there is none; take lora.rank=16")
+    metagradient = config.method != "mixing" and config.selection.rule == "metagradient"
+    for setting, disturbs in (
+        (f"method={config.method}, which compares the policy with itself when it answered", config.method in configuration.ONLINE),
+        ("selection.rule=metagradient, which repeats every step", metagradient),
+        ("selection.unit=token, whose weights follow each token's loss", config.selection.unit == "token"),
+    ):
+        _require(not (section.dropout and disturbs), f"lora.dropout={section.dropout:g} disturbs {setting}; take lora.dropout=0")
+    for key, needs_rows in (("eval.keep_best", e.keep_best), ("eval.patience", e.patience)):
+        _require(not needs_rows or e.num_upper > 0, f"{key} needs held-out trusted rows: eval.num_upper=0 holds none out")
 
 
 def _check_mixing(config: Config) -> None:

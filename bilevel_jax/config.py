@@ -11,11 +11,10 @@ import re
 import ml_collections
 import optax
 
-from bilevel_jax import objective, preferences, selector
+from bilevel_jax import objective, optimizer, preferences, selector
 
 ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
-OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16", "auto")
 EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
 UNITS = ("sample", "domain", "token")
@@ -58,6 +57,8 @@ class Selection:
     freeze: bool = False  # use the weights of selection.init, and never move them
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
     learning_rate: float = 1.0  # of ω: mirror takes 1 to 3, the paper's Adam 1e-4
+    b1: float = 0.9  # (optimizer=adam) decay of the mean of gradients
+    b2: float = 0.999  # (optimizer=adam) decay of the mean of their squares
     tau: float = 1.0  # of bmo
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
     baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
@@ -97,15 +98,24 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    rank: int = 16
+    rank: int = 16  # 0: no adapter, all weights of the model are learned
     alpha: float = 16.0
     targets: str = "all-linear"  # or names separated by commas: q_proj,v_proj
+    rslora: bool = False  # scale alpha/√rank in place of alpha/rank
+    dropout: float = 0.0  # share of an adapter's inputs that are set to 0 in training
+    init: str = ""  # directory of an adapter to start from, of the same rank, alpha and targets; empty: a new one
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     name: str = "adam"  # adam, adamw, sgd
     learning_rate: float = 5e-6  # the paper's; small models take far more
+    schedule: str = "constant"  # after the warmup: constant, cosine or linear, both down to 0 at the end of the run
+    warmup: float = 0.0  # steps in which the rate rises from 0; below 1: that share of all steps
+    b1: float = 0.9  # (adam, adamw) decay of the mean of gradients
+    b2: float = 0.999  # (adam, adamw) decay of the mean of their squares
+    weight_decay: float = 0.0  # (adamw)
+    clip_norm: float = 0.0  # largest norm of the joint gradient of both levels; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +157,9 @@ class Eval:
     num_upper: float = 200.0  # rows held out, never trained on; below 1: that share of the rows, at most 200
     num_lower: float = 200.0  # the same, of the lower level
     keep: float = 0.8  # share of rows that counts as kept where kept bad rows are counted
+    every: int = 0  # steps between evaluations; 0: only at the end of an epoch
+    keep_best: bool = False  # adapter/ is that of the lowest trusted loss, and not that of the last step
+    patience: int = 0  # evaluations without a lower trusted loss after which the run ends; 0: it never ends early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +245,8 @@ def to_selector(config: Config) -> selector.Selector:
         rule=s.rule,
         optimizer=s.optimizer,
         learning_rate=s.learning_rate,
+        b1=s.b1,
+        b2=s.b2,
         tau=s.tau,
         baseline=s.baseline,
         weight_scale=s.weight_scale,
@@ -242,11 +257,26 @@ def to_selector(config: Config) -> selector.Selector:
     )
 
 
-def to_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer of θ."""
-    o = config.optimizer
-    more = {"eps_root": EPS_ROOT} if to_selector(config).rule == "metagradient" and o.name != "sgd" else {}
-    return getattr(optax, o.name)(o.learning_rate, **more)
+def to_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """The optimizer of θ for a run of `num_steps` steps.
+
+    Raises:
+      ConfigError: the warmup is as long as the run.
+    """
+    try:
+        return optimizer.make(optimizer_settings(config), num_steps)
+    except ValueError as error:
+        raise ConfigError(f"optimizer.{error}") from error
+
+
+def optimizer_settings(config: Config) -> optimizer.Settings:
+    """The optimizer of θ, before the number of steps is known.
+
+    Raises:
+      ValueError: a value out of range; the message starts with its name.
+    """
+    eps_root = EPS_ROOT if to_selector(config).rule == "metagradient" else 0.0
+    return optimizer.Settings(**dataclasses.asdict(config.optimizer), eps_root=eps_root)
 
 
 def to_objective(config: Config) -> objective.Objective:

@@ -64,6 +64,11 @@ def slot_shardings(mesh, slots: Slots) -> Slots:
     return sharding.shardings(mesh, slots, "rows")._replace(cache=sharding.shardings(mesh, slots.cache, "rows", "heads"))
 
 
+def prefill(config: decoder.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
+    """`decoder.prefill` with the weights in use."""
+    return decoder.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
+
+
 def fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
     """Starts responses in free slots, from rows of a prefill batch."""
 
@@ -161,6 +166,7 @@ def merges_adapter(config: decoder.ModelConfig) -> bool:
 
 def weights_by_layer(config: decoder.ModelConfig, mesh: jax.sharding.Mesh, base, adapter):
     """The weights in the layout of `decoder.decode`, with unchanged sharding."""
+    base, adapter = lora.in_use(config, base, adapter)
     if adapter is not None and merges_adapter(config):
         base, adapter = lora.merge_adapter(config, base, adapter), None
     base = decoder.split_layers(base, config)

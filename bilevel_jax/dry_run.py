@@ -29,7 +29,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, rendering, shuffle, templates
+from bilevel_jax.data import levels, rendering, templates
 from bilevel_jax.data.rejections import location
 from bilevel_jax.runtime import disk, workdir
 
@@ -56,7 +56,7 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     setup = setups.load(typed)
     load_seconds = time.perf_counter() - began
     num_rows = len(setup.lower.rows)
-    num_steps = typed.num_epochs * shuffle.steps_per_epoch(num_rows, typed.batch.size)
+    num_steps = setups.num_steps(typed, setup)
     checks.check_profile(typed, num_steps)
     checks.check_masks(typed, num_steps)
     if typed.selection.init:

@@ -1,4 +1,4 @@
-"""What a run writes when its last step is done: adapter, weights of tokens, summary, report."""
+"""What a run writes when its last step is done: what it learned, weights of tokens, summary, report."""
 
 import json
 import math
@@ -6,11 +6,13 @@ import pathlib
 import shutil
 import sys
 
+import jax
 import numpy as np
 
 from bilevel_jax import config as configuration
 from bilevel_jax import features, files, scoring, sharding, step
 from bilevel_jax.data import templates
+from bilevel_jax.export import merged_model
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
 from bilevel_jax.runtime import clock as clocks
@@ -21,12 +23,16 @@ from bilevel_jax.setup import Setup
 
 def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: step.State) -> None:
     """θ in PEFT format."""
-    base = absolute(config.model.path)
-    huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base)
+    base, options = absolute(config.model.path), {"rslora": config.lora.rslora, "dropout": config.lora.dropout}
+    huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base, **options)
 
 
 def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, k: int) -> None:
-    """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints."""
+    """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints.
+
+    Only of adapters: where all weights are learned, a checkpoint alone has them."""
+    if not config.lora.rank:
+        return
     directory = workdir / "adapters"
     write_adapter(config, directory / f"step_{k}", setup, state)
     numbers = ((path.name.removeprefix("step_"), path) for path in directory.glob("step_*"))
@@ -37,8 +43,12 @@ def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setu
 
 
 def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, encoder) -> None:
-    """θ in PEFT format and, where ω is a function of features, φ."""
-    write_adapter(config, workdir / "adapter", setup, state)
+    """θ, in PEFT format or as a model directory, and, where ω is a function of features, φ."""
+    if config.lora.rank:
+        write_adapter(config, workdir / "adapter", setup, state)
+    else:
+        params = jax.tree.map(sharding.to_host, state.policy.adapter)
+        merged_model.write_learned_model(huggingface.locate(config.model.path), params, setup.model, workdir / "model")
     if encoder:
         features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
 

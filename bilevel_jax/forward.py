@@ -8,50 +8,62 @@ import jax.numpy as jnp
 
 from bilevel_jax import losses
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import decoder, lora
 
 
-def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
-    """Final hidden states [T, D] of micro-batch m."""
+def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
+    """Final hidden states [T, D] of micro-batch m; with a key, the adapter's dropout is on."""
+    base, adapter = lora.in_use(config, base, adapter)
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
-    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
+    rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}
+    batch = packed.tokens[m], packed.positions[m], packed.segment_ids[m]
+    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, *batch, rngs=rngs)
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 
-def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m) -> jax.Array:
+def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
-    hidden_TxD = hidden_states(config, base, adapter, packed, m)
-    token_nll = losses.token_nll_plain if config.second_order else losses.token_nll
-    return token_nll(hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m])
+    hidden_TxD = hidden_states(config, base, adapter, packed, m, key)
+    # The fast version has no derivative in the output matrix.
+    token_nll = losses.token_nll_plain if config.second_order or lora.is_full(adapter) else losses.token_nll
+    head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
+    return token_nll(hidden_TxD, head_VxD, packed.logit_index[m], packed.target[m], packed.num_targets[m])
 
 
 def micro_nll(
-    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
 ) -> jax.Array:
     """Summed NLL of every entry's response in micro-batch m.
 
     Args:
-      adapter: the LoRA parameters; None for the base model alone.
+      adapter: the learned parameters, see `lora`; None for the base model alone.
       m: index of the micro-batch.
       token_weights: `(nll_P, entry_P) -> weight_P`, the factor of each token's NLL; None for 1.
+      key: of the adapter's dropout in this step; None for none.
 
     Returns:
       [E] float32, nats; 0 for entries of other micro-batches.
     """
-    nll_P = target_nll(config, base, adapter, packed, m)
+    nll_P = target_nll(config, base, adapter, packed, m, key)
     if token_weights is not None:
         nll_P *= token_weights(nll_P, packed.entry[m])
     return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])
 
 
 def entry_nll(
-    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, num_micro=None, token_weights: Callable | None = None
+    config: decoder.ModelConfig,
+    base,
+    adapter,
+    packed: packing.Packed,
+    num_micro=None,
+    token_weights: Callable | None = None,
+    key=None,
 ) -> jax.Array:
     """Summed NLL of every entry [E], nats, over the first `num_micro` micro-batches (default: all in use). Forward only."""
     num_micro = packed.num_micro if num_micro is None else num_micro
     start = jnp.zeros(packed.length.shape[0], jnp.float32)
 
     def add(m, nll_E):
-        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights)
+        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights, key)
 
     return jax.lax.fori_loop(0, num_micro, add, start)

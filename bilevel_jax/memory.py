@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bilevel_jax import checks, decoding, features, forward, preferences, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import packing, sources
+from bilevel_jax.data import packing, shuffle, sources
 from bilevel_jax.models import decoder, huggingface, lora
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
@@ -77,7 +77,9 @@ def base_shapes(model: decoder.ModelConfig):
 
 
 def adapter_shapes(model: decoder.ModelConfig, rank: int, targets: tuple[str, ...]):
-    """The adapter as a tree of shapes."""
+    """What is learned, as a tree of shapes: an adapter, or all weights if the rank is 0."""
+    if not rank:
+        return jax.eval_shape(lora.init_full, base_shapes(model))
     return jax.eval_shape(lambda: lora.init_adapter(model, jax.random.key(0), rank, targets))
 
 
@@ -130,7 +132,8 @@ def layer_residuals(model: decoder.ModelConfig, rank: int, targets, sequences: i
     def kept(base, adapter, x, positions):
         def layer(adapter, x):
             table = decoder.rotary_table(positions, model)
-            return decoder.Layer(model).apply({"params": base, "adapter": adapter}, x, table, positions)[0]
+            variables = {"params": base, "adapter": adapter} if rank else {"params": adapter}
+            return decoder.Layer(model).apply(variables, x, table, positions)[0]
 
         return jax.vjp(layer, adapter, x)[1]
 
@@ -182,13 +185,18 @@ def make_plan(config, num_rows: int | None = None) -> Plan:
 def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
     """The arrays that a run always holds: weights, learners, selector, features."""
     tracked = configuration.to_objective(config).value_function == "tracked"
-    optimizer, selector = configuration.to_optimizer(config), configuration.to_selector(config)
+    num_steps = config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size)
+    optimizer, selector = configuration.to_optimizer(config, num_steps), configuration.to_selector(config)
     state = jax.eval_shape(lambda start: step.init(start, optimizer, selector, num_rows, tracked, features.SIZE), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
+
+    def learned(part: str):
+        return getattr(state.policy, part), getattr(shardings.policy, part)
+
     items = [
         Item("base parameters", size_of(base, sharding.weight_shardings(mesh, base)), ALWAYS),
-        Item("adapter θ", size_of(state.policy.adapter), ALWAYS),
-        Item("its optimizer", size_of(state.policy.optimizer), ALWAYS),
+        Item("adapter θ" if config.lora.rank else "all weights θ", size_of(*learned("adapter")), ALWAYS),
+        Item("its optimizer", size_of(*learned("optimizer")), ALWAYS),
     ]
     if tracked:
         items.append(Item("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS))
@@ -216,10 +224,11 @@ def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, 
     chunk = jax.ShapeDtypeStruct((min(packing.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
     logit_bytes = 4 + 4 + jnp.dtype(model.dtype).itemsize
+    learned = None if config.lora.rank else sharding.weight_shardings(mesh, adapter)
     return [
         Item("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp"),
         Item("logits chunk: logits, exp, exp rounded", rows * columns * logit_bytes, TRAINING, "formula"),
-        Item("gradient: sum and one micro-batch's", 2 * size_of(adapter), TRAINING, "formula"),
+        Item("gradient: sum and one micro-batch's", 2 * size_of(adapter, learned), TRAINING, "formula"),
     ]
 
 

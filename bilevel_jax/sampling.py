@@ -287,7 +287,7 @@ def make_sampler(
         detokenize=detokenize,
         init=jax.jit(init, out_shardings=shardings),
         by_layer=jax.jit(functools.partial(decoding.weights_by_layer, config, mesh)),
-        prefill=jax.jit(functools.partial(decoder.prefill, config)),
+        prefill=jax.jit(functools.partial(decoding.prefill, config)),
         fill=jax.jit(decoding.fill, donate_argnums=0, out_shardings=shardings),
         decode=jax.jit(decode, static_argnums=0, donate_argnums=3, out_shardings=shardings),
         replicate=jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh)),

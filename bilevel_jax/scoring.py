@@ -10,7 +10,7 @@ import tqdm
 
 from bilevel_jax import forward, losses, sharding, token_weights
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import decoder, lora
 
 ENTRIES = 256  # segments per packed batch: enough to fill the sequences well
 SHORT = 512  # tokens; segments up to this length share one shape, longer ones use the next power of two
@@ -23,7 +23,8 @@ def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Pac
     def add(m, sums):
         hidden_TxD = forward.hidden_states(config, base, adapter, packed, m)
         target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
-        nll_P, missed_P = losses.token_scores(hidden_TxD, decoder.head(base), *target)
+        head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
+        nll_P, missed_P = losses.token_scores(hidden_TxD, head_VxD, *target)
         scores = nll_P, missed_P.astype(jnp.int32)
         return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, scores))
 

@@ -105,7 +105,7 @@ def search(
     if num_upper < MIN_ROWS:
         raise configuration.ConfigError(f"selection.rule=metagradient needs {MIN_ROWS} trusted rows for training, not {num_upper}")
     inner, steering, stopping = (_subset(setup.upper, part) for part in split_trusted(num_upper, config.seed))
-    objective, optimizer = configuration.to_objective(config), configuration.to_optimizer(config)
+    objective, optimizer = configuration.to_objective(config), setups.make_optimizer(config, setup)
     it = Iteration(
         config,
         setup,

@@ -42,11 +42,11 @@ class Selector:
 
     Attributes:
       rule: `bds`, eq. (10b); `bmo`, eqs. (47)-(48); `metagradient`, ω frozen where `search` put it before the first step;
-      `uniform`,
-        ω frozen at 0: the control.
+        `uniform`, ω frozen at 0: the control.
       optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
         `parameterization="table"`.
       learning_rate: α.
+      b1, b2: decays of Adam's means. ω has a gradient at every step, so with a b2 near 1 rows drift long after their last visit.
       tau: τ of (48), per nat.
       baseline: subtracted from the cost: nothing, the `batch` mean, or the `running` mean of earlier batches. As Σ_i ∇σ_i = 0,
         a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean adds noise of its own to the
@@ -62,6 +62,8 @@ class Selector:
     rule: str = "bds"
     optimizer: str = "mirror"
     learning_rate: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
     tau: float = 1.0
     baseline: str = "running"
     weight_scale: str = "dataset"
@@ -82,6 +84,9 @@ class Selector:
                 raise ValueError(f"selection.{name}={getattr(self, name)!r} is not among {', '.join(allowed)}")
         if not self.learning_rate > 0:
             raise ValueError(f"selection.learning_rate must be positive, got {self.learning_rate}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"selection.{name}={getattr(self, name)} must be in [0, 1)")
         if not self.tau > 0:
             raise ValueError(f"selection.tau must be positive, got {self.tau}")
         if not self.ridge >= 0:
@@ -104,7 +109,9 @@ class Selector:
 
 
 def _optimizer(selector: Selector) -> optax.GradientTransformation:
-    return optax.adam(selector.learning_rate) if selector.optimizer == "adam" else optax.sgd(selector.learning_rate)
+    if selector.optimizer == "adam":
+        return optax.adam(selector.learning_rate, selector.b1, selector.b2)
+    return optax.sgd(selector.learning_rate)
 
 
 def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorState:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, rendering, templates
+from bilevel_jax.data import levels, packing, rendering, shuffle, templates
 from bilevel_jax.models import decoder, huggingface, lora
 from bilevel_jax.runtime import checkpoint, disk, phases
 
@@ -48,11 +49,35 @@ def load(config: configuration.Config) -> Setup:
         print(notice)
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
-    targets = lora.resolve_targets(model, config.lora.targets)
-    model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
-    adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
+    model, adapter = start_of_learning(config, model, base)
     eos = huggingface.eos_ids(directory, tokenizer)
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
+
+
+def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, dict]:
+    """The model with the options of training, and the learned parameters before the first step, see `lora`.
+
+    Raises:
+      ConfigError, ModelError: `lora.init` is no adapter of this model, or of another rank, scale or targets.
+    """
+    section = config.lora
+    scale = lora.scale(section.alpha, section.rank, section.rslora)
+    model = dataclasses.replace(model, adapter_scale=scale, adapter_dropout=section.dropout, remat=config.model.remat)
+    if not section.rank:
+        return model, lora.init_full(base)
+    targets = lora.resolve_targets(model, section.targets)
+    if not section.init:
+        return model, lora.init_adapter(model, jax.random.key(config.seed), section.rank, targets)
+    read, adapter = huggingface.load_adapter(section.init, model)
+    names = {name: low_rank for module in adapter["layers"].values() for name, low_rank in module.items()}
+    rank = next(iter(names.values()))["a"].shape[-1]
+    if (rank, set(names)) != (section.rank, set(targets)) or not np.isclose(read.adapter_scale, scale):
+        what = f"lora.init={section.init}: that adapter has rank {rank}, scale {read.adapter_scale:g} and targets {','.join(names)}"
+        alpha = read.adapter_scale * (rank**0.5 if section.rslora else rank)
+        raise configuration.ConfigError(
+            f"{what}; set lora.rank={rank}, lora.alpha={alpha:g} and lora.targets={','.join(names)}, or leave lora.init empty"
+        )
+    return model, adapter
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -117,11 +142,21 @@ def with_references(level: levels.Level, loss: str, score: Callable, base) -> le
     return dataclasses.replace(level, references=evaluation.pair_log_probs(score, base, None, level.examples, "reference"))
 
 
+def num_steps(config: configuration.Config, setup: Setup) -> int:
+    """Steps of a run."""
+    return config.num_epochs * shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
+
+
+def make_optimizer(config: configuration.Config, setup: Setup) -> optax.GradientTransformation:
+    """The optimizer of θ."""
+    return configuration.to_optimizer(config, num_steps(config, setup))
+
+
 def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
     """The state before the first step, on the devices, and its shardings."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     tracked = objective.value_function == "tracked"
-    optimizer = configuration.to_optimizer(config)
+    optimizer = make_optimizer(config, setup)
     influence = objective.cost == "influence" and not selector.frozen
     state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE, influence)
     shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
@@ -155,7 +190,7 @@ def compile_program(
     lower = with_references(setup.lower, objective.lower, score, base)
     batch_of = functools.partial(batches.make_batch, config, upper, lower, layout)
     with jax.set_mesh(mesh):
-        update = step.make_step(setup.model, objective, selector, configuration.to_optimizer(config))
+        update = step.make_step(setup.model, objective, selector, make_optimizer(config, setup), config.seed)
         jitted = jax.jit(update, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
         first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)

@@ -109,8 +109,11 @@ def weight_shardings(mesh, base):
 
 
 def state_shardings(mesh, state, shard_selector: bool):
-    """The sharding of every leaf of a `State`: replicated, except for the selector state if `shard_selector` is set."""
-    result = jax.tree.map(lambda leaf: replicated(mesh), state)
+    """The sharding of every leaf of a `State`.
+
+    All is replicated, but for ω if `shard_selector` is set, and for what is learned where that is all weights of the model."""
+    is_full = "embed_tokens" in state.policy.adapter
+    result = weight_shardings(mesh, state) if is_full else jax.tree.map(lambda leaf: replicated(mesh), state)
     return result._replace(selector=shardings(mesh, state.selector, "examples")) if shard_selector else result
 
 

@@ -2,7 +2,7 @@
 
 For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i = N·σ_i(ω) and γ = ρ/(1-ρ):
 
-    θ-loss = mean_b0 L0(θ) + γ · mean_b [ w_{i_b} · ℓ_b(θ) ]              (7), (10a)
+    θ-loss = mean_b0 L0(θ) + γ · mean_b [ w_{i_b} · ℓ_b(θ) ]              (7), (10a); its gradient is what `optimizer` clips
     ω-grad = γ · mean_b [ N ∇σ_{i_b}(ω) · stop(C_b) ]                     (10b)
     ℓ_b    = (1/G) Σ_g stop(r^g) ℓ(θ; x, y^g)                              (8), (9), where the model answered question b itself
     C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
@@ -115,6 +115,11 @@ class Problem:
     objective: Objective
     selector: selection.Selector
     optimizer: optax.GradientTransformation
+    seed: int = 0  # of the adapter's dropout
+
+    def dropout_key(self, state: "State"):
+        """The key of the dropout of a step; None without dropout."""
+        return jax.random.fold_in(jax.random.key(self.seed), state.step) if self.model.adapter_dropout else None
 
     @property
     def influence(self) -> bool:
@@ -213,7 +218,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     """One optimizer step on the θ-loss.  (7)-(9), (10a)"""
     model, objective, packed = problem.model, problem.objective, batch.packed
     adapter, E = state.policy.adapter, batch.share.shape[0]
-    weigh = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0])
+    weigh, key = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
@@ -221,7 +226,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
     def scaled_loss(scales: Scales):
         def loss_of_micro(adapter, m):
-            nll_E = forward.micro_nll(model, base, adapter, packed, m, weigh)
+            nll_E = forward.micro_nll(model, base, adapter, packed, m, weigh, key)
             upper = jnp.sum(shares.upper * entry_losses(objective.upper, objective, batch, nll_E, m))
             response_E = jax.lax.stop_gradient(response_weights(problem, batch, nll_E)) if fixed_E is None else fixed_E
             lower = jnp.sum(shares.lower * shares.weight * response_E * lower_losses(objective, batch, nll_E, m))
@@ -246,7 +251,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
 
 def update_tracker(
-    problem: Problem, base, tracker: Learner, batch: packing.Batch, shares: Shares, response_weight_E
+    problem: Problem, base, tracker: Learner, batch: packing.Batch, shares: Shares, response_weight_E, key=None
 ) -> tuple[Learner, jax.Array]:
     """One optimizer step of θ' on the weighted lower level alone.  (44)
 
@@ -255,7 +260,7 @@ def update_tracker(
     """
 
     def loss_of_micro(adapter, m):
-        nll_E = forward.micro_nll(problem.model, base, adapter, batch.packed, m)
+        nll_E = forward.micro_nll(problem.model, base, adapter, batch.packed, m, key=key)
         loss_E = lower_losses(problem.objective, batch, nll_E, m)
         lower = jnp.sum(shares.lower * shares.weight * response_weight_E * loss_E)
         return lower, (jnp.float32(0), nll_E)
@@ -333,7 +338,9 @@ def update_influence(
     direction = _preconditioned(update.policy.optimizer, upper_gradient)
     size = FD_SCALE[model.dtype] * optax.tree.norm(state.policy.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
     moved = jax.tree.map(lambda leaf, d: leaf - size * d, state.policy.adapter, direction)
-    moved_nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro)
+    # With the dropout of θ^k: another one would change the losses more than the small move does.
+    key = problem.dropout_key(state)
+    moved_nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro, key=key)
     change_E = entry_losses(objective.lower, objective, batch, moved_nll_E) - loss_E
     mean_square, harm_E = _scaled(memory.mean_square, change_E, shares.cost)
     loss_mean = _running(memory.loss_mean, jnp.sum(shares.cost * loss_E))
@@ -400,6 +407,7 @@ def make_step(
     objective: Objective,
     selector: selection.Selector,
     optimizer: optax.GradientTransformation,
+    seed: int = 0,
 ) -> Callable:
     """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
     `jax.jit(step, donate_argnums=1)`.
@@ -415,19 +423,21 @@ def make_step(
       objective: losses of both levels.
       selector: rule and optimizer of ω.
       optimizer: of θ and θ'.
+      seed: of the adapter's dropout.
 
     Raises:
       ValueError: options that weights of tokens do not support.
     """
     check_token_weights(objective, selector)
-    problem = Problem(config, objective, selector, optimizer)
+    problem = Problem(config, objective, selector, optimizer, seed)
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
         shares = entry_shares(problem, state.selector, batch)
         update = update_policy(problem, base, state, batch, shares, scales)
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:
-            tracker, tracker_nll_E = update_tracker(problem, base, tracker, batch, shares, update.response_weight_E)
+            key = problem.dropout_key(state)
+            tracker, tracker_nll_E = update_tracker(problem, base, tracker, batch, shares, update.response_weight_E, key)
         token_params, next_nll_E = state.token_params, None
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)

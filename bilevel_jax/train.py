@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import pathlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,38 +15,13 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import (
-    batches,
-    checks,
-    evaluation,
-    features,
-    files,
-    finish,
-    initial_weights,
-    online,
-    rewards,
-    search,
-    selector,
-    sharding,
-    step,
-)
+from bilevel_jax import batches, checks, early_stopping, evaluation, finish, online, selector, sharding, startup, step
 from bilevel_jax import config as configuration
-from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, shuffle
-from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.runtime import (
-    checkpoint,
-    disk,
-    interruption,
-    metrics,
-    phases,
-    response_log,
-    response_metrics,
-    step_log,
-    weight_table,
-)
+from bilevel_jax.errors import Interrupted
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import config_json, open_workdir
+from bilevel_jax.runtime import interruption, phases, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime.workdir import open_workdir
+from bilevel_jax.startup import Progress, Run
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -74,45 +48,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: f
             return _run(typed, config, pathlib.Path(scratch), workdir, began)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the loop works with. Nothing here changes from step to step, except for what is logged and counted."""
-
-    config: configuration.Config
-    workdir: pathlib.Path  # for the files of this process
-    clock: clocks.Clock
-    setup: setups.Setup
-    program: setups.Program
-    encoder: features.Encoder | None  # of the rows' features
-    token_offsets: list[np.ndarray] | None  # where each row's tokens are in its response, if tokens have weights
-    held_out: evaluation.HeldOut
-    start: int  # steps taken before this process
-    epoch_steps: int
-    bad: np.ndarray | None  # labels of the training rows, for measurement only
-    truths: Sequence[str | None]  # their right responses, for measurement only
-    checkpoints: checkpoint.Checkpoints
-    identity: dict[str, str]  # fingerprints of data and model
-    writer: metrics.MetricsWriter
-    refresh: Callable | None  # from `online.make_refresh`; None for methods without generation
-    at_start: dict[str, float]  # losses before the first step
-    refresh_counts: dict[str, float]  # of all refreshes so far
-
-    @property
-    def num_steps(self) -> int:
-        return self.config.num_epochs * self.epoch_steps
-
-    @property
-    def selects(self) -> bool:
-        return self.config.method != "mixing"
-
-    def refresh_due(self, k: int) -> bool:
-        return self.refresh is not None and k % self.config.online.refresh_every == 0
-
-    def save_due(self, done: int) -> bool:
-        every = self.config.checkpoint.every
-        return done % self.epoch_steps == 0 or bool(every and done % every == 0)
-
-
 def _run(
     config: configuration.Config,
     config_dict: ml_collections.ConfigDict,
@@ -123,9 +58,8 @@ def _run(
     """Prepares, trains and finishes. Checkpoints, which all processes write together, go to `shared`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
     clock = clocks.Clock(began)
-    run, state, store = _prepare(config, config_dict, workdir, shared, clock)
-    state, final = _train(run, state, store)
-    return _finish(run, state, final)
+    run, progress = startup.prepare(config, config_dict, workdir, shared, clock)
+    return _finish(run, _train(run, progress))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,44 +67,46 @@ def _run(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, state: step.State, store: online.ResponseStore) -> tuple[step.State, dict[str, float]]:
+def _train(run: Run, progress: Progress) -> Progress:
     """The steps from `run.start` to the end.
-
-    Returns:
-      The last state, and what the last epoch measured; empty if there was no step.
 
     Raises:
       Interrupted: a signal arrived; the state is saved.
     """
-    final: dict[str, float] = {}
+    patience = run.config.eval.patience
     with _open_outputs(run) as out:
         for k in range(run.start, run.num_steps):
+            if early_stopping.is_over(progress.best, patience):
+                break
             if run.refresh_due(k):
-                refreshed = _refresh(run, state, k, out)
+                refreshed = _refresh(run, progress.state, k, out)
                 if refreshed is None:
-                    _save(run, state, store, k)
+                    _save(run, progress, k)
                     break
-                out.write_responses(store)
-                store = refreshed
-            batch = out.prefetcher.get(k, store)
-            state = _step(run, state, k, batch, store, out)
+                out.write_responses(progress.store)
+                progress = progress._replace(store=refreshed)
+            batch = out.prefetcher.get(k, progress.store)
+            progress = progress._replace(state=_step(run, progress.state, k, batch, progress.store, out))
             done = k + 1
             stops = done < run.num_steps and out.stopped()  # asked once: a signal may arrive at any moment
-            if run.save_due(done) or stops:
+            if run.eval_due(done) or run.save_due(done) or stops:
                 out.log.flush()  # nothing is evaluated or saved before its step is known to be finite
-                if done % run.epoch_steps == 0:
-                    final = _finish_epoch(run, state, store, done // run.epoch_steps)
-                    out.log.restart_clock()
-                _save(run, state, store, done)
+            if run.eval_due(done):
+                progress = _evaluate(run, progress, done)
+                out.log.restart_clock()
+            if run.save_due(done) or stops or early_stopping.is_over(progress.best, patience):
+                _save(run, progress, done)
             if stops:
                 break
-        if int(state.step) == run.num_steps:
-            out.write_responses(store)
-    if int(state.step) < run.num_steps:
+        done = int(progress.state.step)
+        is_finished = done == run.num_steps or early_stopping.is_over(progress.best, patience)
+        if is_finished:
+            out.write_responses(progress.store)
+    if not is_finished:
         number = out.signals[0] if out.signals else signal.SIGTERM
         name = signal.Signals(number).name if out.signals else "a signal to another process"
-        raise Interrupted(f"{name}: saved at step {int(state.step)} of {run.num_steps}; the same command continues", number)
-    return state, final
+        raise Interrupted(f"{name}: saved at step {done} of {run.num_steps}; the same command continues", number)
+    return progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,198 +205,52 @@ def _measure(run: Run, state: step.State) -> dict[str, float]:
     return values
 
 
-def _finish_epoch(run: Run, state: step.State, store: online.ResponseStore, epoch: int) -> dict[str, float]:
-    """Measures, and writes the table of weights."""
-    values = _measure(run, state)
-    run.writer.write(epoch * run.epoch_steps, epoch, values)
-    if run.selects:
-        s = state.selector
-        rows = run.setup.lower.rows
-        logits, visits, data_visits, loss, harm = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.harm))
-        useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if state.influence is not None else None
-        table = weight_table.table(rows, logits, visits, store.masked, loss, useful)
-        weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
-    return values
+def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
+    """Measures; at the end of an epoch, and of the run, also writes the table of weights."""
+    values = _measure(run, progress.state)
+    epochs, rest = divmod(done, run.epoch_steps)
+    run.writer.write(done, done / run.epoch_steps if rest else epochs, values)
+    best = early_stopping.update(progress.best, values, done, progress.state.policy.adapter)
+    ends = done % run.epoch_steps == 0 or early_stopping.is_over(best, run.config.eval.patience)
+    if run.selects and ends:
+        _write_weights(run, progress, epoch=-(-done // run.epoch_steps))
+    return progress._replace(best=best, measured=values)
 
 
-def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> None:
+def _write_weights(run: Run, progress: Progress, epoch: int) -> None:
+    s, has_influence = progress.state.selector, progress.state.influence is not None
+    logits, visits, data_visits, loss, harm = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.harm))
+    useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
+    table = weight_table.table(run.setup.lower.rows, logits, visits, progress.store.masked, loss, useful)
+    weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
+
+
+def _save(run: Run, progress: Progress, k: int) -> None:
     """Writes the adapter of step k, and starts to write the checkpoint."""
+    state, best = progress.state, progress.best
     with run.clock("checkpoint"):
         finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
         counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
+        counters |= {"best": best.counters()} if best else {}
         # A copy: the next step donates its buffers while the checkpoint is still being written.
-        run.checkpoints.save(k, jax.tree.map(jnp.copy, state), store, counters)
+        run.checkpoints.save(k, jax.tree.map(jnp.copy, state), progress.store, counters, best and best.adapter)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Before and after
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _prepare(
-    config: configuration.Config,
-    config_dict: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    shared: pathlib.Path,
-    clock: clocks.Clock,
-) -> tuple[Run, step.State, online.ResponseStore]:
-    """Loads, compiles and restores."""
-    with clock("load"):
-        setup = setups.load(config)
-    lower = setup.lower
-    epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
-    num_steps = config.num_epochs * epoch_steps
-    checks.check_profile(config, num_steps)
-    checks.check_masks(config, num_steps)
-    truths = levels.truths(lower, config.data.truth)
-    reward_fn = _reward_fn(config, lower, truths)
-    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
-    start = checkpoints.latest() or 0
-    identity, counters = _identify(config, setup, shared, checkpoints, start)
-    given = None if start else _given_logits(config, lower)
-    with clock("load"):
-        row_features = setups.row_features(config, setup, shared, resumed=bool(start))
-    state, shardings = setups.init_state(config, setup, row_features.size)
-    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
-    token_offsets = finish.token_offsets(setup, state)
-    with clock("compile"), phases.phase("compiling the training step"):
-        program = setups.compile_program(config, setup, state, shardings, row_features.values)
-
-    store = online.empty(len(lower.rows))
-    if start:
-        state, store = checkpoints.restore(start, state)
-        _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
-        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        print(f"resuming {workdir} at step {start} of {num_steps}")
-
-    # The workdir belongs to this config now that the config has proved to run.
-    files.write_atomically(workdir / "config.json", config_json(config_dict))
-    if row_features.encoder and not start:
-        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
-    if not start:
-        state = _with_first_weights(config, setup, program, state, given, shared, clock)
-    with clock("eval"), phases.phase("preparing the held-out rows"):
-        held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
-    run = Run(
-        config=config,
-        workdir=workdir,
-        clock=clock,
-        setup=setup,
-        program=program,
-        encoder=row_features.encoder,
-        token_offsets=token_offsets,
-        held_out=held_out,
-        start=start,
-        epoch_steps=epoch_steps,
-        bad=levels.labels(lower, config.data.label),
-        truths=truths,
-        checkpoints=checkpoints,
-        identity=identity,
-        writer=_open_writer(config, config_dict, workdir, start),
-        refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
-        at_start=dict(counters.get("at_start", {})),
-        refresh_counts=dict(counters.get("refreshed", {})),
-    )
-    if not start:
-        _measure_start(run, state)
-    return run, state, store
-
-
-def _check_growth(
-    config: configuration.Config, shared: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
-) -> None:
-    """Refuses more steps than the run had `before`, where the responses in use do not reach so far."""
-    if not online.reaches(store, config.online, before, num_steps, start):
-        what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
-        raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
-
-
-def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
-    """A copy of the state, whose buffers a step may be given, with these logits."""
-    copy = jax.tree.map(jnp.copy, state)
-    placed = sharding.device_put(logits, state.selector.logits.sharding)
-    return copy._replace(selector=copy.selector._replace(logits=placed))
-
-
-def _with_first_weights(
-    config: configuration.Config,
-    setup: setups.Setup,
-    program: setups.Program,
-    state: step.State,
-    given: np.ndarray | None,
-    shared: pathlib.Path,
-    clock: clocks.Clock,
-) -> step.State:
-    """The state before the first step, with the given logits or those that `search` finds, if there are such."""
-    if given is not None:
-        return _with_logits(state, given)
-    if config.method == "mixing" or config.selection.rule != "metagradient":
-        return state
-    phases.say("searching for weights by exact metagradients")
-    with clock("search"):
-        return _with_logits(state, search.search(config, setup, program, functools.partial(_with_logits, state), shared))
-
-
-def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
-    """The logits of `selection.init`; None without it. Prints how many rows have one."""
-    if not config.selection.init:
-        return None
-    given = initial_weights.read(config.selection.init, lower.rows)
-    print(given.summary(config.selection.init))
-    return given.logits
-
-
-def _measure_start(run: Run, state: step.State) -> None:
-    with run.clock("eval"), phases.phase("evaluating before the first step"):
-        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter))
-    run.writer.write(0, 0, run.at_start)
-
-
-def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:
-    if config.method not in configuration.ONLINE or not config.online.reward:
-        return None
-    return rewards.make_reward_fn(config.online.reward, lower.rows, truths)
-
-
-def _identify(
-    config: configuration.Config, setup: setups.Setup, shared: pathlib.Path, checkpoints: checkpoint.Checkpoints, start: int
-) -> tuple[dict[str, str], dict]:
-    """The fingerprints of data and model, and the counters of the checkpoint at `start`, empty for 0.
-
-    Raises:
-      RunError: the checkpoint is of other data or another model.
-    """
-    both = setup.upper, setup.lower
-    data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
-    model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
-    counters = checkpoints.counters(start) if start else {}
-    if start and counters["data"] != data:
-        raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
-    if start and counters["model"] != model:
-        what = f"weights or tokenizer at {config.model.path} changed since this run began"
-        raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
-    return {"data": data, "model": model}, counters
-
-
-def _open_writer(
-    config: configuration.Config, config_dict: ml_collections.ConfigDict, workdir: pathlib.Path, start: int
-) -> metrics.MetricsWriter:
-    wandb = "" if jax.process_index() else config.log.wandb
-    return metrics.MetricsWriter(
-        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config_dict.to_dict()
-    )
-
-
-def _finish(run: Run, state: step.State, final: dict[str, float]) -> dict[str, float]:
+def _finish(run: Run, progress: Progress) -> dict[str, float]:
     """Writes what a finished run leaves, and returns its summary."""
+    state, best, measured = progress.state, progress.best, progress.measured
+    steps = int(state.step)
+    if best and best.adapter is not None and best.step != steps:
+        state, measured = state._replace(policy=state.policy._replace(adapter=best.adapter)), {}
     finish.write_parameters(run.config, run.workdir, run.setup, state, run.encoder)
-    final = final or _measure(run, state)  # the latter if resumed after the last step
+    measured = measured or _measure(run, state)  # empty if resumed after the last step
     if run.token_offsets is not None:
         with run.clock("eval"):
-            final |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
-    values: dict = {"steps": run.num_steps, "rows": len(run.setup.lower.rows)}
+            measured |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
+    values: dict = {"steps": steps, "rows": len(run.setup.lower.rows)}
+    values |= {"best_step": best.step} if best else {}
     for level in ("upper", "lower"):
         values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
-    return finish.write_summary(run.workdir, run.setup, values | final | run.refresh_counts, run.clock)
+    return finish.write_summary(run.workdir, run.setup, values | measured | run.refresh_counts, run.clock)

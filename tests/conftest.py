@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 
 import jax
@@ -18,7 +19,7 @@ from bilevel_jax import cli, main, train
 from bilevel_jax import config as configuration
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, huggingface, lora
-from bilevel_jax.runtime import distributed
+from bilevel_jax.runtime import distributed, step_log
 
 
 def _shapes(jaxpr):
@@ -227,6 +228,29 @@ EVERYTHING = {
     "selection.value_function": "tracked",
     "selection.coefficient_at": "current",  # half the compilation
 }
+
+
+TRAINED = ("adapter/adapter_model.safetensors", *(f"weights/epoch_{k}.parquet" for k in range(1, EPOCHS + 1)))
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def without(event, prefixes):
+    return {key: value for key, value in event.items() if not key.startswith(prefixes)}
+
+
+def stop_at(monkeypatch, at, number=signal.SIGTERM):
+    """A signal to this process after step `at`."""
+    dispatched = step_log.StepLog.push
+
+    def dispatch(log, done, *rest):
+        dispatched(log, done, *rest)
+        if done == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(step_log.StepLog, "push", dispatch)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ MIXING = {"method": "mixing"}
         ({"num_epochs": 0}, "num_epochs"),
         ({"batch.size": 0}, "batch.size"),
         ({"batch.micro_size": -4}, "batch.micro_size"),
-        ({"lora.rank": 0}, "lora.rank"),
+        ({"lora.rank": -1}, "lora.rank"),
         ({"lora.alpha": 0.0}, "lora.alpha"),
         ({"optimizer.learning_rate": 0.0}, "optimizer.learning_rate"),
         ({"selection.learning_rate": -1.0}, "selection.learning_rate"),

@@ -161,9 +161,8 @@ def test_plan_agrees_with_xla(remat):
     layout = packing.Layout(sequences, length, sequences)
     one = jnp.zeros(8, jnp.int32)
     batch = packing.pack_step([packing.Segment(one, one, i, 0.5) for i in range(2)], num_rows, 2, layout)
-    config = configuration.default()
-    config.selection.coefficient_at = "current"
-    optimizer, selector = configuration.to_optimizer(config), configuration.to_selector(config)
+    config = dataclasses.replace(configuration.Config(), selection=configuration.Selection(coefficient_at="current"))
+    optimizer, selector = configuration.to_optimizer(config, 10), configuration.to_selector(config)
     adapter, base = memory.adapter_shapes(model, rank, targets), memory.base_shapes(model)
     state = jax.eval_shape(lambda start: step.init(start, optimizer, selector, num_rows, False), adapter)
     update = step.make_step(model, configuration.to_objective(config), selector, optimizer)

@@ -232,6 +232,52 @@ def test_theta_follows_the_gradient_of_the_objective(config, reduction, scales):
     assert np.isnan(metrics["log_ratio"]).all() and (np.asarray(metrics["response_weight"]) == 1).all()  # none of its own
 
 
+@pytest.mark.parametrize("config", [LLAMA, NEOX], ids=["tied", "not tied"])
+def test_all_weights_follow_the_gradient_of_the_objective(config):
+    """Without an adapter: embedding, head, norms and biases too. The base is not what is computed with."""
+    upper, lower = rows()
+    params, weights = model(config)[0], N * softmax(OMEGA)
+
+    def loss_of(row, params):
+        return _response_nll(config, params, None, *padded(row)) / num_predicted(row)
+
+    def objective(params):
+        below = mean(weights[row.row_index] * loss_of(row, params) for row in lower)
+        return mean(loss_of(row, params) for row in upper) + GAMMA * below
+
+    gradient = jax.grad(objective)(params)
+    state = step.init(jax.tree.map(jnp.copy, params), SGD, MIRROR, N, tracked=False)
+    state = state._replace(selector=state.selector._replace(logits=jnp.array(OMEGA)))
+    another_base = jax.tree.map(jnp.zeros_like, params)
+    after, metrics = compiled(config)(another_base, state, pack(upper, lower), Scales(1.0, GAMMA))
+    assert_close(metrics["loss"], objective(params))
+    moved = jax.tree.map(lambda x, y: (x - y) / RATE, params, after.policy.adapter)
+    assert_close(moved, gradient, atol=1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    omega = OMEGA.copy()
+    for row in lower:
+        omega[row.row_index] -= ALPHA * GAMMA * loss_of(row, after.policy.adapter)
+    np.testing.assert_allclose(after.selector.logits, omega, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_of_the_step():
+    """A step has one dropout: it repeats to the bit, other steps and other seeds have others, and the costs have none."""
+    config = dataclasses.replace(LLAMA, adapter_dropout=0.4)
+    upper, lower = rows()
+    batch, base = pack(upper, lower), model(config)[0]
+    seeds = [jax.jit(step.make_step(config, INFLUENCE, MIRROR, SGD, seed)) for seed in (0, 1)]
+    losses = []
+    for advance, k in ((seeds[0], 0), (seeds[0], 0), (seeds[0], 1), (seeds[1], 0)):
+        state = begin_influence(SGD)._replace(step=jnp.int32(k))
+        after, metrics = advance(base, state, batch, Scales(1.0, GAMMA))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+    # The move along D m changes losses by about a thousandth. Another dropout would change them by far more.
+    without, _ = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, SGD))(base, begin_influence(SGD), batch, Scales(1.0, GAMMA))
+    ratio = np.sqrt(float(after.influence.mean_square) / float(without.influence.mean_square))
+    assert 0.2 < ratio < 5
+
+
 @pytest.mark.parametrize(
     "layout, pack_rows, num_micro",
     [

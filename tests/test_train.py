@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -25,7 +24,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import phases, response_log, step_log, weight_table
+from bilevel_jax.runtime import phases, response_log, weight_table
 from tests.conftest import (
     AMORTISED,
     EPOCH_STEPS,
@@ -34,19 +33,19 @@ from tests.conftest import (
     HELD_OUT,
     NUM_LOWER,
     NUM_UPPER,
+    TRAINED,
     load,
     make_rows,
     read_jsonl,
     response_logits,
+    stop_at,
+    summary_of,
     token_log_probs,
+    without,
     write_jsonl,
 )
 
 STEPS = EPOCHS * EPOCH_STEPS
-
-
-def summary_of(workdir):
-    return json.loads((workdir / "summary.json").read_text())
 
 
 def table_of(workdir, epoch):
@@ -228,10 +227,6 @@ def write_config(directory, config):
     (directory / "config.py").write_text(CONFIG)
 
 
-def without(event, prefixes):
-    return {key: value for key, value in event.items() if not key.startswith(prefixes)}
-
-
 def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tmp_path, capsys):
     """Stopped in the middle of an epoch, killed while a checkpoint was written, after one, and after the last."""
     workdir = tmp_path / "run"
@@ -254,18 +249,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
     assert [event["step"] for event in events] == [event["step"] for event in expected]
     evaluations = [[event for event in found if "eval/upper_loss" in event] for found in (events, expected)]
     assert evaluations[0] == evaluations[1]
-
-
-def stop_at(monkeypatch, at, number=signal.SIGTERM):
-    """A signal to this process after step `at`."""
-    dispatched = step_log.StepLog.push
-
-    def dispatch(log, done, *rest):
-        dispatched(log, done, *rest)
-        if done == at:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(step_log.StepLog, "push", dispatch)
 
 
 @pytest.fixture(scope="module")
@@ -899,9 +882,6 @@ def test_dynamic_masks_follow_the_weights(refined):
     assert len(set(logits.values())) == NUM_ROWS
     lightest = set(sorted(logits, key=logits.get)[:NUM_MASKED])
     assert masked_in(workdir, 2) == lightest and masked_in(workdir, 1) == set()
-
-
-TRAINED = ("adapter/adapter_model.safetensors", "weights/epoch_1.parquet", "weights/epoch_2.parquet")
 
 
 @pytest.mark.parametrize("method", ["online", "dynamic"])

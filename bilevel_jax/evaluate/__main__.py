@@ -57,7 +57,7 @@ class EvaluatedModel(NamedTuple):
 
 def model_from_flags() -> EvaluatedModel:
     """The model that the flags select, and the file for its results."""
-    from bilevel_jax.runtime.workdir import read_finished
+    from bilevel_jax.runtime.workdir import learned, read_finished
 
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("give either --workdir or --model")
@@ -67,9 +67,10 @@ def model_from_flags() -> EvaluatedModel:
     if ADAPTER.value is not None:
         raise ValueError("--adapter goes with --model; a --workdir has an adapter")
     workdir = pathlib.Path(WORKDIR.value)
-    model = read_finished(workdir).model
+    config = read_finished(workdir)
     out = pathlib.Path(OUT.value or workdir / "lm_eval.json")
-    return EvaluatedModel(model.path, str(workdir / "adapter"), DTYPE.value or model.dtype, out)
+    path, adapter = learned(workdir, config)
+    return EvaluatedModel(path, adapter and str(adapter), DTYPE.value or config.model.dtype, out)
 
 
 def load_tasks(names: list[str], include_path: str | None = None):

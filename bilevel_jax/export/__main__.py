@@ -180,6 +180,8 @@ def main() -> None:
     if MERGED.value:
         from bilevel_jax.export import merged_model
 
+        if not config.lora.rank:
+            raise ValueError(f"--merged: the run learned all weights (lora.rank=0); {workdir / 'model'} is that model already")
         merged_model.check_free(pathlib.Path(MERGED.value))
     command = f"python -m bilevel_jax.export {shlex.join(sys.argv[1:])}"
     if SELECTED.value:

@@ -55,10 +55,11 @@ class Provenance:
         rule = f", selection.rule={config['selection']['rule']}" if config["method"] != "mixing" else ""
         if init := config["selection"].get("init"):
             rule = f", weights of `{init}`" + ("" if config["selection"]["freeze"] else rule)
+        lora = config["lora"]
         rows = {
             "method": f"`{config['method']}`{rule}, {config['num_epochs']} epochs, seed {config['seed']}",
             "base model": f"`{config['model']['path']}`",
-            "adapter": f"LoRA, rank {config['lora']['rank']}, alpha {config['lora']['alpha']:g}, {config['lora']['targets']}",
+            "learned": f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}, {lora['targets']}" if lora["rank"] else "all weights",
             "trusted rows": f"`{config['data']['upper']}`",
             "mixture": f"`{config['data']['lower']}`",
             "run": f"`{self.workdir}`",

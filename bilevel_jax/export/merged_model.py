@@ -1,4 +1,4 @@
-"""Merges an adapter into its base and writes one Hugging Face model directory, tensor by tensor.
+"""Writes one Hugging Face model directory, tensor by tensor: a base merged with an adapter, or weights that were all learned.
 
 An adapted weight becomes W + scale · (A B)ᵀ, computed in float32. The weights are stored in float32 by default, whatever the dtype
 of the base. bfloat16 has 8 significant bits, and an update is often smaller than half the last bit of its weight, so rounding would
@@ -92,10 +92,43 @@ def write_merged_model(
       ModelError: base or adapter is invalid, or the adapter belongs to another model.
       OSError: `out` is in use or cannot be written.
     """
+    config, low_rank = huggingface.load_adapter(adapter, huggingface.read_config(base))
+    merge = _merge_function(huggingface.TensorReader(base), base, config, low_rank, DTYPES[dtype])
+    return _write_model(base, out, config, merge, dtype, max_shard, texts or {})
+
+
+def write_learned_model(base: pathlib.Path, params, config: decoder.ModelConfig, out: pathlib.Path) -> int:
+    """Writes float32 weights, all learned, as the model directory `out` atomically, and returns their number.
+
+    Args:
+      base: model directory at which training began, for config and tokenizer.
+      params: in the layout of the base, on the host.
+      config: of the model.
+      out: a path; what is there is replaced.
+    """
+    leaves = dict(huggingface.flatten(params))
+
+    def tensor(weight: Weight) -> np.ndarray:
+        array = leaves[weight.path] if weight.layer is None else leaves[weight.path][weight.layer]
+        return np.ascontiguousarray(array.T if weight.transposed else array)
+
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier attempt
+    return _write_model(base, out, config, tensor, "float32", MAX_SHARD, {})
+
+
+def _write_model(
+    base: pathlib.Path,
+    out: pathlib.Path,
+    config: decoder.ModelConfig,
+    tensor: Callable[[Weight], np.ndarray],
+    dtype: str,
+    max_shard: int,
+    texts: Mapping[str, str],
+) -> int:
+    """Writes a model directory whose tensors a function gives, and returns the number of its parameters."""
     check_free(out)
     out = out.absolute()  # a directory cannot take the place of "."
-    config, low_rank = huggingface.load_adapter(adapter, huggingface.read_config(base))
-    reader, weights = huggingface.TensorReader(base), list_weights(config)
+    weights = list_weights(config)
     num_params = sum(int(np.prod(weight.shape)) for weight in weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes, free = num_params * DTYPES[dtype].itemsize, shutil.disk_usage(out.parent).free
@@ -105,10 +138,10 @@ def write_merged_model(
     scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         _write_settings(base, scratch, config, dtype)
-        for name, text in (texts or {}).items():
+        for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         shards = split(weights, DTYPES[dtype].itemsize, max_shard)
-        weight_map = _write_shards(scratch, shards, _merge_function(reader, base, config, low_rank, DTYPES[dtype]))
+        weight_map = _write_shards(scratch, shards, tensor)
         if len(shards) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -138,15 +171,15 @@ def _merge_function(
     return merge
 
 
-def _write_shards(directory: pathlib.Path, shards: list[list[Weight]], merge: Callable[[Weight], np.ndarray]) -> dict[str, str]:
+def _write_shards(directory: pathlib.Path, shards: list[list[Weight]], tensor: Callable[[Weight], np.ndarray]) -> dict[str, str]:
     """Writes one safetensors file per shard. Returns the file of each tensor."""
     weight_map = {}
-    with tqdm.tqdm(total=sum(map(len, shards)), desc="merging", unit="tensor", delay=2, leave=False, disable=None) as bar:
+    with tqdm.tqdm(total=sum(map(len, shards)), desc="writing weights", unit="tensor", delay=2, leave=False, disable=None) as bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             tensors = {}
             for weight in shard:
-                tensors[weight.name] = merge(weight)
+                tensors[weight.name] = tensor(weight)
                 bar.update()
             safetensors.numpy.save_file(tensors, directory / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file)

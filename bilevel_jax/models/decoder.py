@@ -68,6 +68,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     adapter_scale: float = 1.0  # LoRA's alpha / rank
+    adapter_dropout: float = 0.0  # share of LoRA's inputs set to 0, in calls that give a `dropout` key
     remat: bool = False  # the backward pass recomputes each layer; else it saves the results of products and recomputes the rest
     dtype: str = "float32"  # of base weights, the cache and the factors of products; the rest is computed in float32
     activations: str = "float32"  # dtype of the arrays between operations
@@ -176,9 +177,17 @@ class Projection(nn.Module):
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            low_rank = attention.save(product(x_TxI, a))
+            low_rank = attention.save(product(self._dropped(x_TxI), a))
             y = y + product(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
         return attention.save(y)
+
+    def _dropped(self, x_TxI: jax.Array) -> jax.Array:
+        """The input of LoRA, with dropout where the caller gives a key for it."""
+        rate = self.config.adapter_dropout
+        if not rate or not self.has_rng("dropout"):
+            return x_TxI
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, x_TxI.shape)
+        return jnp.where(kept, x_TxI / (1 - rate), 0.0).astype(x_TxI.dtype)
 
 
 def _linear(config: ModelConfig, linear: architectures.Linear) -> Projection:
@@ -283,7 +292,7 @@ class Decoder(nn.Module):
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "adapter": 0, "prefilled": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=c.num_layers,
         )

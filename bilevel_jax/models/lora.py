@@ -1,7 +1,7 @@
-"""LoRA adapters: their projections, initial values, and the merge into the base.
+"""What is learned: LoRA adapters, their projections, initial values and merge into the base; or all weights of the model.
 
 An adapter mirrors the base: `{"layers": {"mlp": {"down_proj": {"a": [N, in, r], "b": [N, r, out]}}}}`, float32, stacked over the
-N layers.
+N layers. With `lora.rank=0` there is no adapter: in its place is a float32 copy of all weights, in the layout of the base.
 """
 
 import math
@@ -40,6 +40,25 @@ def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
     return names
 
 
+def scale(alpha: float, rank: int, rslora: bool = False) -> float:
+    """The factor of A B: alpha / rank, or alpha / √rank (rsLoRA, Kalajdzievski 2023); 1 without an adapter."""
+    if not rank:
+        return 1.0
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def is_full(adapter) -> bool:
+    """Whether the learned parameters are all weights of the model, and not an adapter."""
+    return adapter is not None and "embed_tokens" in adapter
+
+
+def in_use(config: decoder.ModelConfig, base, adapter):
+    """`(params, adapter)` with which the model computes: all weights that were learned, rounded, stand in for the base."""
+    if is_full(adapter):
+        return jax.tree.map(lambda leaf: leaf.astype(config.dtype), adapter), None
+    return base, adapter
+
+
 def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...]):
     """Initial adapter, as in PEFT: A ~ U(-1/√in, 1/√in), which is kaiming_uniform(a=√5), and B = 0, so the model is unchanged.
 
@@ -47,7 +66,7 @@ def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets
       ValueError: the rank is below 1.
     """
     if rank < 1:
-        raise ValueError(f"lora.rank must be at least 1, got {rank}")
+        raise ValueError(f"the rank of an adapter must be at least 1, got {rank}")
     modules = {}
     for name, (module, width_in, width_out) in projections(config).items():
         if name not in targets:
@@ -60,8 +79,16 @@ def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets
     return {"layers": modules}
 
 
+def init_full(base):
+    """All weights as learned parameters at their start: a float32 copy of the base, of the same sharding."""
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), base)
+
+
 def merge_adapter(config: decoder.ModelConfig, params, adapter):
     """Base weights W + scale · A B, computed in float32 and rounded once to the dtype of the base."""
+    params, adapter = in_use(config, params, adapter)
+    if adapter is None:
+        return params
     layers = {module: dict(weights) for module, weights in params["layers"].items()}
     for module, weights in adapter["layers"].items():
         for name, low_rank in weights.items():

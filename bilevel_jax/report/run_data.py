@@ -199,7 +199,8 @@ def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:
     """The generated responses that replaced those of the data at the end of an epoch, by row id."""
     if not run.responses:
         return {}
-    last_step = epoch * shuffle.steps_per_epoch(len(run.tables[epoch]["id"]), run.config.batch.size) - 1
+    steps = epoch * shuffle.steps_per_epoch(len(run.tables[epoch]["id"]), run.config.batch.size)
+    last_step = min(steps, int(run.summary.get("steps", steps))) - 1  # `eval.patience` may end a run within an epoch
     every = run.config.online.refresh_every
     texts = collections.defaultdict(list)
     for response in run.responses:

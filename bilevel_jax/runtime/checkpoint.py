@@ -209,7 +209,7 @@ class Checkpoints:
         """The step of the newest intact checkpoint."""
         return self._newest
 
-    def save(self, step: int, state, store: online.ResponseStore, counters: dict) -> None:
+    def save(self, step: int, state, store: online.ResponseStore, counters: dict, best=None) -> None:
         """Starts to write a checkpoint, and returns when the arrays are copied. A step that is already saved is skipped.
 
         Args:
@@ -217,13 +217,14 @@ class Checkpoints:
           state: a tree of arrays.
           store: the generated responses in use.
           counters: a JSON object.
+          best: the adapter of `early_stopping.Best`, if the run keeps it.
 
         Raises:
           RunError: this checkpoint or the previous one could not be written.
         """
         if self._newest == step:
             return
-        tree = {"state": state, "responses": store.arrays()}
+        tree = {"state": state, "responses": store.arrays()} | ({} if best is None else {"best": best})
         needed = num_bytes(tree)
         with self._save_errors():
             if self._response:
@@ -240,19 +241,21 @@ class Checkpoints:
         """The counters that were saved at `step`."""
         return json.loads((self._directory / str(step) / METADATA).read_text())["custom_metadata"]
 
-    def restore(self, step: int, like) -> tuple:
+    def restore(self, step: int, like, keeps_best: bool = False) -> tuple:
         """Reads a checkpoint.
 
         Args:
           step: of the checkpoint.
           like: a state with the shapes, dtypes and shardings to restore.
+          keeps_best: whether the run keeps the adapter of the lowest trusted loss.
 
         Returns:
-          The state and the response store.
+          The state, the response store, and that adapter or None.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        tree = self._checkpointer.load_checkpointables(step, {"state": abstract, "responses": None})
-        return tree["state"], online.from_arrays(tree["responses"])
+        wanted = {"state": abstract, "responses": None} | ({"best": abstract.policy.adapter} if keeps_best else {})
+        tree = self._checkpointer.load_checkpointables(step, wanted)
+        return tree["state"], online.from_arrays(tree["responses"]), tree.get("best")
 
     def close(self) -> None:
         """Waits until everything is on disk.

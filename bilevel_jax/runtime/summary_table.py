@@ -10,7 +10,7 @@ from bilevel_jax.runtime.workdir import read_config
 LOSSES = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
 RIGHT = {"upper_right": "trusted rows", "lower_clean_right": "mixture"}
 PAIRS = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
-FILES = "adapter/ (PEFT), weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
+FILES = "weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
 
 
 def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
@@ -24,6 +24,8 @@ def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
     summary = metrics.with_current_keys(summary)
     lines = [f"{'held-out loss, nats per token':<34}{'before':>9}{'after':>9}"]
     lines += _before_and_after(summary, LOSSES, ".4f")
+    if "best_step" in summary:
+        lines.append(f"{'step of the lowest loss, trusted':<34}{summary['best_step']:>18} of {summary['steps']}")
     if right := _before_and_after(summary, RIGHT, ".1%"):
         lines += ["", "held-out questions answered right", *right]
     if pairs := _before_and_after(summary, PAIRS, ".1%"):
@@ -33,7 +35,8 @@ def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
     seconds = {key.removeprefix("time/"): value for key, value in summary.items() if key.startswith("time/")}
     lines += ["", f"{'seconds':<34}" + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
     lines += _least_trusted(workdir)
-    lines += ["", f"in {workdir}: report.html (open it in a browser), {FILES}"]
+    learned = "model/" if (workdir / "model").exists() else "adapter/ (PEFT)"
+    lines += ["", f"in {workdir}: report.html (open it in a browser), {learned}, {FILES}"]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from bilevel_jax.errors import RunError
 LOCK = ".lock"
 NO_RESULT = ("log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
 RESUMABLE = ("checkpoint.*", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
-PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init")
+PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
 REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
 PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -98,7 +98,8 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, res
       config: of the run that wants the workdir.
       workdir: its directory.
       resumes: an unfinished run goes on with this config, so the keys of `RESUMABLE` may differ, and `num_epochs` may be larger,
-        except with `selection.rule=metagradient`, which looks at whole runs. Otherwise only those of `NO_RESULT` may differ.
+        except where earlier steps depend on it: with a schedule of the learning rate or `selection.rule=metagradient`. Otherwise
+        only the keys of `NO_RESULT` may differ.
 
     Raises:
       RunError: one line with the keys that differ, and those that may.
@@ -114,7 +115,7 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, res
         return
     if different:
         changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
-        hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow)" if resumes else ""
+        hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow with a constant rate)" if resumes else ""
         raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir{hint}")
 
 
@@ -122,7 +123,8 @@ def _may_grow(now: dict, stored: dict) -> bool:
     """Whether a run may go on with another number of epochs: the steps so far are the same ones."""
     before, after = stored.get("num_epochs"), now["num_epochs"]
     whole_runs = now["method"] != "mixing" and now["selection.rule"] == "metagradient"
-    return isinstance(before, int) and after > before and not whole_runs
+    same_rates = now["optimizer.schedule"] == "constant" and not 0 < now["optimizer.warmup"] < 1
+    return isinstance(before, int) and after > before and same_rates and not whole_runs
 
 
 def _equal(key: str, stored, now) -> bool:
@@ -197,6 +199,11 @@ def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     if not (workdir / "summary.json").exists():
         raise FileNotFoundError(f"{workdir} holds no finished run (summary.json is missing)")
     return read_config(workdir)
+
+
+def learned(workdir: pathlib.Path, config) -> tuple[str, pathlib.Path | None]:
+    """Model and adapter that a finished run leaves: its base with adapter/, or model/ alone where all weights were learned."""
+    return (config.model.path, workdir / "adapter") if config.lora.rank else (str(workdir / "model"), None)
 
 
 def _flatten(config, prefix: str = "") -> dict:

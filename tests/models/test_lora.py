@@ -116,5 +116,25 @@ def test_targets():
 
 def test_rank_below_one_is_refused():
     config, _ = base("llama_mha")
-    with pytest.raises(ValueError, match="lora.rank .* 0"):
+    with pytest.raises(ValueError, match="rank .* at least 1, got 0"):
         lora.init_adapter(config, jax.random.key(0), 0, ("q_proj",))
+
+
+def test_dropout():
+    """Of the adapter's inputs alone, independent in each layer, and only where the caller gives a key."""
+    rate, width = 0.3, 64
+    config = dataclasses.replace(base("llama_mha")[0], adapter_dropout=rate, adapter_scale=2.0, dtype="float32")
+    projection = decoder.Projection(width, False, config)
+    x, eye = jnp.ones((200, width)), jnp.eye(width)
+    variables = {"params": {"kernel": 10 * eye}, "adapter": {"a": eye, "b": eye}}
+    np.testing.assert_array_equal(projection.apply(variables, x), jnp.full((200, width), 12.0))
+    dropped = projection.apply(variables, x, rngs={"dropout": jax.random.key(0)})
+    kept = np.isclose(dropped, 10 + 2 / (1 - rate))
+    assert (kept | (np.asarray(dropped) == 10)).all()
+    deviation = np.sqrt(rate * (1 - rate) / kept.size)
+    assert abs(kept.mean() - (1 - rate)) < 5 * deviation
+
+
+@pytest.mark.parametrize("rank, rslora, expected", [(4, False, 2.0), (4, True, 4.0), (0, False, 1.0)])
+def test_scale(rank, rslora, expected):
+    assert lora.scale(8.0, rank, rslora) == expected

@@ -76,7 +76,7 @@ def test_responses_round_trip(tmp_path, number):
     store.log_ratio[:] = 7.0  # steps continue to record ratios while the checkpoint is written
     first.close()
     second = checkpoint.Checkpoints(tmp_path, keep=1)
-    _, restored = second.restore(31, make_state())
+    _, restored, _ = second.restore(31, make_state())
     second.close()
     assert restored.step == 30 and len(restored.tokens) == number
     columns = {"masked": store.masked, "row_index": store.row_index, "sample_index": store.sample_index, "log_ratio": log_ratio}

@@ -32,7 +32,16 @@ def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: s
     return [f"{prefix}.{i}.{module}.{name}.{MATRICES[matrix]}.weight" for i in range(config.num_layers)]
 
 
-def save_adapter(directory: pathlib.Path, config: decoder.ModelConfig, adapter, *, alpha: float, base: str) -> None:
+def save_adapter(
+    directory: pathlib.Path,
+    config: decoder.ModelConfig,
+    adapter,
+    *,
+    alpha: float,
+    base: str,
+    rslora: bool = False,
+    dropout: float = 0.0,
+) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`."""
     tensors, targets, rank = {}, [], 0
     for module, weights in adapter["layers"].items():
@@ -49,12 +58,12 @@ def save_adapter(directory: pathlib.Path, config: decoder.ModelConfig, adapter, 
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "target_modules": sorted(targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": False,
+        "use_rslora": rslora,
         "use_dora": False,
         "modules_to_save": None,
     }

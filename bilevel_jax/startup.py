@@ -1,0 +1,242 @@
+"""What a run does before its first step: load, compile, restore."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from bilevel_jax import (
+    checks,
+    early_stopping,
+    evaluation,
+    features,
+    files,
+    finish,
+    initial_weights,
+    online,
+    rewards,
+    search,
+    sharding,
+    step,
+)
+from bilevel_jax import config as configuration
+from bilevel_jax import setup as setups
+from bilevel_jax.data import levels, shuffle
+from bilevel_jax.errors import RunError
+from bilevel_jax.runtime import checkpoint, disk, metrics, phases
+from bilevel_jax.runtime import clock as clocks
+from bilevel_jax.runtime.workdir import config_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with. Nothing here changes from step to step, except for what is logged and counted."""
+
+    config: configuration.Config
+    workdir: pathlib.Path  # for the files of this process
+    clock: clocks.Clock
+    setup: setups.Setup
+    program: setups.Program
+    encoder: features.Encoder | None  # of the rows' features
+    token_offsets: list[np.ndarray] | None  # where each row's tokens are in its response, if tokens have weights
+    held_out: evaluation.HeldOut
+    start: int  # steps taken before this process
+    epoch_steps: int
+    bad: np.ndarray | None  # labels of the training rows, for measurement only
+    truths: Sequence[str | None]  # their right responses, for measurement only
+    checkpoints: checkpoint.Checkpoints
+    identity: dict[str, str]  # fingerprints of data and model
+    writer: metrics.MetricsWriter
+    refresh: Callable | None  # from `online.make_refresh`; None for methods without generation
+    at_start: dict[str, float]  # losses before the first step
+    refresh_counts: dict[str, float]  # of all refreshes so far
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.num_epochs * self.epoch_steps
+
+    @property
+    def selects(self) -> bool:
+        return self.config.method != "mixing"
+
+    def refresh_due(self, k: int) -> bool:
+        return self.refresh is not None and k % self.config.online.refresh_every == 0
+
+    def eval_due(self, done: int) -> bool:
+        every = self.config.eval.every
+        return done % self.epoch_steps == 0 or bool(every and done % every == 0)
+
+    def save_due(self, done: int) -> bool:
+        every = self.config.checkpoint.every
+        return done % self.epoch_steps == 0 or bool(every and done % every == 0)
+
+
+class Progress(NamedTuple):
+    """What the loop carries from step to step."""
+
+    state: step.State
+    store: online.ResponseStore
+    best: early_stopping.Best | None
+    measured: dict[str, float]  # by the last evaluation of this process
+
+
+def prepare(
+    config: configuration.Config,
+    config_dict: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    shared: pathlib.Path,
+    clock: clocks.Clock,
+) -> tuple[Run, Progress]:
+    """Loads, compiles and restores."""
+    with clock("load"):
+        setup = setups.load(config)
+    lower = setup.lower
+    epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
+    num_steps = setups.num_steps(config, setup)
+    checks.check_profile(config, num_steps)
+    checks.check_masks(config, num_steps)
+    truths = levels.truths(lower, config.data.truth)
+    reward_fn = _reward_fn(config, lower, truths)
+    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    identity, counters = _identify(config, setup, shared, checkpoints, start)
+    given = None if start else _given_logits(config, lower)
+    with clock("load"):
+        row_features = setups.row_features(config, setup, shared, resumed=bool(start))
+    state, shardings = setups.init_state(config, setup, row_features.size)
+    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
+    token_offsets = finish.token_offsets(setup, state)
+    with clock("compile"), phases.phase("compiling the training step"):
+        program = setups.compile_program(config, setup, state, shardings, row_features.values)
+
+    store, best = online.empty(len(lower.rows)), None
+    if start:
+        state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
+        best = early_stopping.restore(counters.get("best"), adapter)
+        _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
+        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
+        print(f"resuming {workdir} at step {start} of {num_steps}")
+
+    # The workdir belongs to this config now that the config has proved to run.
+    files.write_atomically(workdir / "config.json", config_json(config_dict))
+    if row_features.encoder and not start:
+        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+    if not start:
+        state = _with_first_weights(config, setup, program, state, given, shared, clock)
+    with clock("eval"), phases.phase("preparing the held-out rows"):
+        held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        clock=clock,
+        setup=setup,
+        program=program,
+        encoder=row_features.encoder,
+        token_offsets=token_offsets,
+        held_out=held_out,
+        start=start,
+        epoch_steps=epoch_steps,
+        bad=levels.labels(lower, config.data.label),
+        truths=truths,
+        checkpoints=checkpoints,
+        identity=identity,
+        writer=_open_writer(config, config_dict, workdir, start),
+        refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
+        at_start=dict(counters.get("at_start", {})),
+        refresh_counts=dict(counters.get("refreshed", {})),
+    )
+    if not start:
+        _measure_start(run, state)
+        best = early_stopping.start(config, run.at_start, state.policy.adapter)
+    return run, Progress(state, store, best, {})
+
+
+def _check_growth(
+    config: configuration.Config, shared: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
+) -> None:
+    """Refuses more steps than the run had `before`, where the responses in use do not reach so far."""
+    if not online.reaches(store, config.online, before, num_steps, start):
+        what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
+        raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
+
+
+def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
+    """A copy of the state, whose buffers a step may be given, with these logits."""
+    copy = jax.tree.map(jnp.copy, state)
+    placed = sharding.device_put(logits, state.selector.logits.sharding)
+    return copy._replace(selector=copy.selector._replace(logits=placed))
+
+
+def _with_first_weights(
+    config: configuration.Config,
+    setup: setups.Setup,
+    program: setups.Program,
+    state: step.State,
+    given: np.ndarray | None,
+    shared: pathlib.Path,
+    clock: clocks.Clock,
+) -> step.State:
+    """The state before the first step, with the given logits or those that `search` finds, if there are such."""
+    if given is not None:
+        return _with_logits(state, given)
+    if config.method == "mixing" or config.selection.rule != "metagradient":
+        return state
+    phases.say("searching for weights by exact metagradients")
+    with clock("search"):
+        return _with_logits(state, search.search(config, setup, program, functools.partial(_with_logits, state), shared))
+
+
+def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
+    """The logits of `selection.init`; None without it. Prints how many rows have one."""
+    if not config.selection.init:
+        return None
+    given = initial_weights.read(config.selection.init, lower.rows)
+    print(given.summary(config.selection.init))
+    return given.logits
+
+
+def _measure_start(run: Run, state: step.State) -> None:
+    with run.clock("eval"), phases.phase("evaluating before the first step"):
+        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter))
+    run.writer.write(0, 0, run.at_start)
+
+
+def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:
+    if config.method not in configuration.ONLINE or not config.online.reward:
+        return None
+    return rewards.make_reward_fn(config.online.reward, lower.rows, truths)
+
+
+def _identify(
+    config: configuration.Config, setup: setups.Setup, shared: pathlib.Path, checkpoints: checkpoint.Checkpoints, start: int
+) -> tuple[dict[str, str], dict]:
+    """The fingerprints of data and model, and the counters of the checkpoint at `start`, empty for 0.
+
+    Raises:
+      RunError: the checkpoint is of other data or another model.
+    """
+    both = setup.upper, setup.lower
+    data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
+    model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
+    counters = checkpoints.counters(start) if start else {}
+    if start and counters["data"] != data:
+        raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
+    if start and counters["model"] != model:
+        what = f"weights or tokenizer at {config.model.path} changed since this run began"
+        raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
+    return {"data": data, "model": model}, counters
+
+
+def _open_writer(
+    config: configuration.Config, config_dict: ml_collections.ConfigDict, workdir: pathlib.Path, start: int
+) -> metrics.MetricsWriter:
+    wandb = "" if jax.process_index() else config.log.wandb
+    return metrics.MetricsWriter(
+        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config_dict.to_dict()
+    )

@@ -1,0 +1,128 @@
+"""Whole runs with schedules, clipping, dropout, the best adapter, early stopping, and all weights in place of an adapter."""
+
+import pytest
+
+from bilevel_jax import config as configuration
+from bilevel_jax import errors, scoring, sharding, train
+from bilevel_jax.data import levels as data_levels
+from bilevel_jax.data import templates
+from bilevel_jax.models import huggingface
+from bilevel_jax.runtime import checkpoint
+from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, load, read_jsonl, stop_at, summary_of, without
+
+STEPS = EPOCHS * EPOCH_STEPS
+OPTIONS = {
+    "optimizer.name": "adamw",
+    "optimizer.warmup": 6,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_norm": 0.5,
+    "optimizer.b2": 0.95,
+    "lora.rslora": True,
+    "lora.dropout": 0.1,
+    "eval.every": 2,
+    "eval.keep_best": True,
+    "selection.coefficient_at": "current",
+}
+
+
+def evaluations(workdir):
+    return {
+        event["step"]: event["eval/upper_loss"] for event in read_jsonl(workdir / "metrics.jsonl") if "eval/upper_loss" in event
+    }
+
+
+@pytest.fixture(scope="module")
+def with_options(make_config, tmp_path_factory):
+    """A run with many options whose rate is so high that the trusted loss rises again, and its workdir."""
+    config = make_config(OPTIONS | {"optimizer.learning_rate": 0.5})
+    workdir = tmp_path_factory.mktemp("options") / "run"
+    train.run(config, workdir)
+    return config, workdir
+
+
+def test_the_adapter_of_the_lowest_trusted_loss(with_options, neox):
+    config, workdir = with_options
+    losses, summary = evaluations(workdir), summary_of(workdir)
+    assert sorted(losses) == [0, *range(2, STEPS + 1, 2)]
+    best = min(losses, key=losses.get)
+    assert summary["best_step"] == best < STEPS and summary["steps"] == STEPS
+    assert summary["eval/upper_loss"] == pytest.approx(losses[best], rel=1e-6)
+    level = data_levels.load_level(config, "upper", load(neox, workdir / "adapter")[3])
+    model, base, adapter, _ = load(neox, workdir / "adapter")
+    score = scoring.make_scorer(model, 2, 96, sharding.make_mesh(1))
+    nll, length = score(base, adapter, scoring.example_segments(level.eval_examples), "held-out rows")
+    assert scoring.mean_loss(nll, length) == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_a_run_with_all_options_continues_with_the_same_bits(with_options, tmp_path, monkeypatch):
+    config, uninterrupted = with_options
+    workdir = tmp_path / "run"
+    for at in (3, 8, 11):
+        with monkeypatch.context() as patch, pytest.raises(errors.Interrupted):
+            stop_at(patch, at)
+            train.run(config, workdir)
+    train.run(config, workdir)
+    for file in TRAINED:
+        assert (workdir / file).read_bytes() == (uninterrupted / file).read_bytes(), file
+    assert evaluations(workdir) == evaluations(uninterrupted)
+    assert without(summary_of(workdir), "time/") == without(summary_of(uninterrupted), "time/")
+
+
+def test_a_run_ends_when_the_trusted_loss_no_longer_falls(with_options, tmp_path, monkeypatch):
+    config, uninterrupted = with_options
+    losses, patience = evaluations(uninterrupted), 1
+    steps = sorted(losses)
+    lowest = [min(steps[: i + 1], key=losses.get) for i in range(len(steps))]  # the step of the lowest loss so far
+    stops = next(k for k, best in zip(steps, lowest) if k - best == 2 * patience)  # an evaluation every two steps
+    assert stops < STEPS
+    changed = config.copy_and_resolve_references()
+    changed.eval.patience = patience
+    workdir = tmp_path / "run"
+    save = checkpoint.Checkpoints.save
+
+    def save_and_die(self, step, *rest):
+        save(self, step, *rest)
+        if step == stops:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
+        train.run(changed, workdir)
+    train.run(changed, workdir)  # killed after its last step: goes on to the end without a further one
+    assert summary_of(workdir)["steps"] == stops
+    assert {k: v for k, v in losses.items() if k <= stops} == evaluations(workdir)
+    assert sorted(path.name for path in (workdir / "weights").iterdir()) == [
+        f"epoch_{k}.parquet" for k in range(1, -(-stops // EPOCH_STEPS) + 1)
+    ]
+
+
+def test_all_weights_are_learned(make_config, tmp_path):
+    """The model directory that is left gives the held-out loss of the run, and resumes to the bit."""
+    changes = {"lora.rank": 0, "optimizer.learning_rate": 1e-3, "selection.cost": "influence", "num_epochs": 1}
+    changes["optimizer.schedule"] = "cosine"
+    workdir, other = tmp_path / "run", tmp_path / "other"
+    train.run(make_config(changes), workdir)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted):
+        stop_at(patch, 3)
+        train.run(make_config(changes), other)
+    train.run(make_config(changes), other)
+    name = "model/model.safetensors"
+    assert (workdir / name).read_bytes() == (other / name).read_bytes()
+    assert not (workdir / "adapter").exists()
+    summary = summary_of(workdir)
+    assert summary["eval/upper_loss"] < summary["start/upper_loss"]
+    model, base = huggingface.load_model(str(workdir / "model"))
+    tokenizer = templates.load_tokenizer(str(workdir / "model"))
+    level = data_levels.load_level(make_config(changes), "upper", tokenizer)
+    score = scoring.make_scorer(model, 2, 96, sharding.make_mesh(1))
+    nll, length = score(base, None, scoring.example_segments(level.eval_examples), "held-out rows")
+    assert scoring.mean_loss(nll, length) == pytest.approx(summary["eval/upper_loss"], rel=1e-5)
+
+
+def test_continues_an_adapter(finished, make_config, tmp_path):
+    """A run that starts from an adapter begins at its losses; one of another shape is refused with what to set."""
+    changes = {"lora.init": str(finished / "adapter"), "num_epochs": 1}
+    train.run(make_config(changes), tmp_path / "run")
+    assert summary_of(tmp_path / "run")["start/upper_loss"] == pytest.approx(summary_of(finished)["eval/upper_loss"], rel=1e-6)
+    with pytest.raises(configuration.ConfigError, match="has rank 2, scale 2 .* set lora.rank=2, lora.alpha=4 and lora.targets="):
+        train.run(make_config(changes | {"lora.rank": 4}), tmp_path / "other")
