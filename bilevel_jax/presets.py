@@ -18,9 +18,7 @@ def get(tier: str):
         config.optimizer.learning_rate = 2e-3
         config.selection.learning_rate = 3.0
         config.data.max_length = 256
-        config.batch.micro_size = (
-            2  # the rows of a step fill about 17 sequences; with 4, the last micro-batch would be mostly empty
-        )
+        config.batch.micro_size = 2  # the rows of a step fill about 17 sequences: with 4, the last micro-batch is mostly empty
         config.online.refresh_every = 30
         config.online.max_new_tokens = 128
         return config
@@ -42,6 +40,7 @@ def get(tier: str):
     config.selection.cost = "loss"
     config.selection.optimizer = "adam"
     config.selection.learning_rate = 1e-4
+    config.selection.b2 = config.optimizer.b2 = 0.95  # as in the published code
     config.selection.baseline = "none"
     config.data.num_lower = {"pythia-1b": 9600, "llama3-8b": 56000}[tier]
     config.eval.num_upper = config.eval.num_lower = 1000

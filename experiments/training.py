@@ -1,0 +1,126 @@
+"""Does a schedule, clipping and keeping the best adapter help? `python -m experiments.training --seeds=5`.
+
+Runs of `configs/safety.py` with `method=offline`, on fewer rows. One has the constant learning rate of the config, the other one a
+linear schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on seeds that are not
+reported. The trusted loss is that of 2,000 rows that no run has seen, so that the choice of an adapter by held-out rows cannot
+flatter it.
+
+Runs are in WORKDIR, and finished ones are not repeated.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from absl import flags
+
+from bilevel_jax import cli, files, scoring, sharding
+from bilevel_jax.data import rows as data_rows
+from bilevel_jax.data import sources, templates
+from bilevel_jax.models import huggingface
+from bilevel_jax.runtime import workdir as workdirs
+from experiments import runs
+from experiments.selection import judgement
+
+FLAGS = flags.FlagValues()
+SEEDS = flags.DEFINE_integer("seeds", 5, "Number of reported seeds.", lower_bound=2, flag_values=FLAGS)
+CONFIG = flags.DEFINE_string("config", "configs/safety.py", "Config file and tier.", flag_values=FLAGS)
+WORKDIR = flags.DEFINE_string("workdir", "runs/training", "Directory of the runs.", flag_values=FLAGS)
+PAGE = flags.DEFINE_string("page", "training", "Name of the page in experiments/results.", flag_values=FLAGS)
+
+NUM_TEST = 2000
+TEST_SEED = 900  # + the seed of the run: rows that it has not seen
+TUNING_SEEDS = (100, 101)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+COMMON = {
+    "method": "offline",
+    "data.num_upper": 400,
+    "data.num_lower": 800,
+    "eval.num_upper": 200,
+    "eval.num_lower": 100,
+    "log.tensorboard": False,
+    "checkpoint.keep": 1,
+}
+SETTINGS: dict[str, dict] = {
+    "constant rate, last adapter": {},
+    "linear schedule, last adapter": {"optimizer.schedule": "linear", "optimizer.warmup": 0.05, "optimizer.clip_norm": 1.0},
+    "linear schedule, best adapter": {
+        "optimizer.schedule": "linear",
+        "optimizer.warmup": 0.05,
+        "optimizer.clip_norm": 1.0,
+        "eval.every": 10,
+        "eval.keep_best": True,
+    },
+}
+
+
+def test_loss(workdir: pathlib.Path, seed: int) -> float:
+    """The trusted loss of a finished run's adapter on new rows of the generator."""
+    config = workdirs.read_finished(workdir)
+    source = {"seed": TEST_SEED + seed, "num_rows": NUM_TEST, "bad_fraction": 0.0}
+    rows, _ = sources.open_source(config.data.upper, **source)
+    trained = {data_rows.content_of(row.id) for row in sources.open_source(config.data.upper, **source | {"seed": seed})[0]}
+    rows = [row for row in rows if data_rows.content_of(row.id) not in trained]
+    directory = huggingface.locate(config.model.path)
+    model, base = huggingface.load_model(str(directory))
+    model, adapter = huggingface.load_adapter(workdir / "adapter", model)
+    encoded = templates.encode(rows, templates.load_tokenizer(str(directory)), template=config.data.template)
+    _, examples, _ = templates.fit(encoded, rows, config.data.max_length)
+    score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, sharding.make_mesh(1))
+    return scoring.mean_loss(*score(base, adapter, scoring.example_segments(examples), "new trusted rows"))
+
+
+def measure(settings: Mapping[str, object], rate: float, seed: int) -> float:
+    """The trusted loss of one run, which is made if it is not there."""
+    settings = COMMON | {"seed": seed, "optimizer.learning_rate": rate} | settings
+    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in COMMON))
+    cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
+    result = runs.run_cell(cell)
+    if isinstance(result, str):
+        raise RuntimeError(f"{cell.workdir}: {result}")
+    file = pathlib.Path(cell.workdir, "test_loss.json")
+    if not file.exists():
+        files.write_atomically(file, json.dumps(test_loss(pathlib.Path(cell.workdir), seed)))
+    return json.loads(file.read_text())
+
+
+def choose(settings: Mapping[str, object]) -> dict[float, float]:
+    """Mean trusted loss by learning rate on the seeds that are not reported."""
+    return {rate: float(np.mean([measure(settings, rate, seed) for seed in TUNING_SEEDS])) for rate in RATES}
+
+
+def main() -> None:
+    tuning, chosen, losses = [], {}, {}
+    for name, settings in SETTINGS.items():
+        by_rate = choose(settings)
+        chosen[name] = min(by_rate, key=by_rate.get)
+        tuning.append([name, *(f"{loss:.4f}" for loss in by_rate.values())])
+        losses[name] = {seed: measure(settings, chosen[name], seed) for seed in range(SEEDS.value)}
+    first, *others = SETTINGS
+    described = ", ".join(f"`{key}={value}`" for key, value in SETTINGS[others[-1]].items())
+    lines = [
+        " ".join(__doc__.split("\n\n")[1].split()),
+        "",
+        f"The last line has {described}.",
+        "",
+        f"{SEEDS.value} seeds, means with 95% intervals:",
+        "",
+        *runs.markdown(
+            ["setting", "learning rate", "trusted loss"],
+            [[name, f"{chosen[name]:g}", judgement.interval(list(values.values()))] for name, values in losses.items()],
+        ),
+        "",
+        "Claims, one-sided, Holm-corrected:",
+        "",
+        *judgement.claims_table([(f"{name} below {first}", losses[name], losses[first]) for name in others]),
+        "",
+        f"Choice of the learning rate, mean trusted loss of the seeds {' and '.join(map(str, TUNING_SEEDS))}:",
+        "",
+        *runs.markdown(["setting", *(f"{rate:g}" for rate in RATES)], tuning),
+    ]
+    judgement.write("training", "Training with and without a schedule", lines, PAGE.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)
