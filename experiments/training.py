@@ -1,9 +1,9 @@
 """Does a schedule, clipping and keeping the best adapter help? `python -m experiments.training --seeds=5`.
 
 Runs of `configs/safety.py` with `method=offline`, on fewer rows. One has the constant learning rate of the config, the other one a
-linear schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on seeds that are not
-reported. The trusted loss is that of 2,000 rows that no run has seen, so that the choice of an adapter by held-out rows cannot
-flatter it.
+linear schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on other seeds than
+those reported. The trusted loss is that of 2,000 rows that no run has seen, so that choosing an adapter by held-out rows does not
+bias it.
 
 Runs are in WORKDIR, and finished ones are not repeated.
 """
