@@ -10,6 +10,9 @@ Weight decay is decoupled (Loshchilov & Hutter 2019): θ ← θ - rate · (updat
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -81,6 +84,12 @@ def learning_rate(settings: Settings, num_steps: int) -> float | optax.Schedule:
     if rising:
         return optax.join_schedules([lambda k: peak * (k + 1) / rising, falling], [rising])
     return peak if settings.schedule == "constant" else falling
+
+
+def learning_rates(settings: Settings, num_steps: int) -> np.ndarray:
+    """The rate of every step, [num_steps] float32."""
+    rate = learning_rate(settings, num_steps)
+    return np.asarray(jax.vmap(rate)(jnp.arange(num_steps))) if callable(rate) else np.full(num_steps, rate, np.float32)
 
 
 def make(settings: Settings, num_steps: int) -> optax.GradientTransformation:

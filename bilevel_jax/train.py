@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import batches, checks, early_stopping, evaluation, finish, online, selector, sharding, startup, step
+from bilevel_jax import batches, checks, early_stopping, evaluation, finish, online, optimizer, selector, sharding, startup, step
 from bilevel_jax import config as configuration
 from bilevel_jax.errors import Interrupted
 from bilevel_jax.runtime import clock as clocks
@@ -138,7 +138,8 @@ def _open_outputs(run: Run):
         signals = stack.enter_context(interruption.catch_signals())
         prefetcher = stack.enter_context(batches.Prefetcher(run.program.batch_of, run.num_steps, run.refresh_due))
         bar = tqdm.tqdm(total=run.num_steps, initial=run.start, desc=config.method, unit="step", smoothing=0.05)
-        log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps)
+        rates = optimizer.learning_rates(configuration.optimizer_settings(config), run.num_steps)
+        log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps, rates)
         yield Outputs(log, prefetcher, profile, signals, write_responses)
 
 

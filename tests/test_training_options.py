@@ -45,6 +45,8 @@ def test_the_adapter_of_the_lowest_trusted_loss(with_options, neox):
     losses, summary = evaluations(workdir), summary_of(workdir)
     assert sorted(losses) == [0, *range(2, STEPS + 1, 2)]
     best = min(losses, key=losses.get)
+    rates = {e["step"]: e["train/learning_rate"] for e in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in e}
+    assert rates == pytest.approx({k: 0.5 * min(k / 6, 1) for k in range(2, STEPS + 1, 2)})  # a warmup of 6 steps
     assert summary["best_step"] == best < STEPS and summary["steps"] == STEPS
     assert summary["eval/upper_loss"] == pytest.approx(losses[best], rel=1e-6)
     level = data_levels.load_level(config, "upper", load(neox, workdir / "adapter")[3])

@@ -33,10 +33,13 @@ class StepLog:
       writer: where events go.
       bar: the progress bar.
       epoch_steps: steps of an epoch.
+      rates: learning rate of every step.
     """
 
-    def __init__(self, config: configuration.Config, writer: metrics.MetricsWriter, bar: tqdm.tqdm, epoch_steps: int):
-        self._config, self._writer, self._bar, self._epoch_steps = config, writer, bar, epoch_steps
+    def __init__(
+        self, config: configuration.Config, writer: metrics.MetricsWriter, bar: tqdm.tqdm, epoch_steps: int, rates: np.ndarray
+    ):
+        self._config, self._writer, self._bar, self._epoch_steps, self._rates = config, writer, bar, epoch_steps, rates
         self._pending: _Pending | None = None
         self.restart_clock()
 
@@ -110,6 +113,7 @@ class StepLog:
         unused = [f"{level}_loss" for level in ("upper", "lower") if level not in levels]
         values = {f"train/{key}": total / self._steps for key, total in self._sums.items() if key not in unused}
         values["train/rho"] = configuration.rho(self._config, (done - 1) // self._epoch_steps)
+        values["train/learning_rate"] = float(self._rates[done - 1])
         values["speed/tokens_per_s"] = self._tokens / seconds
         values["speed/response_tokens_per_s"] = self._response_tokens / seconds
         values |= {f"selector/{key}": float(value) for key, value in weights.items()}
