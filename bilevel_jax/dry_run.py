@@ -35,6 +35,7 @@ from bilevel_jax.runtime import disk, workdir
 
 TIMED_STEPS = 2
 TIMED_ROWS = 16  # held-out rows whose evaluation is timed
+MUCH_PADDING = 0.4  # share of a step at which the dry run says what to change
 QUANTILES = (0.5, 0.95, 1.0)
 
 
@@ -70,8 +71,9 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     began = time.perf_counter()
     program, state = compile_step(typed, setup)
     compile_seconds = time.perf_counter() - began
-    seconds, tokens, state = time_steps(typed, setup, program, state, num_steps)
-    timing = Timing(load_seconds, compile_seconds, seconds, tokens, *time_evaluation(typed, setup, program, state))
+    seconds, tokens, positions, state = time_steps(typed, setup, program, state, num_steps)
+    evaluated = time_evaluation(typed, setup, program, state)
+    timing = Timing(load_seconds, compile_seconds, seconds, tokens, positions, *evaluated)
     yield time_text(typed, setup, num_steps, timing)
     yield memory_text(program.train_step)
     yield disk_text(typed, state, num_rows, directory)
@@ -165,6 +167,7 @@ class Timing(NamedTuple):
     compile: float
     steps: list[float]
     step_tokens: list[int]
+    step_positions: list[int]  # those that the packed sequences of a step have, padding included
     evaluation: float
     eval_tokens: int
     num_eval_rows: int
@@ -179,8 +182,8 @@ def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[set
 
 
 def time_steps(config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, num_steps: int):
-    """Takes the first steps of the run; returns the seconds and the tokens of each, and the last state."""
-    store, seconds, tokens = online.empty(len(setup.lower.rows)), [], []
+    """Takes the first steps of the run; returns seconds, tokens and positions of each, and the last state."""
+    store, seconds, tokens, positions = online.empty(len(setup.lower.rows)), [], [], []
     scales = sharding.replicate(batches.level_scales(config, 0), setup.mesh)
     for k in range(min(TIMED_STEPS, num_steps)):
         batch = program.batch_of(k, store)
@@ -189,7 +192,8 @@ def time_steps(config: configuration.Config, setup: setups.Setup, program: setup
         state, _ = jax.block_until_ready(program.train_step(setup.base, state, packed, scales, program.features))
         seconds.append(time.perf_counter() - began)
         tokens.append(batch.num_tokens)
-    return seconds, tokens, state
+        positions.append(int(batch.batch.packed.num_micro) * program.layout.sequences * program.layout.length)
+    return seconds, tokens, positions, state
 
 
 def _evaluated(config: configuration.Config, setup: setups.Setup) -> list[templates.Example]:
@@ -242,7 +246,7 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
     """The estimated time of the run, how it was estimated, and what it leaves out."""
     training = sum(timing.steps) / sum(timing.step_tokens) * sum(num_tokens(config, setup, num_steps).values())
     held_out = _evaluated(config, setup)
-    times = config.num_epochs + 1  # before the first step, and after each epoch
+    times = 1 + num_evaluations(config, num_steps)
     evaluation = timing.evaluation / max(timing.eval_tokens, 1) * sum(one.size for one in held_out) * times
     steps = " and ".join(f"{seconds:.2f} s" for seconds in timing.steps)
     lines = [
@@ -251,6 +255,10 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
         f"{timing.num_eval_rows} of {len(held_out)} held-out rows, which are evaluated {times} times",
         f"  loading took {timing.load:.1f} s and compiling {timing.compile:.1f} s",
     ]
+    padding = 1 - sum(timing.step_tokens) / sum(timing.step_positions)
+    if padding > MUCH_PADDING:
+        shape = f"{config.batch.micro_size} sequences of {config.data.max_length} tokens (batch.micro_size, data.max_length)"
+        lines.append(f"  {padding:.0%} of a step is padding: its rows do not fill micro-batches of {shape}; lower one of them")
     left_out = []
     if config.method in configuration.ONLINE:
         left_out.append("generation")
@@ -261,6 +269,12 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
     if {config.loss.upper, config.loss.lower} & set(preferences.PAIRS):
         left_out.append("the reference model's log-probabilities")
     return "\n".join([*lines, *([f"  not included: {', '.join(left_out)}"] if left_out else [])])
+
+
+def num_evaluations(config: configuration.Config, num_steps: int) -> int:
+    """Evaluations after the first step: at the end of each epoch, and every `eval.every` steps."""
+    every, epoch_steps = config.eval.every, num_steps // config.num_epochs
+    return len({*range(epoch_steps, num_steps + 1, epoch_steps), *(range(every, num_steps + 1, every) if every else ())})
 
 
 def duration(seconds: float) -> str:

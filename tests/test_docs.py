@@ -116,7 +116,18 @@ def test_the_options_of_other_libraries_are_mapped_to_keys():
     tables = re.findall(r"^\|.*\| here \|\n\|[-| ]+\|\n((?:\|.*\|\n)+)", text, flags=re.M)
     spans = [span for table in tables for line in table.splitlines() for span in re.findall(r"`([^`]+)`", line.split(" | ")[-1])]
     named = {span.partition("=")[0] for span in spans if re.fullmatch(r"[a-z_]+(\.[a-z_]+)*(=.*)?", span)}
-    values = {"auto", "finetune", "adamw", "sgd", "all-linear", "near", "ipo", "model"}  # of keys, and an argument of `select`
+    values = {
+        "auto",
+        "finetune",
+        "adamw",
+        "sgd",
+        "all-linear",
+        "near",
+        "ipo",
+        "model",
+        "linear",
+        "cosine",
+    }  # of keys, and an argument of `select`
     assert named - values <= KEYS, sorted(named - values - KEYS)
     assert len(tables) == 4 and len(named & KEYS) > 25
 

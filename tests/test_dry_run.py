@@ -1,5 +1,6 @@
 """The dry run: counts and tokens by hand, extrapolated times by formula, and nothing written."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -86,11 +87,19 @@ def test_time_is_extrapolated_by_tokens(config):
     typed = checks.build(config)
     setup = setups.load(typed)
     tokens = sum(dry_run.num_tokens(typed, setup, 6).values())
-    timing = dry_run.Timing(1.0, 2.0, [2.0, 1.0], [200, 100], 0.0, 0, 0)
+    timing = dry_run.Timing(1.0, 2.0, [2.0, 1.0], [200, 100], [400, 200], 0.0, 0, 0)
     text = dry_run.time_text(typed, setup, 6, timing)
-    assert (
-        text.startswith(f"time: about {tokens / 100:.1f} seconds: ") and "2.00 s and 1.00 s" in text and "not included" not in text
-    )
+    assert text.startswith(f"time: about {tokens / 100:.1f} seconds: ") and "2.00 s and 1.00 s" in text
+    assert "not included" not in text
+    assert "50% of a step is padding" in text and "2 sequences of 96 tokens (batch.micro_size, data.max_length)" in text
+    assert "padding" not in dry_run.time_text(typed, setup, 6, timing._replace(step_positions=[300, 180]))
+
+
+def test_evaluations_are_counted(config):
+    """12 steps in 2 epochs, with an evaluation at steps 4, 6, 8 and 12."""
+    typed = checks.build(config)
+    every = dataclasses.replace(typed, eval=dataclasses.replace(typed.eval, every=4))
+    assert (dry_run.num_evaluations(typed, 12), dry_run.num_evaluations(every, 12)) == (2, 4)
 
 
 @pytest.mark.parametrize(
