@@ -17,6 +17,7 @@ CHOICES = {
     "optimizer.name": configuration.OPTIMIZERS,
     "model.dtype": configuration.DTYPES,
     "selection.unit": configuration.UNITS,
+    "data.learn": templates.LEARN,
     "data.template": templates.TEMPLATES,
     "data.deduplicate": duplicates.MODES,
     "data.overlap": levels.OVERLAP,

@@ -132,6 +132,7 @@ class Data:
     columns: str = ""  # other names of columns, for example question:query,response:answer
     deduplicate: str = "off"  # off (copies are counted), exact (of copies only the first is used), near (of similar rows)
     overlap: str = "warn"  # rows on both levels: warn, drop (from the lower level), refuse
+    learn: str = "all"  # answers of a conversation that are learned: all, last; of preferences and generated responses the last one
     template: str = "auto"  # auto (the tokenizer's chat template, else human), chat, human, alpaca, none
     max_length: int = 2048  # tokens of question and response together; also the length of a packed sequence
     num_upper: int = 0  # size of a seeded random subset; 0: all

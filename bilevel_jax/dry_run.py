@@ -120,7 +120,7 @@ def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
         source = getattr(config.data, name)
         shown = rendering.one_of_each_schema([*level.rows, *level.eval_rows], [*level.examples, *level.eval_examples])
         for row, example in shown:
-            learned = len(example.response) + (0 if example.rejected is None else len(example.rejected))
+            learned = example.num_learned + (0 if example.rejected is None else len(example.rejected))
             what = f"{learned} of {sizes([example])[0]} tokens learned"
             lines.append(f"  {name}, {row.schema}, {location(source, row.line)}: {what}")
             lines.append(rendering.show(example, setup.tokenizer))

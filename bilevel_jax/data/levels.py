@@ -9,6 +9,7 @@ from bilevel_jax.data import duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
 
 OVERLAP = ("warn", "drop", "refuse")
+GENERATING = ("online", "dynamic")  # methods whose responses answer the last question of a row, so that it must fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,10 @@ def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> 
       DataError: no row fits.
     """
     print("\n".join(report.summary()))
-    encoded = templates.encode(all_rows, tokenizer, template=config.data.template)
-    kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length)
+    learn = getattr(config.data, "learn", "last")  # earlier runs have no such key
+    encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=learn)
+    cut_turns = config.method not in GENERATING
+    kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
     for reason, (count, line) in counts.items():
         print(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not kept:
@@ -183,7 +186,7 @@ def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     field = config.data.truth
     answerable = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
     answered = [dataclasses.replace(row, response=row.fields[field], rejected=None) for row in answerable]
-    encoded = templates.encode(answered, tokenizer, template=config.data.template)
+    encoded = templates.encode(answered, tokenizer, template=config.data.template, learn="last")
     return templates.fit(encoded, answered, config.data.max_length)[1]
 
 

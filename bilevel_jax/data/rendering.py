@@ -6,7 +6,7 @@ from bilevel_jax.data import rows, templates
 from bilevel_jax.text import visible
 
 OPENING, CLOSING = "⟦", "⟧"  # around learned tokens
-MAX_SHOWN = 400  # characters of the prompt, and of a response
+MAX_SHOWN = 400  # characters of a response, and of each part of the prompt
 
 
 def _shown(text: str) -> str:
@@ -25,7 +25,12 @@ def show(example: templates.Example, tokenizer) -> str:
     """An example as indented text, special tokens included. Learned tokens are between ⟦ and ⟧."""
     responses = [example.response] if example.rejected is None else [example.response, example.rejected]
     names = [""] if example.rejected is None else ["\n(chosen) ", "\n(rejected) "]
-    text = _shown(_decode(example.prompt, tokenizer))
+    text, end = "", 0
+    for start, stop in example.earlier:
+        text += _shown(_decode(example.prompt[end:start], tokenizer))
+        text += f"{OPENING}{_shown(_decode(example.prompt[start:stop], tokenizer))}{CLOSING}"
+        end = stop
+    text += _shown(_decode(example.prompt[end:], tokenizer))
     for name, response in zip(names, responses):
         text += f"{name}{OPENING}{_shown(_decode(response, tokenizer))}{CLOSING}" if len(response) else ""
     return "\n".join(f"    {line}".rstrip() for line in text.split("\n"))

@@ -257,6 +257,8 @@ def _full_text(row: Row, tokenizer) -> str:
 def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
     """Character offsets of every response token: for each row [R, 2] int32, [start, stop), with start = stop for EOS.
 
+    A conversation that is cut to an earlier answer has none, [0, 2].
+
     Raises:
       ValueError: the tokenizer has no offsets.
     """
@@ -267,7 +269,8 @@ def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer
         texts = [response_text(row, tokenizer) for row in rows[first : first + CHUNK]]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
-            offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[: len(example.response)])
+            number = 0 if example.is_cut else len(example.response)
+            offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[:number])
     return offsets
 
 
@@ -333,10 +336,8 @@ def _cut(example: Example, max_length: int) -> Example | None:
 def _parts(row: Row, template: str) -> list[tuple[str, bool]]:
     """The texts of a prompt without a chat template, each with whether it is an answer of the assistant."""
     if template == "none":
-        separated = (
-            [("\n\n", False)] * (i > 0) + [(content, role == "assistant")] for i, (role, content) in enumerate(row.messages)
-        )
-        return [part for parts in separated for part in parts]
+        parts = [part for role, content in row.messages for part in (("\n\n", False), (content, role == "assistant"))]
+        return parts[1:]
     system = [(f"{row.system}\n\n", False)] if row.system else []
     if template == "human":
         return [*system, *_labelled(row.messages, HUMAN)]

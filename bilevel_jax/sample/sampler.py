@@ -33,7 +33,7 @@ def sample(
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
     if notice := rendering.template_notice(
-        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False)
+        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False, learn="last")
     ):
         print(notice)
     prompts = encode_rows(items, config, tokenizer, template=template)
@@ -66,7 +66,7 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
     """
 
     usable = [item for item in items if isinstance(item, rows.Row)]
-    examples = iter(templates.encode(usable, tokenizer, template=template, eos=False))
+    examples = iter(templates.encode(usable, tokenizer, template=template, eos=False, learn="last"))
     prompts = []
     for item in items:
         if isinstance(item, rows.Rejection):
