@@ -1,9 +1,10 @@
 """Packs rows into sequences of one length: no step computes on padding, and all steps share one shape.
 
-A *segment* is one prompt with one response. Parts of the prompt may be learned as well: the earlier answers of a conversation. Segments are packed into sequences of L tokens by first-fit decreasing; S sequences
-form a micro-batch, M micro-batches a step. Lower-level segments are packed first, so that the pass that re-scores them runs over a
-prefix of the micro-batches; upper-level segments fill the remaining space. M is an upper bound: the number of micro-batches in use
-is an array of the batch, not part of its shape.
+A *segment* is one prompt with one response; parts of the prompt may be learned as well, the earlier answers of a conversation.
+Segments are packed into sequences of L tokens by first-fit decreasing; S sequences form a micro-batch, M micro-batches a step.
+Lower-level segments are packed first, so that the pass that re-scores them runs over a prefix of the micro-batches; upper-level
+segments fill the remaining space. M is an upper bound: the number of micro-batches in use is an array of the batch, not part of its
+shape.
 """
 
 import math

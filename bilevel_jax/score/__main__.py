@@ -3,7 +3,8 @@
     python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl [--columns=question:query,response:answer]
 
 Writes one line per input row, in order: `id`, `loss` (mean NLL of the response tokens, nats), `logprob` (their summed
-log-probability) and `num_tokens`. The response of a conversation is all of its answers, with `--learn=last` the last one. A row that cannot be scored has nulls and a `reason`.
+log-probability) and `num_tokens`. All answers of a conversation are scored, or with `--learn=last` the last one alone. A row that
+cannot be scored has nulls and a `reason`.
 """
 
 import json
