@@ -51,7 +51,7 @@ def load(config: configuration.Config) -> Setup:
     targets = lora.resolve_targets(model, config.lora.targets)
     model = dataclasses.replace(model, adapter_scale=config.lora.alpha / config.lora.rank, remat=config.model.remat)
     adapter = lora.init_adapter(model, jax.random.key(config.seed), config.lora.rank, targets)
-    eos = huggingface.eos_ids(directory, tokenizer)
+    eos = templates.ends(huggingface.eos_ids(directory, tokenizer), tokenizer, config.data.template)
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 

@@ -227,10 +227,10 @@ def _ends_with_call(row: Row) -> bool:
     return bool(row.chat and row.response and "tool_calls" in row.chat[-1])
 
 
-def end_of_turn(tokenizer, template: str | None) -> int | None:
-    """The special token that ends a response in a template; None if a tokenizer without one has no EOS either."""
+def ends(eos: Sequence[int], tokenizer, template: str | None) -> tuple[int, ...]:
+    """The ids that end a response: those of the model, and the token that the template writes after an answer."""
     end = _form(tokenizer, resolve(template, tokenizer)).end
-    return tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*eos, tokenizer.convert_tokens_to_ids(end)] if end else eos))
 
 
 def _form(tokenizer, template: str) -> turns.Form:

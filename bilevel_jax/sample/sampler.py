@@ -40,7 +40,7 @@ def sample(
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(name, prompts[0].line)}: {prompts[0].reason}"
         raise rows.DataError(f"{first}; none of the {len(prompts)} prompts can be used")
-    eos = huggingface.eos_ids(directory, tokenizer)
+    eos = templates.ends(huggingface.eos_ids(directory, tokenizer), tokenizer, template)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
     base = huggingface.load_params(directory, config)
     options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
