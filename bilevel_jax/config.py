@@ -18,7 +18,7 @@ METHODS = ("mixing", "offline", *ONLINE)
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = ("float32", "bfloat16", "auto")
 EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
-UNITS = ("sample", "domain", "token")
+UNITS = ("sample", "turn", "domain", "token")
 
 
 class ConfigError(ValueError):
@@ -43,8 +43,8 @@ class Penalty:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    # What has a weight: sample (a row), domain (all rows of one source together: adam or sgd), token (a row, and within it each
-    # token of the response: offline, bds)
+    # What has a weight: sample (a row), turn (each answer of a conversation), domain (all rows of one source together: adam or
+    # sgd), token (a row, and within it each token of the response: offline, bds)
     unit: str = "sample"
     parameterization: str = "table"  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
     ridge: float = 0.3  # (parameterization=features) pull of φ to 0

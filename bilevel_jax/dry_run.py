@@ -226,7 +226,7 @@ def _has_features(config: configuration.Config) -> bool:
     return (
         config.method != "mixing"
         and configuration.to_selector(config).parameterization == "features"
-        and config.selection.unit == "sample"
+        and config.selection.unit in ("sample", "turn")
     )
 
 

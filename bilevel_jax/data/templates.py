@@ -324,7 +324,7 @@ def fit(
 
 def _cut(example: Example, max_length: int) -> Example | None:
     """A conversation that ends with the last earlier answer that starts within `max_length` tokens; None if there is none."""
-    fitting = [(start, stop) for start, stop in example.earlier if 0 < start < max_length]
+    fitting = [(start, stop) for start, stop in example.earlier if 0 < start < min(stop, max_length)]
     if not fitting:
         return None
     start, stop = fitting.pop()

@@ -156,7 +156,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], 
                 parts = tokenizer(texts, **options)["input_ids"]
                 ends = [sum(map(len, parts[:n])) for n in range(len(parts))]
                 ids, spans = [token for part in parts for token in part], tuple(zip(ends[1::2], ends[2::2]))
-        yield ids, tuple((start, stop) for start, stop in spans if start < stop)
+        yield ids, spans
 
 
 def _token_spans(offsets: Sequence[tuple[int, int]], answers: Spans) -> Spans | None:

@@ -119,7 +119,7 @@ def token_weighted_responses(run: Run) -> list[dict]:
     if run.tokens is None:
         return []
     table, weights = run.tables[max(run.tables)], run.tokens["weight"].to_numpy()
-    ess = np.array([selector.effective_sample_size(w / len(w)) if len(w) and w.any() else 0.0 for w in weights])
+    ess = np.array([selector.effective_sample_size(w / w.sum()) if len(w) and w.any() else 0.0 for w in weights])
     index_of = {row_id: i for i, row_id in enumerate(table["id"])}
     ids = run.tokens["id"].to_pylist()
     order = [i for i in np.argsort(ess, kind="stable") if len(weights[i]) > 1 and ids[i] in run.rows and ids[i] in index_of]
