@@ -48,8 +48,8 @@ def template_notice(template: str | None, tokenizer, examples: Sequence[template
 def one_of_each_schema(
     all_rows: Sequence[rows.Row], examples: Sequence[templates.Example]
 ) -> list[tuple[rows.Row, templates.Example]]:
-    """The first row of each schema, with its tokens."""
-    first: dict[str, tuple[rows.Row, templates.Example]] = {}
+    """The first row of each schema, with its tokens; of conversations, the first with one and with several learned answers."""
+    first: dict[tuple[str, bool], tuple[rows.Row, templates.Example]] = {}
     for row, example in zip(all_rows, examples, strict=True):
-        first.setdefault(row.schema, (row, example))
+        first.setdefault((row.schema, bool(example.earlier)), (row, example))
     return list(first.values())

@@ -10,7 +10,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, trainers
 
-from bilevel_jax.data import packing, rendering, templates
+from bilevel_jax import batches, scoring
+from bilevel_jax.data import levels, packing, rendering, templates
 from tests.data.test_templates import CHATTING, EOS, HEADER, PAIR, PLAIN, WITH_BOS, make_tokenizer, parse
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "chat_templates"
@@ -344,6 +345,14 @@ def test_all_answers_are_marked():
         "    ⟦hello there<|im_end|>⟧\n    <|im_start|>user\n    again<|im_end|>\n    <|im_start|>assistant\n    ⟦hello<|im_end|>⟧"
     )
     assert rendering.show(example, both("chatml")[0]) == expected
+
+
+def test_a_batch_learns_all_answers():
+    rows = parse(SHAPES["system"])
+    examples = templates.encode(rows, both("chatml")[0], template="chat")
+    (segment,) = batches.row_segments(levels.Level(rows, examples, [], []), 0, share=0.5, group=0, row_index=3)
+    assert len(segment.earlier) == 1 and len(segment.targets) == examples[0].num_learned
+    assert scoring.example_segments(examples)[0].earlier == segment.earlier
 
 
 def test_targets_of_a_packed_conversation():
