@@ -8,6 +8,7 @@ A chat template may change what is before an answer, or the answer itself, as th
 the reasoning from all turns but the last. In such a conversation the answer cannot be learned, and the row is refused.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -140,23 +141,41 @@ def _skip_space(text: str, start: int) -> int:
 def tokenize(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], Spans]]:
     """Yields the token ids of each prompt, without special tokens, and which of them are the earlier answers.
 
-    No token reaches over the start or the end of an answer. Where one would, the texts between these positions are tokenized
-    separately, as prompt and response are.
+    The texts between the starts and ends of answers are tokenized separately, as prompt and response are, so that an answer has the
+    same tokens before it as when the model gives it. A tokenizer that writes a space before every text, such as that of Llama 2,
+    would write one at each of these positions. Its prompts are tokenized whole, unless a token would reach over such a position.
     """
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    writes_space = _ids(["\na"], tokenizer)[0] != sum(_ids(["\n", "a"], tokenizer), [])
+    whole = iter(_whole([prompt for prompt in prompts if writes_space or not prompt.answers], tokenizer))
+    for prompt in prompts:
+        ids, spans = next(whole) if writes_space or not prompt.answers else ([], None)
+        if spans is None:
+            bounds = [0, *(bound for answer in prompt.answers for bound in answer), len(prompt.text)]
+            parts = _ids([prompt.text[start:stop] for start, stop in zip(bounds, bounds[1:])], tokenizer)
+            ends = [0, *itertools.accumulate(map(len, parts))]
+            ids, spans = sum(parts, []), tuple(zip(ends[1::2], ends[2::2]))
+        yield ids, spans
+
+
+def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    return _encode(texts, tokenizer)["input_ids"]
+
+
+def _encode(texts: Sequence[str], tokenizer, **options):
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+
+def _whole(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], Spans | None]]:
+    """The ids and answers of prompts that are tokenized whole; None in place of answers that no tokens have to themselves."""
+    if not prompts:
+        return
     with_offsets = tokenizer.is_fast and any(prompt.answers for prompt in prompts)
-    encoded = tokenizer([prompt.text for prompt in prompts], return_offsets_mapping=with_offsets, **options)
+    encoded = _encode([prompt.text for prompt in prompts], tokenizer, return_offsets_mapping=with_offsets)
     for i, prompt in enumerate(prompts):
-        ids, spans = encoded["input_ids"][i], ()
+        spans: Spans | None = ()
         if prompt.answers:
             spans = _token_spans(encoded["offset_mapping"][i], prompt.answers) if with_offsets else None
-            if spans is None:
-                bounds = [0, *(bound for answer in prompt.answers for bound in answer), len(prompt.text)]
-                texts = [prompt.text[start:stop] for start, stop in zip(bounds, bounds[1:])]
-                parts = tokenizer(texts, **options)["input_ids"]
-                ends = [sum(map(len, parts[:n])) for n in range(len(parts))]
-                ids, spans = [token for part in parts for token in part], tuple(zip(ends[1::2], ends[2::2]))
-        yield ids, spans
+        yield encoded["input_ids"][i], spans
 
 
 def _token_spans(offsets: Sequence[tuple[int, int]], answers: Spans) -> Spans | None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bilevel_jax import batches, scoring
 from bilevel_jax.data import levels, packing, rendering, templates
+from tests.data import test_templates
 from tests.data.test_templates import CHATTING, EOS, HEADER, PAIR, PLAIN, WITH_BOS, make_tokenizer, parse
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures" / "chat_templates"
@@ -107,12 +108,12 @@ def byte_level(name):
 def metaspace(name):
     """A tokenizer in the manner of SentencePiece, which writes a space before every text."""
     core = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     alphabet = [f"<0x{i:02X}>" for i in range(256)]
-    texts = ["▁hello▁world▁the▁world▁is▁fine▁Is▁2▁+▁2", "▁user▁assistant▁system▁hello▁there"] * 4
+    texts = ["hello world the world is fine Is 2 + 2", "user assistant system hello there"] * 4
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *alphabet], show_progress=False))
     bos, eos, *special = SPECIAL[name]
     return transformers.PreTrainedTokenizerFast(
@@ -145,11 +146,12 @@ def text_of(marked, text, span):
     return text[offsets[span[0]][0] : offsets[span[1] - 1][1]]
 
 
-def is_changed(name, marked, messages, tools, i, text, ids, span):
+def is_changed(name, marked, messages, tools, i, text, span):
     """Whether the template writes turn i, or what is before it, otherwise than in the conversation that ends with it."""
     end, written = SPECIAL[name][2], text_of(marked, text, span)
     if any(message["role"] == "user" for message in messages[:i]):
-        if witness(marked, messages[:i], tools, True)[1] != ids[: span[0]]:
+        offsets = marked(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if witness(marked, messages[:i], tools, True)[0] != text[: offsets[span[0]][0]]:
             return True
     if "tool_calls" not in messages[i]:
         return written.removesuffix(end).strip() != messages[i]["content"].strip()
@@ -169,7 +171,7 @@ def reference(name, marked, row):
         if messages[i]["content"].strip() or "tool_calls" in messages[i]
     ]
     for number, i, span in answers:
-        if is_changed(name, marked, messages, row.tools, i, text, ids, span):
+        if is_changed(name, marked, messages, row.tools, i, text, span):
             return number
     whole, _, spans = witness(marked, messages, row.tools, False)
     response = text_of(marked, whole, spans[-1])
@@ -284,10 +286,26 @@ def test_templates_without_an_end_of_turn(tokenizer, template, text):
     assert example.num_learned == sum(stop - start for start, stop in example.earlier) + len(example.response)
 
 
-def test_a_slow_tokenizer_has_no_offsets(monkeypatch):
-    monkeypatch.setattr(type(PLAIN), "is_fast", False)
-    (example,) = templates.encode(parse(CONVERSATION), PLAIN, template="human")
-    assert [PLAIN.decode(example.prompt[start:stop]) for start, stop in example.earlier] == ["Welcome", " the world"]
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_no_token_reaches_over_an_answer(monkeypatch, is_fast):
+    """In the whole text, the space of the header is part of the first word. Slow tokenizers have no offsets."""
+    tokenizer = metaspace("chatml")
+    monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)
+    talk = {"messages": [user("hello"), answer("the world"), user("is"), answer("fine")]}
+    (example,) = templates.encode(parse(talk), tokenizer, template="human")
+    assert "▁the" in tokenizer.tokenize("Human: hello\n\nAssistant: the world")
+    assert [tokenizer.decode(example.prompt[start:stop]) for start, stop in example.earlier] == ["the world"]
+
+
+def test_an_answer_has_the_same_tokens_before_it_as_when_the_model_gives_it(monkeypatch):
+    """The two line feeds of this header are one token at the end of a text, and two before a word."""
+    monkeypatch.setattr(test_templates, "CORPUS", ["hello\n\n", "the world\n\n"] * 20)
+    tokenizer, _ = both("llama3")
+    (line_feeds,) = tokenizer("\n\n")["input_ids"]
+    assert len(tokenizer("\n\nhello")["input_ids"]) > len(tokenizer("hello")["input_ids"]) + 1
+    (example,) = templates.encode(parse(SHAPES["several turns"]), tokenizer, template="chat")
+    starts = [start for start, _ in example.earlier] + [len(example.prompt)]
+    assert len(starts) == 3 and all(example.prompt[start - 1] == line_feeds for start in starts)
 
 
 def test_preferences_learn_the_last_turn():
