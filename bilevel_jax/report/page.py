@@ -52,8 +52,9 @@ def text_of(text: str) -> Text:
 
 def _learned_earlier(run: Run, row: data_rows.Row, masked: bool) -> bool:
     """Whether the run learned the answers before the response of a row."""
+    # Runs of earlier versions have no such keys.
     one_answer = run.config.data.get("learn", "last") == "last" or run.config.selection.get("unit", "sample") == "turn"
-    if masked or row.rejected is not None or one_answer:  # earlier runs have no such keys
+    if masked or row.rejected is not None or one_answer:
         return False
     return any(role == "assistant" for role, _ in row.messages)
 
