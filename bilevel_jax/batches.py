@@ -25,7 +25,7 @@ def row_segments(level: levels.Level, i: int, share: float, group: int, row_inde
     """The segments of a row of the data: one, or the two of a pair."""
     example = level.examples[i]
     if level.references is None:
-        return [packing.Segment(example.prompt, example.response, row_index, share)]
+        return [packing.Segment(example.prompt, example.response, row_index, share, earlier=example.earlier)]
     responses = zip((1, -1), (example.response, example.rejected), level.references[i])
     return [
         packing.Segment(example.prompt, response, row_index, share, group, sign, float(reference))

@@ -18,6 +18,7 @@ CHOICES = {
     "optimizer.schedule": optimizer.SCHEDULES,
     "model.dtype": configuration.DTYPES,
     "selection.unit": configuration.UNITS,
+    "data.learn": templates.LEARN,
     "data.template": templates.TEMPLATES,
     "data.deduplicate": duplicates.MODES,
     "data.overlap": levels.OVERLAP,
@@ -264,7 +265,9 @@ def _check_given_weights(config: Config) -> None:
     }
     for setting, (is_set, words) in reasons.items():
         _require(not is_set, f"selection.init={s.init!r} has no effect with {setting}, {words}")
-    _require(not s.freeze or s.unit == "sample", "selection.freeze=True keeps the weights of rows; take selection.unit=sample")
+    _require(
+        not s.freeze or s.unit in ("sample", "turn"), "selection.freeze=True keeps the weights of rows; take selection.unit=sample"
+    )
 
 
 def _check_selection(config: Config) -> None:
@@ -276,6 +279,10 @@ def _check_selection(config: Config) -> None:
         )
         rate = s.token_learning_rate
         _require(rate > 0, f"selection.token_learning_rate={rate} must be positive")
+    if s.unit == "turn":
+        _require(config.data.learn == "all", "selection.unit=turn weighs every answer of a conversation; take data.learn=all")
+        is_sft = config.loss.lower == "sft"
+        _require(is_sft, f"selection.unit=turn weighs answers, not pairs: loss.lower={config.loss.lower} must be sft")
     _require(
         built.baseline != "batch" or config.batch.size > 1,
         "selection.baseline=batch with batch.size=1 subtracts a row's loss from itself; take running or none",

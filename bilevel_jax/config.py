@@ -17,7 +17,7 @@ ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 DTYPES = ("float32", "bfloat16", "auto")
 EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
-UNITS = ("sample", "domain", "token")
+UNITS = ("sample", "turn", "domain", "token")
 
 
 class ConfigError(ValueError):
@@ -42,8 +42,8 @@ class Penalty:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    # What has a weight: sample (a row), domain (all rows of one source together: adam or sgd), token (a row, and within it each
-    # token of the response: offline, bds)
+    # What has a weight: sample (a row), turn (each answer of a conversation), domain (all rows of one source together: adam or
+    # sgd), token (a row, and within it each token of the response: offline, bds)
     unit: str = "sample"
     parameterization: str = "table"  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
     ridge: float = 0.3  # (parameterization=features) pull of φ to 0
@@ -142,6 +142,7 @@ class Data:
     columns: str = ""  # other names of columns, for example question:query,response:answer
     deduplicate: str = "off"  # off (copies are counted), exact (of copies only the first is used), near (of similar rows)
     overlap: str = "warn"  # rows on both levels: warn, drop (from the lower level), refuse
+    learn: str = "all"  # answers of a conversation that are learned: all, last; of preferences and generated responses the last one
     template: str = "auto"  # auto (the tokenizer's chat template, else human), chat, human, alpaca, none
     max_length: int = 2048  # tokens of question and response together; also the length of a packed sequence
     num_upper: int = 0  # size of a seeded random subset; 0: all

@@ -122,7 +122,7 @@ def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
         source = getattr(config.data, name)
         shown = rendering.one_of_each_schema([*level.rows, *level.eval_rows], [*level.examples, *level.eval_examples])
         for row, example in shown:
-            learned = len(example.response) + (0 if example.rejected is None else len(example.rejected))
+            learned = example.num_learned + (0 if example.rejected is None else len(example.rejected))
             what = f"{learned} of {sizes([example])[0]} tokens learned"
             lines.append(f"  {name}, {row.schema}, {location(source, row.line)}: {what}")
             lines.append(rendering.show(example, setup.tokenizer))
@@ -230,7 +230,7 @@ def _has_features(config: configuration.Config) -> bool:
     return (
         config.method != "mixing"
         and configuration.to_selector(config).parameterization == "features"
-        and config.selection.unit == "sample"
+        and config.selection.unit in ("sample", "turn")
     )
 
 

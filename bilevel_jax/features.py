@@ -1,6 +1,7 @@
 """Frozen features of rows, the inputs x_i of the amortised selector ω_i = φ·x_i. The base computes them once, before step 1.
 
-The features of a row with question q and answer a are, with U the trusted rows and L the rows to select from:
+The answer a of a row is its learned tokens, those of all answers in a conversation, and the question q is all other tokens. The
+features of the row are, with U the trusted rows and L the rows to select from:
 
     mean hidden states of q and of a after half of the layers, along `WIDTH` principal directions each
     cca_score          Σ_j ρ_j u_j v_j                                                       (1)

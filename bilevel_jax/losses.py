@@ -138,5 +138,5 @@ def token_scores(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> 
 
 
 def row_losses(nll_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:
-    """ℓ of each row in nats, from its summed NLL: per response token (`mean`), or the sum itself, eq. (1) of the paper (`sum`)."""
+    """ℓ of each row in nats, from its summed NLL: per learned token (`mean`), or the sum itself, eq. (1) of the paper (`sum`)."""
     return nll_E / jnp.maximum(length_E, 1) if reduction == "mean" else nll_E

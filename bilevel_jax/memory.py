@@ -203,7 +203,7 @@ def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh,
     items.append(Item("ω, its optimizer, visits", size_of(state.selector, shardings.selector), ALWAYS))
     if selector.parameterization == "features":
         num_parts = mesh.size if config.mesh.shard_selector else 1
-        size = features.SIZE if config.selection.unit == "sample" else 1
+        size = features.SIZE if config.selection.unit in ("sample", "turn") else 1
         items.append(Item("features of all rows", 4 * size * num_rows // num_parts, ALWAYS, "formula"))
     items.append(Item("copy of all these but the base, for a checkpoint", size_of(state, shardings), ALWAYS))
     if mesh.shape["fsdp"] > 1:

@@ -42,6 +42,7 @@ def get(tier: str):
     config.selection.learning_rate = 1e-4
     config.selection.b2 = config.optimizer.b2 = 0.95  # as in the published code
     config.selection.baseline = "none"
+    config.data.learn = "last"
     config.data.num_lower = {"pythia-1b": 9600, "llama3-8b": 56000}[tier]
     config.eval.num_upper = config.eval.num_lower = 1000
     config.batch.micro_size = 2  # its activations need less memory than a refresh, so `remat` would not lower the peak

@@ -132,7 +132,7 @@ def example_token_weights(
 
 def example_segments(examples) -> list[packing.Segment]:
     """The prompt of each example with its (chosen) response."""
-    return [packing.Segment(example.prompt, example.response) for example in examples]
+    return [packing.Segment(example.prompt, example.response, earlier=example.earlier) for example in examples]
 
 
 def mean_loss(nll: np.ndarray, length: np.ndarray) -> float:

@@ -50,7 +50,7 @@ def load(config: configuration.Config) -> Setup:
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
     model, adapter = start_of_learning(config, model, base)
-    eos = huggingface.eos_ids(directory, tokenizer)
+    eos = templates.ends(huggingface.eos_ids(directory, tokenizer), tokenizer, config.data.template)
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 

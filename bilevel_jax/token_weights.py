@@ -1,6 +1,7 @@
 """Weights of the tokens within a response, a softmax of a score whose two parameters are shared (`selection.unit=token`).
 
-Row i has the weight w_i = N·σ_i(ω), and each of the T_i tokens of its response has a weight with mean 1:
+Row i has the weight w_i = N·σ_i(ω), and each of the T_i tokens of its response (of a conversation: all answers) has a weight with
+mean 1:
 
     v_t = T_i · softmax_t(φ·z_t)                                                             (1)
     ℓ_i = mean_t [ v_t ℓ_t ]                                                                 (2)

@@ -315,6 +315,7 @@ def test_responses_to_one_question_divide_its_share():
         (4, 0.125, 6, 0, -700.0),
     ]
     assert [list(s.response) for s in two] == [[9], [7, 7]] and all(s.prompt is prompt for s in two)
+    assert all(s.earlier == () for s in two)  # of a conversation, the generated answer alone is learned
     (one,) = segments(own, 1, prompt, 0.25, group=7)  # its other response had no words
     assert (one.share, one.group, one.old_log_prob, list(one.response)) == (0.25, 7, -1.5, [7, 8, 2])
     assert online.response_segments(own, 2, prompt, 0.25, group=8) == []  # masked, but without an answer

@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax.data import duplicates, rows, sources, templates
+from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
 
 OVERLAP = ("warn", "drop", "refuse")
+GENERATING = ("online", "dynamic")  # methods whose responses answer the last question of a row, so that it must fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,10 @@ def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> 
       DataError: no row fits.
     """
     print("\n".join(report.summary()))
-    encoded = templates.encode(all_rows, tokenizer, template=config.data.template)
-    kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length)
+    learn = getattr(config.data, "learn", "last")  # earlier runs have no such key
+    encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=learn)
+    cut_turns = config.method not in GENERATING
+    kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
     for reason, (count, line) in counts.items():
         print(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not kept:
@@ -79,7 +82,18 @@ def load_levels(config, tokenizer) -> tuple[Level, Level]:
     upper, lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
     columns.check(f"{upper.source} and {lower.source}")
     upper, lower = _split(config, [upper, _without_overlap(config, upper, lower)])
-    return upper, lower
+    return upper, _by_turn(config, lower) if _weighs_turns(config) else lower
+
+
+def _weighs_turns(config) -> bool:
+    return config.method != "mixing" and getattr(config.selection, "unit", "sample") == "turn"  # earlier runs have no such key
+
+
+def _by_turn(config, level: Level) -> Level:
+    """The level with a training row for every answer; held-out rows stay whole."""
+    turn_rows, examples = by_turn.split(level.rows, level.examples, of_last=[config.data.truth])
+    print(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
+    return dataclasses.replace(level, rows=turn_rows, examples=examples)
 
 
 def _columns(config) -> Columns:
@@ -162,7 +176,7 @@ def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Collectio
 
 
 def reopen(config) -> list[rows.Row]:
-    """Reads the lower level's rows of a run again, including the held-out rows.
+    """Reads the lower level's rows of a run again, including the held-out rows; with `selection.unit=turn`, those of all answers.
 
     Raises:
       DataError: the source no longer exists, or has no usable row.
@@ -175,6 +189,8 @@ def reopen(config) -> list[rows.Row]:
         preference=config.loss.get("lower", "sft") != "sft",  # earlier runs have no such key
         columns=_columns(config),
     )
+    if _weighs_turns(config):
+        return [part for row in lower_rows for part in by_turn.rows_of(row, of_last=[config.data.truth])]
     return lower_rows
 
 
@@ -183,7 +199,7 @@ def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     field = config.data.truth
     answerable = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
     answered = [dataclasses.replace(row, response=row.fields[field], rejected=None) for row in answerable]
-    encoded = templates.encode(answered, tokenizer, template=config.data.template)
+    encoded = templates.encode(answered, tokenizer, template=config.data.template, learn="last")
     return templates.fit(encoded, answered, config.data.max_length)[1]
 
 

@@ -91,6 +91,12 @@ def with_last_answer(messages: Any, response: str) -> list[dict]:
     return [*turns, {**last, ("content" if "content" in last else "value"): response}]
 
 
+def first_turns(messages: Any, number: int) -> list[dict]:
+    """The first turns of the messages of a row, after the system text."""
+    messages = list(_from_json(messages))
+    return messages[: number + (_role(messages[0]) == "system")]
+
+
 def _message(message: Mapping) -> dict:
     """A message in OpenAI's form."""
     role, key = _role(message), "content" if "content" in message or "value" not in message else "value"

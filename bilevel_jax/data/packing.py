@@ -1,9 +1,10 @@
 """Packs rows into sequences of one length: no step computes on padding, and all steps share one shape.
 
-A *segment* is one prompt with one response. Segments are packed into sequences of L tokens by first-fit decreasing; S sequences
-form a micro-batch, M micro-batches a step. Lower-level segments are packed first, so that the pass that re-scores them runs over a
-prefix of the micro-batches; upper-level segments fill the remaining space. M is an upper bound: the number of micro-batches in use
-is an array of the batch, not part of its shape.
+A *segment* is one prompt with one response; parts of the prompt may be learned as well, the earlier answers of a conversation.
+Segments are packed into sequences of L tokens by first-fit decreasing; S sequences form a micro-batch, M micro-batches a step.
+Lower-level segments are packed first, so that the pass that re-scores them runs over a prefix of the micro-batches; upper-level
+segments fill the remaining space. M is an upper bound: the number of micro-batches in use is an array of the batch, not part of its
+shape.
 """
 
 import math
@@ -35,10 +36,17 @@ class Segment(NamedTuple):
     reference: float = 0.0  # log-probability of a pair's response under the reference model
     old_log_prob: float = math.nan  # log π_old of a generated response; NaN: a response from the data
     reward: float = math.nan  # of a generated response, if its loss depends on it; NaN: no reward
+    earlier: Sequence[tuple[int, int]] = ()  # tokens of the prompt that are learned too, [start, stop) each, in order
 
     @property
     def size(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Positions of the learned tokens, in order. Nothing predicts the first token of a segment, so it is never learned."""
+        spans = (*self.earlier, (len(self.prompt), self.size))
+        return np.concatenate([np.arange(max(start, 1), stop) for start, stop in spans])
 
 
 class Packed(NamedTuple):
@@ -51,7 +59,7 @@ class Packed(NamedTuple):
     target: Array  # [M, P] int32
     entry: Array  # [M, P] int32, segment of the target; E for padding
     num_targets: Array  # [M] int32
-    length: Array  # [E] int32, predicted response tokens of each entry
+    length: Array  # [E] int32, learned tokens of each entry
     num_micro: Array  # [] int32, micro-batches in use
 
 
@@ -148,17 +156,15 @@ def lay_out(segments: Sequence[Segment], bins: Sequence[Sequence[int]], layout: 
     entry = np.full((M, P), E, np.int32)
     num_targets = np.zeros(M, np.int32)
     length = np.zeros(E, np.int32)
+    tokens, segment_ids, positions = _lay_out_tokens(segments, bins, layout)
     for b, _, i, start in _offsets(segments, bins):
-        m, stop = b // S, start + segments[i].size
-        # Without a prompt nothing predicts the first response token, so it is not scored.
-        predicted = segments[i].response if len(segments[i].prompt) else segments[i].response[1:]
-        length[i] = len(predicted)
+        m, learned = b // S, segments[i].targets
+        length[i] = len(learned)
         slots = slice(num_targets[m], num_targets[m] + length[i])
-        logit_index[m, slots] = (b % S) * L + np.arange(stop - length[i] - 1, stop - 1)
-        target[m, slots] = predicted
+        logit_index[m, slots] = (b % S) * L + start + learned - 1
+        target[m, slots] = tokens[m, b % S, start + learned]
         entry[m, slots] = i
         num_targets[m] += length[i]
-    tokens, segment_ids, positions = _lay_out_tokens(segments, bins, layout)
     num_micro = np.int32(-(-len(bins) // S))
     return Packed(tokens, segment_ids, positions, logit_index, target, entry, num_targets, length, num_micro)
 

@@ -6,7 +6,7 @@ from bilevel_jax.data import rows, templates
 from bilevel_jax.text import visible
 
 OPENING, CLOSING = "⟦", "⟧"  # around learned tokens
-MAX_SHOWN = 400  # characters of the prompt, and of a response
+MAX_SHOWN = 400  # characters of a response, and of each part of the prompt
 
 
 def _shown(text: str) -> str:
@@ -25,7 +25,12 @@ def show(example: templates.Example, tokenizer) -> str:
     """An example as indented text, special tokens included. Learned tokens are between ⟦ and ⟧."""
     responses = [example.response] if example.rejected is None else [example.response, example.rejected]
     names = [""] if example.rejected is None else ["\n(chosen) ", "\n(rejected) "]
-    text = _shown(_decode(example.prompt, tokenizer))
+    text, end = "", 0
+    for start, stop in example.earlier:
+        text += _shown(_decode(example.prompt[end:start], tokenizer))
+        text += f"{OPENING}{_shown(_decode(example.prompt[start:stop], tokenizer))}{CLOSING}"
+        end = stop
+    text += _shown(_decode(example.prompt[end:], tokenizer))
     for name, response in zip(names, responses):
         text += f"{name}{OPENING}{_shown(_decode(response, tokenizer))}{CLOSING}" if len(response) else ""
     return "\n".join(f"    {line}".rstrip() for line in text.split("\n"))
@@ -43,8 +48,8 @@ def template_notice(template: str | None, tokenizer, examples: Sequence[template
 def one_of_each_schema(
     all_rows: Sequence[rows.Row], examples: Sequence[templates.Example]
 ) -> list[tuple[rows.Row, templates.Example]]:
-    """The first row of each schema, with its tokens."""
-    first: dict[str, tuple[rows.Row, templates.Example]] = {}
+    """The first row of each schema, with its tokens; of conversations, the first with one and with several learned answers."""
+    first: dict[tuple[str, bool], tuple[rows.Row, templates.Example]] = {}
     for row, example in zip(all_rows, examples, strict=True):
-        first.setdefault(row.schema, (row, example))
+        first.setdefault((row.schema, bool(example.earlier)), (row, example))
     return list(first.values())

@@ -10,21 +10,25 @@ Prompt and response are tokenized *separately*. In one text, the space at the en
 response, and a loss that starts at the prompt's length would miss that word. The end of a prompt is stored as a position and not
 derived from the pad id, so that the EOS is learned even if it is also the pad token.
 
-Every response ends with EOS unless `eos=False`. `human` and `alpaca` start with BOS if the tokenizer adds one; a chat template
-writes its own BOS, or none.
+Earlier answers in the prompt are learned too unless `learn="last"`, see `turns`.
+
+Every response ends with the special token that the chat template writes after an answer, else with EOS, unless `eos=False`. `human`
+and `alpaca` start with BOS if the tokenizer adds one; a chat template writes its own BOS, or none.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
 
+from bilevel_jax.data import turns
+from bilevel_jax.data.messages import Unusable
 from bilevel_jax.data.rejections import Rejection, location, tally
 from bilevel_jax.data.rows import Row
 
+LEARN = ("all", "last")
 TEMPLATES = ("auto", "chat", "human", "alpaca", "none")
 CHUNK = 1024  # texts per tokenizer call: enough to use all its threads
 
@@ -45,11 +49,18 @@ class Example:
     response: np.ndarray  # [R] int32, including EOS; empty if the row has only a question
     rejected: np.ndarray | None  # [R'] int32, including EOS; None unless the row is a preference
     reason: str | None = None  # why the template cannot render the row, which then has no tokens
+    earlier: turns.Spans = ()  # tokens of `prompt` that are learned: the answers before the response
+    is_cut: bool = False  # the conversation is cut: `response` is an earlier answer of the row
 
     @property
     def size(self) -> int:
         """Number of tokens of question and response, P + R."""
         return len(self.prompt) + len(self.response)
+
+    @property
+    def num_learned(self) -> int:
+        """Number of learned tokens: the response, and the answers before it."""
+        return len(self.response) + sum(stop - start for start, stop in self.earlier)
 
 
 def load_tokenizer(path: str):
@@ -91,43 +102,83 @@ def render(row: Row, tokenizer, template: str) -> str:
     """The prompt of a row as text, up to the start of the response; `template` as returned by `resolve`."""
     if template == "chat":
         return _chat(row, messages_of(row, with_response=False), tokenizer, add_generation_prompt=True)
-    if template == "none":
-        return row.question
-    system = f"{row.system}\n\n" if row.system else ""
-    if template == "human":
-        return system + _labelled(row.messages, HUMAN)
-    if row.schema == "instruction/input/output" and (row.fields.get("input") or "").strip():
-        instruction = f"{row.fields['instruction']}\n\n### Input:\n{row.fields['input']}"
-        return system + ALPACA_INPUT_HEADER + _labelled((("user", instruction),), ALPACA)
-    return system + ALPACA_HEADER + _labelled(row.messages, ALPACA)
+    return turns.joined(_parts(row, template)).text
 
 
-def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = True) -> list[Example]:
+def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = True, learn: str = "all") -> list[Example]:
     """Tokenizes rows, in order.
+
+    Args:
+      rows: with `learn="all"` the answers before the response are learned too, except those of preferences.
+      tokenizer: of the model.
+      template: see `resolve`.
+      eos: whether the response ends with the end of a turn.
+      learn: `all` or `last`.
 
     Raises:
       ValueError: an unusable template (see `resolve`), a row that the chat template rejects, or `eos` for a tokenizer without EOS.
     """
     template = resolve(template, tokenizer)
+    if learn not in LEARN:
+        raise ValueError(f"learn={learn!r} is not among {', '.join(LEARN)}")
     if eos and tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token to end a response; turn EOS off")
     head = [tokenizer.bos_token_id] if template in ("human", "alpaca") and _adds_bos(tokenizer) else []
-    tail = [tokenizer.eos_token_id] if eos else []
-    reasons = [refusal(row, tokenizer, template) for row in rows]
-    usable = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    prompts = iter(_tokenize((render(row, tokenizer, template) for row in usable), len(usable), tokenizer, "prompts"))
-    texts = (response_text(row, tokenizer) for row in usable)
-    responses = iter(_tokenize(texts, len(usable), tokenizer, "responses"))
-    pairs = [row for row in usable if row.rejected is not None]
-    rejected = iter(_tokenize((row.rejected for row in pairs), len(pairs), tokenizer, "rejected responses"))
+    form = _form(tokenizer, template)
+    tail = [tokenizer.convert_tokens_to_ids(form.end) if form.end else tokenizer.eos_token_id] if eos else []
+    examples = []
+    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            prompts = [_prompt(row, tokenizer, template, learn, form) for row in chunk]
+            examples += _encode(chunk, prompts, tokenizer, head, tail)
+            bar.update(len(chunk))
+    return examples
 
-    def example(row: Row, reason: str | None) -> Example:
-        if reason:
-            return Example(_ids(), _ids(), None, reason)
-        prompt, response = _ids(head, next(prompts)), _ids(next(responses), tail)
-        return Example(prompt, response if row.response else _ids(), None if row.rejected is None else _ids(next(rejected), tail))
 
-    return [example(row, reason) for row, reason in zip(rows, reasons, strict=True)]
+def _encode(
+    rows: Sequence[Row], prompts: Sequence[turns.Prompt | str], tokenizer, head: list[int], tail: list[int]
+) -> list[Example]:
+    """The examples of rows with their prompts, or with the reasons why they have none."""
+    usable = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if isinstance(prompt, turns.Prompt)]
+    encoded = turns.tokenize([prompt for _, prompt in usable], tokenizer) if usable else iter(())
+    responses = iter(_ids_of([response_text(row, tokenizer) for row, _ in usable], tokenizer))
+    rejected = iter(_ids_of([row.rejected for row, _ in usable if row.rejected is not None], tokenizer))
+
+    def example(row: Row, prompt: turns.Prompt | str) -> Example:
+        if isinstance(prompt, str):
+            return Example(_ids(), _ids(), None, reason=prompt)
+        (ids, answers), response = next(encoded), _ids(next(responses), tail)
+        return Example(
+            prompt=_ids(head, ids),
+            response=response if row.response else _ids(),
+            rejected=None if row.rejected is None else _ids(next(rejected), tail),
+            earlier=tuple((len(head) + start, len(head) + stop) for start, stop in answers),
+        )
+
+    return [example(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _prompt(row: Row, tokenizer, template: str, learn: str, form: turns.Form) -> turns.Prompt | str:
+    """The prompt of a row with the earlier answers to learn, or the reason why the template cannot render it."""
+    if reason := refusal(row, tokenizer, template):
+        return reason
+    if template != "chat":
+        prompt = turns.joined(_parts(row, template))
+    else:
+        prompt = turns.Prompt(render(row, tokenizer, template))
+    if learn == "last" or row.rejected is not None or not any(role == "assistant" for role, _ in row.messages):
+        return turns.Prompt(prompt.text)
+    if template != "chat":
+        return prompt
+
+    def rendered(messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        return _chat(row, list(messages), tokenizer, add_generation_prompt)
+
+    try:
+        return prompt._replace(answers=turns.in_chat(messages_of(row, with_response=False), prompt.text, rendered, form))
+    except Unusable as error:
+        return str(error)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,12 +220,29 @@ def response_text(row: Row, tokenizer) -> str:
     if not _ends_with_call(row):
         return row.response
     text = _full_text(row, tokenizer)[len(render(row, tokenizer, "chat")) :]
-    head, eos, tail = text.rpartition(tokenizer.eos_token or "\n")
-    return head if eos and not tail.strip() else text
+    return turns.without_end(text, _form(tokenizer, "chat").end or tokenizer.eos_token or "\n")
 
 
 def _ends_with_call(row: Row) -> bool:
     return bool(row.chat and row.response and "tool_calls" in row.chat[-1])
+
+
+def ends(eos: Sequence[int], tokenizer, template: str | None) -> tuple[int, ...]:
+    """The ids that end a response: those of the model, and the token that the template writes after an answer."""
+    end = _form(tokenizer, resolve(template, tokenizer)).end
+    return tuple(dict.fromkeys([*eos, tokenizer.convert_tokens_to_ids(end)] if end else eos))
+
+
+def _form(tokenizer, template: str) -> turns.Form:
+    if template != "chat":
+        return turns.Form("", "")
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    row = Row(id="", system="", messages=(), response="", rejected=None, source="", fields={}, line=0, schema="")
+
+    def rendered(messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        return _chat(row, list(messages), tokenizer, add_generation_prompt)
+
+    return turns.form_of(rendered, special.union(tokenizer.all_special_tokens))
 
 
 def _full_text(row: Row, tokenizer) -> str:
@@ -189,6 +257,8 @@ def _full_text(row: Row, tokenizer) -> str:
 def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer) -> list[np.ndarray]:
     """Character offsets of every response token: for each row [R, 2] int32, [start, stop), with start = stop for EOS.
 
+    A conversation that is cut to an earlier answer has none, [0, 2].
+
     Raises:
       ValueError: the tokenizer has no offsets.
     """
@@ -199,18 +269,25 @@ def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer
         texts = [response_text(row, tokenizer) for row in rows[first : first + CHUNK]]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
-            offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[: len(example.response)])
+            number = 0 if example.is_cut else len(example.response)
+            offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[:number])
     return offsets
 
 
 def fit(
-    examples: Sequence[Example], rows: Sequence[Row], max_length: int
+    examples: Sequence[Example], rows: Sequence[Row], max_length: int, cut_turns: bool = True
 ) -> tuple[list[int], list[Example], Mapping[str, tuple[int, int]]]:
     """Truncates or skips examples that do not fit into `max_length` tokens.
 
-    A truncated response has no EOS: it would teach the model to stop in the middle of a sentence. A preference row is never
-    truncated, since that could change which response is better. Its two responses, each with the prompt, share a packed sequence
-    and must fit together.
+    A truncated response has no EOS: it would teach the model to stop in the middle of a sentence. A conversation whose last
+    question does not fit ends with the last answer that fits, which may be truncated too. A preference row is never truncated,
+    since that could change which response is better. Its two responses, each with the prompt, share a packed sequence and must fit
+    together.
+
+    Args:
+      examples, rows: in the same order.
+      max_length: in tokens.
+      cut_turns: whether a conversation may end with an earlier answer; otherwise its row is skipped.
 
     Returns:
       kept: indices into `examples` of the remaining ones, in order.
@@ -221,6 +298,7 @@ def fit(
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
         room = max_length - len(example.prompt)
         responses = [example.response] if example.rejected is None else [example.response, example.rejected]
+        shorter, note = example, None
         if example.reason:
             note = example.reason
         elif not len(example.prompt) or not all(len(response) for response in responses):
@@ -228,21 +306,50 @@ def fit(
         elif example.rejected is not None:
             length = sum(len(example.prompt) + len(response) for response in responses)
             note = f"pair over {max_length} tokens" if length > max_length else None
-        else:
-            note = f"question over {max_length} tokens" if room < 1 else None
+        elif room < 1:
+            shorter = _cut(example, max_length) if cut_turns else None
+            note = f"question over {max_length} tokens" if shorter is None else None
+        elif len(example.response) > room:
+            shorter = dataclasses.replace(example, response=example.response[:room])
         if note is None:
-            if len(example.response) > room:
-                notes.append(Rejection(row.line, f"response cut to {max_length} tokens"))
-                example = dataclasses.replace(example, response=example.response[:room])
+            if shorter is not example:
+                what = "conversation" if shorter.is_cut else "response"
+                notes.append(Rejection(row.line, f"{what} cut to {max_length} tokens"))
             kept.append(index)
-            fitted.append(example)
+            fitted.append(shorter)
         else:
             notes.append(Rejection(row.line, note))
     return kept, fitted, tally(notes)
 
 
-def _labelled(turns: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> str:
-    return "".join(f"{labels[role]}{content}\n\n" for role, content in turns) + labels["assistant"]
+def _cut(example: Example, max_length: int) -> Example | None:
+    """A conversation that ends with the last earlier answer that starts within `max_length` tokens; None if there is none."""
+    fitting = [(start, stop) for start, stop in example.earlier if 0 < start < min(stop, max_length)]
+    if not fitting:
+        return None
+    start, stop = fitting.pop()
+    response = example.prompt[start : min(stop, max_length)]
+    earlier = tuple(span for span in example.earlier if span[1] <= start)
+    return dataclasses.replace(example, prompt=example.prompt[:start], response=response, earlier=earlier, is_cut=True)
+
+
+def _parts(row: Row, template: str) -> list[tuple[str, bool]]:
+    """The texts of a prompt without a chat template, each with whether it is an answer of the assistant."""
+    if template == "none":
+        parts = [part for role, content in row.messages for part in (("\n\n", False), (content, role == "assistant"))]
+        return parts[1:]
+    system = [(f"{row.system}\n\n", False)] if row.system else []
+    if template == "human":
+        return [*system, *_labelled(row.messages, HUMAN)]
+    if row.schema == "instruction/input/output" and (row.fields.get("input") or "").strip():
+        instruction = f"{row.fields['instruction']}\n\n### Input:\n{row.fields['input']}"
+        return [*system, (ALPACA_INPUT_HEADER, False), *_labelled((("user", instruction),), ALPACA)]
+    return [*system, (ALPACA_HEADER, False), *_labelled(row.messages, ALPACA)]
+
+
+def _labelled(messages: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> list[tuple[str, bool]]:
+    written = ([(labels[role], False), (content, role == "assistant"), ("\n\n", False)] for role, content in messages)
+    return [part for parts in written for part in parts] + [(labels["assistant"], False)]
 
 
 def _chat(row: Row, messages: list[dict], tokenizer, add_generation_prompt: bool) -> str:
@@ -261,15 +368,10 @@ def _adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _tokenize(texts, total: int, tokenizer, name: str) -> list[list[int]]:
-    """Token ids of each text, without special tokens; shows a progress bar after two seconds."""
-    texts, ids = iter(texts), []
-    with tqdm.tqdm(total=total, desc=f"tokenizing {name}", delay=2, leave=False, disable=None) as bar:
-        while chunk := list(itertools.islice(texts, CHUNK)):
-            # verbose=False: `fit` checks the lengths, against `max_length`.
-            ids += tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            bar.update(len(chunk))
-    return ids
+def _ids_of(texts: Sequence[str], tokenizer) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    # verbose=False: `fit` checks the lengths, against `max_length`.
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
 
 
 def _ids(*parts: Sequence[int]) -> np.ndarray:

@@ -94,7 +94,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     import numpy as np
 
     from bilevel_jax import features, sharding
-    from bilevel_jax.data import levels, templates
+    from bilevel_jax.data import by_turn, levels, templates
     from bilevel_jax.data import rows as data_rows
     from bilevel_jax.models import huggingface
     from bilevel_jax.runtime import weight_table
@@ -109,6 +109,8 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     columns = config.data.get("columns", "") if COLUMNS.value is None else COLUMNS.value
     rows, report = data_rows.read_rows(file, columns=columns)
     rows, examples = levels.usable(config, file, rows, report, tokenizer)
+    if config.selection.get("unit", "sample") == "turn":
+        rows, examples = by_turn.split(rows, examples)
     zeros = np.zeros(len(rows))
     if by_domain:
         return rows, weight_table.table(rows, logits_of_sources(workdir, file, rows), visits=zeros, masked=zeros)

@@ -14,6 +14,7 @@ import markupsafe
 import numpy as np
 
 from bilevel_jax import files, selector
+from bilevel_jax.data import rendering
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import corners, plots, run_data
 from bilevel_jax.report.run_data import Run
@@ -49,10 +50,27 @@ def text_of(text: str) -> Text:
     return Text(one_line(text, SHORT), visible(text[:LONG]), max(0, len(text) - LONG))
 
 
+def _learned_earlier(run: Run, row: data_rows.Row, masked: bool) -> bool:
+    """Whether the run learned the answers before the response of a row."""
+    # Runs of earlier versions have no such keys.
+    one_answer = run.config.data.get("learn", "last") == "last" or run.config.selection.get("unit", "sample") == "turn"
+    if masked or row.rejected is not None or one_answer:
+        return False
+    return any(role == "assistant" for role, _ in row.messages)
+
+
+def _marked_question(row: data_rows.Row) -> str:
+    """The question of a row, with the answers in it between marks."""
+    answer = f"{rendering.OPENING}{{}}{rendering.CLOSING}"
+    return "\n\n".join(answer.format(text) if role == "assistant" and text.strip() else text for role, text in row.messages)
+
+
 def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
     """Row `i` of a weight table, with the texts of the row, as the template shows it."""
     row = run.rows.get(table["id"][i])
     label = run.config.data.label
+    masked = bool(table["masked"][i]) if "masked" in table else False
+    marked = row is not None and _learned_earlier(run, row, masked)
     return {
         "id": visible(str(table["id"][i])),
         "weight": float(table["weight"][i]),
@@ -60,8 +78,9 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
         **{name: float(table[name][i]) for name in weight_table.MEASURES if not np.isnan(table[name][i])},
         "visits": int(table["visits"][i]),
         "source": one_line(str(table["source"][i]), 40),
-        "masked": bool(table["masked"][i]) if "masked" in table else False,
-        "question": text_of(row.question) if row else None,
+        "masked": masked,
+        "marked": marked,
+        "question": text_of(_marked_question(row) if marked else row.question) if row else None,
         "response": text_of(row.response) if row else None,
         "bad": data_rows.mark(row, label) if row else None,
     }
@@ -102,7 +121,7 @@ def token_weighted_responses(run: Run) -> list[dict]:
     if run.tokens is None:
         return []
     table, weights = run.tables[max(run.tables)], run.tokens["weight"].to_numpy()
-    ess = np.array([selector.effective_sample_size(w / len(w)) if len(w) and w.any() else 0.0 for w in weights])
+    ess = np.array([selector.effective_sample_size(w / w.sum()) if len(w) and w.any() else 0.0 for w in weights])
     index_of = {row_id: i for i, row_id in enumerate(table["id"])}
     ids = run.tokens["id"].to_pylist()
     order = [i for i in np.argsort(ess, kind="stable") if len(weights[i]) > 1 and ids[i] in run.rows and ids[i] in index_of]

@@ -70,7 +70,8 @@ def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
     for array, checksum in zip(arrays, jax.device_get(_array_checksums(arrays)), strict=True):
         digest.update(f"{array.shape} {array.dtype} {checksum}\n".encode())
     for example in examples:
-        for tokens in (example.prompt, example.response, example.rejected):
+        earlier = np.ravel(example.earlier) if example.earlier else None
+        for tokens in (example.prompt, example.response, example.rejected, earlier):
             if tokens is not None:
                 digest.update(np.append(tokens, -1).astype("<i4").tobytes())
     return digest.hexdigest()[:16]

@@ -135,16 +135,19 @@ def latest(workdir: pathlib.Path) -> pa.Table | None:
 
 
 def token_table(rows: Sequence[data_rows.Row], offsets: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> pa.Table:
-    """Columns `id`, `weight` [T] (mean 1 in each row), `start` and `stop` [T] (characters of the response).
+    """Columns `id`, `weight` [T] (mean 1 over the learned tokens of a row), `start` and `stop` [T] (characters of the response).
+
+    Of a conversation the table has the last answer.
 
     Args:
       rows: training rows.
-      offsets: [T, 2] for each row, from `templates.response_offsets`. Leading tokens without a prediction have no weight, and are
+      offsets: [R, 2] for each row, from `templates.response_offsets`. Leading tokens without a prediction have no weight, and are
         left out.
-      weights: [T] for each row.
+      weights: of all learned tokens of each row, those of the response last.
     """
-    offsets = [offsets_Tx2[len(offsets_Tx2) - len(weight_T) :] for offsets_Tx2, weight_T in zip(offsets, weights)]
-    columns = {"id": [row.id for row in rows], "weight": list(weights)}
+    numbers = [min(len(offsets_Rx2), len(weight)) for offsets_Rx2, weight in zip(offsets, weights)]
+    offsets = [offsets_Rx2[len(offsets_Rx2) - T :] for offsets_Rx2, T in zip(offsets, numbers)]
+    columns = {"id": [row.id for row in rows], "weight": [weight[len(weight) - T :] for weight, T in zip(weights, numbers)]}
     columns |= {name: [offsets_Tx2[:, i] for offsets_Tx2 in offsets] for i, name in enumerate(("start", "stop"))}
     return pa.table(columns, schema=TOKENS_SCHEMA)
 

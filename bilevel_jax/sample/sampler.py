@@ -33,14 +33,14 @@ def sample(
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
     if notice := rendering.template_notice(
-        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False)
+        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False, learn="last")
     ):
         print(notice)
     prompts = encode_rows(items, config, tokenizer, template=template)
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(name, prompts[0].line)}: {prompts[0].reason}"
         raise rows.DataError(f"{first}; none of the {len(prompts)} prompts can be used")
-    eos = huggingface.eos_ids(directory, tokenizer)
+    eos = templates.ends(huggingface.eos_ids(directory, tokenizer), tokenizer, template)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
     base = huggingface.load_params(directory, config)
     options = {"num_samples": num_samples, "seed": seed, "batch_size": batch_size}
@@ -66,7 +66,7 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
     """
 
     usable = [item for item in items if isinstance(item, rows.Row)]
-    examples = iter(templates.encode(usable, tokenizer, template=template, eos=False))
+    examples = iter(templates.encode(usable, tokenizer, template=template, eos=False, learn="last"))
     prompts = []
     for item in items:
         if isinstance(item, rows.Rejection):

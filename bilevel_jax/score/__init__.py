@@ -9,7 +9,7 @@ import types
 
 class _Score(types.ModuleType):
     def __call__(
-        self, rows, model=None, adapter=None, *, template="auto", eos=True, dtype="auto", batch_size=8, columns=""
+        self, rows, model=None, adapter=None, *, template="auto", eos=True, learn="all", dtype="auto", batch_size=8, columns=""
     ) -> list[dict]:
         """The loss of the response of every row, under a model.
 
@@ -20,6 +20,7 @@ class _Score(types.ModuleType):
           adapter: a PEFT directory, such as `run.adapter_path`, or None.
           template: of the prompt: `auto` (the tokenizer's chat template, else `human`), `chat`, `human`, `alpaca` or `none`.
           eos: whether the EOS after the response counts.
+          learn: which answers of a conversation are scored: `all`, or the `last` one.
           dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
           batch_size: packed sequences per forward pass.
           columns: other names of columns, such as `question:query,response:answer`.
@@ -35,7 +36,7 @@ class _Score(types.ModuleType):
         """
         from bilevel_jax import api
 
-        options = {"template": template, "eos": eos, "dtype": dtype, "batch_size": batch_size, "columns": columns}
+        options = {"template": template, "eos": eos, "learn": learn, "dtype": dtype, "batch_size": batch_size, "columns": columns}
         with api.started():
             from bilevel_jax import inputs
             from bilevel_jax.score import scorer

@@ -3,7 +3,8 @@
     python -m bilevel_jax.score --model=DIR [--adapter=DIR] --data=FILE --out=FILE.jsonl [--columns=question:query,response:answer]
 
 Writes one line per input row, in order: `id`, `loss` (mean NLL of the response tokens, nats), `logprob` (their summed
-log-probability) and `num_tokens`. A row that cannot be scored has nulls and a `reason`.
+log-probability) and `num_tokens`. All answers of a conversation are scored, or with `--learn=last` the last one alone. A row that
+cannot be scored has nulls and a `reason`.
 """
 
 import json
@@ -24,6 +25,9 @@ COLUMNS = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", None, "JSONL file to write.", required=True, flag_values=FLAGS)
 TEMPLATE = flags.DEFINE_string("template", "auto", "auto, chat, human, alpaca or none.", flag_values=FLAGS)
+LEARN = flags.DEFINE_enum(
+    "learn", "all", ["all", "last"], "Answers of a conversation that are scored: all, or the last one.", flag_values=FLAGS
+)
 EOS = flags.DEFINE_bool("eos", True, "Score the EOS after the response.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=FLAGS)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward pass.", lower_bound=1, flag_values=FLAGS)
@@ -35,7 +39,7 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
+    options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
     with open(out, "w") as file:
         file.writelines(json.dumps(result) + "\n" for result in results)

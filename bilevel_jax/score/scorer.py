@@ -5,13 +5,15 @@ from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, te
 from bilevel_jax.models import huggingface
 
 
-def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype="float32", batch_size=8, columns="") -> list[dict]:
+def score(
+    source, model: str, adapter=None, *, template="auto", eos=True, learn="all", dtype="float32", batch_size=8, columns=""
+) -> list[dict]:
     """Reads rows and a model, and scores the responses; see `score_rows`. Prints notes on rows and template.
 
     Args:
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`.
       model, adapter: directories or hub ids; no adapter: None.
-      template, eos, dtype, batch_size, columns: as the flags of the command.
+      template, eos, learn, dtype, batch_size, columns: as the flags of the command.
 
     Raises:
       DataError: no row is usable.
@@ -26,13 +28,16 @@ def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype=
     base = huggingface.load_params(directory, config)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
     if notice := rendering.template_notice(
-        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos)
+        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos, learn=learn)
     ):
         print(notice)
-    return score_rows(items, config, base, weights, tokenizer, template=template, eos=eos, batch_size=batch_size)
+    options = {"template": template, "eos": eos, "learn": learn, "batch_size": batch_size}
+    return score_rows(items, config, base, weights, tokenizer, **options)
 
 
-def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bool, batch_size: int) -> list[dict]:
+def score_rows(
+    items, model, base, adapter, tokenizer, *, template: str, eos: bool, batch_size: int, learn: str = "all"
+) -> list[dict]:
     """One result for every item, in order.
 
     Args:
@@ -41,7 +46,7 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
     """
     usable = [item for item in items if isinstance(item, rows.Row)]
     segments, scored, results = [], [], []
-    encoded = iter(templates.encode(usable, tokenizer, template=template, eos=eos))
+    encoded = iter(templates.encode(usable, tokenizer, template=template, eos=eos, learn=learn))
     for item in items:
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
@@ -49,7 +54,7 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
             result |= {"reason": item.reason} | rejections.place(item.line)
             continue
         example = next(encoded)
-        segment = packing.Segment(example.prompt, example.response)
+        segment = packing.Segment(example.prompt, example.response, earlier=example.earlier)
         if segment.size > model.max_positions:
             result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
         elif segment.size - (not len(example.prompt)) < 1 or not len(example.response):

@@ -156,9 +156,25 @@ def test_lists_of_a_config_file(tmp_path):
         config.data.upper = ["a,b.jsonl"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("deduplicate", "exakt"), ("overlap", "dropped")])
+@pytest.mark.parametrize(("key", "value"), [("deduplicate", "exakt"), ("overlap", "dropped"), ("learn", "al")])
 def test_choices(key, value):
     config = configuration.default()
     config.data[key] = value
-    with pytest.raises(configuration.ConfigError, match=f"data.{key}='{value}' is not among .* \\(did you mean (exact|drop)"):
+    with pytest.raises(configuration.ConfigError, match=f"data.{key}='{value}' is not among .* \\(did you mean (exact|drop|all)"):
         checks.build(config)
+
+
+@pytest.mark.parametrize(("method", "response"), [("offline", "hello"), ("online", None), ("dynamic", None)])
+def test_a_long_conversation(make_levels, neox, capsys, method, response):
+    """It ends with an earlier answer, unless the model may have to answer its last question."""
+    turns = [("user", "a"), ("assistant", "hello"), ("user", "very " * 50), ("assistant", "fine")]
+    long = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    _, lower = make_levels(UPPER, [*LOWER, long], {"method": method, "data.max_length": 60, "eval.num_lower": 0})
+    shown = [load(neox)[3].decode(one.response) for row, one in zip(lower.rows, lower.examples) if row.schema == "messages"]
+    assert shown == ([response] if response else [])
+    note = "conversation cut to 60 tokens" if response else "question over 60 tokens"
+    assert f"1: {note} (first: " in capsys.readouterr().out
+
+
+def test_methods_that_generate():
+    assert levels.GENERATING == configuration.ONLINE

@@ -43,6 +43,10 @@ def test_one_row_of_each_schema():
         ("messages", 4),
     ]
     assert [example for _, example in shown] == [examples[0], examples[2], examples[3]]
+    single = {"messages": TURNS["messages"][:3]}
+    parsed = parse(TURNS, single, TURNS, single)  # several answers, and one
+    shown = rendering.one_of_each_schema(parsed, templates.encode(parsed, PLAIN, template=None))
+    assert [row.line for row, _ in shown] == [1, 2]
 
 
 @pytest.mark.parametrize("template", [None, "auto"])

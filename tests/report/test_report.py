@@ -648,6 +648,30 @@ def test_browser(seen, dark):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("learn", "unit", "shown"),
+    [("all", "sample", "⟦Hey.⟧"), ("last", "sample", "Hey."), (None, "sample", "Hey."), ("all", "turn", "Hey.")],
+)
+def test_earlier_answers_are_marked(tmp_path, learn, unit, shown):
+    """Not of row 0, which is masked: its generated response is learned alone. Runs of earlier versions have no such key."""
+    turns = [("user", "Ho?"), ("assistant", "Hey."), ("user", "{}?"), ("assistant", "Yes.")]
+    rows = [
+        {"messages": [{"role": role, "content": content.format(i)} for role, content in turns], "bad": i < 2, "truth": "x y z"}
+        for i in range(len(ROWS))
+    ]
+    workdir, _ = make_workdir(tmp_path / "run", rows)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] = {key: value for key, value in config["data"].items() if key != "learn"} | ({"learn": learn} if learn else {})
+    (workdir / "config.json").write_text(json.dumps(config))
+    run = run_data.read(workdir)
+    run.config.selection.unit = unit
+    table = run.tables[max(run.tables)]
+    cells = [page.row_cells(run, table, list(table["id"]).index(row.id)) for row in run.rows.values() if row.line in (1, len(rows))]
+    questions = [cell["question"].full or cell["question"].short for cell in cells]
+    assert questions == ["Ho?\n\nHey.\n\n0?", f"Ho?\n\n{shown}\n\n{len(rows) - 1}?"]
+    assert ("between ⟦ and ⟧ are learned too" in page.write(workdir).read_text(encoding="utf-8")) == (learn == "all")
+
+
 def test_words_are_tinted_by_their_weight(tmp_path):
     """Of row 1, "word end", the second word has 0.3 of 1; of row 2 all weigh the same. T/Σv²: 2/(1.7² + 0.3²) = 0.67 and 1."""
     rows = [ROWS[0], ROWS[1] | {"response": "<b> end"}, *ROWS[2:]]

@@ -76,6 +76,13 @@ def make_tokens(rows):
     return weight_table.token_table(rows[:3], [np.array(offsets) for offsets in OFFSETS], [np.float32(weight) for weight in WEIGHT])
 
 
+def test_tokens_of_conversations(rows):
+    """The last answer, after 3 tokens of earlier ones; a conversation that is cut has no offsets."""
+    offsets = [np.array(OFFSETS[0]), np.zeros((0, 2), np.int32)]
+    table = weight_table.token_table(rows[:2], offsets, [np.float32([9, 9, 9, 0.5, 1.5]), np.float32([1, 1])])
+    assert table["weight"].to_pylist() == [[0.5, 1.5], []] and table["start"].to_pylist() == [[0, 2], []]
+
+
 def test_tokens(rows, tmp_path):
     assert weight_table.read_tokens(tmp_path) is None
     weight_table.write(tmp_path / weight_table.TOKENS, make_tokens(rows))

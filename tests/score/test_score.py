@@ -91,6 +91,20 @@ def test_an_adapter_and_the_eos_change_the_result(neox, adapters):
         assert results[False, True][i]["num_tokens"] == results[False, False][i]["num_tokens"] + 1
 
 
+def test_all_answers_of_a_conversation(llama):
+    """Each is scored after what is before it. Only the last one ends with EOS, since this template has no end of a turn."""
+    turns = [("user", "Hi"), ("assistant", "Ho, who is there?"), ("user", "You?"), ("assistant", "No")]
+    items = list(rows.parse([(1, {"messages": [{"role": role, "content": content} for role, content in turns]})]))
+    loaded = load(llama)
+    first = token_log_probs(loaded, "Hi\n\n", "Ho, who is there?", template="none", eos=False)
+    last = token_log_probs(loaded, "Hi\n\nHo, who is there?\n\nYou?", "No", template="none")
+    for learn, expected in (("all", first + last), ("last", last)):
+        (result,) = scorer.score_rows(items, *loaded, template="none", eos=True, batch_size=4, learn=learn)
+        assert result["num_tokens"] == len(expected)
+        assert result["loss"] == pytest.approx(-np.mean(expected), rel=1e-5)
+        assert result["logprob"] == pytest.approx(np.sum(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("short, entries", [(512, 256), (8, 5)])  # one shape for all, or one for every power of two
 @pytest.mark.slow
