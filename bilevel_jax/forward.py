@@ -22,7 +22,9 @@ def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packe
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
     hidden_TxD = hidden_states(config, base, adapter, packed, m)
     token_nll = losses.token_nll_plain if config.second_order else losses.token_nll
-    return token_nll(hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m])
+    return token_nll(
+        hidden_TxD, decoder.head(base), packed.logit_index[m], packed.target[m], packed.num_targets[m], config.logit_cap
+    )
 
 
 def micro_nll(

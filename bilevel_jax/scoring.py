@@ -23,7 +23,7 @@ def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Pac
     def add(m, sums):
         hidden_TxD = forward.hidden_states(config, base, adapter, packed, m)
         target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
-        nll_P, missed_P = losses.token_scores(hidden_TxD, decoder.head(base), *target)
+        nll_P, missed_P = losses.token_scores(hidden_TxD, decoder.head(base), *target, config.logit_cap)
         scores = nll_P, missed_P.astype(jnp.int32)
         return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, scores))
 

@@ -225,7 +225,7 @@ BROKEN_CONFIGS = {
     "no heads": (lambda file: edit_json(file, num_attention_heads=0), ["num_attention_heads", "0"]),
     "width in words": (lambda file: edit_json(file, hidden_size="wide"), ["hidden_size", "wide"]),
     "activation": (lambda file: edit_json(file, hidden_act="swish3"), ["swish3", "silu"]),
-    "rope": (lambda file: edit_json(file, rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn", "llama3"]),
+    "rope": (lambda file: edit_json(file, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), ["dynamic", "llama3", "yarn"]),
     "rope factor": (lambda file: edit_json(file, rope_parameters={"rope_type": "llama3"}), ["'factor' is missing"]),
 }
 

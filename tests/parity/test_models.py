@@ -16,7 +16,7 @@ import safetensors.numpy
 import transformers
 from tokenizers import Regex, pre_tokenizers
 
-from bilevel_jax.models import huggingface, lora
+from bilevel_jax.models import huggingface, layer_settings, lora
 from tests.models import models
 from tests.models.fixtures import make
 from third_party import smollm2
@@ -35,6 +35,7 @@ def test_new_checkpoints_give_equal_logits(variant, tmp_path):
     reference = make.save(make.build(variant, SEED), variant, tmp_path)
     tokens = make.draw_tokens(SEED)
     config, params = huggingface.load_model(str(tmp_path))
+    config = layer_settings.for_length(config, make.LENGTH)
     logits = models.logits(config, params, None, tokens.numpy())
     np.testing.assert_allclose(logits, make.compute_logits(reference, tokens), rtol=0, atol=1e-4)
 
