@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bilevel_jax.models import attention, decoder, lora
+from bilevel_jax.models import attention, decoder, layer_settings, lora
 from tests.models import models
 
 VARIANTS = [
@@ -25,13 +25,27 @@ VARIANTS = [
     "llama_rope_linear",
     "llama_sharded",
     "llama_bfloat16",
+    "qwen2",
+    "qwen2_yarn_tied",
+    "qwen3",
+    "mistral",
+    "phi3_short",
+    "phi3_long_sharded",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "smollm3",
 ]
 KINDS = ["neox_parallel", "neox_sequential", "llama_gqa_tied"]  # one of each data flow
+SWITCHES = (  # fields of the config that only some architectures set
+    *("windows", "rotated", "local_rope_theta", "rope_scaling", "query_scale", "attention_cap", "logit_cap", "embedding_scale"),
+)
 LENGTHS = (5, 1, 4)  # of the rows packed into one sequence below
 
 
 def load(variant, dtype="float32"):
-    return *models.load(variant, dtype), models.reference(variant)
+    (config, params), reference = models.load(variant, dtype), models.reference(variant)
+    return layer_settings.for_length(config, reference["tokens"].shape[1]), params, reference
 
 
 def packed():
@@ -61,9 +75,42 @@ def test_each_parameter_of_a_reference_matters(variant):
         assert change > 1e-2, jax.tree_util.tree_flatten_with_path(params)[0][i][0]
 
 
-@pytest.mark.parametrize("variant", KINDS)
-def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
-    config, params, _ = load(variant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_switch_of_a_reference_matters(variant):
+    """Without the switch, logits differ: windows are shorter than the sequence, and caps bite."""
+    config, params, reference = load(variant)
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in SWITCHES:
+        if getattr(config, name) == defaults[name]:
+            continue
+        without = dataclasses.replace(config, **{name: defaults[name]})
+        change = np.abs(np.asarray(models.logits(without, params, None, reference["tokens"])) - reference["logits"]).max()
+        assert change > 1e-2, name
+
+
+def test_every_switch_is_in_a_reference():
+    configs = [load(variant)[0] for variant in VARIANTS]
+    defaults = {field.name: field.default for field in dataclasses.fields(configs[0])}
+    for name in SWITCHES:
+        assert any(getattr(config, name) != defaults[name] for config in configs), name
+
+
+@pytest.mark.parametrize("windows", [(2, 2), (3, 0)])
+def test_gradients_reach_as_far_as_windows(windows):
+    """Two layers with windows of 2 reach two positions back, within the row; exactly zero beyond."""
+    config, params, _ = load("mistral")
+    config = dataclasses.replace(config, windows=windows)
+    reach_LxL = reach(config, params)
+    tokens, _, segments = packed()
+    distance = np.subtract.outer(np.arange(tokens.size), np.arange(tokens.size))
+    furthest = tokens.size if 0 in windows else sum(window - 1 for window in windows)
+    visible = (segments[0][:, None] == segments[0]) & (distance >= 0) & (distance <= furthest)
+    assert (reach_LxL[~visible] == 0).all()
+    assert (reach_LxL[visible] > 1e-6).all()
+
+
+def reach(config, params):
+    """The largest derivative of each hidden state of `packed` in each token, [L, L]."""
     tokens, positions, segments = packed()
 
     def hidden(embedding):
@@ -71,14 +118,21 @@ def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
         return decoder.Decoder(config).apply(changed, tokens, positions, segments)
 
     jacobian = jax.jit(jax.jacrev(hidden))(params["embed_tokens"])[0]  # [L, D, V, D]
-    reach_LxL = np.abs(np.asarray(jacobian)[:, :, tokens[0]]).max(axis=(1, 3))  # each token occurs at one position
+    return np.abs(np.asarray(jacobian)[:, :, tokens[0]]).max(axis=(1, 3))  # each token occurs at one position
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
+    config, params, _ = load(variant)
+    reach_LxL = reach(config, params)
+    _, _, segments = packed()
     same_row = segments[0][:, None] == segments[0]
     visible = same_row & np.tri(sum(LENGTHS), dtype=bool)
     assert (reach_LxL[~visible] == 0).all()
     assert (reach_LxL[visible] > 1e-6).all()
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel", "neox_sequential", "llama_gqa_tied", "llama_rope_llama3"])
+@pytest.mark.parametrize("variant", ["neox_parallel", "neox_sequential", "llama_gqa_tied", "llama_rope_llama3", "gemma3"])
 def test_packed_rows_equal_rows_alone(variant):
     config, params, _ = load(variant)
     tokens, positions, segments = packed()
@@ -168,7 +222,7 @@ split_layers = jax.jit(decoder.split_layers, static_argnums=1)
 @functools.partial(jax.jit, static_argnums=0)
 def decode_step(config, params, layers, adapter_layers, cache, token_S, position_S):
     hidden, cache = decoder.decode(config, layers, adapter_layers, cache, token_S, position_S)
-    return hidden @ decoder.head(params).T, cache
+    return decoder.project(hidden, decoder.head(params), config.logit_cap), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -215,7 +269,7 @@ def assert_decoding_equals_forward(config, params, adapter, decoded_params, deco
         np.testing.assert_allclose(decoded[row, prompt:], expected[row, prompt:], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3"])
+@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3", "gemma2", "olmo2", "smollm3"])
 def test_decoding_equals_the_forward_pass(variant):
     config, params, _ = load(variant)
     assert_decoding_equals_forward(config, params, None, params, None)
