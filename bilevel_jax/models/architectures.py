@@ -264,6 +264,13 @@ OLMO2 = dataclasses.replace(
     norm_over_heads=True,
 )
 
+
+def _smollm3_rotates(raw: Mapping, layer: int) -> bool:
+    """`no_rope_layers` has a 1 for a layer with rotary positions."""
+    listed = raw.get("no_rope_layers")
+    return bool(listed[layer]) if listed else (layer + 1) % raw.get("no_rope_layer_interval", 4) != 0
+
+
 SMOLLM3 = dataclasses.replace(
     LLAMA,
     model_type="smollm3",
@@ -274,18 +281,27 @@ SMOLLM3 = dataclasses.replace(
     window=Key("sliding_window"),
     window_switch="use_sliding_window",
     has_window=lambda raw, layer: not _smollm3_rotates(raw, layer),
-    has_rotation=lambda raw, layer: _smollm3_rotates(raw, layer),
+    has_rotation=_smollm3_rotates,
 )
 
 
-def _smollm3_rotates(raw: Mapping, layer: int) -> bool:
-    """`no_rope_layers` has a 1 for a layer with rotary positions."""
-    listed = raw.get("no_rope_layers")
-    return bool(listed[layer]) if listed else (layer + 1) % raw.get("no_rope_layer_interval", 4) != 0
+STABLELM = dataclasses.replace(
+    LLAMA,
+    model_type="stablelm",
+    class_name="StableLmForCausalLM",
+    norm=nn.LayerNorm,
+    attention_output=Linear("o_proj", "heads", "hidden", bias=False),
+    norm_eps=Key("layer_norm_eps", 1e-5),
+    num_kv_heads=Key("num_key_value_heads", 32),
+    rotary_fraction=0.25,
+    attention_bias=Key("use_qkv_bias", False),
+    mlp_bias=Key(None, False),
+    unsupported=("use_parallel_residual", "qk_layernorm"),
+)
 
 
 ARCHITECTURES = {
-    record.model_type: record for record in (LLAMA, GPT_NEOX, QWEN2, QWEN3, MISTRAL, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3)
+    record.model_type: record for record in (LLAMA, GPT_NEOX, QWEN2, QWEN3, MISTRAL, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, STABLELM)
 }
 
 

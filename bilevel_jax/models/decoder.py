@@ -162,7 +162,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     def _heads(self, x_TxD, S: int, L: int) -> list[jax.Array]:
-        """Queries, keys and values, [S, L, H or K, C]."""
+        """Queries [S, L, H, C], keys and values [S, L, K, C]."""
         c, record = self.config, self.config.record
         projected = []
         for linear in record.qkv:
@@ -190,7 +190,8 @@ class Attention(nn.Module):
         if record.query_norm and record.key_norm:
             q, k = self._normed(record.query_norm, q), self._normed(record.key_norm, k)
         q, k = rotary.rotate(q, table), rotary.rotate(k, table)
-        q = q if c.query_scale == 1 else q * jnp.asarray(c.query_scale, q.dtype)
+        if c.query_scale != 1:
+            q = (q.astype(jnp.float32) * c.query_scale).astype(q.dtype)
         if self.has_variable("cache", "key"):
             cached = {name: self.get_variable("cache", name) for name in ("key", "value")}
             cached = attention.append(cached, k[:, 0], v[:, 0], position_S)
@@ -292,8 +293,10 @@ def head(params) -> jax.Array:
 
 
 def project(hidden: jax.Array, head_VxD: jax.Array, cap: float | None = None) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D], with the soft cap `config.logit_cap`. The factors are rounded to the dtype
-    of the head."""
+    """Float32 logits [..., V] of hidden states [..., D]. The factors are rounded to the dtype of the head.
+
+    `cap` is the soft cap of the logits, `config.logit_cap`.
+    """
     logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32)
     return attention.soft_cap(logits, cap)
 

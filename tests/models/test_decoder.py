@@ -35,6 +35,8 @@ VARIANTS = [
     "gemma3",
     "olmo2",
     "smollm3",
+    "stablelm",
+    "stablelm_tied",
 ]
 KINDS = ["neox_parallel", "neox_sequential", "llama_gqa_tied"]  # one of each data flow
 SWITCHES = {  # fields of the config that only some architectures set -> a reference that sets it
