@@ -256,6 +256,7 @@ BROKEN_CONFIGS = {
     ),
     "no hidden size": (lambda file: edit_json(file, hidden_size=None), ["hidden_size", "missing"]),
     "no layers": (lambda file: edit_json(file, num_hidden_layers=0), ["num_hidden_layers", "0"]),
+    "many layers": (lambda file: edit_json(file, num_hidden_layers=2**30), ["num_hidden_layers", str(2**30), "10000"]),
     "no heads": (lambda file: edit_json(file, num_attention_heads=0), ["num_attention_heads", "0"]),
     "width in words": (lambda file: edit_json(file, hidden_size="wide"), ["hidden_size", "wide"]),
     "activation": (lambda file: edit_json(file, hidden_act="swish3"), ["swish3", "silu"]),
@@ -286,6 +287,9 @@ BROKEN_LAYERS = [
     ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
     ("phi3_short", {"rope_parameters": {"long_factor": [1.0], "short_factor": [1.0]}}, "short_factor must be a list of 4 numbers"),
     ("phi3_short", {"rope_parameters": {"rope_type": "longrope"}}, "'short_factor' is missing"),
+    ("phi3_short", {"original_max_position_embeddings": 1}, "rope type 'longrope' needs an original_max_position_embeddings"),
+    ("qwen2_yarn_tied", {"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "rope's factor must be a positive number, got 0"),
+    ("qwen2_yarn_tied", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}}, "rope type 'yarn' needs"),
 ]
 
 

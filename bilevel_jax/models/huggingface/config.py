@@ -15,6 +15,7 @@ SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+MAX_LAYERS = 10_000
 SWITCHES = ("parallel_residual", "attention_bias", "mlp_bias", "tie_embeddings")  # fields of the config and of the record
 
 
@@ -102,6 +103,8 @@ def _read_switches(raw: dict, record: architectures.Architecture, file: pathlib.
 
 def _read_layers(raw: dict, record: architectures.Architecture, num_layers: int, file: pathlib.Path) -> dict:
     """The window of each layer, and whether it has rotary positions; empty if all layers are equal in this."""
+    if num_layers > MAX_LAYERS:
+        raise ModelError(f"{file}: num_hidden_layers={num_layers} is over {MAX_LAYERS}")
     try:
         rotated = tuple(record.has_rotation(raw, layer) for layer in range(num_layers))
         kinds = raw.get("layer_types") or [LOCAL if record.has_window(raw, layer) else GLOBAL for layer in range(num_layers)]

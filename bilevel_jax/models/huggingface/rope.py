@@ -73,14 +73,15 @@ def read_scaling(raw: dict, rope: Rope, rotary_dim: int, max_positions: int, fil
         return None
 
     def number(key: str, default=None) -> float:
-        value = parameters.get(key)
-        return positive(file, f"rope's {key}", parameters[key] if value is None and default is None else value or default)
+        value = parameters[key] if default is None else parameters.get(key)
+        return positive(file, f"rope's {key}", default if value is None and default is not None else value)
 
     if kind == "linear":
         return rotary.Linear(number("factor"))
     key = "original_max_position_embeddings"
     original = raw.get(key) or parameters.get(key) or max_positions
-    original = positive(file, f"rope's {key}", original, is_integer=True)
+    if positive(file, f"rope's {key}", original, is_integer=True) < 2 or rope.theta <= 1:
+        raise ModelError(f"{file}: rope type '{kind}' needs an {key} and a rope_theta above 1, got {original} and {rope.theta}")
     if kind == "llama3":
         return rotary.Llama3(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
     factor = number("factor", max_positions / original)
