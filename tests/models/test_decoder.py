@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from bilevel_jax import losses
 from bilevel_jax.models import attention, decoder, layer_settings, lora
 from tests.models import models
 
@@ -144,7 +145,7 @@ def test_packed_rows_equal_rows_alone(variant):
         np.testing.assert_allclose(together[segments[0] == row + 1], alone[row, :length], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied", "gemma3"])
 @pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients(variant):
     config, params, reference = load(variant)
@@ -156,6 +157,29 @@ def test_remat_changes_neither_values_nor_gradients(variant):
     remat = dataclasses.replace(config, remat=True)
     remat = jax.jit(jax.value_and_grad(functools.partial(loss, remat)))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+@pytest.mark.parametrize("variant", ["gemma2"])
+def test_gradients_equal_autodiff(variant):
+    """Of the NLL in an adapter, with caps and windows: derivatives by hand against those of `second_order`, by autodiff."""
+    config, params, reference = load(variant)
+    adapter, tokens = models.random_adapter(config, scale=0.1), reference["tokens"]
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradient(config, token_nll, adapter):
+        def loss(adapter):
+            variables = {"params": params, "adapter": adapter}
+            positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+            hidden = decoder.Decoder(config).apply(variables, tokens, positions, positions // 15)  # three rows in a sequence
+            targets = np.arange(64), tokens.reshape(-1)[1:65], np.int32(60)
+            return token_nll(hidden.reshape(-1, config.hidden_size), decoder.head(params), *targets, config.logit_cap).sum()
+
+        return jax.grad(loss)(adapter)
+
+    ours = gradient(config, losses.token_nll, adapter)
+    autodiff = gradient(dataclasses.replace(config, second_order=True), losses.token_nll_plain, adapter)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(autodiff)):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("activations", ["bfloat16", "float32"])

@@ -118,7 +118,7 @@ def _read_layers(raw: dict, record: architectures.Architecture, num_layers: int,
     layers = {"rotated": () if all(rotated) else rotated}
     if window is None:
         if LOCAL in (raw.get("layer_types") or ()):
-            raise ModelError(f"{file}: layer_types has {LOCAL}, but there is no {record.window.name}")
+            raise ModelError(f"{file}: layer_types has {LOCAL}, but there is no {record.window.name or 'sliding window'}")
         return layers
     window = positive(file, str(record.window.name), window, is_integer=True)
     windows = tuple(window if kind == LOCAL else 0 for kind in kinds[:num_layers])
