@@ -88,9 +88,9 @@ def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
     np.testing.assert_allclose(gradient.astype(np.float32), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("cap", [0.7, 5.0])
-def test_soft_caps(cap):
+def test_soft_caps():
     """z = cap · tanh(u / cap) of the logits u: losses and missed targets in float64, gradients by autodiff of all logits."""
+    cap = 0.7  # the logits reach 10
     hidden, head, index, target, count = problem(20, 9)
     capped = cap * np.tanh(np.float64(hidden) @ np.float64(head).T / cap)
     expected = numpy_nll(capped, np.eye(V), index, target, count)

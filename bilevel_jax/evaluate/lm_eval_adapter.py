@@ -99,12 +99,15 @@ class JaxLM(TemplateLM):
             key = tuple(context[-room:]), tuple(continuation)
             indices.append(segment_index.setdefault(key, len(segment_index)))
         segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in segment_index]
+        nll, _, greedy = self._score(segments)
+        _check_numbers(nll)
+        return [(-float(nll[i]), bool(greedy[i])) for i in indices]
+
+    def _score(self, segments: list[packing.Segment]) -> tuple[np.ndarray, ...]:
         model = layer_settings.for_length(self.model, max((segment.size for segment in segments), default=0))
         # A request is up to one token longer than the input: the last token is only predicted.
         score = scoring.make_scorer(model, self.batch_size, self.max_length + 1, self.mesh, greedy=True)
-        nll, _, greedy = score(self.base, self.adapter, segments, "scoring")
-        _check_numbers(nll)
-        return [(-float(nll[i]), bool(greedy[i])) for i in indices]
+        return score(self.base, self.adapter, segments, "scoring")
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, request_indices = [], []

@@ -14,7 +14,7 @@ HEADS = [(1, 1, 3), (2, 2, 8), (2, 6, 5)]  # key heads, query heads, width
 ROWS = {1: [[1], [1]], 3: [[1, 2], [3]], 37: [[20, 17], [1, 30, 6]], 64: [[64], [16, 16, 32]]}  # length -> rows of each sequence
 
 
-MASKS = [(None, None), (1, None), (5, 0.8), (12, None), (None, 1.5)]  # window, cap; the scores reach 10
+MASKS = [(None, None), (12, None), (5, 0.8), (None, 1.5)]  # window, cap; the scores reach 10
 
 
 attend = jax.jit(attention.attend, static_argnums=(4, 6))
