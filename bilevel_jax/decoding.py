@@ -102,7 +102,7 @@ def advance(
 ) -> Slots:
     """Generates one token for every active slot."""
     hidden, cache = decoder.decode(config, params, adapter, slots.cache, slots.token, slots.position)
-    logits = sharding.constrain(decoder.project(hidden, decoder.head(params)), "rows")
+    logits = sharding.constrain(decoder.project(hidden, decoder.head(params), config.logit_cap), "rows")
     chosen, log_prob, sampled_log_prob = token_choice.choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen.astype(jnp.int32)
     index = jnp.arange(token.shape[0]), jnp.where(slots.active, slots.count, slots.tokens.shape[1])

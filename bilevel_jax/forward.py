@@ -27,7 +27,8 @@ def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packe
     # The fast version has no derivative in the output matrix.
     token_nll = losses.token_nll_plain if config.second_order or lora.is_full(adapter) else losses.token_nll
     head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
-    return token_nll(hidden_TxD, head_VxD, packed.logit_index[m], packed.target[m], packed.num_targets[m])
+    target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
+    return token_nll(hidden_TxD, head_VxD, *target, config.logit_cap)
 
 
 def micro_nll(

@@ -6,6 +6,8 @@ in chunks, so that at most `packing.chunk_size` rows of logits exist at a time, 
 Axes: T packed tokens, P targets, Z targets of a chunk, D hidden width, V vocabulary, E entries (rows of the batch).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,10 +16,10 @@ from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
 
-def _chunk(hidden_TxD, head_VxD, logit_index_Z, target_Z):
+def _chunk(hidden_TxD, head_VxD, logit_index_Z, target_Z, cap):
     """Negative log-likelihoods [Z] of one chunk, its logits, e = exp(logits - max) [Z, V] and z = Σ e [Z, 1]; softmax is e / z."""
     hidden = sharding.constrain(hidden_TxD.at[logit_index_Z].get(mode="fill", fill_value=0), "rows")
-    logits = decoder.project(hidden, head_VxD)
+    logits = decoder.project(hidden, head_VxD, cap)
     highest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - highest)
     total = weights.sum(axis=-1, keepdims=True)
@@ -37,12 +39,14 @@ def _over_chunks(body, logit_index_P, num_targets, carry):
     return jax.lax.fori_loop(0, num_chunks, lambda i, carry: body(i * size, size, carry), carry)
 
 
-@jax.custom_vjp
-def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: float | None = None) -> jax.Array:
     """Negative log-likelihood of each target token, in nats.
 
         nll_p = -log softmax(head · hidden[index_p])[target_p]                              (1)
         ∂nll_p / ∂hidden[index_p] = (softmax - onehot(target_p)) · head                     (2)
+
+    With a cap of the logits z, each row of `head` in (2) has the factor 1 - (z / cap)².
 
     Only differentiable in `hidden_TxD`, since the output matrix belongs to the frozen base. The forward pass of a differentiated
     call computes (2), of width D, so that logits are computed once and never stored.
@@ -53,6 +57,7 @@ def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax
       logit_index_P: int32 [P], P a multiple of `packing.chunk_size(P)`; index of the token that predicts p; T or more: padding.
       target_P: int32 [P], token ids.
       num_targets: int32 scalar; the first `num_targets` entries are targets, the others padding.
+      cap: soft cap of the logits, `config.logit_cap`.
 
     Returns:
       float32 [P], 0 at padding.
@@ -63,22 +68,26 @@ def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax
     def body(first, size, nll_P):
         index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, *_ = _chunk(hidden_TxD, head_VxD, index, target)
+        nll, *_ = _chunk(hidden_TxD, head_VxD, index, target, cap)
         return jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
 
     nll_P = _over_chunks(body, logit_index_P, num_targets, jnp.zeros(logit_index_P.shape, jnp.float32))
     return jnp.where(jnp.arange(logit_index_P.shape[0]) < num_targets, nll_P, 0.0)
 
 
-def _token_nll_forward(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets):
+def _token_nll_forward(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap):
     head_VxD = _gathered(head_VxD)
 
     def body(first, size, carry):
         nll_P, gradient_PxD = carry
         index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, _, weights, total = _chunk(hidden_TxD, head_VxD, index, target)
-        gradient = jnp.dot(weights.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32) / total - head_VxD[target]
+        nll, logits, weights, total = _chunk(hidden_TxD, head_VxD, index, target, cap)
+        of_target = head_VxD[target]
+        if cap is not None:
+            slope = 1 - jnp.square(logits / cap)
+            weights, of_target = weights * slope, jnp.take_along_axis(slope, target[:, None], axis=-1) * of_target
+        gradient = jnp.dot(weights.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32) / total - of_target
         nll_P = jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
         return nll_P, jax.lax.dynamic_update_slice_in_dim(gradient_PxD, gradient.astype(gradient_PxD.dtype), first, 0)
 
@@ -90,7 +99,7 @@ def _token_nll_forward(hidden_TxD, head_VxD, logit_index_P, target_P, num_target
     return nll_P, (gradient_PxD, logit_index_P, num_targets, jnp.zeros((hidden_TxD.shape[0], 0), hidden_TxD.dtype))
 
 
-def _token_nll_backward(residuals, cotangent_P):
+def _token_nll_backward(cap, residuals, cotangent_P):
     gradient_PxD, logit_index_P, num_targets, like = residuals
     inside = jnp.arange(logit_index_P.shape[0]) < num_targets
     scale = jnp.where(inside, cotangent_P, 0.0).astype(gradient_PxD.dtype)
@@ -102,14 +111,14 @@ def _token_nll_backward(residuals, cotangent_P):
 token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
-def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> jax.Array:
+def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: float | None = None) -> jax.Array:
     """`token_nll`, with derivatives of every order and in both modes. The backward pass computes the logits of a chunk again."""
     P = logit_index_P.shape[0]
     size = packing.chunk_size(P)
 
     @jax.checkpoint
     def chunk(index_Z, target_Z):
-        return _chunk(hidden_TxD, head_VxD, index_Z, target_Z)[0]
+        return _chunk(hidden_TxD, head_VxD, index_Z, target_Z, cap)[0]
 
     def body(first, index_and_target):
         nll_Z = jax.lax.cond(first < num_targets, lambda: chunk(*index_and_target), lambda: jnp.zeros(size, jnp.float32))
@@ -120,14 +129,16 @@ def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) 
     return jnp.where(jnp.arange(P) < num_targets, nll.reshape(P), 0.0)
 
 
-def token_scores(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets) -> tuple[jax.Array, jax.Array]:
+def token_scores(
+    hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: float | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`token_nll` [P], and whether another token is more likely than the target, bool [P], False at padding. Forward only."""
     head_VxD = _gathered(head_VxD)
 
     def body(first, size, carry):
         index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
         target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, logits, *_ = _chunk(hidden_TxD, head_VxD, index, target)
+        nll, logits, *_ = _chunk(hidden_TxD, head_VxD, index, target, cap)
         scores = nll, jnp.argmax(logits, axis=-1) != target
         return tuple(jax.lax.dynamic_update_slice_in_dim(array, part, first, 0) for array, part in zip(carry, scores))
 

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from bilevel_jax import checks, decoding, features, forward, preferences, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing, shuffle, sources
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, layer_settings, lora
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
 ALWAYS, TRAINING, SAMPLING, HOST = "always", "while training", "while sampling", "in the host's memory"
@@ -131,9 +131,10 @@ def layer_residuals(model: decoder.ModelConfig, rank: int, targets, sequences: i
 
     def kept(base, adapter, x, positions):
         def layer(adapter, x):
-            table = decoder.rotary_table(positions, model)
+            table = layer_settings.rotary_table(positions, model)
+            settings = {name: values[0] for name, values in layer_settings.settings(model, length).items()}
             variables = {"params": base, "adapter": adapter} if rank else {"params": adapter}
-            return decoder.Layer(model).apply(variables, x, table, positions)[0]
+            return decoder.Layer(model).apply(variables, x, table, positions, settings)[0]
 
         return jax.vjp(layer, adapter, x)[1]
 

@@ -24,7 +24,7 @@ def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Pac
         hidden_TxD = forward.hidden_states(config, base, adapter, packed, m)
         target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
         head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
-        nll_P, missed_P = losses.token_scores(hidden_TxD, head_VxD, *target)
+        nll_P, missed_P = losses.token_scores(hidden_TxD, head_VxD, *target, config.logit_cap)
         scores = nll_P, missed_P.astype(jnp.int32)
         return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, scores))
 

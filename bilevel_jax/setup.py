@@ -13,7 +13,7 @@ import optax
 from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, shuffle, templates
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, layer_settings, lora
 from bilevel_jax.runtime import checkpoint, disk, phases
 
 
@@ -39,7 +39,7 @@ def load(config: configuration.Config) -> Setup:
     """Reads model and data, and checks that they fit together."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     directory = huggingface.locate(config.model.path)
-    model = huggingface.read_config(directory, config.model.dtype)
+    model = layer_settings.for_length(huggingface.read_config(directory, config.model.dtype), config.data.max_length)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):

@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax import errors, features, sharding
 from bilevel_jax.data import templates
-from bilevel_jax.models import decoder
+from bilevel_jax.models import decoder, layer_settings
 from bilevel_jax.runtime import metrics
 from tests.conftest import load
 
@@ -26,7 +26,7 @@ LENGTH = 48
 def middle_states(config, base, tokens):
     """Normalised hidden states of one sequence after two of four layers."""
     positions = jnp.arange(len(tokens))[None]
-    table, segments = decoder.rotary_table(positions, config), jnp.ones_like(positions)
+    table, segments = layer_settings.rotary_table(positions, config), jnp.ones_like(positions)
     x = base["embed_tokens"][tokens]
     for i in range(2):
         params = jax.tree.map(lambda stack, i=i: stack[i], base["layers"])

@@ -88,6 +88,26 @@ def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
     np.testing.assert_allclose(gradient.astype(np.float32), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_soft_caps():
+    """z = cap · tanh(u / cap) of the logits u: losses and missed targets in float64, gradients by autodiff of all logits."""
+    cap = 0.7  # the logits reach 10
+    hidden, head, index, target, count = problem(20, 9)
+    capped = cap * np.tanh(np.float64(hidden) @ np.float64(head).T / cap)
+    expected = numpy_nll(capped, np.eye(V), index, target, count)
+    for function in (losses.token_nll, losses.token_nll_plain):
+        np.testing.assert_allclose(function(hidden, head, index, target, count, cap), expected, rtol=1e-5, atol=1e-5)
+    nll, missed = losses.token_scores(hidden, head, index, target, count, cap)
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    best = np.argmax(capped[np.minimum(index, T - 1)], axis=-1)
+    assert np.asarray(missed)[:9].tolist() == (best != target)[:9].tolist()
+
+    cotangent = np.random.default_rng(1).normal(size=20).astype(np.float32)
+    naive = jax.grad(lambda x: cotangent[:9] @ full_logits_nll(cap * jnp.tanh(x @ head.T / cap), jnp.eye(V), index, target, count))
+    for function in (losses.token_nll, losses.token_nll_plain):
+        gradient = jax.grad(lambda x, function=function: cotangent @ function(x, head, index, target, count, cap))(hidden)
+        np.testing.assert_allclose(gradient, naive(hidden), rtol=1e-5, atol=1e-5)
+
+
 def test_cotangents_of_padding_are_ignored():
     hidden, head, index, target, count = problem(12, 5)
     index = index.at[5:].set(3)  # a real token: only the count defines padding

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from bilevel_jax import config as configuration
 from bilevel_jax import memory, presets, step
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import decoder, huggingface
 
 ROOT = pathlib.Path(__file__).parent.parent
 LLAMA = {
@@ -56,6 +57,47 @@ def planned(tmp_path_factory):
 @pytest.mark.parametrize("sizes, number, billions", [(EIGHT, NUM_8B, 8.03), (SEVENTY, NUM_70B, 70.6)], ids=["8B", "70B"])
 def test_parameters(planned, sizes, number, billions):
     assert planned(sizes, (1, 1, 1))[0].num_parameters == number == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def sizes_of(model_type, vocabulary, hidden, mlp, layers, heads, kv_heads, **more):
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    return {"model_type": model_type, **sizes, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+PUBLISHED = {  # model -> the sizes of its config.json, and the number of parameters that its card on the hub gives
+    "Qwen2.5-0.5B": (sizes_of("qwen2", 151936, 896, 4864, 24, 14, 2, tie_word_embeddings=True), 494_032_768),
+    "Qwen3-0.6B": (sizes_of("qwen3", 151936, 1024, 3072, 28, 16, 8, tie_word_embeddings=True), 596_049_920),
+    "Mistral-7B": (sizes_of("mistral", 32000, 4096, 14336, 32, 32, 8), 7_241_732_096),
+    "Phi-3-mini": (sizes_of("phi3", 32064, 3072, 8192, 32, 32, 32, rope_parameters=LONG), 3_821_079_552),
+    "Gemma-2-2B": (sizes_of("gemma2", 256000, 2304, 9216, 26, 8, 4), 2_614_341_888),
+    "Gemma-3-1B": (sizes_of("gemma3_text", 262144, 1152, 6912, 26, 4, 1), 999_885_952),
+    "OLMo-2-1B": (sizes_of("olmo2", 100352, 2048, 8192, 16, 16, 16), 1_484_916_736),
+    "SmolLM3-3B": (sizes_of("smollm3", 128256, 2048, 11008, 36, 16, 4), 3_075_098_624),
+    "StableLM-2-1.6B": (sizes_of("stablelm", 100352, 2048, 5632, 24, 32, 32, use_qkv_bias=True), 1_644_515_328),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers_of_parameters(name, tmp_path):
+    sizes, number = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    shapes = jax.tree.leaves(memory.base_shapes(huggingface.read_config(tmp_path)))
+    assert sum(math.prod(leaf.shape) for leaf in shapes) == number
+
+
+@pytest.mark.parametrize("name", ["Gemma-3-1B", "Phi-3-mini"])
+@pytest.mark.slow
+def test_layers_that_differ_and_fused_projections_are_planned(planned, name):
+    sizes, number = PUBLISHED[name]
+    sizes = {key: value for key, value in sizes.items() if key != "rope_parameters"}
+    plan, items = planned(sizes, (1, 1, 2), {"lora.targets": "all-linear", "model.remat": True})
+    assert plan.num_parameters == number
+    layers, hidden, kv_heads = (sizes[key] for key in ("num_hidden_layers", "hidden_size", "num_key_value_heads"))
+    width = {"Gemma-3-1B": 256, "Phi-3-mini": hidden // 32}[name]
+    parts = 2 if kv_heads % 2 == 0 else 1
+    assert items["KV cache"] == 2 * layers * 16 * 2048 * kv_heads // parts * width * 2
+    assert layers * 8 * 2048 * hidden * 2 < items["activations of a micro-batch"]  # the input of each layer, at least
 
 
 @pytest.mark.parametrize(

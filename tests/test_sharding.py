@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from bilevel_jax import sharding
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import architectures, decoder, lora
 
 
 def abstract_mesh(data, fsdp, tensor):
@@ -42,6 +42,9 @@ def test_a_dimension_is_split_if_its_axes_divide_it(mesh, shape, names, part):
         (("layers", "mlp", "down_proj", "kernel"), (2, 8, 8), P(None, ("tensor",), ("fsdp",))),
         (("layers", "mlp", "dense_h_to_4h", "bias"), (2, 8), P(None, ("tensor",))),
         (("layers", "mlp", "dense_4h_to_h", "bias"), (2, 8), P(None, ("fsdp",))),
+        (("layers", "self_attn", "qkv_proj", "kernel"), (2, 8, 16), P(None, ("fsdp",), ("tensor",))),
+        (("layers", "mlp", "gate_up_proj", "kernel"), (2, 8, 16), P(None, ("fsdp",), ("tensor",))),
+        (("layers", "self_attn", "q_norm", "scale"), (2, 8), P(None, None)),
         (("layers", "input_layernorm", "bias"), (2, 8), P(None, None)),
         (("norm", "scale"), (8,), P(None)),
     ],
@@ -68,7 +71,7 @@ def test_invalid_meshes(monkeypatch, axes, reason):
         sharding.make_mesh(*axes)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
 def test_hidden_names_the_dimensions_of_hidden_width(architecture):
     """Hidden 64, heads 8·16 = 128, feed-forward 96."""
     config = decoder.ModelConfig(architecture, 32, 64, 96, 1, 8, 8, 16, 16, 64, "silu", 1e-5, 1e4)

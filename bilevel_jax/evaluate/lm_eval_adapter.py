@@ -11,7 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 
 from bilevel_jax import sampling, scoring, sharding
 from bilevel_jax.data import packing
-from bilevel_jax.models import attention
+from bilevel_jax.models import attention, layer_settings
 
 MAX_GEN_TOKS = 256  # default of a task, as in lm-eval
 OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -52,8 +52,6 @@ class JaxLM(TemplateLM):
         self.model, self.base, self.adapter, self.tokenizer, self.eos = model, base, adapter, tokenizer, tuple(eos)
         self.batch_size, self.max_length = batch_size, max_length or model.max_positions
         self.mesh = sharding.make_mesh(1)
-        # A request is up to one token longer than the input: the last token is only predicted.
-        self._score = scoring.make_scorer(model, batch_size, self.max_length + 1, self.mesh, greedy=True)
         self._prefix = tokenizer.decode(self.prefix_token_id)
 
     @property
@@ -101,9 +99,15 @@ class JaxLM(TemplateLM):
             key = tuple(context[-room:]), tuple(continuation)
             indices.append(segment_index.setdefault(key, len(segment_index)))
         segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in segment_index]
-        nll, _, greedy = self._score(self.base, self.adapter, segments, "scoring")
+        nll, _, greedy = self._score(segments)
         _check_numbers(nll)
         return [(-float(nll[i]), bool(greedy[i])) for i in indices]
+
+    def _score(self, segments: list[packing.Segment]) -> tuple[np.ndarray, ...]:
+        model = layer_settings.for_length(self.model, max((segment.size for segment in segments), default=0))
+        # A request is up to one token longer than the input: the last token is only predicted.
+        score = scoring.make_scorer(model, self.batch_size, self.max_length + 1, self.mesh, greedy=True)
+        return score(self.base, self.adapter, segments, "scoring")
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         windows, request_indices = [], []
@@ -134,12 +138,13 @@ class JaxLM(TemplateLM):
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         # Generated texts skip special tokens, so a stop string that is a special token becomes an end id.
         special = [self.tokenizer.convert_tokens_to_ids(end) for end in settings.stop if end in self.tokenizer.all_special_tokens]
+        length = min(attention.cache_window(max(map(len, prompts)) + settings.max_new_tokens), self.max_length)
         sample = sampling.make_sampler(
-            self.model,
+            layer_settings.for_length(self.model, length),
             settings,
             (*self.eos, *special),
             slots=min(self.batch_size, len(prompts)),
-            length=min(attention.cache_window(max(map(len, prompts)) + settings.max_new_tokens), self.max_length),
+            length=length,
             mesh=self.mesh,
             detokenize=self.tok_decode,
         )

@@ -96,7 +96,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     from bilevel_jax import features, sharding
     from bilevel_jax.data import by_turn, levels, templates
     from bilevel_jax.data import rows as data_rows
-    from bilevel_jax.models import huggingface
+    from bilevel_jax.models import huggingface, layer_settings
     from bilevel_jax.runtime import weight_table
 
     by_domain = config.selection.get("unit", "sample") == "domain"
@@ -117,6 +117,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     encoder, _ = features.read(workdir / features.FILE)
     phi = features.read_params(workdir / features.PARAMS_FILE)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
+    model = layer_settings.for_length(model, config.data.max_length)
     mesh = sharding.make_mesh(1)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
     return rows, weight_table.table(rows, features.encode(encoder, raw) @ phi, visits=zeros, masked=zeros)

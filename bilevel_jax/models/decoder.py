@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, attention
+from bilevel_jax.models import architectures, attention, layer_settings, rotary
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -33,16 +33,6 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Rope:
-    """The rotary scaling of Llama 3.1: long wavelengths times `factor`, short ones unchanged, interpolated in between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +52,7 @@ class ModelConfig:
     activation: str
     norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3Rope | float | None = None  # a float divides all frequencies ("linear")
+    rope_scaling: rotary.Scaling | None = None
     parallel_residual: bool = False  # x + attn(n1(x)) + mlp(n2(x)); else y + mlp(n2(y)) with y = x + attn(n1(x))
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -73,6 +63,13 @@ class ModelConfig:
     dtype: str = "float32"  # of base weights, the cache and the factors of products; the rest is computed in float32
     activations: str = "float32"  # dtype of the arrays between operations
     second_order: bool = False  # slower operations that can be differentiated twice and forwards, for `metagradient`
+    windows: tuple[int, ...] = ()  # of each layer: a token sees so many tokens, itself included; 0: all. (): no layer has one
+    rotated: tuple[bool, ...] = ()  # of each layer: whether it has rotary positions. (): all layers have them
+    local_rope_theta: float | None = None  # of layers with a window, unscaled; None: `rope_theta`, scaled, as elsewhere
+    query_scale: float = 1.0  # multiplies queries, beside 1 / √head_dim
+    attention_cap: float | None = None  # soft cap of attention scores, see `attention.soft_cap`
+    logit_cap: float | None = None  # soft cap of logits
+    embedding_scale: float = 1.0  # multiplies embeddings on their way in
 
     @property
     def record(self) -> architectures.Architecture:
@@ -82,44 +79,9 @@ class ModelConfig:
     def width(self, dimension: str) -> int:
         """The size of a dimension of `architectures.Linear`."""
         heads, kv_heads = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sizes = {"hidden": self.hidden_size, "heads": heads, "kv_heads": kv_heads, "fused_heads": 3 * heads}
-        return (sizes | {"mlp": self.intermediate_size})[dimension]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Rotary positions
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def rotary_frequencies(config: ModelConfig) -> jax.Array:
-    """Angular frequencies [rotary_dim / 2], float32, in radians per position."""
-    exponents = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32) / config.rotary_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if not isinstance(scaling, Llama3Rope):
-        return frequencies / scaling
-    turns = scaling.original_max_positions * frequencies / (2 * jnp.pi)  # full turns within the original context
-    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    ramp = jnp.clip(ramp, 0.0, 1.0)
-    return frequencies * (ramp + (1 - ramp) / scaling.factor)
-
-
-def rotary_table(positions_SxL: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angles of each position, each [S, L, 1, rotary_dim / 2]."""
-    angles = positions_SxL[..., None].astype(jnp.float32) * rotary_frequencies(config)
-    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-
-
-def rotate(x_SxLxHxC: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the first rotary_dim features, in pairs (i, i + rotary_dim / 2), by the angles of the table."""
-    cos, sin = table
-    half = cos.shape[-1]
-    x = x_SxLxHxC.astype(jnp.float32)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x_SxLxHxC.dtype)
+        sizes = {"hidden": self.hidden_size, "heads": heads, "kv_heads": kv_heads}
+        sizes |= {"fused_heads": 3 * heads, "fused_qkv": heads + 2 * kv_heads}
+        return (sizes | {"mlp": self.intermediate_size, "fused_mlp": 2 * self.intermediate_size})[dimension]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -199,36 +161,57 @@ def _norm(config: ModelConfig, name: str | None) -> nn.Module:
     return config.record.norm(epsilon=config.norm_eps, dtype=config.activations, param_dtype=config.dtype, name=name)
 
 
+def _optional_norm(config: ModelConfig, name: str | None, x_TxD: jax.Array) -> jax.Array:
+    return x_TxD if name is None else _norm(config, name)(x_TxD)
+
+
 class Attention(nn.Module):
     """Attention within the segments of a packed batch, or, with a `cache`, of one token per row to the cache and itself."""
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x_TxD, table, segments_SxL=None, position_S=None):
+    def _heads(self, x_TxD, S: int, L: int) -> list[jax.Array]:
+        """Queries [S, L, H, C], keys and values [S, L, K, C]."""
         c, record = self.config, self.config.record
-        S, L = table[0].shape[:2]
         projected = []
         for linear in record.qkv:
             x_SxLxHxC = _linear(c, linear)(x_TxD).reshape(S, L, -1, c.head_dim)
             projected.append(sharding.constrain(x_SxLxHxC, "rows", None, "heads"))
         if len(projected) == 3:
-            q, k, v = projected
-        else:  # one matrix; its columns are (q, k, v) of head 0, of head 1, ...
-            fused = sharding.constrain(projected[0].reshape(S, L, c.num_heads, 3, c.head_dim), "rows", None, "heads")
-            q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
-        q, k = rotate(q, table), rotate(k, table)
+            return projected
+        if record.qkv[0].outputs == "fused_qkv":
+            parts = jnp.split(projected[0], [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
+            return [sharding.constrain(part, "rows", None, "heads") for part in parts]
+        fused = sharding.constrain(projected[0].reshape(S, L, c.num_heads, 3, c.head_dim), "rows", None, "heads")
+        return [fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]]
+
+    def _normed(self, name: str, x_SxLxHxC):
+        """Queries or keys, normalised head by head, or over all heads."""
+        S, L, *_ = shape = x_SxLxHxC.shape
+        x = x_SxLxHxC.reshape(S, L, -1) if self.config.record.norm_over_heads else x_SxLxHxC
+        return _norm(self.config, name)(x).reshape(shape)
+
+    @nn.compact
+    def __call__(self, x_TxD, table, segments_SxL=None, position_S=None, window=None):
+        c, record = self.config, self.config.record
+        S, L = table[0].shape[:2]
+        q, k, v = self._heads(x_TxD, S, L)
+        if record.query_norm and record.key_norm:
+            q, k = self._normed(record.query_norm, q), self._normed(record.key_norm, k)
+        q, k = rotary.rotate(q, table), rotary.rotate(k, table)
+        if c.query_scale != 1:
+            q = (q.astype(jnp.float32) * c.query_scale).astype(q.dtype)
         if self.has_variable("cache", "key"):
             cached = {name: self.get_variable("cache", name) for name in ("key", "value")}
             cached = attention.append(cached, k[:, 0], v[:, 0], position_S)
             for name, array in cached.items():
                 self.put_variable("cache", name, array)
-            attended = attention.attend_cached(q[:, 0], cached["key"], cached["value"], position_S)
+            attended = attention.attend_cached(q[:, 0], cached["key"], cached["value"], position_S, window, c.attention_cap)
         else:
             for name, array in (("key", k), ("value", v)):
                 self.sow("prefilled", name, array, reduce_fn=lambda _, last: last, init_fn=lambda: None)
             attend = attention.attend_plain if c.second_order else attention.attend
-            attended = attend(q, k, v, segments_SxL, c.dtype)
+            attended = attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
         return _linear(c, record.attention_output)(attended.reshape(S * L, -1))
 
 
@@ -240,7 +223,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_TxD):
         c, record = self.config, self.config.record
-        first, *rest = (sharding.constrain(_linear(c, linear)(x_TxD), "rows", "mlp") for linear in record.mlp_inputs)
+        inputs = [_linear(c, linear)(x_TxD) for linear in record.mlp_inputs]
+        if record.mlp_inputs[0].outputs == "fused_mlp":
+            inputs = jnp.split(inputs[0], 2, axis=-1)
+        first, *rest = (sharding.constrain(x_TxF, "rows", "mlp") for x_TxF in inputs)
         hidden_TxF = ACTIVATIONS[c.activation](first)
         for factor_TxF in rest:
             hidden_TxF = hidden_TxF * factor_TxF
@@ -253,22 +239,31 @@ class Layer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_TxD, table, segments_SxL=None, position_S=None):
-        c, record = self.config, self.config.record
-        attention_input = _norm(c, record.attention_norm)(x_TxD)
-        attended = Attention(c, name=record.attention)(attention_input, table, segments_SxL, position_S)
+    def __call__(self, x_TxD, table, segments_SxL=None, settings=None, position_S=None):
+        c, record, settings = self.config, self.config.record, settings or {}
+        if "rotation" in settings:
+            table = jax.tree.map(lambda stack: stack[settings["rotation"]], table)
+        attention_input = _optional_norm(c, record.attention_norm, x_TxD)
+        attend = Attention(c, name=record.attention)
+        attended = attend(attention_input, table, segments_SxL, position_S, settings.get("window"))
+        attended = _optional_norm(c, record.attention_output_norm, attended)
         middle = x_TxD if c.parallel_residual else x_TxD + attended
-        y = middle + FeedForward(c, name=record.mlp)(_norm(c, record.mlp_norm)(middle))
+        mlp_output = FeedForward(c, name=record.mlp)(_optional_norm(c, record.mlp_norm, middle))
+        y = middle + _optional_norm(c, record.mlp_output_norm, mlp_output)
         return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
 
 
-def embed(embedding_VxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """Embeddings [T, D] of tokens.
+def embed(config: ModelConfig, embedding_VxD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Embeddings [T, D] of tokens, scaled.
 
     On a mesh, each device looks up its part of D for the tokens of other devices too, and then they exchange the results. This
     sends far less than the embedding itself.
     """
-    return sharding.constrain(sharding.constrain(embedding_VxD[tokens_T], "stripes", "hidden"), "rows")
+    x_TxD = sharding.constrain(sharding.constrain(embedding_VxD[tokens_T], "stripes", "hidden"), "rows")
+    x_TxD = x_TxD.astype(config.activations)
+    if config.embedding_scale == 1:
+        return x_TxD
+    return x_TxD * jnp.asarray(config.embedding_scale, embedding_VxD.dtype).astype(x_TxD.dtype)  # rounded as in `transformers`
 
 
 class Decoder(nn.Module):
@@ -285,7 +280,7 @@ class Decoder(nn.Module):
         embedding = matrix("embed_tokens", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
         if not c.tie_embeddings:  # declared here so that `init` creates it; `head` reads it
             matrix("lm_head", shape=(c.vocab_size, c.hidden_size), dtype=jnp.dtype(c.dtype))
-        table = rotary_table(positions_SxL, c)
+        table = layer_settings.rotary_table(positions_SxL, c)
         # Norms, activations and rotations are cheaper to recompute than to write and read.
         policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(attention.SAVED)
         layer = nn.remat(Layer, prevent_cse=False, policy=policy)
@@ -293,11 +288,11 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0, "adapter": 0, "prefilled": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )
-        x = embed(embedding, tokens_SxL.reshape(-1)).astype(c.activations)
-        x, _ = layers(c, name="layers")(x, table, segments_SxL)
+        x = embed(c, embedding, tokens_SxL.reshape(-1))
+        x, _ = layers(c, name="layers")(x, table, segments_SxL, layer_settings.settings(c, L))
         return _norm(c, "norm")(x).reshape(S, L, -1)
 
 
@@ -306,9 +301,13 @@ def head(params) -> jax.Array:
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
 
 
-def project(hidden: jax.Array, head_VxD: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]. The factors are rounded to the dtype of the head."""
-    return jnp.einsum("...d,vd->...v", hidden.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32)
+def project(hidden: jax.Array, head_VxD: jax.Array, cap: float | None = None) -> jax.Array:
+    """Float32 logits [..., V] of hidden states [..., D]. The factors are rounded to the dtype of the head.
+
+    `cap` is the soft cap of the logits, `config.logit_cap`.
+    """
+    logits = jnp.einsum("...d,vd->...v", hidden.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32)
+    return attention.soft_cap(logits, cap)
 
 
 def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None, segments_SxL=None) -> jax.Array:
@@ -319,7 +318,7 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
         segments_SxL = jnp.ones_like(tokens_SxL)
     variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
     hidden = Decoder(config).apply(variables, tokens_SxL, positions_SxL, segments_SxL)
-    return project(hidden, head(params))
+    return project(hidden, head(params), config.logit_cap)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -367,17 +366,20 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
     Returns:
       The final hidden states [S, D], and the cache with the keys and values of these tokens.
     """
-    x_SxD = embed(params["embed_tokens"], token_S).astype(config.activations)
-    table, new_cache = rotary_table(position_S[:, None], config), []
+    x_SxD = embed(config, params["embed_tokens"], token_S)
+    table, new_cache = layer_settings.rotary_table(position_S[:, None], config), []
+    *_, num_blocks, size, _ = cache[0][config.record.attention]["value"].shape
+    settings = layer_settings.settings(config, num_blocks * size)
     for i in range(config.num_layers):
         variables = {"params": params["layers"][i], "cache": cache[i]}
         variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}
-        (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, position_S, mutable=["cache"])
+        of_layer = {name: values[i] for name, values in settings.items()}
+        (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, of_layer, position_S, mutable=["cache"])
         new_cache.append(state["cache"])
     return _norm(config, None).apply({"params": params["norm"]}, x_SxD), new_cache
 
 
 def init_params(config: ModelConfig, key: jax.Array):
-    """Random base weights: normal(0, 0.02), biases 0, norms 1."""
+    """Random base weights: normal(0, 0.02), biases 0, norm weights 1, or 0 if 1 is added to them."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Decoder(config).init(key, tokens, tokens, tokens)["params"]

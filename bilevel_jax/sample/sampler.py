@@ -7,7 +7,7 @@ import numpy as np
 
 from bilevel_jax import sampling, sharding
 from bilevel_jax.data import in_memory, rejections, rendering, rows, templates
-from bilevel_jax.models import attention, huggingface
+from bilevel_jax.models import attention, huggingface, layer_settings
 
 
 def sample(
@@ -105,12 +105,13 @@ def sample_prompts(
     detokenize = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     usable = [prompt for prompt in prompts if prompt.reason is None]
     longest = max(len(prompt.tokens) for prompt in usable)
+    length = min(attention.cache_window(longest + settings.max_new_tokens), model.max_positions)
     sample = sampling.make_sampler(
-        model,
+        layer_settings.for_length(model, length),
         settings,
         eos,
         slots=min(batch_size, len(usable) * num_samples),
-        length=min(attention.cache_window(longest + settings.max_new_tokens), model.max_positions),
+        length=length,
         mesh=sharding.make_mesh(1),
         detokenize=detokenize,
     )

@@ -2,7 +2,7 @@
 
 from bilevel_jax import scoring, sharding
 from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates
-from bilevel_jax.models import huggingface
+from bilevel_jax.models import huggingface, layer_settings
 
 
 def score(
@@ -64,6 +64,7 @@ def score_rows(
             segments.append(segment)
     if not segments:
         return results
+    model = layer_settings.for_length(model, max(segment.size for segment in segments))
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
     for result, total, number in zip(scored, nll, count):

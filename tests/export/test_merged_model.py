@@ -23,6 +23,7 @@ BASES = {
     "llama_all": "llama_gqa_tied",
     "llama_subset": "llama_mha",
     "llama_rslora": "llama_bias",
+    "phi3_all": "phi3_short",
 }
 
 

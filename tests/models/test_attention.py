@@ -14,24 +14,31 @@ HEADS = [(1, 1, 3), (2, 2, 8), (2, 6, 5)]  # key heads, query heads, width
 ROWS = {1: [[1], [1]], 3: [[1, 2], [3]], 37: [[20, 17], [1, 30, 6]], 64: [[64], [16, 16, 32]]}  # length -> rows of each sequence
 
 
-attend = jax.jit(attention.attend)
-attend_cached = jax.jit(attention.attend_cached)
+MASKS = [(None, None), (12, None), (5, 0.8), (None, 1.5)]  # window, cap; the scores reach 10
+
+
+attend = jax.jit(attention.attend, static_argnums=(4, 6))
+attend_cached = jax.jit(attention.attend_cached, static_argnums=5)
 append = jax.jit(attention.append)
 
 
-@jax.jit
-def attend_gradients(q, k, v, segments, c):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def attend_gradients(q, k, v, segments, c, window=None, cap=None, function=attention.attend):
     """The gradients of Σ c · attention in q, k and v."""
-    return jax.grad(lambda *qkv: jnp.sum(c * attention.attend(*qkv, segments)), argnums=(0, 1, 2))(q, k, v)
+    return jax.grad(lambda *qkv: jnp.sum(c * function(*qkv, segments, None, window, cap)), argnums=(0, 1, 2))(q, k, v)
 
 
-def formula(q, k, v, segments):
-    """softmax(q · k / √C) v in float64, query by query; head h uses key head h // (H / K)."""
+def capped(scores, cap):
+    return scores if cap is None else cap * np.tanh(scores / cap)
+
+
+def formula(q, k, v, segments, window=None, cap=None):
+    """softmax(cap(q · k / √C)) v in float64, query by query; head h uses key head h // (H / K)."""
     output = np.zeros(q.shape)
     for s, i, h in np.ndindex(q.shape[:3]):
-        visible = [j for j in range(i + 1) if segments[s, j] == segments[s, i]]
+        visible = [j for j in range(i + 1) if segments[s, j] == segments[s, i] and (window is None or i - j < window)]
         group = h * k.shape[2] // q.shape[2]
-        scores = k[s, visible, group].astype(np.float64) @ q[s, i, h] / np.sqrt(q.shape[3])
+        scores = capped(k[s, visible, group].astype(np.float64) @ q[s, i, h] / np.sqrt(q.shape[3]), cap)
         weights = np.exp(scores - scores.max())
         output[s, i, h] = weights @ v[s, visible, group] / weights.sum()
     return output
@@ -54,20 +61,37 @@ def test_attention_within_rows_equals_its_formula(length, key_heads, heads, widt
     np.testing.assert_allclose(output, formula(*qkv, segments), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("key_heads, heads, width", HEADS)
-@pytest.mark.parametrize("length", ROWS)
-def test_gradient_of_attention_equals_finite_differences(length, key_heads, heads, width):
+@pytest.mark.parametrize("window, cap", MASKS[1:])
+def test_windows_and_caps_equal_the_formula(window, cap):
+    """Also where a window ends in another block of queries, and with derivatives of every order; gradients against autodiff."""
+    *qkv, segments = packed(37, 2, 6, 5)
+    inputs = [x.astype(np.float32) for x in qkv]
+    expected = formula(*qkv, segments, window, cap)
+    np.testing.assert_allclose(attend(*inputs, segments, None, window, cap), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(attention.attend_plain(*inputs, segments, None, window, cap), expected, rtol=0, atol=2e-6)
+    assert np.abs(expected - formula(*qkv, segments)).max() > 0.1
+    c = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+    ours, autodiff = (attend_gradients(*inputs, segments, c, window, cap, f) for f in (attention.attend, attention.attend_plain))
+    for gradient, other in zip(ours, autodiff):
+        np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "length, key_heads, heads, width, window, cap",
+    [(length, *heads, None, None) for length in ROWS for heads in HEADS] + [(37, 2, 6, 5, *mask) for mask in MASKS[1:]],
+)
+def test_gradient_of_attention_equals_finite_differences(length, key_heads, heads, width, window, cap):
     """The derivative of Σ c · output along random directions of q, k and v; central differences of the formula in float64."""
     *qkv, segments = packed(length, key_heads, heads, width)
     rng = np.random.default_rng(1)
     c = rng.normal(size=qkv[0].shape)
-    gradients = attend_gradients(*(x.astype(np.float32) for x in qkv), segments, c.astype(np.float32))
+    gradients = attend_gradients(*(x.astype(np.float32) for x in qkv), segments, c.astype(np.float32), window, cap)
     for argument, gradient in enumerate(gradients):
         gradient = np.asarray(gradient)
         direction, sums = rng.normal(size=qkv[argument].shape), []
         for step in (1e-5, -1e-5):
             shifted = [x + step * direction if i == argument else x for i, x in enumerate(qkv)]
-            sums.append(np.sum(c * formula(*shifted, segments)))
+            sums.append(np.sum(c * formula(*shifted, segments, window, cap)))
         expected = (sums[0] - sums[1]) / 2e-5
         scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
         assert np.sum(gradient * direction) == pytest.approx(expected, abs=1e-5 * scale + 1e-6)
@@ -125,20 +149,23 @@ def test_appending_equals_filling_at_once():
     np.testing.assert_array_equal(value[1, 0, 2, 5], pair[1, 1, 0, 2 * attention.CACHE_BLOCK + 5])
 
 
-@pytest.mark.parametrize("key_heads, heads, width", HEADS)
-def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width):
-    """softmax(q · k / √C) v in float64; head h uses key head h // (H / K)."""
+@pytest.mark.parametrize(
+    "key_heads, heads, width, window, cap", [(*heads, None, None) for heads in HEADS] + [(2, 6, 5, 70, 1.5), (2, 6, 5, 1, None)]
+)
+def test_attention_to_a_cache_equals_its_formula(key_heads, heads, width, window, cap):
+    """softmax(cap(q · k / √C)) v in float64; head h uses key head h // (H / K)."""
     position_S = np.array([0, 1, 62, 63, 64, 100, 127, 128, WINDOW - 1])
     (keys, values), caches = random_cache(key_heads, width, len(position_S))
     q = 3 * np.random.default_rng(1).normal(size=(len(position_S), heads, width)).astype(np.float32)
-    output = np.asarray(attend_cached(q, *caches, position_S))
+    output = np.asarray(attend_cached(q, *caches, position_S, window, cap))
     assert output.shape == q.shape
     for row, position in enumerate(position_S):
         for head in range(heads):
-            key = keys[row, head * key_heads // heads, : position + 1]
-            scores = key @ q[row, head].astype(np.float64) / np.sqrt(width)
+            visible = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+            key = keys[row, head * key_heads // heads, visible]
+            scores = capped(key @ q[row, head].astype(np.float64) / np.sqrt(width), cap)
             weights = np.exp(scores - scores.max())
-            expected = weights @ values[row, head * key_heads // heads, : position + 1] / weights.sum()
+            expected = weights @ values[row, head * key_heads // heads, visible] / weights.sum()
             np.testing.assert_allclose(output[row, head], expected, rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bilevel_jax.models import attention, decoder, lora
+from bilevel_jax import losses
+from bilevel_jax.models import attention, decoder, layer_settings, lora
 from tests.models import models
 
 VARIANTS = [
@@ -25,13 +26,36 @@ VARIANTS = [
     "llama_rope_linear",
     "llama_sharded",
     "llama_bfloat16",
+    "qwen2",
+    "qwen2_yarn_tied",
+    "qwen3",
+    "mistral",
+    "phi3_short",
+    "phi3_long_sharded",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "smollm3",
+    "stablelm",
+    "stablelm_tied",
 ]
 KINDS = ["neox_parallel", "neox_sequential", "llama_gqa_tied"]  # one of each data flow
+SWITCHES = {  # fields of the config that only some architectures set -> a reference that sets it
+    "windows": "mistral",
+    "rotated": "smollm3",
+    "local_rope_theta": "gemma3",
+    "rope_scaling": "qwen2_yarn_tied",
+    "query_scale": "gemma2",
+    "attention_cap": "gemma2",
+    "logit_cap": "gemma2",
+    "embedding_scale": "gemma2",
+}
 LENGTHS = (5, 1, 4)  # of the rows packed into one sequence below
 
 
 def load(variant, dtype="float32"):
-    return *models.load(variant, dtype), models.reference(variant)
+    (config, params), reference = models.load(variant, dtype), models.reference(variant)
+    return layer_settings.for_length(config, reference["tokens"].shape[1]), params, reference
 
 
 def packed():
@@ -61,9 +85,32 @@ def test_each_parameter_of_a_reference_matters(variant):
         assert change > 1e-2, jax.tree_util.tree_flatten_with_path(params)[0][i][0]
 
 
-@pytest.mark.parametrize("variant", KINDS)
-def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
-    config, params, _ = load(variant)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_switch_of_a_reference_matters(name):
+    """Without the switch, logits differ: windows are shorter than the sequence, and caps bite."""
+    config, params, reference = load(SWITCHES[name])
+    default = next(field.default for field in dataclasses.fields(config) if field.name == name)
+    without = dataclasses.replace(config, **{name: default})
+    change = np.abs(np.asarray(models.logits(without, params, None, reference["tokens"])) - reference["logits"]).max()
+    assert change > 1e-2
+
+
+@pytest.mark.parametrize("windows", [(2, 2), (3, 0)])
+def test_gradients_reach_as_far_as_windows(windows):
+    """Two layers with windows of 2 reach two positions back, within the row; exactly zero beyond."""
+    config, params, _ = load("mistral")
+    config = dataclasses.replace(config, windows=windows)
+    reach_LxL = reach(config, params)
+    tokens, _, segments = packed()
+    distance = np.subtract.outer(np.arange(tokens.size), np.arange(tokens.size))
+    furthest = tokens.size if 0 in windows else sum(window - 1 for window in windows)
+    visible = (segments[0][:, None] == segments[0]) & (distance >= 0) & (distance <= furthest)
+    assert (reach_LxL[~visible] == 0).all()
+    assert (reach_LxL[visible] > 1e-6).all()
+
+
+def reach(config, params):
+    """The largest derivative of each hidden state of `packed` in each token, [L, L]."""
     tokens, positions, segments = packed()
 
     def hidden(embedding):
@@ -71,14 +118,21 @@ def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
         return decoder.Decoder(config).apply(changed, tokens, positions, segments)
 
     jacobian = jax.jit(jax.jacrev(hidden))(params["embed_tokens"])[0]  # [L, D, V, D]
-    reach_LxL = np.abs(np.asarray(jacobian)[:, :, tokens[0]]).max(axis=(1, 3))  # each token occurs at one position
+    return np.abs(np.asarray(jacobian)[:, :, tokens[0]]).max(axis=(1, 3))  # each token occurs at one position
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_gradients_reach_earlier_tokens_of_the_same_row_only(variant):
+    config, params, _ = load(variant)
+    reach_LxL = reach(config, params)
+    _, _, segments = packed()
     same_row = segments[0][:, None] == segments[0]
     visible = same_row & np.tri(sum(LENGTHS), dtype=bool)
     assert (reach_LxL[~visible] == 0).all()
     assert (reach_LxL[visible] > 1e-6).all()
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel", "neox_sequential", "llama_gqa_tied", "llama_rope_llama3"])
+@pytest.mark.parametrize("variant", ["neox_parallel", "neox_sequential", "llama_gqa_tied", "llama_rope_llama3", "gemma3"])
 def test_packed_rows_equal_rows_alone(variant):
     config, params, _ = load(variant)
     tokens, positions, segments = packed()
@@ -91,7 +145,7 @@ def test_packed_rows_equal_rows_alone(variant):
         np.testing.assert_allclose(together[segments[0] == row + 1], alone[row, :length], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
+@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied", "gemma3"])
 @pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients(variant):
     config, params, reference = load(variant)
@@ -103,6 +157,29 @@ def test_remat_changes_neither_values_nor_gradients(variant):
     remat = dataclasses.replace(config, remat=True)
     remat = jax.jit(jax.value_and_grad(functools.partial(loss, remat)))(params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+@pytest.mark.parametrize("variant", ["gemma2"])
+def test_gradients_equal_autodiff(variant):
+    """Of the NLL in an adapter, with caps and windows: derivatives by hand against those of `second_order`, by autodiff."""
+    config, params, reference = load(variant)
+    adapter, tokens = models.random_adapter(config, scale=0.1), reference["tokens"]
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradient(config, token_nll, adapter):
+        def loss(adapter):
+            variables = {"params": params, "adapter": adapter}
+            positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+            hidden = decoder.Decoder(config).apply(variables, tokens, positions, positions // 15)  # three rows in a sequence
+            targets = np.arange(64), tokens.reshape(-1)[1:65], np.int32(60)
+            return token_nll(hidden.reshape(-1, config.hidden_size), decoder.head(params), *targets, config.logit_cap).sum()
+
+        return jax.grad(loss)(adapter)
+
+    ours = gradient(config, losses.token_nll, adapter)
+    autodiff = gradient(dataclasses.replace(config, second_order=True), losses.token_nll_plain, adapter)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(autodiff)):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize("activations", ["bfloat16", "float32"])
@@ -168,7 +245,7 @@ split_layers = jax.jit(decoder.split_layers, static_argnums=1)
 @functools.partial(jax.jit, static_argnums=0)
 def decode_step(config, params, layers, adapter_layers, cache, token_S, position_S):
     hidden, cache = decoder.decode(config, layers, adapter_layers, cache, token_S, position_S)
-    return hidden @ decoder.head(params).T, cache
+    return decoder.project(hidden, decoder.head(params), config.logit_cap), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -215,7 +292,7 @@ def assert_decoding_equals_forward(config, params, adapter, decoded_params, deco
         np.testing.assert_allclose(decoded[row, prompt:], expected[row, prompt:], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3"])
+@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3", "gemma2", "olmo2", "smollm3"])
 def test_decoding_equals_the_forward_pass(variant):
     config, params, _ = load(variant)
     assert_decoding_equals_forward(config, params, None, params, None)

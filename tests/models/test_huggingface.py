@@ -14,11 +14,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, layer_settings, lora
 from tests.models import models
 from tests.models.models import FIXTURES
 
-ADAPTERS = ["neox_all", "neox_subset", "llama_all", "llama_subset", "llama_rslora"]
+ADAPTERS = ["neox_all", "neox_subset", "llama_all", "llama_subset", "llama_rslora", "phi3_all"]
 
 
 def assert_trees_equal(tree, expected):
@@ -105,6 +105,25 @@ OLDER = {  # variant -> the keys that transformers 4 wrote instead of `rope_para
             "original_max_position_embeddings": 16,
         },
     },
+    "qwen2": {"rope_theta": 10000.0, "layer_types": None},
+    "qwen2_yarn_tied": {
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "layer_types": None,
+    },
+    "phi3_short": {
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [1.5, 3.0]},
+    },
+    "gemma2": {"rope_theta": 10000.0, "layer_types": None},
+    "gemma3": {
+        "rope_theta": 5000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "layer_types": None,
+    },
+    "smollm3": {"layer_types": None, "no_rope_layers": None},
 }
 
 
@@ -113,6 +132,16 @@ def test_configs_of_older_transformers_mean_the_same(variant, tmp_path):
     shutil.copy(FIXTURES / variant / "config.json", tmp_path)
     edit_json(tmp_path / "config.json", rope_parameters=None, **OLDER[variant])
     assert huggingface.read_config(tmp_path) == huggingface.read_config(FIXTURES / variant)
+
+
+def test_longrope_depends_on_the_length_of_a_run():
+    """The short factors up to the original context, the long ones beyond it, for all positions."""
+    config = huggingface.read_config(FIXTURES / "phi3_long_sharded")  # 16 original positions
+    for length, factors in ((16, [1.0, 1.5, 2.0, 3.0]), (17, [1.5, 3.0, 6.0, 9.0])):
+        cos, _ = layer_settings.rotary_table(jnp.array([[3]]), layer_settings.for_length(config, length))
+        expected = np.cos(3 / (np.array(factors) * 500.0 ** (np.arange(4) / 4)))
+        attention = np.sqrt(1 + np.log(64 / 16) / np.log(16))
+        np.testing.assert_allclose(cos[0, 0, 0], attention * expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -220,12 +249,18 @@ BROKEN_CONFIGS = {
         lambda file: edit_json(file, quantization_config={"quant_method": "gptq", "bits": 4}),
         ["quantised weights (gptq)", "in 16 or 32 bits"],
     ),
+    "AWQ": (lambda file: edit_json(file, quantization_config={"quant_method": "awq"}), ["(awq)", "from which they were made"]),
+    "4 bits": (
+        lambda file: edit_json(file, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ["(bitsandbytes)", "from which they were made"],
+    ),
     "no hidden size": (lambda file: edit_json(file, hidden_size=None), ["hidden_size", "missing"]),
     "no layers": (lambda file: edit_json(file, num_hidden_layers=0), ["num_hidden_layers", "0"]),
+    "many layers": (lambda file: edit_json(file, num_hidden_layers=2**30), ["num_hidden_layers", str(2**30), "10000"]),
     "no heads": (lambda file: edit_json(file, num_attention_heads=0), ["num_attention_heads", "0"]),
     "width in words": (lambda file: edit_json(file, hidden_size="wide"), ["hidden_size", "wide"]),
     "activation": (lambda file: edit_json(file, hidden_act="swish3"), ["swish3", "silu"]),
-    "rope": (lambda file: edit_json(file, rope_parameters={"rope_type": "yarn", "factor": 2.0}), ["yarn", "llama3"]),
+    "rope": (lambda file: edit_json(file, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), ["dynamic", "llama3", "yarn"]),
     "rope factor": (lambda file: edit_json(file, rope_parameters={"rope_type": "llama3"}), ["'factor' is missing"]),
 }
 
@@ -236,6 +271,34 @@ def test_broken_config_is_refused(case, tmp_path):
     directory = shutil.copytree(FIXTURES / "llama_mha", tmp_path / "model")
     corrupt(directory / "config.json")
     assert_refused(lambda: huggingface.load_model(str(directory)), ["config.json", *words])
+
+
+BROKEN_LAYERS = [
+    ("gemma3", {"layer_types": ["full_attention"]}, "must fit 3 layers"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "must fit 3 layers"),
+    ("gemma3", {"layer_types": 3}, "must fit 3 layers"),
+    ("gemma3", {"sliding_window": 0}, "sliding_window must be a positive integer, got 0"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
+    ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar must be a positive number"),
+    ("gemma2", {"final_logit_softcapping": "high"}, "final_logit_softcapping must be a positive number"),
+    ("smollm3", {"no_rope_layers": [1]}, "must fit 4 layers"),
+    ("smollm3", {"use_sliding_window": False}, "layer_types has sliding_attention, but there is no sliding_window"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "must fit 4 layers"),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
+    ("phi3_short", {"rope_parameters": {"long_factor": [1.0], "short_factor": [1.0]}}, "short_factor must be a list of 4 numbers"),
+    ("phi3_short", {"rope_parameters": {"rope_type": "longrope"}}, "'short_factor' is missing"),
+    ("phi3_short", {"original_max_position_embeddings": 1}, "rope type 'longrope' needs an original_max_position_embeddings"),
+    ("qwen2_yarn_tied", {"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "rope's factor must be a positive number, got 0"),
+    ("qwen2_yarn_tied", {"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}}, "rope type 'yarn' needs"),
+]
+
+
+@pytest.mark.parametrize("variant, changes, words", BROKEN_LAYERS)
+def test_broken_layers_are_refused(variant, changes, words, tmp_path):
+    shutil.copy(FIXTURES / variant / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(huggingface.ModelError, match=f"config.json: .*{words}"):
+        huggingface.read_config(tmp_path)
 
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"

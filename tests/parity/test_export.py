@@ -1,5 +1,6 @@
 """Exported files with `transformers`, `peft`, `datasets` and TRL's SFTTrainer."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -19,7 +20,7 @@ import trl
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows, templates
 from bilevel_jax.export import merged_model
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import decoder, huggingface, layer_settings
 from bilevel_jax.runtime import weight_table
 from tests.conftest import make_model, make_rows, run_command, write_jsonl
 from tests.export.test_selected_rows import CHAT, MIXED
@@ -40,11 +41,16 @@ logits_of = jax.jit(decoder.logits, static_argnums=0)
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_shard", [10**9, 24 * 1024])
-@pytest.mark.parametrize("name", [*make.ADAPTERS, "llama_bfloat16"])
+@pytest.mark.parametrize(
+    "name, max_shard",
+    [
+        *itertools.product([*make.ADAPTERS, "llama_bfloat16"], [10**9, 24 * 1024]),
+        *((name, 16 * 1024) for name in make.FAMILIES),
+    ],
+)
 def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp_path):
     """Equal to those of PEFT with base and adapter, and to those of this package; also with biases and tied embeddings."""
-    base, options = make.ADAPTERS.get(name, (name, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6}))
+    base, options = make.ADAPTERS.get(name, (name, make.ALL_LINEAR))
     model = make.save(make.build(base, SEED), base, tmp_path / "base")
     make.adapt(model, options, SEED).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     merged_model.write_merged_model(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", max_shard=max_shard)
@@ -59,7 +65,7 @@ def test_transformers_loads_merged_models_with_equal_logits(name, max_shard, tmp
     merged, expected = make.compute_logits(again.eval(), tokens), make.compute_logits(adapted, tokens)
     torch.testing.assert_close(merged, expected, rtol=0, atol=5e-5)
     config, params = huggingface.load_model(str(tmp_path / "base"))
-    config, adapter = huggingface.load_adapter(tmp_path / "adapter", config)
+    config, adapter = huggingface.load_adapter(tmp_path / "adapter", layer_settings.for_length(config, make.LENGTH))
     np.testing.assert_allclose(merged, logits_of(config, params, adapter, tokens.numpy()), rtol=0, atol=1e-4)
 
 

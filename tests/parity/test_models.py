@@ -1,6 +1,7 @@
 """Models and adapters against `transformers` and `peft`, recomputed with PyTorch: `make parity`."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -15,8 +16,9 @@ import peft
 import safetensors.numpy
 import transformers
 from tokenizers import Regex, pre_tokenizers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from bilevel_jax.models import huggingface, lora
+from bilevel_jax.models import architectures, huggingface, layer_settings, lora, rotary
 from tests.models import models
 from tests.models.fixtures import make
 from third_party import smollm2
@@ -35,11 +37,99 @@ def test_new_checkpoints_give_equal_logits(variant, tmp_path):
     reference = make.save(make.build(variant, SEED), variant, tmp_path)
     tokens = make.draw_tokens(SEED)
     config, params = huggingface.load_model(str(tmp_path))
+    config = layer_settings.for_length(config, make.LENGTH)
     logits = models.logits(config, params, None, tokens.numpy())
     np.testing.assert_allclose(logits, make.compute_logits(reference, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["neox_parallel", "llama_bias", "llama_gqa_tied"])
+ROPES = {  # beside those of `make.VARIANTS`
+    "yarn in thirds": {"rope_type": "yarn", "factor": 3.5, "original_max_position_embeddings": 20, "truncate": False},
+    "yarn with betas": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 4, "beta_slow": 2, "attention_factor": 0.9},
+    "yarn of a DeepSeek": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn of one pair": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 1},
+    "longrope with a factor": {
+        **{"rope_type": "longrope", "factor": 6.0, "original_max_position_embeddings": 32},
+        **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]},
+    },
+    "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "attention_factor": 1.3},
+    "llama3": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+}
+
+
+@pytest.mark.parametrize("length", [1, 64])
+@pytest.mark.parametrize("name", ROPES)
+def test_scaled_rotary_positions_equal_transformers(name, length, tmp_path):
+    """Frequencies and the factor of cosine and sine, for runs within and beyond the original context."""
+    rope = {"rope_theta": 700.0} | ROPES[name]
+    reference = transformers.LlamaConfig(**make.SHARED | {"rope_parameters": dict(rope)})
+    reference.save_pretrained(tmp_path)
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference, seq_len=length)
+    config = layer_settings.for_length(huggingface.read_config(tmp_path), length)
+    frequencies = rotary.frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    np.testing.assert_allclose(frequencies, expected, rtol=1e-5)
+    assert getattr(config.rope_scaling, "attention_factor", 1.0) == pytest.approx(factor)
+
+
+PUBLISHED = {  # config.json as the hub has it, without sizes: keys of older versions of transformers, and absent keys
+    "Qwen2.5-0.5B": {
+        **{"model_type": "qwen2", "max_position_embeddings": 32768, "max_window_layers": 24, "rope_theta": 1000000.0},
+        **{"sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True, "use_mrope": False},
+    },
+    "Qwen3-0.6B": {
+        **{"model_type": "qwen3", "head_dim": 128, "max_window_layers": 28, "rope_scaling": None, "rope_theta": 1000000},
+        **{"sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True, "attention_bias": False},
+    },
+    "Mistral-7B-v0.1": {"model_type": "mistral", "sliding_window": 4096, "rope_theta": 10000.0, "rms_norm_eps": 1e-05},
+    "Mistral-7B-v0.3": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1000000.0, "num_key_value_heads": 8},
+    "Phi-3-mini-4k": {
+        **{"model_type": "phi3", "original_max_position_embeddings": 4096, "rope_scaling": None, "rope_theta": 10000.0},
+        **{"sliding_window": 2047, "attention_bias": False},
+    },
+    "Phi-3-mini-128k": {
+        **{"model_type": "phi3", "original_max_position_embeddings": 4096, "max_position_embeddings": 131072},
+        **{"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.1] * 48}, "rope_theta": 10000.0},
+        **{"sliding_window": 262144, "hidden_size": 3072, "num_attention_heads": 32},
+    },
+    "Phi-4-mini": {
+        **{"model_type": "phi3", "original_max_position_embeddings": 4096, "max_position_embeddings": 131072},
+        **{"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.1] * 48}, "rope_theta": 10000.0},
+        **{"partial_rotary_factor": 0.75, "hidden_size": 3072, "num_attention_heads": 24, "tie_word_embeddings": True},
+    },
+    "gemma-2-2b": {
+        **{"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256},
+        **{"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+        **{"rope_theta": 10000.0, "sliding_window": 4096, "num_hidden_layers": 26},
+    },
+    "gemma-3-1b": {
+        **{"model_type": "gemma3_text", "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256},
+        **{"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000},
+        **{"sliding_window": 512, "sliding_window_pattern": 6, "num_hidden_layers": 26, "hidden_activation": "gelu_pytorch_tanh"},
+    },
+    "OLMo-2-0425-1B": {"model_type": "olmo2", "rope_scaling": None, "rope_theta": 500000, "rms_norm_eps": 1e-06},
+    "SmolLM3-3B": {
+        **{"model_type": "smollm3", "no_rope_layer_interval": 4, "rope_scaling": None, "rope_theta": 5000000.0},
+        **{"no_rope_layers": [1, 1, 1, 0], "sliding_window": None, "use_sliding_window": False, "num_hidden_layers": 4},
+        **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+    },
+}
+EMPTY = {model_type: {"model_type": model_type} for model_type in architectures.ARCHITECTURES}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *EMPTY])
+def test_published_configs_mean_what_they_mean_to_transformers(name, tmp_path):
+    """The config as it is, and as transformers writes it again with all defaults; also with almost nothing in it."""
+    raw = (PUBLISHED | EMPTY)[name]
+    reference = transformers.AutoConfig.for_model(**raw)
+    reference.save_pretrained(tmp_path)
+    expected = huggingface.read_config(tmp_path)
+    sizes = {key: getattr(reference, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {key: getattr(reference, key) for key in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | raw))
+    assert huggingface.read_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("variant", ["neox_parallel", "llama_bias", "llama_gqa_tied", *make.FAMILIES])
 def test_transformers_reads_saved_models(variant, tmp_path):
     make.save(make.build(variant, SEED), variant, tmp_path)
     config, params = huggingface.load_model(str(tmp_path))
@@ -49,28 +139,33 @@ def test_transformers_reads_saved_models(variant, tmp_path):
         assert torch.equal(parameter, loaded.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", make.ADAPTERS)
+@pytest.mark.parametrize("name", [*make.ADAPTERS, *make.FAMILIES])
 def test_adapters_of_peft_give_equal_logits(name, tmp_path):
-    base, options = make.ADAPTERS[name]
+    base, options = make.ADAPTERS.get(name, (name, make.ALL_LINEAR))
     model = make.save(make.build(base, SEED), base, tmp_path / "base")
     adapted = make.adapt(model, options, SEED)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     config, params = huggingface.load_model(str(tmp_path / "base"))
-    config, adapter = huggingface.load_adapter(tmp_path / "adapter", config)
+    config, adapter = huggingface.load_adapter(tmp_path / "adapter", layer_settings.for_length(config, make.LENGTH))
     tokens = make.draw_tokens(SEED)
     logits = models.logits(config, params, adapter, tokens.numpy())
     np.testing.assert_allclose(logits, make.compute_logits(adapted, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "some"])
-@pytest.mark.parametrize("base", ["neox_parallel", "llama_gqa_tied"])
+@pytest.mark.parametrize(
+    "base, targets",
+    [
+        *itertools.product(["neox_parallel", "llama_gqa_tied"], ["all-linear", "some"]),
+        *((base, "all-linear") for base in make.FAMILIES),
+    ],
+)
 def test_peft_reads_saved_adapters(base, targets, tmp_path):
     make.save(make.build(base, SEED), base, tmp_path / "base")
     config, params = huggingface.load_model(str(tmp_path / "base"))
     if targets == "some":
         targets = ["dense", "dense_h_to_4h"] if config.architecture == "gpt_neox" else ["v_proj", "o_proj", "up_proj"]
     alpha, rank = 5, 3
-    config = dataclasses.replace(config, adapter_scale=alpha / rank)
+    config = dataclasses.replace(layer_settings.for_length(config, make.LENGTH), adapter_scale=alpha / rank)
     adapter = lora.init_adapter(config, jax.random.key(0), rank, lora.resolve_targets(config, targets))
     adapter = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), adapter)
     huggingface.save_adapter(tmp_path / "adapter", config, adapter, alpha=alpha, base=str(tmp_path / "base"))

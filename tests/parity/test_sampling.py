@@ -15,7 +15,7 @@ import transformers
 
 from bilevel_jax import sampling, sharding
 from bilevel_jax.data import rows, templates
-from bilevel_jax.models import huggingface
+from bilevel_jax.models import huggingface, layer_settings
 from tests.models.fixtures import make
 
 pytestmark = pytest.mark.parity
@@ -55,8 +55,9 @@ def generate(reference, prompts, eos):
 @torch.no_grad()
 def logits_after(reference, prompt, tokens):
     """Logits [n, V] of transformers that predict the tokens after a prompt, in float64."""
-    row = torch.tensor(np.concatenate([prompt, tokens]))[None].long()
-    return reference(row).logits[0, len(prompt) - 1 : -1].double()
+    row = np.concatenate([prompt, tokens])
+    padded = np.pad(row, (0, max(LENGTHS) + NEW - len(row)))  # as long as the longest: LongRoPE depends on the length
+    return reference(torch.tensor(padded)[None].long()).logits[0, len(prompt) - 1 : len(row) - 1].double()
 
 
 def log_probs(logits, tokens):
@@ -81,7 +82,7 @@ def pairs(tmp_path_factory):
             reference = make.adapt(reference, options, SEED)
             reference.save_pretrained(root / "adapter", save_embedding_layers=False)
             config, adapter = huggingface.load_adapter(root / "adapter", config)
-        return reference, (config, base, adapter)
+        return reference, (layer_settings.for_length(config, max(LENGTHS) + NEW), base, adapter)
 
     return build
 
@@ -95,6 +96,7 @@ def pairs(tmp_path_factory):
         ("llama_rope_llama3", 9),
         ("neox_all", 4),
         ("llama_all", 4),
+        *((name, 9) for name in make.FAMILIES),
     ],
 )
 def test_greedy_responses_equal_generate(pairs, name, slots):

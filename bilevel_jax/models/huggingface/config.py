@@ -1,12 +1,12 @@
 """config.json to `decoder.ModelConfig`. What depends on the architecture is in its record."""
 
-import dataclasses
 import pathlib
 
 import jax
 
 from bilevel_jax.models import architectures, decoder
-from bilevel_jax.models.huggingface.directory import ModelError, read_json
+from bilevel_jax.models.huggingface.directory import ModelError, positive, read_json
+from bilevel_jax.models.huggingface.rope import GLOBAL, LOCAL, read_rope, read_scaling
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -15,6 +15,7 @@ SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+MAX_LAYERS = 10_000
 SWITCHES = ("parallel_residual", "attention_bias", "mlp_bias", "tie_embeddings")  # fields of the config and of the record
 
 
@@ -39,32 +40,27 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
         activation = record.activation.read(raw)
         if not isinstance(activation, str) or activation not in decoder.ACTIVATIONS:
             raise ModelError(f"{file}: hidden_act '{activation}' is not among {', '.join(decoder.ACTIVATIONS)}")
-        theta, scaling, rotary_fraction = _read_rope(raw, record, file)
-        sizes = {field: _positive(file, key, raw[key], is_integer=True) for field, key in SIZES.items()}
-        sizes |= _read_heads(raw, record, sizes, rotary_fraction, file)
-        _check_rope_scaling(scaling, file)
+        rope = read_rope(raw, record, file)
+        sizes = {field: positive(file, key, raw[key], is_integer=True) for field, key in SIZES.items()}
+        sizes |= _read_heads(raw, record, sizes, rope.fraction, file)
+        max_positions = positive(file, "max_position_embeddings", raw.get("max_position_embeddings", 2048), is_integer=True)
         return decoder.ModelConfig(
             architecture=record.model_type,
             **sizes,
             **_read_switches(raw, record, file),
-            max_positions=_positive(file, "max_position_embeddings", raw.get("max_position_embeddings", 2048), is_integer=True),
+            **_read_layers(raw, record, sizes["num_layers"], file),
+            **_read_scales(raw, record, sizes, file),
+            max_positions=max_positions,
             activation=activation,
-            norm_eps=_positive(file, "the norms' epsilon", record.norm_eps.read(raw)),
-            rope_theta=_positive(file, "rope_theta", theta),
-            rope_scaling=scaling if scaling is None or isinstance(scaling, decoder.Llama3Rope) else float(scaling),
+            norm_eps=positive(file, "the norms' epsilon", record.norm_eps.read(raw)),
+            rope_theta=rope.theta,
+            rope_scaling=read_scaling(raw, rope, sizes["rotary_dim"], max_positions, file),
+            local_rope_theta=rope.local_theta,
             dtype=dtype,
             activations=activations or ("float32" if jax.default_backend() == "cpu" else dtype),
         )
     except KeyError as error:
         raise ModelError(f"{file}: key {error} is missing") from error
-
-
-def _positive(file: pathlib.Path, name: str, value, is_integer: bool = False):
-    """Checks that a value is positive and below 2^31."""
-    is_valid = type(value) is int if is_integer else isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_valid or not 0 < value < 2**31:
-        raise ModelError(f"{file}: {name} must be a positive {'integer' if is_integer else 'number'}, got {value!r:.80}")
-    return value if is_integer else float(value)
 
 
 def _read_architecture(raw: dict, file: pathlib.Path) -> architectures.Architecture:
@@ -81,43 +77,15 @@ def _read_architecture(raw: dict, file: pathlib.Path) -> architectures.Architect
     return records[model_type]
 
 
-def _read_rope(raw: dict, record: architectures.Architecture, file: pathlib.Path):
-    """`(theta, scaling, rotated fraction of a head)` from a config of transformers 5 (`rope_parameters`) or earlier."""
-    new = raw.get("rope_parameters") or {}
-    scaling = new if new else (raw.get("rope_scaling") or {})
-    if not isinstance(scaling, dict):
-        raise ModelError(f"{file}: rope_parameters and rope_scaling must be objects, got {scaling!r:.80}")
-    theta = new.get("rope_theta", raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0)))
-    default = raw.get("rotary_pct", record.rotary_fraction)
-    fraction = new.get("partial_rotary_factor", raw.get("partial_rotary_factor", default))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None, fraction
-    if kind == "linear":
-        return theta, scaling["factor"], fraction
-    if kind == "llama3":
-        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return theta, decoder.Llama3Rope(*(scaling[field] for field in fields)), fraction
-    raise ModelError(f"{file}: rope type '{kind}' is not supported; known are default, linear and llama3")
-
-
-def _check_rope_scaling(scaling, file: pathlib.Path) -> None:
-    if isinstance(scaling, decoder.Llama3Rope):
-        for field, value in dataclasses.asdict(scaling).items():
-            _positive(file, f"rope's {field}", value)
-    elif scaling is not None:
-        _positive(file, "rope's factor", scaling)
-
-
 def _read_heads(raw: dict, record: architectures.Architecture, sizes: dict[str, int], rotary_fraction, file: pathlib.Path) -> dict:
     num_heads = sizes["num_heads"]
     num_kv_heads = record.num_kv_heads.read(raw) or num_heads
-    head_dim = raw.get("head_dim") or sizes["hidden_size"] // num_heads
+    head_dim = record.head_dim.read(raw) or sizes["hidden_size"] // num_heads
     for name, value in (("num_key_value_heads", num_kv_heads), ("head_dim", head_dim)):
-        _positive(file, name, value, is_integer=True)
+        positive(file, name, value, is_integer=True)
     if num_heads % num_kv_heads:
         raise ModelError(f"{file}: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}")
-    rotary_dim = int(head_dim * _positive(file, "the rotated fraction of a head", rotary_fraction))
+    rotary_dim = int(head_dim * rotary_fraction)
     if rotary_dim > head_dim or rotary_dim % 2:
         raise ModelError(f"{file}: the number of rotated features, {rotary_dim}, must be even and at most head_dim={head_dim}")
     return {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "rotary_dim": rotary_dim}
@@ -131,6 +99,43 @@ def _read_switches(raw: dict, record: architectures.Architecture, file: pathlib.
         if not isinstance(switches[field], bool):
             raise ModelError(f"{file}: {key.name} must be true or false, got {switches[field]!r:.80}")
     return switches
+
+
+def _read_layers(raw: dict, record: architectures.Architecture, num_layers: int, file: pathlib.Path) -> dict:
+    """The window of each layer, and whether it has rotary positions; empty if all layers are equal in this."""
+    if num_layers > MAX_LAYERS:
+        raise ModelError(f"{file}: num_hidden_layers={num_layers} is over {MAX_LAYERS}")
+    try:
+        rotated = tuple(record.has_rotation(raw, layer) for layer in range(num_layers))
+        kinds = raw.get("layer_types") or [LOCAL if record.has_window(raw, layer) else GLOBAL for layer in range(num_layers)]
+        if len(kinds) < num_layers or not set(kinds) <= {LOCAL, GLOBAL}:
+            raise TypeError
+    except (TypeError, IndexError, ZeroDivisionError) as error:
+        keys = "layer_types, no_rope_layers and the intervals of layers"
+        raise ModelError(f"{file}: {keys} must fit {num_layers} layers of the types {LOCAL} and {GLOBAL}") from error
+    is_on = record.window_switch is None or raw.get(record.window_switch, False)
+    window = record.window.read(raw) if is_on else None
+    layers = {"rotated": () if all(rotated) else rotated}
+    if window is None:
+        if LOCAL in (raw.get("layer_types") or ()):
+            raise ModelError(f"{file}: layer_types has {LOCAL}, but there is no {record.window.name or 'sliding window'}")
+        return layers
+    window = positive(file, str(record.window.name), window, is_integer=True)
+    windows = tuple(window if kind == LOCAL else 0 for kind in kinds[:num_layers])
+    return layers | {"windows": windows if any(windows) else ()}
+
+
+def _read_scales(raw: dict, record: architectures.Architecture, sizes: dict[str, int], file: pathlib.Path) -> dict:
+    """Factors of embeddings and queries, and soft caps."""
+    scales = {"embedding_scale": sizes["hidden_size"] ** 0.5} if record.scaled_embedding else {}
+    scalar = record.query_scalar.read(raw)
+    if scalar is not None:
+        scales["query_scale"] = (sizes["head_dim"] / positive(file, str(record.query_scalar.name), scalar)) ** 0.5
+    for field in ("attention_cap", "logit_cap"):
+        key = getattr(record, field)
+        value = key.read(raw)
+        scales[field] = None if value is None else positive(file, key.name, value)
+    return scales
 
 
 def eos_ids(directory: pathlib.Path, tokenizer) -> tuple[int, ...]:

@@ -54,3 +54,15 @@ def read_json(file: pathlib.Path) -> dict:
     if not isinstance(content, dict):
         raise ModelError(f"{file}: contains a {type(content).__name__}, not an object")
     return content
+
+
+def positive(file: pathlib.Path, name: str, value, is_integer: bool = False):
+    """A value of a JSON file, a float unless `is_integer`.
+
+    Raises:
+      ModelError: it is not a number, not positive, or not below 2^31.
+    """
+    is_valid = type(value) is int if is_integer else isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_valid or not 0 < value < 2**31:
+        raise ModelError(f"{file}: {name} must be a positive {'integer' if is_integer else 'number'}, got {value!r:.80}")
+    return value if is_integer else float(value)
