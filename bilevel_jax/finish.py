@@ -1,6 +1,5 @@
 """What a run writes when its last step is done: adapter, weights of tokens, summary, report."""
 
-import json
 import math
 import pathlib
 import shutil
@@ -72,7 +71,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: cloc
     summary = values | {f"time/{key}": round(value, 2) for key, value in clock.elapsed().items()}
 
     def write() -> None:
-        files.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        files.write_atomically(workdir / "summary.json", files.to_json(summary, indent=2) + "\n")
 
     write()  # the report reads it
     try:

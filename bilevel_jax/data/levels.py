@@ -22,6 +22,10 @@ class Level:
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
     counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
 
+    @property
+    def all_examples(self) -> list[templates.Example]:
+        return self.examples + self.eval_examples
+
 
 @dataclasses.dataclass(frozen=True)
 class _Read:

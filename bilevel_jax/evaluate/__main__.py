@@ -8,7 +8,6 @@ local_boolq, local_hellaswag, local_piqa and local_winogrande: the same prompts 
 """
 
 import importlib.util
-import json
 import logging
 import pathlib
 from typing import NamedTuple
@@ -153,7 +152,7 @@ def main() -> None:
     if results.get("groups"):
         print(utils.make_table(results, "groups"))
     if evaluated.out:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=utils.handle_non_serializable)
+        text = files.to_json(results, indent=2, ensure_ascii=False, default=utils.handle_non_serializable)
         files.write_atomically(evaluated.out, text + "\n")
         print(evaluated.out)
 

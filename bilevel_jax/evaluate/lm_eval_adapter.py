@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from bilevel_jax import sampling, scoring, sharding
-from bilevel_jax.data import packing
+from bilevel_jax.data import packing, token_ids
 from bilevel_jax.models import attention
 
 MAX_GEN_TOKS = 256  # default of a task, as in lm-eval
@@ -72,7 +72,10 @@ class JaxLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         special = not string.startswith(self._prefix) if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+        tokens = self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+        if problem := token_ids.outside(np.array(tokens, np.int32), self.tokenizer, self.model.vocab_size):
+            raise token_ids.TokenError(problem)
+        return tokens
 
     def tok_decode(self, tokens) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -94,7 +94,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     import numpy as np
 
     from bilevel_jax import features, sharding
-    from bilevel_jax.data import levels, templates
+    from bilevel_jax.data import levels, templates, token_ids
     from bilevel_jax.data import rows as data_rows
     from bilevel_jax.models import huggingface
     from bilevel_jax.runtime import weight_table
@@ -115,6 +115,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     encoder, _ = features.read(workdir / features.FILE)
     phi = features.read_params(workdir / features.PARAMS_FILE)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
+    token_ids.check(examples, tokenizer, model.vocab_size)
     mesh = sharding.make_mesh(1)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
     return rows, weight_table.table(rows, features.encode(encoder, raw) @ phi, visits=zeros, masked=zeros)

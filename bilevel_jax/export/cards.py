@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax import selector
+from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import weight_table
 
@@ -183,7 +183,7 @@ def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) 
 
 def _front_matter(**values) -> str:
     """Front matter in YAML, written as JSON, which is a subset."""
-    return "".join(["---\n", *(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()), "---\n\n"])
+    return "".join(["---\n", *(f"{key}: {files.to_json(value, ensure_ascii=False)}\n" for key, value in values.items()), "---\n\n"])
 
 
 def _table(header: Sequence[str], rows) -> list[str]:

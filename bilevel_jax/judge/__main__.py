@@ -117,6 +117,7 @@ def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> N
     """Sends requests, and adds each verdict to `rows_by_request` and to the file after its first `size` bytes."""
     import tqdm
 
+    from bilevel_jax import files
     from bilevel_jax.judge import endpoint, verdicts
 
     stop = threading.Event()
@@ -124,7 +125,7 @@ def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> N
         file.truncate(size)
 
         def record(row: dict) -> None:
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(files.to_json(row).encode() + b"\n")
             file.flush()
             rows_by_request[row["request"]] = row
             bar.update()
@@ -173,8 +174,7 @@ def print_result(pairs, winners, tokens) -> None:
     metrics = verdicts.summarize(pairs, winners)
     print(verdicts.table(metrics))
     if SUMMARY.value:
-        values = {key: None if value != value else value for key, value in metrics.items()}  # JSON has no NaN
-        files.write_atomically(pathlib.Path(SUMMARY.value), json.dumps(values, indent=2) + "\n")
+        files.write_atomically(pathlib.Path(SUMMARY.value), files.to_json(metrics, indent=2) + "\n")
     print(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
 
 
@@ -197,7 +197,7 @@ def main() -> None:
     if OUTPUTS.value:
         generator = GENERATOR.value or pathlib.Path(ANSWERS.value).stem
         outputs = verdicts.alpaca_eval_outputs(prompts, answers, generator)
-        files.write_atomically(pathlib.Path(OUTPUTS.value), json.dumps(outputs, indent=2) + "\n")
+        files.write_atomically(pathlib.Path(OUTPUTS.value), files.to_json(outputs, indent=2) + "\n")
         print(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
     if any(values):
         pairs = read_pairs(prompts, answers, AGAINST.value)

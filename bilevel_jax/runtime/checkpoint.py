@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from bilevel_jax import online
+from bilevel_jax import files, online
 from bilevel_jax.data import templates
 from bilevel_jax.errors import RunError
 
@@ -109,7 +109,7 @@ def write_manifest(directory: pathlib.Path) -> None:
     """Writes the checksum of every file of a checkpoint into `manifest.json`."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in NOT_IN_MANIFEST)
     manifest = {path.relative_to(directory).as_posix(): _checksum(path) for path in paths}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / MANIFEST).write_text(files.to_json(manifest, indent=1) + "\n")
 
 
 def damage(directory: pathlib.Path) -> str:

@@ -104,12 +104,34 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
         for name in MEASURES if schema is SCHEMA else ():
             if name not in stored.column_names:
                 stored = stored.append_column(name, pa.nulls(len(stored), pa.float32()))
-        return stored.select(schema.names).cast(schema)
+        weights = stored.select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
     except Exception as error:  # Arrow raises errors of many types for damaged files and wrong columns
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
+    _check_values(path, weights)
+    return weights
+
+
+def _check_values(path: pathlib.Path, weights: pa.Table) -> None:
+    """Refuses a table with a null, except in `MEASURES`, or with a number that is not finite or, for a weight, below 0.
+
+    Raises:
+      DataError: names the row and the column.
+    """
+    for name in weights.column_names:
+        column = weights[name].combine_chunks()
+        wrong = np.zeros(len(column), bool) if name in MEASURES else column.is_null().to_numpy(zero_copy_only=False)
+        if pa.types.is_floating(column.type):
+            values = column.fill_null(0).to_numpy()
+            wrong |= ~np.isfinite(values) | (values < 0 if name == "weight" else False)
+        if wrong.any():
+            i = int(wrong.argmax())
+            what = f"{path}: row {i + 1} (id {weights['id'][i].as_py()}) has {name}={column[i].as_py()}"
+            raise data_rows.DataError(f"{what}, which is not valid; restore the file, or run again")
+    if not len(weights):
+        raise data_rows.DataError(f"{path}: the table of weights has no rows; restore the file, or run again")
 
 
 def known_measures(weights: pa.Table) -> list[str]:

@@ -7,7 +7,6 @@ Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens
 `question`. A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
 """
 
-import json
 import pathlib
 import tempfile
 
@@ -75,7 +74,7 @@ def main() -> None:
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
     options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
     results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options)
-    files.write_atomically(out, "".join(json.dumps(result) + "\n" for result in results))
+    files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]
     num_stops = sum(result["finish_reason"] == "stop" for result in responses)
     length = sum(len(result["tokens"]) for result in responses) / len(responses)

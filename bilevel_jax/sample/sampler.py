@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.data import in_memory, rejections, rendering, rows, templates
+from bilevel_jax.data import in_memory, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import attention, huggingface
 
 
@@ -80,8 +80,8 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
             reason = "no token in the prompt"
         elif len(tokens) >= model.max_positions:
             reason = f"no room for a response within the model's {model.max_positions} positions"
-        elif tokens.max() >= model.vocab_size:
-            reason = f"token {tokens.max()} is not in the model's vocabulary of {model.vocab_size}"
+        else:
+            reason = token_ids.outside(tokens, tokenizer, model.vocab_size) or None
         prompts.append(Prompt(item.id, item.line, tokens, reason, item.question))
     return prompts
 

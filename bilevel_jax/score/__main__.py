@@ -6,7 +6,6 @@ Writes one line per input row, in order: `id`, `loss` (mean NLL of the response 
 log-probability) and `num_tokens`. A row that cannot be scored has nulls and a `reason`.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -30,6 +29,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 
 def main() -> None:
+    from bilevel_jax import files
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
@@ -37,8 +37,7 @@ def main() -> None:
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
-    with open(out, "w") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+    files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     scored = [result["loss"] for result in results if result["loss"] is not None]
     mean = f", mean loss {sum(scored) / len(scored):.4f}" if scored else ""
     print(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")

@@ -1,7 +1,9 @@
 """Scores the responses of rows."""
 
+import math
+
 from bilevel_jax import scoring, sharding
-from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates
+from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface
 
 
@@ -38,10 +40,16 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
     Args:
       items: `rows.Row` or `rows.Rejection`, as `rows.iter_rows` yields them.
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
+
+    Raises:
+      TokenError: the model does not have a token of a row.
+      ValueError: a loss is not finite.
     """
     usable = [item for item in items if isinstance(item, rows.Row)]
     segments, scored, results = [], [], []
-    encoded = iter(templates.encode(usable, tokenizer, template=template, eos=eos))
+    examples = templates.encode(usable, tokenizer, template=template, eos=eos)
+    token_ids.check(examples, tokenizer, model.vocab_size)
+    encoded = iter(examples)
     for item in items:
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
@@ -61,6 +69,8 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
         return results
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
+    if broken := [result["id"] for result, total in zip(scored, nll) if not math.isfinite(total)]:
+        raise ValueError(f"the losses of {len(broken)} rows are not finite (the first: {broken[0]}); try --dtype=float32")
     for result, total, number in zip(scored, nll, count):
         result |= {"loss": float(total / max(number, 1)), "logprob": float(-total), "num_tokens": int(number)}
     return results
