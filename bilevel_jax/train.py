@@ -47,7 +47,7 @@ from bilevel_jax.runtime import (
     weight_table,
 )
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import config_json, open_workdir
+from bilevel_jax.runtime.workdir import config_json, open_workdir, refuse_other_settings, settings
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -91,7 +91,7 @@ class Run:
     bad: np.ndarray | None  # labels of the training rows, for measurement only
     truths: Sequence[str | None]  # their right responses, for measurement only
     checkpoints: checkpoint.Checkpoints
-    identity: dict[str, str]  # fingerprints of data and model
+    identity: dict  # fingerprints of data and model, and the settings
     writer: metrics.MetricsWriter
     refresh: Callable | None  # from `online.make_refresh`; None for methods without generation
     at_start: dict[str, float]  # losses before the first step
@@ -288,7 +288,7 @@ def _save(run: Run, state: step.State, store: online.ResponseStore, k: int) -> N
     with run.clock("checkpoint"):
         finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
+        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps, "step": k}
         # A copy: the next step donates its buffers while the checkpoint is still being written.
         run.checkpoints.save(k, jax.tree.map(jnp.copy, state), store, counters)
 
@@ -317,7 +317,7 @@ def _prepare(
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
-    identity, counters = _identify(config, setup, shared, checkpoints, start)
+    identity, counters = _identify(config, settings(config_dict), setup, shared, checkpoints, start)
     given = None if start else _given_logits(config, lower)
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
@@ -424,23 +424,30 @@ def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequen
 
 
 def _identify(
-    config: configuration.Config, setup: setups.Setup, shared: pathlib.Path, checkpoints: checkpoint.Checkpoints, start: int
-) -> tuple[dict[str, str], dict]:
-    """The fingerprints of data and model, and the counters of the checkpoint at `start`, empty for 0.
+    config: configuration.Config,
+    now: dict,
+    setup: setups.Setup,
+    shared: pathlib.Path,
+    checkpoints: checkpoint.Checkpoints,
+    start: int,
+) -> tuple[dict, dict]:
+    """The fingerprints of data and model with the settings of `now`, and the counters of the checkpoint at `start`, empty for 0.
 
     Raises:
-      RunError: the checkpoint is of other data or another model.
+      RunError: the checkpoint is of another config, other data or another model.
     """
     both = setup.upper, setup.lower
     data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
     model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
     counters = checkpoints.counters(start) if start else {}
+    if start:  # earlier versions stored no settings
+        refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)
     if start and counters["data"] != data:
         raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
     if start and counters["model"] != model:
         what = f"weights or tokenizer at {config.model.path} changed since this run began"
         raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
-    return {"data": data, "model": model}, counters
+    return {"data": data, "model": model, "config": now}, counters
 
 
 def _open_writer(

@@ -22,7 +22,9 @@ def outside(tokens: np.ndarray, tokenizer, vocab_size: int) -> str:
         return ""
     token = int(tokens[beyond[0]])
     name = tokenizer.convert_ids_to_tokens(token)
-    return f"token {token} ({name!r:.80}) is not in the model's vocabulary of {vocab_size}; the tokenizer has {len(tokenizer)} tokens"
+    return (
+        f"token {token} ({name!r:.80}) is not in the model's vocabulary of {vocab_size}; the tokenizer has {len(tokenizer)} tokens"
+    )
 
 
 def check(examples: Iterable[Example], tokenizer, vocab_size: int) -> None:

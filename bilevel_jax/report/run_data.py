@@ -105,8 +105,8 @@ def _read_lines(file: pathlib.Path, **types) -> list[dict]:
 
 
 def series(events: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of one metric."""
-    with_key = [event for event in events if key in event]
+    """Epochs and values of one metric, where it is a number."""
+    with_key = [event for event in events if isinstance(event.get(key), (int, float))]
     return [event["epoch"] for event in with_key], [event[key] for event in with_key]
 
 

@@ -81,7 +81,12 @@ def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
+
+
 def _checksum(path: pathlib.Path) -> str:
+    files.check_regular(path)
     if path.name == METADATA:  # Orbax adds the commit time after the manifest is written
         content = json.loads(path.read_text())
         content.pop("commit_timestamp_nsecs", None)
@@ -113,7 +118,10 @@ def write_manifest(directory: pathlib.Path) -> None:
 
 
 def damage(directory: pathlib.Path) -> str:
-    """Describes the first damage of a checkpoint in a few words; "" if the checkpoint is intact."""
+    """Describes the first damage of a checkpoint in a few words; "" if the checkpoint is intact.
+
+    A checkpoint under the name of another step is damaged: its state and its number do not belong together.
+    """
     name = MANIFEST
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -122,11 +130,18 @@ def damage(directory: pathlib.Path) -> str:
         for name, expected in manifest.items():
             if _checksum(directory / name) != expected:
                 return f"{name} does not match its checksum"
+        step = _counters(directory).get("step", int(directory.name))  # earlier versions wrote no step
+        if str(step) != directory.name:
+            return f"it is that of step {step}"
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, ValueError, AttributeError) as error:  # ValueError, AttributeError: invalid JSON, or not an object
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:  # all but OSError: invalid JSON, or other JSON
         return f"{name} cannot be read ({type(error).__name__})"
     return ""
+
+
+def _counters(directory: pathlib.Path) -> dict:
+    return json.loads((directory / METADATA).read_text())["custom_metadata"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,7 +166,7 @@ class Checkpoints:
         self._newest: int | None = None  # intact, or being written
         self._written: int | None = None  # the newest one that is completely written
         self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
-        steps = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
+        steps = [int(entry.name) for entry in self._directory.glob("*") if _is_step(entry.name) and entry.is_dir()]
         for step in sorted(steps, reverse=True):
             reason = damage(self._directory / str(step))
             if not reason:
@@ -238,7 +253,7 @@ class Checkpoints:
 
     def counters(self, step: int) -> dict:
         """The counters that were saved at `step`."""
-        return json.loads((self._directory / str(step) / METADATA).read_text())["custom_metadata"]
+        return _counters(self._directory / str(step))
 
     def restore(self, step: int, like) -> tuple:
         """Reads a checkpoint.

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import fnmatch
 import glob
+import json
 import os
 import pathlib
 import platform
@@ -104,9 +105,17 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, res
       RunError: one line with the keys that differ, and those that may.
     """
     file = workdir / "config.json"
-    if not file.exists():
-        return
-    now, stored = _flatten(config), _flatten(_read_config_file(file))
+    if file.exists():
+        refuse_other_settings(_flatten(config), _flatten(_read_config_file(file)), str(workdir), resumes)
+
+
+def settings(config: ml_collections.ConfigDict) -> dict:
+    """All keys of a config with their values, its paths absolute. Every checkpoint stores them."""
+    return _flatten(ml_collections.ConfigDict(json.loads(config_json(config))))
+
+
+def refuse_other_settings(now: dict, stored: dict, what: str, resumes: bool) -> None:
+    """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds the stored ones."""
     may_differ = RESUMABLE if resumes else NO_RESULT
     compared = {key for key in now | stored if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
     different = sorted(key for key in compared if not _equal(key, stored.get(key), now.get(key)))
@@ -115,7 +124,7 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, res
     if different:
         changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
         hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow)" if resumes else ""
-        raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir{hint}")
+        raise RunError(f"{what} holds a run of another config ({changes}); give another --workdir{hint}")
 
 
 def _may_grow(now: dict, stored: dict) -> bool:
