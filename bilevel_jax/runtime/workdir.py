@@ -9,14 +9,20 @@ import json
 import os
 import pathlib
 import platform
+import stat
 import sys
+from typing import IO
 
 import ml_collections
 
-from bilevel_jax import files
+from bilevel_jax import files, text
 from bilevel_jax.errors import RunError
 
 LOCK = ".lock"
+OPENED = (  # what a run opens in its workdir; other files are replaced, which follows no link
+    *("metrics.jsonl", "responses.jsonl", "adapter", "adapters", "checkpoints", "inputs", "profile", "tensorboard", "wandb"),
+    "weights",
+)
 NO_RESULT = ("log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
 RESUMABLE = ("checkpoint.*", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init")
@@ -43,6 +49,7 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
         with locked(workdir) if lock else contextlib.nullcontext():
             refuse_finished(workdir)  # the other process may have finished it before the lock was released
             refuse_another(config, workdir, resumes=True)
+            refuse_links(workdir)
             yield
 
 
@@ -50,22 +57,69 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
 def locked(workdir: pathlib.Path):
     """Locks a workdir. The kernel releases the lock when this process ends for any reason.
 
+    Locked are the directory and the file `.lock` in it: without the first, another process could remove the file and lock a new
+    one; network file systems may have no lock for a directory.
+
     Raises:
-      RunError: another process holds the lock.
+      RunError: another process holds the lock, or `.lock` is a link.
     """
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        directory = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, directory)
+        file = stack.enter_context(_open_lock(workdir / LOCK))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reasons = [_lock(directory), _lock(file.fileno())]
         except BlockingIOError:
-            file.seek(0)
-            owner = f"process {file.read().strip() or 'of another user'}"
+            owner = f"process {text.one_line(file.read(200), 80) or 'of another user'}"
             raise RunError(f"{workdir} is in use by {owner}; wait until it ends, or give another --workdir") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{workdir} cannot be locked ({error.strerror}): make sure that no other process uses it", file=sys.stderr)
+        if all(reasons):
+            print(f"{workdir} cannot be locked ({reasons[-1]}): make sure that no other process uses it", file=sys.stderr)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def _open_lock(path: pathlib.Path) -> IO[str]:
+    """Opens the lock file of a workdir, and follows no link: the owner's name is written into it."""
+    _refuse_link(path)
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8", errors="replace")
+
+
+def _lock(descriptor: int) -> str:
+    """Locks a file or directory. Returns why the file system has no locks for it; "" if it has.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # of some network file systems
+        return error.strerror
+    return ""
+
+
+def refuse_links(workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which a run would write somewhere else, because what it opens there is a link, a pipe or a device.
+
+    Raises:
+      RunError: names the entry.
+    """
+    for name in OPENED:
+        path = workdir / name
+        _refuse_link(path)
+        for entry in path.rglob("*") if path.is_dir() and name != "wandb" else ():  # wandb makes links of its own
+            _refuse_link(entry)
+
+
+def _refuse_link(path: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+            raise RunError(f"{path} is {what}, into which a run would write; remove it, or give another --workdir")
 
 
 @contextlib.contextmanager
