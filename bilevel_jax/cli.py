@@ -19,9 +19,14 @@ BEGAN = time.perf_counter()  # approximate start of the process: before JAX is i
 
 
 def fail(message: object, code: int = 1):
-    """Prints the last line of an error to standard error and ends the process."""
-    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-    print(f"error: {lines[-1] if lines else 'unknown'}", file=sys.stderr, flush=True)
+    """Prints an error as one escaped line to standard error and ends the process.
+
+    Errors of this package are one line, and a line feed in one comes from the data. Of other errors the last line says most.
+    """
+    is_own = type(message).__module__.startswith("bilevel_jax")
+    lines = [str(message).replace("\n", "\\n")] if is_own else str(message).splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    text.say(f"error: {lines[-1] if lines else 'unknown'}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

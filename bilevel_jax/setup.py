@@ -14,6 +14,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, templates, token_ids
 from bilevel_jax.models import decoder, huggingface, lora
 from bilevel_jax.runtime import checkpoint, disk, phases
+from bilevel_jax.text import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def load(config: configuration.Config) -> Setup:
     token_ids.check((one for level in (upper, lower) for one in level.all_examples), tokenizer, model.vocab_size)
     checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
-        print(notice)
+        say(notice)
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
     targets = lora.resolve_targets(model, config.lora.targets)

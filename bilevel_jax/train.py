@@ -48,6 +48,7 @@ from bilevel_jax.runtime import (
 )
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime.workdir import config_json, open_workdir, refuse_other_settings, settings
+from bilevel_jax.text import say
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -332,7 +333,7 @@ def _prepare(
         state, store = checkpoints.restore(start, state)
         _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
         clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        print(f"resuming {workdir} at step {start} of {num_steps}")
+        say(f"resuming {workdir} at step {start} of {num_steps}")
 
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
@@ -407,7 +408,7 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
     if not config.selection.init:
         return None
     given = initial_weights.read(config.selection.init, lower.rows)
-    print(given.summary(config.selection.init))
+    say(given.summary(config.selection.init))
     return given.logits
 
 

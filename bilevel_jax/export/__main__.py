@@ -19,6 +19,7 @@ from absl import flags
 
 from bilevel_jax import cli
 from bilevel_jax.export import selected_rows
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True, flag_values=FLAGS)
@@ -48,6 +49,8 @@ RESAMPLED = flags.DEFINE_bool("resampled", False, "Repeat the kept rows by weigh
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --resampled.", lower_bound=0, flag_values=FLAGS)
 MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
+
+MAX_SOURCES = 20  # named in an error
 
 
 def check_flags() -> None:
@@ -82,10 +85,10 @@ def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
     for row in rows:
         if row.source not in logits:
-            sources = ", ".join(map(repr, logits))
-            raise ValueError(
-                f"--score-new: {data_rows.location(file, row.line)}: source {row.source!r} is none of those of {workdir}: {sources}"
-            )
+            shown, more = list(logits)[:MAX_SOURCES], len(logits) - MAX_SOURCES
+            sources = ", ".join(f"{source!r:.80}" for source in shown) + (f" and {more} others" if more > 0 else "")
+            where = data_rows.location(file, row.line)
+            raise ValueError(f"--score-new: {where}: source {row.source!r:.80} is none of those of {workdir}: {sources}")
     return [logits[row.source] for row in rows]
 
 
@@ -142,22 +145,22 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     text = cards.data_card(provenance, out, *about, is_new, num_replaced, num_different)
     files.write_atomically(card, text)
 
-    print(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
+    say(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
     if num_different is not None:
-        print(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
+        say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     if num_left_out:
-        print(f"  {num_left_out} of the others are left out as implausible")
+        say(f"  {num_left_out} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
-        print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
+        say(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
     if num_replaced:
-        print(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
+        say(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
     for name in selection.renamed:
-        print(f"  field '{name}' is kept as 'original_{name}'")
+        say(f"  field '{name}' is kept as 'original_{name}'")
     if late:
-        print(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")
-    print(f"{card}: counts, weights, provenance")
+        say(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")
+    say(f"{card}: counts, weights, provenance")
 
 
 def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
@@ -169,7 +172,7 @@ def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str
     on_hub = not pathlib.Path(config.model.path).is_dir() and base != huggingface.PACKAGE.parent / config.model.path
     card = cards.model_card(cards.Provenance(workdir, config, command), DTYPE.value, config.model.path if on_hub else None)
     num_params = merged_model.write_merged_model(base, workdir / "adapter", out, dtype=DTYPE.value, texts={"README.md": card})
-    print(f"{out}: {config.model.path} with its adapter, {num_params / 1e6:.1f}M parameters in {DTYPE.value}")
+    say(f"{out}: {config.model.path} with its adapter, {num_params / 1e6:.1f}M parameters in {DTYPE.value}")
 
 
 def main() -> None:

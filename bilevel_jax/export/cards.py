@@ -12,6 +12,7 @@ import numpy as np
 from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.runtime import weight_table
+from bilevel_jax.text import visible
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MAX_SOURCES = 20  # rows of the table of sources; the others are summed up
@@ -188,7 +189,7 @@ def _front_matter(**values) -> str:
 
 def _table(header: Sequence[str], rows) -> list[str]:
     def line(cells):
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(visible(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return [line(header), line(["---"] * len(header)), *map(line, rows)]
 

@@ -161,7 +161,9 @@ def check_free(out: pathlib.Path) -> None:
 def _write_settings(base: pathlib.Path, out: pathlib.Path, config: decoder.ModelConfig, dtype: str) -> None:
     """Writes `config.json` with the new dtype, and copies the other files of the base."""
     for file in sorted({file for pattern in COPIED for file in base.glob(pattern) if file.is_file()}):
+        huggingface.check_inside(file, base)
         shutil.copyfile(file, out / file.name)
+    huggingface.check_inside(base / "config.json", base)
     raw = json.loads((base / "config.json").read_text(encoding="utf-8"))
     raw.setdefault("architectures", [config.record.class_name])
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype

@@ -16,6 +16,7 @@ import threading
 from absl import flags
 
 from bilevel_jax import cli
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: files, folders or hub data sets.", required=True, flag_values=FLAGS)
@@ -49,9 +50,7 @@ LIMIT = flags.DEFINE_integer(
     "limit", 0, "Judge a fixed random subset of this many pairs; 0 for all.", lower_bound=0, flag_values=FLAGS
 )
 CONCURRENCY = flags.DEFINE_integer("concurrency", 8, "Parallel requests.", lower_bound=1, flag_values=FLAGS)
-TIMEOUT = flags.DEFINE_float(
-    "timeout", 120.0, "Seconds of silence until a request is repeated.", lower_bound=0.01, flag_values=FLAGS
-)
+TIMEOUT = flags.DEFINE_float("timeout", 120.0, "Seconds until a request is repeated.", lower_bound=0.01, flag_values=FLAGS)
 BACKOFF = flags.DEFINE_float(
     "backoff", 1.0, "Seconds before the first repetition of a request; doubles each time.", lower_bound=0, flag_values=FLAGS
 )
@@ -99,7 +98,7 @@ def read_pairs(prompts, answers: list[str], against: str | None) -> list:
     if not pairs:
         raise rows.DataError(f"{PROMPTS.value} has no responses to compare with; give --against")
     if len(pairs) < len(prompts):
-        print(f"{len(prompts) - len(pairs)} prompts have no response to compare with and are skipped")
+        say(f"{len(prompts) - len(pairs)} prompts have no response to compare with and are skipped")
     return pairs
 
 
@@ -146,11 +145,11 @@ def judge(pairs) -> None:
     requests_of_pairs = [verdicts.make_requests(pair, JUDGE.value, options) for pair in pairs]
     requests = {request.hash: request for orders in requests_of_pairs for request in orders}
     missing = [request for name, request in requests.items() if name not in rows_by_request]
-    print(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {OUT.value}")
+    say(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {OUT.value}")
     if missing:
         authorization = f"with the key in {KEY_VARIABLE.value}" if key else "without a key"
-        print(f"{len(missing)} requests to {JUDGE.value} at {ENDPOINT.value} {authorization}")
-        print(estimate(missing, options), flush=True)
+        say(f"{len(missing)} requests to {JUDGE.value} at {ENDPOINT.value} {authorization}")
+        say(estimate(missing, options), flush=True)
         if not confirmed():
             return
         collect(missing, rows_by_request, size, {"key": key, "timeout": TIMEOUT.value, "backoff": BACKOFF.value})
@@ -170,12 +169,12 @@ def print_result(pairs, winners, tokens) -> None:
     from bilevel_jax.judge import verdicts
 
     sent, received = (sum(counts[i] for counts in tokens) for i in (0, 1))
-    print(f"\n{ANSWERS.value} against {AGAINST.value or 'the responses of ' + PROMPTS.value}, judged by {JUDGE.value}")
+    say(f"\n{ANSWERS.value} against {AGAINST.value or 'the responses of ' + PROMPTS.value}, judged by {JUDGE.value}")
     metrics = verdicts.summarize(pairs, winners)
-    print(verdicts.table(metrics))
+    say(verdicts.table(metrics))
     if SUMMARY.value:
         files.write_atomically(pathlib.Path(SUMMARY.value), files.to_json(metrics, indent=2) + "\n")
-    print(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
+    say(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
 
 
 def main() -> None:
@@ -192,13 +191,13 @@ def main() -> None:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
-        print("\n".join(report.summary()))
+        say("\n".join(report.summary()))
     answers = verdicts.answers_to(prompts, ANSWERS.value)
     if OUTPUTS.value:
         generator = GENERATOR.value or pathlib.Path(ANSWERS.value).stem
         outputs = verdicts.alpaca_eval_outputs(prompts, answers, generator)
         files.write_atomically(pathlib.Path(OUTPUTS.value), files.to_json(outputs, indent=2) + "\n")
-        print(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
+        say(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
     if any(values):
         pairs = read_pairs(prompts, answers, AGAINST.value)
         judge(sorted(pairs)[: LIMIT.value] if LIMIT.value else pairs)  # ids are hashes, so their order is random

@@ -18,7 +18,7 @@ from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import corners, plots, run_data
 from bilevel_jax.report.run_data import Run
 from bilevel_jax.runtime import weight_table
-from bilevel_jax.text import one_line, visible
+from bilevel_jax.text import one_line, say, visible
 
 NUM_EXTREMES = 5  # rows shown from each end of an epoch's ranking
 NUM_TOKEN_WEIGHTED = 8  # responses shown with the weights of their words
@@ -379,6 +379,6 @@ def write(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) ->
     """
     file, run = workdir / "report.html", run_data.read(workdir, rows)
     if run.notice:
-        print(one_line(run.notice, 1000))
+        say(one_line(run.notice, 1000))
     files.write_atomically(file, render(run))
     return file

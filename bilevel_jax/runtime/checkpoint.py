@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from bilevel_jax import files, online
 from bilevel_jax.data import templates
 from bilevel_jax.errors import RunError
+from bilevel_jax.text import say
 
 MANIFEST = "manifest.json"
 METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
@@ -200,7 +201,7 @@ class Checkpoints:
         while (target := self._directory / f"damaged-{step}{f'.{number}' if number else ''}").exists():
             number += 1
         path.rename(target)
-        print(f"{path} is damaged ({reason}): renamed to {target.name}; step {self._newest} is used")
+        say(f"{path} is damaged ({reason}): renamed to {target.name}; step {self._newest} is used")
 
     def _finalize(self) -> None:
         """Writes the manifest. Orbax calls it in the background in the first process, after all files and before the rename."""

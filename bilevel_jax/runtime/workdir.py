@@ -17,6 +17,7 @@ import ml_collections
 
 from bilevel_jax import files, text
 from bilevel_jax.errors import RunError
+from bilevel_jax.text import say
 
 LOCK = ".lock"
 OPENED = (  # what a run opens in its workdir; other files are replaced, which follows no link
@@ -73,7 +74,7 @@ def locked(workdir: pathlib.Path):
             owner = f"process {text.one_line(file.read(200), 80) or 'of another user'}"
             raise RunError(f"{workdir} is in use by {owner}; wait until it ends, or give another --workdir") from None
         if all(reasons):
-            print(f"{workdir} cannot be locked ({reasons[-1]}): make sure that no other process uses it", file=sys.stderr)
+            say(f"{workdir} cannot be locked ({reasons[-1]}): make sure that no other process uses it", file=sys.stderr)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()

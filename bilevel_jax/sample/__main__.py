@@ -14,6 +14,7 @@ from absl import flags
 
 from bilevel_jax import cli
 from bilevel_jax.data import templates
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
@@ -80,7 +81,7 @@ def main() -> None:
     length = sum(len(result["tokens"]) for result in responses) / len(responses)
     num_used, num_prompts = (sum(result["sample"] in first for result in results) for first in ((0,), (0, None)))
     used = f"{len(responses)} responses to {num_used} of {num_prompts} prompts"
-    print(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
+    say(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
 
 
 if __name__ == "__main__":

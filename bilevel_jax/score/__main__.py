@@ -11,6 +11,7 @@ import pathlib
 from absl import flags
 
 from bilevel_jax import cli
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
@@ -40,7 +41,7 @@ def main() -> None:
     files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     scored = [result["loss"] for result in results if result["loss"] is not None]
     mean = f", mean loss {sum(scored) / len(scored):.4f}" if scored else ""
-    print(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")
+    say(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 from bilevel_jax import scoring, sharding
 from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface
+from bilevel_jax.text import say
 
 
 def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype="float32", batch_size=8, columns="") -> list[dict]:
@@ -21,7 +22,7 @@ def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype=
     """
     items = list(rows.iter_rows(source, columns=columns))
     usable, report = rows.collect(items, in_memory.name(source))  # raises if no row is usable
-    print("".join(f"{note}\n" for note in report.notes()), end="")
+    say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
@@ -30,7 +31,7 @@ def score(source, model: str, adapter=None, *, template="auto", eos=True, dtype=
     if notice := rendering.template_notice(
         template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos)
     ):
-        print(notice)
+        say(notice)
     return score_rows(items, config, base, weights, tokenizer, template=template, eos=eos, batch_size=batch_size)
 
 

@@ -8,7 +8,7 @@
 
 from bilevel_jax.models.huggingface.adapters import load_adapter, save_adapter
 from bilevel_jax.models.huggingface.config import eos_ids, read_config
-from bilevel_jax.models.huggingface.directory import PACKAGE, ModelError, locate
+from bilevel_jax.models.huggingface.directory import PACKAGE, ModelError, check_inside, locate
 from bilevel_jax.models.huggingface.weights import (
     TensorReader,
     cast,
@@ -25,6 +25,7 @@ __all__ = [
     "ModelError",
     "TensorReader",
     "cast",
+    "check_inside",
     "check_finite",
     "eos_ids",
     "flatten",

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from bilevel_jax import files
 from bilevel_jax.models import decoder, lora
-from bilevel_jax.models.huggingface.directory import ModelError, read_json
+from bilevel_jax.models.huggingface.directory import ModelError, check_regular_files, read_json
 from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES, cast, check_finite
 
 MATRICES = {"a": "lora_A", "b": "lora_B"}  # our name -> PEFT's
@@ -74,6 +74,8 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
       ModelError: not a LoRA adapter of this model, or an option (DoRA, biases, ...) that is not supported.
     """
     directory = pathlib.Path(directory)
+    if directory.is_dir():
+        check_regular_files(directory)
     rank, scale = _read_options(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     tensors = _read_tensors(file)
