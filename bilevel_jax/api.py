@@ -112,10 +112,10 @@ class Run:
     @property
     def summary(self) -> dict[str, float]:
         """The numbers of summary.json: `eval/*`, `selector/*` and `time/*`; docs/report.md explains them."""
-        from bilevel_jax import files
+        from bilevel_jax.runtime import stored
 
         self._require_finished()
-        return files.read_json(self.workdir / "summary.json")
+        return stored.read_summary(self.workdir)
 
     @property
     def adapter_path(self) -> pathlib.Path:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.text import visible
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -144,7 +143,7 @@ def data_card(
 
 def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) -> str:
     """The card of a merged model. `hub_base` is the id of the base model if it is on the hub."""
-    summary = json.loads((provenance.workdir / "summary.json").read_text())
+    summary = stored.read_summary(provenance.workdir, needed=("rows", "steps"))
     names = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right responses"}
     losses = [
         (name, f"{summary[f'start/{key}']:.4f}" if f"start/{key}" in summary else "", f"{summary[f'eval/{key}']:.4f}")

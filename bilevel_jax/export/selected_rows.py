@@ -83,6 +83,7 @@ def select(candidates: Sequence[rows.Row], table, keep: float, left_out: Collect
       DataError: the table is of other rows, or no row is kept.
     """
     records = {record["id"]: record for record in table.to_pylist()}
+    rows.select(candidates, records)  # also the rows that are dropped: the card counts them
     by_rank = sorted(records.keys() - set(left_out), key=lambda row_id: records[row_id]["rank"])
     ids = by_rank[: round(keep * len(records))]
     if not ids:

@@ -170,6 +170,8 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
     if losses is None:
         return "The run has not measured a loss after the start yet."
     before, after = losses
+    if before <= 0:
+        return f"The loss on held-out trusted rows went from {before:.4f} to {after:.4f}."
     change = after / before - 1
     if abs(change) < 0.005:
         text = f"The loss on held-out trusted rows stayed at {after:.4f}."
@@ -241,7 +243,7 @@ def weight_panels(run: Run) -> Panels:
         panels.append((title, plots.ess(title, ess)))
         names = "p01", "p10", "p50", "p90", "p99"
         quantiles = {name: run_data.series(run.events, f"selector/weight_{name}")[1] for name in names}
-        if len(quantiles["p50"]) == len(ess[0]):
+        if all(len(values) == len(ess[0]) for values in quantiles.values()):
             title = "Percentiles of the weights by epoch"
             panels.append((title, plots.spread(title, ess[0], quantiles)))
     if run.tables:

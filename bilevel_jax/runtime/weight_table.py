@@ -130,6 +130,10 @@ def _check_values(path: pathlib.Path, weights: pa.Table) -> None:
             i = int(wrong.argmax())
             what = f"{path}: row {i + 1} (id {weights['id'][i].as_py()}) has {name}={column[i].as_py()}"
             raise data_rows.DataError(f"{what}, which is not valid; restore the file, or run again")
+    if "rank" in weights.column_names and not np.array_equal(np.sort(weights["rank"]), np.arange(1, len(weights) + 1)):
+        raise data_rows.DataError(f"{path}: the ranks are not 1 to {len(weights)}; restore the file, or run again")
+    if len(set(weights["id"].to_pylist())) < len(weights):
+        raise data_rows.DataError(f"{path}: an id occurs twice; restore the file, or run again")
     if not len(weights):
         raise data_rows.DataError(f"{path}: the table of weights has no rows; restore the file, or run again")
 

@@ -17,6 +17,7 @@ import ml_collections
 
 from bilevel_jax import files, text
 from bilevel_jax.errors import RunError
+from bilevel_jax.runtime import stored
 from bilevel_jax.text import say
 
 LOCK = ".lock"
@@ -169,31 +170,31 @@ def settings(config: ml_collections.ConfigDict) -> dict:
     return _flatten(ml_collections.ConfigDict(json.loads(config_json(config))))
 
 
-def refuse_other_settings(now: dict, stored: dict, what: str, resumes: bool) -> None:
-    """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds the stored ones."""
+def refuse_other_settings(now: dict, there: dict, what: str, resumes: bool) -> None:
+    """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds those `there`."""
     may_differ = RESUMABLE if resumes else NO_RESULT
-    compared = {key for key in now | stored if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
-    different = sorted(key for key in compared if not _equal(key, stored.get(key), now.get(key)))
-    if resumes and different == ["num_epochs"] and _may_grow(now, stored):
+    compared = {key for key in now | there if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
+    different = sorted(key for key in compared if not _equal(key, there.get(key), now.get(key)))
+    if resumes and different == ["num_epochs"] and _may_grow(now, there):
         return
     if different:
-        changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
+        changes = ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in different)
         hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow)" if resumes else ""
         raise RunError(f"{what} holds a run of another config ({changes}); give another --workdir{hint}")
 
 
-def _may_grow(now: dict, stored: dict) -> bool:
+def _may_grow(now: dict, there: dict) -> bool:
     """Whether a run may go on with another number of epochs: the steps so far are the same ones."""
-    before, after = stored.get("num_epochs"), now["num_epochs"]
+    before, after = there.get("num_epochs"), now["num_epochs"]
     whole_runs = now["method"] != "mixing" and now["selection.rule"] == "metagradient"
     return isinstance(before, int) and after > before and not whole_runs
 
 
-def _equal(key: str, stored, now) -> bool:
+def _equal(key: str, there, now) -> bool:
     if key not in PATHS:
-        return stored == now
-    is_gone = isinstance(now, str) and stored == os.path.abspath(now)  # reading it fails later, with a better message
-    return absolute(stored) == absolute(now) or is_gone
+        return there == now
+    is_gone = isinstance(now, str) and there == os.path.abspath(now)  # reading it fails later, with a better message
+    return absolute(there) == absolute(now) or is_gone
 
 
 def absolute(value):
@@ -245,11 +246,14 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
     Raises:
       FileNotFoundError: the workdir holds no run.
+      RunError: a key that commands read is missing or invalid.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
-    return _read_config_file(file)
+    config = _read_config_file(file)
+    stored.check_config(config, file)
+    return config
 
 
 def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:
