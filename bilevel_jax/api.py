@@ -11,14 +11,14 @@ import pathlib
 import re
 from typing import Any
 
-from bilevel_jax import cli  # JAX is imported in functions, after its cache of compiled programs is set
+from bilevel_jax import compilations  # JAX is imported in functions, after its cache of compiled programs is set
 from bilevel_jax.errors import RunError
 
 
 @contextlib.contextmanager
 def started():
     """Caches compiled programs, and lets errors name arguments (`workdir`) instead of flags (`--workdir`)."""
-    cli.cache_compilations()
+    compilations.enable()
     try:
         yield
     except (ValueError, OSError, RunError) as error:

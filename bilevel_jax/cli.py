@@ -1,19 +1,17 @@
-"""What all commands share: flags, errors of one line, and the compilation cache."""
+"""What all commands share: flags, and errors of one line."""
 
 import os
 import pathlib
-import platform
 import re
 import signal
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from bilevel_jax import config_keys, text
+from bilevel_jax import compilations, config_keys, text
 
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
 
@@ -116,22 +114,6 @@ def _section_error(argv: list[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def cache_compilations() -> None:
-    """Enables JAX's persistent compilation cache in the user's cache directory, unless JAX's own variables are set.
-
-    Machines with different processors may share a home directory, and code compiled for one may not run on another. So each kind
-    of processor has its own directory.
-    """
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "bilevel_jax" / kind))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
 def call(main: Callable[[], None]) -> None:
     """Calls `main()`. Expected errors end the process with one line and status 1; other errors are bugs and keep their traceback.
 
@@ -164,5 +146,5 @@ def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:
         call(main)
 
     register(*command_flags)
-    cache_compilations()  # before anything imports JAX, for example the config file
+    compilations.enable()  # before anything imports JAX, for example the config file
     app.run(call_quietly, flags_parser=parse)

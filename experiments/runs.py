@@ -6,6 +6,7 @@ Finished cells are not run again, killed cells continue, and a cell that fails d
 import concurrent.futures
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import statistics
@@ -22,6 +23,7 @@ from bilevel_jax import errors
 from bilevel_jax.runtime import interruption, metrics
 
 PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the log is complete when a run is killed
+WITH_PARENT = (sys.executable, "-S", str(pathlib.Path(__file__).with_name("with_parent.py")))  # a killed sweep leaves no run
 POLL = 0.2  # seconds
 STOPPED = "stopped before it started"
 COLUMNS = {  # of every table: heading -> key of summary.json
@@ -111,7 +113,7 @@ def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = 
             return summary
         start = output.tell()
         process = subprocess.Popen(
-            cell.command,
+            (*WITH_PARENT, str(os.getpid()), *cell.command),
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,

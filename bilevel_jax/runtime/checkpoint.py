@@ -278,4 +278,8 @@ class Checkpoints:
         """
         if "_checkpointer" in vars(self):  # created on first use
             with self._save_errors():
-                self._checkpointer.close()
+                try:
+                    if self._response:
+                        self._response.result()  # also ends its thread, which nothing else does
+                finally:
+                    self._checkpointer.close()

@@ -1,4 +1,4 @@
-"""`report`, `export` and the Python interface on damaged workdirs: one line that names the file, or a result without what is damaged."""
+"""`report`, `export` and the Python interface on damaged workdirs: a line that names the file, or a result without the damage."""
 
 import json
 import shutil
@@ -151,7 +151,9 @@ def test_tables_of_other_rows(workdir):
     refused(workdir, "1 of 21 ids match no row")
 
 
-@pytest.mark.parametrize("name, values, reason", [("rank", [1, 1, 1], "ranks are not 1 to"), ("id", ["a", "a"], "an id occurs twice")])
+@pytest.mark.parametrize(
+    "name, values, reason", [("rank", [1, 1, 1], "ranks are not 1 to"), ("id", ["a", "a"], "an id occurs twice")]
+)
 def test_tables_that_contradict_themselves(workdir, name, values, reason):
     """Their kept rows would be others."""
     replace(workdir, 2, name, values)
