@@ -36,7 +36,9 @@ def replacing(file: pathlib.Path) -> Iterator[IO[bytes]]:
     Its name is random and it must not exist, so a symbolic link that somebody left in the directory is never followed. A device or
     pipe, such as /dev/stdout, is written to as it is.
     """
-    if file.exists() and not file.is_file() and not file.is_dir():
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a directory; name a file")
+    if file.exists() and not file.is_file():
         with open(file, "wb") as out:
             yield out
         return

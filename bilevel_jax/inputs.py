@@ -179,7 +179,7 @@ def remove_run(workdir: pathlib.Path) -> None:
         return
     is_run = (workdir / DIGESTS).exists()
     if not is_run:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, RunError):  # no config, or that of something else
             is_run = "selection" in read_config(workdir)
     if not is_run:
         raise RunError(f"{workdir} holds no run; overwrite=True removes runs only")

@@ -36,6 +36,8 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out={out} is a directory; name a file")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
     files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
