@@ -332,7 +332,7 @@ def _prepare(
     if start:
         state, store = checkpoints.restore(start, state)
         _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
-        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
+        clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
         say(f"resuming {workdir} at step {start} of {num_steps}")
 
     # The workdir belongs to this config now that the config has proved to run.
@@ -443,9 +443,9 @@ def _identify(
     counters = checkpoints.counters(start) if start else {}
     if start:  # earlier versions stored no settings
         refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)
-    if start and counters["data"] != data:
+    if start and counters.get("data") != data:
         raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
-    if start and counters["model"] != model:
+    if start and counters.get("model") != model:
         what = f"weights or tokenizer at {config.model.path} changed since this run began"
         raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
     return {"data": data, "model": model, "config": now}, counters

@@ -5,7 +5,6 @@ Finished cells are not run again, killed cells continue, and a cell that fails d
 
 import concurrent.futures
 import fcntl
-import json
 import os
 import pathlib
 import signal
@@ -19,7 +18,7 @@ from typing import IO, NamedTuple, Protocol
 
 import tqdm
 
-from bilevel_jax import errors
+from bilevel_jax import errors, files
 from bilevel_jax.runtime import interruption, metrics
 
 PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the log is complete when a run is killed
@@ -91,7 +90,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def finished(cell: Cell) -> dict | None:
     """The summary of a finished run; None if the run is not finished."""
     file = pathlib.Path(cell.workdir, "summary.json")
-    return metrics.with_current_keys(json.loads(file.read_text())) if file.exists() else None
+    return metrics.with_current_keys(files.read_json(file)) if file.exists() else None
 
 
 def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = None) -> dict | str:

@@ -66,17 +66,22 @@ def cost(sent: int, received: int) -> str:
 
 def estimate(requests, options: dict) -> str:
     """An upper estimate of the cost of requests, as text: 4 characters per request token, all replies of maximum length."""
+    from bilevel_jax.judge import endpoint
+
     sent = sum(len(request.body["messages"][0]["content"]) for request in requests) // 4
     limit = options.get("max_completion_tokens", options.get("max_tokens"))
-    if not isinstance(limit, int):
+    if not endpoint.is_count(limit):
         return f"about {sent} tokens in (4 characters each), tokens out without a limit and not counted; {cost(sent, 0)}"
     received = limit * len(requests)
     return f"about {sent} tokens in (4 characters each), at most {received} out, if none is repeated; {cost(sent, received)}"
 
 
 def read_options(text: str) -> dict:
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        options = json.loads(text)
+        options = json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"--options is not JSON ({error})") from error
     if not isinstance(options, dict) or options.keys() & {"model", "messages", "stream", "n"}:

@@ -131,7 +131,9 @@ def damage(directory: pathlib.Path) -> str:
         for name, expected in manifest.items():
             if _checksum(directory / name) != expected:
                 return f"{name} does not match its checksum"
-        step = _counters(directory).get("step", int(directory.name))  # earlier versions wrote no step
+        name, counters = METADATA, _counters(directory)
+        _check_types(counters)
+        step = counters.get("step", int(directory.name))  # earlier versions wrote no step
         if str(step) != directory.name:
             return f"it is that of step {step}"
     except FileNotFoundError:
@@ -139,6 +141,18 @@ def damage(directory: pathlib.Path) -> str:
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:  # all but OSError: invalid JSON, or other JSON
         return f"{name} cannot be read ({type(error).__name__})"
     return ""
+
+
+def _check_types(counters: dict) -> None:
+    """Raises a TypeError if a counter has another type than `train` gives it."""
+    if not isinstance(counters, dict) or not isinstance(counters.get("config", {}), dict):
+        raise TypeError("not an object")
+    for key in ("seconds", "at_start", "refreshed"):
+        numbers = counters.get(key, {})
+        if not isinstance(numbers, dict) or not all(isinstance(value, (int, float)) for value in numbers.values()):
+            raise TypeError(key)
+    if not isinstance(counters.get("num_steps", 0), int):
+        raise TypeError("num_steps")
 
 
 def _counters(directory: pathlib.Path) -> dict:

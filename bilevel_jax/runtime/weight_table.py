@@ -146,7 +146,7 @@ def known_measures(weights: pa.Table) -> list[str]:
 def epoch_files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
     """The tables of a run by epoch, in order."""
     names = ((path.stem.removeprefix("epoch_"), path) for path in (workdir / "weights").glob("epoch_*.parquet"))
-    return dict(sorted((int(epoch), path) for epoch, path in names if epoch.isdecimal()))
+    return dict(sorted((int(epoch), path) for epoch, path in names if epoch.isascii() and epoch.isdecimal()))
 
 
 def latest(workdir: pathlib.Path) -> pa.Table | None:
@@ -199,4 +199,10 @@ def read_tokens(workdir: pathlib.Path) -> pa.Table | None:
       DataError: it is damaged.
     """
     path = workdir / TOKENS
-    return read(path, TOKENS_SCHEMA) if path.exists() else None
+    if not path.exists():
+        return None
+    tokens = read(path, TOKENS_SCHEMA)
+    sizes = {name: [len(value) for value in tokens[name].to_pylist()] for name in ("weight", "start", "stop")}
+    if not sizes["weight"] == sizes["start"] == sizes["stop"]:
+        raise data_rows.DataError(f"{path}: a row has other numbers of weights and of tokens; restore the file, or run again")
+    return tokens

@@ -1,6 +1,7 @@
 """Checkpoints: restored values equal the saved ones to the bit, and damage is detected."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -338,3 +339,13 @@ def test_nothing_stays_open(tmp_path):
 
     first, *others = [run(i) for i in range(8)][1:]
     assert others == [first] * len(others)
+
+
+@pytest.mark.parametrize("counters", [None, [], {"seconds": "x"}, {"at_start": {"a": "b"}}, {"num_steps": "12"}, {"config": 3}])
+def test_counters_of_other_types_are_damage(two, tmp_path, counters):
+    """Also where the checksums are right."""
+    copy = shutil.copytree(two / "6", tmp_path / "6")
+    file = copy / checkpoint.METADATA
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": counters}))
+    checkpoint.write_manifest(copy)
+    assert checkpoint.damage(copy) == f"{checkpoint.METADATA} cannot be read (TypeError)"

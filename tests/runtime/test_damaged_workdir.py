@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax import api, errors
 from bilevel_jax.report import page
-from bilevel_jax.runtime import stored
+from bilevel_jax.runtime import stored, weight_table
 from tests.conftest import run_command
 
 EXPECTED = (ValueError, OSError, errors.RunError)
@@ -170,3 +170,10 @@ def test_a_file_in_the_place_of_a_directory(workdir, name):
 def test_an_earlier_summary_is_read(workdir):
     assert stored.read_summary(workdir)["steps"] == 12
     assert np.isfinite(list(stored.read_summary(workdir).values())).all()
+
+
+def test_weights_of_tokens_of_another_number(workdir):
+    ids = pyarrow.parquet.read_table(workdir / "weights" / "epoch_1.parquet")["id"].to_pylist()
+    columns = {"id": ids, "weight": [[1.0, 2.0]] * len(ids), "start": [[]] * len(ids), "stop": [[1]] * len(ids)}
+    pyarrow.parquet.write_table(pa.table(columns, schema=weight_table.TOKENS_SCHEMA), workdir / weight_table.TOKENS)
+    refused(workdir, "tokens.parquet: a row has other numbers of weights and of tokens")
