@@ -134,6 +134,10 @@ def call(main: Callable[[], None]) -> None:
         if os.environ.get("BILEVEL_JAX_TRACEBACK"):
             raise
         fail(error)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust code in tokenizers and safetensors; no `Exception`
+            raise
+        fail(f"a library failed on its input: {str(error).splitlines()[0] if str(error) else 'no message'}")
 
 
 def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:

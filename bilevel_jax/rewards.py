@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bilevel_jax import errors
+from bilevel_jax.data import limits
 from bilevel_jax.data import rows as data_rows
 
 # (questions, responses, truths) -> one number per response, higher is better. The three lists have the same length. A question is
@@ -125,7 +126,7 @@ def classifier(directory: pathlib.Path) -> Reward:
         if not tokenizer.chat_template:
             return question, response
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-        return (tokenizer.apply_chat_template(turns, tokenize=False),)
+        return (limits.render(tokenizer, turns),)
 
     def reward(questions, responses, truths) -> list[float]:
         import torch

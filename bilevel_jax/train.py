@@ -33,7 +33,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, shuffle
+from bilevel_jax.data import levels, shuffle, token_ids
 from bilevel_jax.errors import Interrupted, RunError
 from bilevel_jax.runtime import (
     checkpoint,
@@ -343,6 +343,7 @@ def _prepare(
         state = _with_first_weights(config, setup, program, state, given, shared, clock)
     with clock("eval"), phases.phase("preparing the held-out rows"):
         held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
+        token_ids.check(held_out.examples["lower_clean"], setup.tokenizer, setup.model.vocab_size)  # the others are checked
     run = Run(
         config=config,
         workdir=workdir,

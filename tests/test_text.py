@@ -59,6 +59,17 @@ def test_the_last_line_of_other_errors_counts(capsys):
     assert capsys.readouterr().err == "error: the cause\\x1b[2J\n"
 
 
+def test_a_library_that_fails_in_rust(capsys):
+    """Its error is no `Exception`."""
+
+    def fail():
+        raise type("PanicException", (BaseException,), {})("called `unwrap()`\nnote: set RUST_BACKTRACE=1")
+
+    with pytest.raises(SystemExit):
+        cli.call(fail)
+    assert capsys.readouterr().err == "error: a library failed on its input: called `unwrap()`\n"
+
+
 def test_names_of_columns(neox, tmp_path):
     """Such as those that an error or a note lists."""
     file = write_jsonl(tmp_path / "rows.jsonl", [{FORGED: "a"}])

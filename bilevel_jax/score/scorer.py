@@ -71,9 +71,8 @@ def score_rows(items, model, base, adapter, tokenizer, *, template: str, eos: bo
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
     if broken := [result["id"] for result, total in zip(scored, nll) if not math.isfinite(total)]:
-        raise ValueError(
-            f"the losses of {len(broken)} rows are not finite (the first: {broken[0]}); the weights are damaged, or too large for the dtype"
-        )
+        what = f"the losses of {len(broken)} rows are not finite (the first: {broken[0]})"
+        raise ValueError(f"{what}; the weights are damaged, or too large for the dtype")
     for result, total, number in zip(scored, nll, count):
         result |= {"loss": float(total / max(number, 1)), "logprob": float(-total), "num_tokens": int(number)}
     return results
