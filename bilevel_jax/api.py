@@ -11,14 +11,14 @@ import pathlib
 import re
 from typing import Any
 
-from bilevel_jax import cli  # JAX is imported in functions, after its cache of compiled programs is set
+from bilevel_jax import compilations  # JAX is imported in functions, after its cache of compiled programs is set
 from bilevel_jax.errors import RunError
 
 
 @contextlib.contextmanager
 def started():
     """Caches compiled programs, and lets errors name arguments (`workdir`) instead of flags (`--workdir`)."""
-    cli.cache_compilations()
+    compilations.enable()
     try:
         yield
     except (ValueError, OSError, RunError) as error:
@@ -112,10 +112,10 @@ class Run:
     @property
     def summary(self) -> dict[str, float]:
         """The numbers of summary.json: `eval/*`, `selector/*` and `time/*`; docs/report.md explains them."""
-        from bilevel_jax import files
+        from bilevel_jax.runtime import stored
 
         self._require_finished()
-        return files.read_json(self.workdir / "summary.json")
+        return stored.read_summary(self.workdir)
 
     @property
     def adapter_path(self) -> pathlib.Path:

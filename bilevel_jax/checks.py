@@ -124,11 +124,29 @@ def _check_keys(config, reference, prefix: str) -> None:
             if not isinstance(value, ml_collections.ConfigDict):
                 raise ConfigError(f"{name}={value!r} must be a section")
             _check_keys(value, expected, name + ".")
-        elif isinstance(expected, float):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigError(f"{name}={value!r} must be a finite number")
-        elif type(value) is not type(expected):
-            raise ConfigError(f"{name}={value!r} must be of type {type(expected).__name__}")
+        elif problem := _type_problem(name, value, expected):
+            raise ConfigError(problem)
+
+
+def _type_problem(name: str, value, expected) -> str:
+    """Why a value cannot take the place of the default `expected`; "" if it can."""
+    if isinstance(expected, float):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return "" if is_number else f"{name}={value!r:.200} must be a finite number"
+    return "" if type(value) is type(expected) else f"{name}={value!r:.200} must be of type {type(expected).__name__}"
+
+
+def problem(key: str, value, expected) -> str:
+    """What is wrong with the value of one key, whose default is `expected`; "" for nothing."""
+    if wrong := _type_problem(key, value, expected):
+        return wrong
+    if key in CHOICES and value not in CHOICES[key]:
+        return f"{key}={value!r:.200} is not among {', '.join(CHOICES[key])}{nearest(value, CHOICES[key])}"
+    if key in AT_LEAST and value < AT_LEAST[key]:
+        return f"{key}={value} must be at least {AT_LEAST[key]}"
+    if key in RANGES and not RANGES[key][0](float(value) if isinstance(expected, float) else value):
+        return f"{key}={value} must be {RANGES[key][1]}"
+    return ""
 
 
 def _typed(cls, section):
@@ -148,15 +166,10 @@ def _value(config: Config, key: str):
 
 
 def _check_values(config: Config) -> None:
-    for key, allowed in CHOICES.items():
+    for key in (*CHOICES, *AT_LEAST, *RANGES):
         value = _value(config, key)
-        _require(value in allowed, f"{key}={value!r} is not among {', '.join(allowed)}{nearest(value, allowed)}")
-    for key, minimum in AT_LEAST.items():
-        value = _value(config, key)
-        _require(value >= minimum, f"{key}={value} must be at least {minimum}")
-    for key, (in_range, words) in RANGES.items():
-        value = _value(config, key)
-        _require(in_range(value), f"{key}={value} must be {words}")
+        wrong = problem(key, value, value)
+        _require(not wrong, wrong)
     for key in ("data.upper", "data.lower"):
         _require(bool(_value(config, key).strip()), f"{key} is empty; name files, folders, a hub data set or a recipe")
     _require(bool(config.model.path.strip()), "model.path is empty; name a model directory or a hub id")

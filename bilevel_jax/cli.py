@@ -1,27 +1,30 @@
-"""What all commands share: flags, errors of one line, and the compilation cache."""
+"""What all commands share: flags, and errors of one line."""
 
 import os
 import pathlib
-import platform
 import re
 import signal
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from bilevel_jax import config_keys, text
+from bilevel_jax import compilations, config_keys, text
 
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
 
 
 def fail(message: object, code: int = 1):
-    """Prints the last line of an error to standard error and ends the process."""
-    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-    print(f"error: {lines[-1] if lines else 'unknown'}", file=sys.stderr, flush=True)
+    """Prints an error as one escaped line to standard error and ends the process.
+
+    Errors of this package are one line, and a line feed in one comes from the data. Of other errors the last line says most.
+    """
+    is_own = type(message).__module__.startswith("bilevel_jax")
+    lines = [str(message).replace("\n", "\\n")] if is_own else str(message).splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
+    text.say(f"error: {lines[-1] if lines else 'unknown'}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -111,22 +114,6 @@ def _section_error(argv: list[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def cache_compilations() -> None:
-    """Enables JAX's persistent compilation cache in the user's cache directory, unless JAX's own variables are set.
-
-    Machines with different processors may share a home directory, and code compiled for one may not run on another. So each kind
-    of processor has its own directory.
-    """
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "bilevel_jax" / kind))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
 def call(main: Callable[[], None]) -> None:
     """Calls `main()`. Expected errors end the process with one line and status 1; other errors are bugs and keep their traceback.
 
@@ -147,6 +134,10 @@ def call(main: Callable[[], None]) -> None:
         if os.environ.get("BILEVEL_JAX_TRACEBACK"):
             raise
         fail(error)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust code in tokenizers and safetensors; no `Exception`
+            raise
+        fail(f"a library failed on its input: {str(error).splitlines()[0] if str(error) else 'no message'}")
 
 
 def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:
@@ -159,5 +150,5 @@ def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:
         call(main)
 
     register(*command_flags)
-    cache_compilations()  # before anything imports JAX, for example the config file
+    compilations.enable()  # before anything imports JAX, for example the config file
     app.run(call_quietly, flags_parser=parse)

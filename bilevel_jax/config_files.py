@@ -28,6 +28,8 @@ def resolve(name: str) -> str:
     file, colon, tier = name.partition(":")
     path = pathlib.Path(file)
     if path.exists() and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"the config {file!r} is not a regular file; write its content to a file first")
         return name
     if path.parts[:-1] in ((), ("configs",)):
         for folder in FOLDERS:

@@ -273,11 +273,16 @@ def _load(file: pathlib.Path, parse: Callable):
       RunError: the file is missing or damaged.
     """
     try:
-        return parse(np.load(file))
+        files.check_regular(file)
+        values = parse(np.load(file))
+        finite = all(np.isfinite(array).all() for array in jax.tree.leaves(values))
     except FileNotFoundError as error:
         raise errors.RunError(f"{file} is missing; put it back, or give another --workdir") from error
     except Exception as error:  # NumPy and zipfile raise many kinds of errors for damaged bytes
         raise errors.RunError(f"{file} is damaged ({type(error).__name__}); put it back, or give another --workdir") from error
+    if not finite:
+        raise errors.RunError(f"{file} has values that are not finite; put it back, or give another --workdir")
+    return values
 
 
 def read(file: pathlib.Path) -> tuple[Encoder, np.ndarray]:

@@ -1,6 +1,5 @@
 """What a run writes when its last step is done: what it learned, weights of tokens, summary, report."""
 
-import json
 import math
 import pathlib
 import shutil
@@ -19,6 +18,7 @@ from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime import phases, weight_table
 from bilevel_jax.runtime.workdir import absolute
 from bilevel_jax.setup import Setup
+from bilevel_jax.text import say
 
 
 def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: step.State) -> None:
@@ -82,7 +82,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: cloc
     summary = values | {f"time/{key}": round(value, 2) for key, value in clock.elapsed().items()}
 
     def write() -> None:
-        files.write_atomically(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        files.write_atomically(workdir / "summary.json", files.to_json(summary, indent=2) + "\n")
 
     write()  # the report reads it
     try:
@@ -90,7 +90,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: cloc
             page.write(workdir, setup.lower.rows)
     except Exception as error:  # whatever it is, the run is finished and only its report is missing
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
+        say(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
     summary["time/report"] = round(clock.elapsed()["report"], 2)
     write()
     return summary

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -154,7 +153,7 @@ def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workd
     if folder.exists() and not file.exists():
         raise RunError(f"{folder} exists, and no run made it; give another workdir")
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(file, json.dumps(digests, indent=2) + "\n")
+    files.write_atomically(file, files.to_json(digests, indent=2) + "\n")
     try:
         for name, level in levels.items():
             config.data[name] = level.source
@@ -180,7 +179,7 @@ def remove_run(workdir: pathlib.Path) -> None:
         return
     is_run = (workdir / DIGESTS).exists()
     if not is_run:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, RunError):  # no config, or that of something else
             is_run = "selection" in read_config(workdir)
     if not is_run:
         raise RunError(f"{workdir} holds no run; overwrite=True removes runs only")

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from bilevel_jax import cli, config_files, config_keys
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
@@ -47,7 +48,7 @@ def main() -> None:
     from bilevel_jax.runtime import distributed, summary_table
 
     if PLAN.value and not CHECK.value:
-        print(memory.table(CONFIG.value, memory.make_plan(CONFIG.value)))
+        say(memory.table(CONFIG.value, memory.make_plan(CONFIG.value)))
         return
     distributed.join()
     workdir = pathlib.Path(WORKDIR.value or default_workdir(config_flags.get_config_filename(FLAGS["config"])))
@@ -55,11 +56,11 @@ def main() -> None:
         if CHECK.value:
             for part in dry_run.check(CONFIG.value, workdir, plan=PLAN.value):
                 if not jax.process_index():
-                    print(f"\n{part}", flush=True)
+                    say(f"\n{part}", flush=True)
             return
         summary = train.run(CONFIG.value, workdir, cli.BEGAN)
     if not jax.process_index():
-        print(summary_table.summary_table(summary, workdir))
+        say(summary_table.summary_table(summary, workdir))
 
 
 if __name__ == "__main__":

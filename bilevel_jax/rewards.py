@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bilevel_jax import errors
+from bilevel_jax.data import limits
 from bilevel_jax.data import rows as data_rows
 
 # (questions, responses, truths) -> one number per response, higher is better. The three lists have the same length. A question is
@@ -27,6 +28,7 @@ from bilevel_jax.data import rows as data_rows
 Reward = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
 
 BATCH = 16  # responses per forward pass of a classification model
+LARGEST = 1e15  # reward: squares of larger ones overflow in float32
 
 
 class RewardError(ValueError):
@@ -62,7 +64,7 @@ def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[st
         texts = [rows[i].question for i in indices], [one.text for one in generations], [truths[i] for i in indices]
         try:
             values = np.asarray(reward(*texts), np.float64)
-        except Exception as error:  # a user function may raise anything
+        except (Exception, SystemExit) as error:  # a user function may raise anything, and may try to end the process
             cause = " ".join(f"{type(error).__name__}: {error}".split())
             raise errors.RunError(f"online.reward={name} failed on {len(indices)} responses ({cause})") from error
         _check_values(name, values, [rows[i].id for i in indices])
@@ -77,10 +79,10 @@ def _check_values(name: str, values: np.ndarray, row_ids: Sequence[str]) -> None
         raise errors.RunError(
             f"online.reward={name} returned an array of shape {values.shape} for {len(row_ids)} responses; expected one number each"
         )
-    broken = np.flatnonzero(~np.isfinite(values))
+    broken = np.flatnonzero(~(np.abs(values) <= LARGEST))
     if len(broken):
         first = f"{values[broken[0]]} for a response to row {row_ids[broken[0]]}, the first of {len(broken)}"
-        raise errors.RunError(f"online.reward={name} returned {first}; rewards must be finite")
+        raise errors.RunError(f"online.reward={name} returned {first}; rewards must be finite, from {-LARGEST:g} to {LARGEST:g}")
 
 
 def _truth(questions, responses, truths) -> list[float]:
@@ -100,7 +102,7 @@ def load(name: str) -> Reward:
         function = importlib.import_module(module)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except Exception as error:  # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RewardError(f"online.reward={name}: cannot be imported ({cause})") from error
     if not callable(function):
@@ -124,7 +126,7 @@ def classifier(directory: pathlib.Path) -> Reward:
         if not tokenizer.chat_template:
             return question, response
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-        return (tokenizer.apply_chat_template(turns, tokenize=False),)
+        return (limits.render(tokenizer, turns),)
 
     def reward(questions, responses, truths) -> list[float]:
         import torch
@@ -161,7 +163,9 @@ def _load_classifier(directory: pathlib.Path, prefix: str):
         raise RewardError(f"{prefix}: a classification model needs PyTorch: pip install torch") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=False).eval()
+        # Without `use_safetensors` PyTorch would unpickle a pytorch_model.bin.
+        options = {"trust_remote_code": False, "use_safetensors": True}
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, **options).eval()
     except Exception as error:  # missing and broken files raise many kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RewardError(f"{prefix}: not a readable model ({reason})") from error

@@ -83,6 +83,7 @@ def make_scorer(
     """
 
     def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, ...]:
+        _check_tokens(segments, config.vocab_size)
         nll, missed, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
         for indices, packed in batches(segments, sequences, max_length, mesh, description):
             with jax.set_mesh(mesh):
@@ -94,6 +95,13 @@ def make_scorer(
         return (nll, count, missed == 0) if greedy else (nll, count)
 
     return score
+
+
+def _check_tokens(segments: Sequence[packing.Segment], vocab_size: int) -> None:
+    """Refuses tokens that the model does not have: JAX would take the last one of the vocabulary instead."""
+    largest = max((int(tokens.max()) for segment in segments for tokens in segment[:2] if len(tokens)), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"token {largest} is not in the model's vocabulary of {vocab_size}; take the tokenizer of the model")
 
 
 @functools.partial(jax.jit, static_argnums=0)

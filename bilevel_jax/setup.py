@@ -12,9 +12,10 @@ import optax
 
 from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, rendering, shuffle, templates
+from bilevel_jax.data import levels, packing, rendering, shuffle, templates, token_ids
 from bilevel_jax.models import decoder, huggingface, layer_settings, lora
 from bilevel_jax.runtime import checkpoint, disk, phases
+from bilevel_jax.text import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,10 @@ def load(config: configuration.Config) -> Setup:
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):
         upper, lower = levels.load_levels(config, tokenizer)
+    token_ids.check((one for level in (upper, lower) for one in level.all_examples), tokenizer, model.vocab_size)
     checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
-        print(notice)
+        say(notice)
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
     model, adapter = start_of_learning(config, model, base)

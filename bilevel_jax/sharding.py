@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bilevel_jax import compilations
 from bilevel_jax.models import architectures
 
 AXES = ("data", "fsdp", "tensor")
@@ -46,6 +47,7 @@ def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
     Raises:
       ValueError: there are fewer devices, or `data=0` and fsdp·tensor does not divide the number of devices.
     """
+    compilations.check_entries()  # here, because everything that compiles for devices makes a mesh before
     devices, inner = jax.devices(), fsdp * tensor
     axes = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
     if not data and len(devices) >= inner and len(devices) % inner:

@@ -27,11 +27,12 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, shuffle
+from bilevel_jax.data import levels, shuffle, token_ids
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import checkpoint, disk, metrics, phases
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import config_json
+from bilevel_jax.runtime.workdir import config_json, refuse_other_settings, settings
+from bilevel_jax.text import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Run:
     bad: np.ndarray | None  # labels of the training rows, for measurement only
     truths: Sequence[str | None]  # their right responses, for measurement only
     checkpoints: checkpoint.Checkpoints
-    identity: dict[str, str]  # fingerprints of data and model
+    identity: dict  # fingerprints of data and model, and the settings
     writer: metrics.MetricsWriter
     refresh: Callable | None  # from `online.make_refresh`; None for methods without generation
     at_start: dict[str, float]  # losses before the first step
@@ -105,7 +106,7 @@ def prepare(
     reward_fn = _reward_fn(config, lower, truths)
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
-    identity, counters = _identify(config, setup, shared, checkpoints, start)
+    identity, counters = _identify(config, settings(config_dict), setup, shared, checkpoints, start)
     given = None if start else _given_logits(config, lower)
     with clock("load"):
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
@@ -120,8 +121,8 @@ def prepare(
         state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
         best = early_stopping.restore(counters.get("best"), adapter)
         _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
-        clock.seconds = {key: value + counters["seconds"].get(key, 0.0) for key, value in clock.seconds.items()}
-        print(f"resuming {workdir} at step {start} of {num_steps}")
+        clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
+        say(f"resuming {workdir} at step {start} of {num_steps}")
 
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
@@ -131,6 +132,7 @@ def prepare(
         state = _with_first_weights(config, setup, program, state, given, shared, clock)
     with clock("eval"), phases.phase("preparing the held-out rows"):
         held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
+        token_ids.check(held_out.examples["lower_clean"], setup.tokenizer, setup.model.vocab_size)  # the others are checked
     run = Run(
         config=config,
         workdir=workdir,
@@ -197,7 +199,7 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
     if not config.selection.init:
         return None
     given = initial_weights.read(config.selection.init, lower.rows)
-    print(given.summary(config.selection.init))
+    say(given.summary(config.selection.init))
     return given.logits
 
 
@@ -214,23 +216,30 @@ def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequen
 
 
 def _identify(
-    config: configuration.Config, setup: setups.Setup, shared: pathlib.Path, checkpoints: checkpoint.Checkpoints, start: int
-) -> tuple[dict[str, str], dict]:
-    """The fingerprints of data and model, and the counters of the checkpoint at `start`, empty for 0.
+    config: configuration.Config,
+    now: dict,
+    setup: setups.Setup,
+    shared: pathlib.Path,
+    checkpoints: checkpoint.Checkpoints,
+    start: int,
+) -> tuple[dict, dict]:
+    """The fingerprints of data and model with the settings of `now`, and the counters of the checkpoint at `start`, empty for 0.
 
     Raises:
-      RunError: the checkpoint is of other data or another model.
+      RunError: the checkpoint is of another config, other data or another model.
     """
     both = setup.upper, setup.lower
     data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
     model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
     counters = checkpoints.counters(start) if start else {}
-    if start and counters["data"] != data:
+    if start:  # earlier versions stored no settings
+        refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)
+    if start and counters.get("data") != data:
         raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
-    if start and counters["model"] != model:
+    if start and counters.get("model") != model:
         what = f"weights or tokenizer at {config.model.path} changed since this run began"
         raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
-    return {"data": data, "model": model}, counters
+    return {"data": data, "model": model, "config": now}, counters
 
 
 def _open_writer(

@@ -1,6 +1,7 @@
 """Escapes control and bidirectional characters of untrusted text, so that it is safe to print."""
 
 import unicodedata
+from typing import Any
 
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate and separator characters
 NOT_ESCAPED = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
@@ -21,3 +22,8 @@ def one_line(text: str, max_length: int) -> str:
     line = " ".join(visible(text[: 8 * max_length]).split())
     complete = len(text) <= 8 * max_length and len(line) <= max_length
     return line if complete else line[: max_length - 1] + "…"
+
+
+def say(message: object = "", **options: Any) -> None:
+    """Prints a message that contains something of the data, the model or the workdir, escaped; options as for `print`."""
+    print(visible(str(message)), **options)

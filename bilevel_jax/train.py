@@ -232,7 +232,7 @@ def _save(run: Run, progress: Progress, k: int) -> None:
     with run.clock("checkpoint"):
         finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps}
+        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps, "step": k}
         counters |= {"best": best.counters()} if best else {}
         # A copy: the next step donates its buffers while the checkpoint is still being written.
         run.checkpoints.save(k, jax.tree.map(jnp.copy, state), progress.store, counters, best and best.adapter)

@@ -5,7 +5,7 @@ Finished cells are not run again, killed cells continue, and a cell that fails d
 
 import concurrent.futures
 import fcntl
-import json
+import os
 import pathlib
 import signal
 import statistics
@@ -18,10 +18,11 @@ from typing import IO, NamedTuple, Protocol
 
 import tqdm
 
-from bilevel_jax import errors
+from bilevel_jax import errors, files
 from bilevel_jax.runtime import interruption, metrics
 
 PROGRAM = (sys.executable, "-u", "-m", "bilevel_jax.main")  # unbuffered: the log is complete when a run is killed
+WITH_PARENT = (sys.executable, "-S", str(pathlib.Path(__file__).with_name("with_parent.py")))  # a killed sweep leaves no run
 POLL = 0.2  # seconds
 STOPPED = "stopped before it started"
 COLUMNS = {  # of every table: heading -> key of summary.json
@@ -89,7 +90,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def finished(cell: Cell) -> dict | None:
     """The summary of a finished run; None if the run is not finished."""
     file = pathlib.Path(cell.workdir, "summary.json")
-    return metrics.with_current_keys(json.loads(file.read_text())) if file.exists() else None
+    return metrics.with_current_keys(files.read_json(file)) if file.exists() else None
 
 
 def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = None) -> dict | str:
@@ -111,7 +112,7 @@ def run_cell(cell: Cell, stop: threading.Event | None = None, cwd: str | None = 
             return summary
         start = output.tell()
         process = subprocess.Popen(
-            cell.command,
+            (*WITH_PARENT, str(os.getpid()), *cell.command),
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,

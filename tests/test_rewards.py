@@ -2,12 +2,14 @@
 
 import importlib
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from bilevel_jax import errors, online, rewards, sampling
 from bilevel_jax.data import rows as data_rows
+from tests.conftest import make_rows
 
 ROWS, _ = data_rows.collect(
     data_rows.parse(enumerate([{"question": f"q{i}", "response": "r", "truth": f"yes {i}"} for i in range(3)], 1)), "test"
@@ -127,3 +129,44 @@ def test_unusable_classifiers(tmp_path, monkeypatch, config, reason):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(rewards.RewardError, match=f"^online.reward={tmp_path}: {reason}"):
         rewards.make_reward_fn(str(tmp_path), ROWS, TRUTHS)
+
+
+@pytest.mark.parametrize("code", [0, 1, "all fine"])
+def test_a_reward_that_exits_is_an_error(monkeypatch, code):
+    """Also with status 0, which would end a run as if it were finished."""
+
+    def leave(*texts):
+        raise SystemExit(code)
+
+    read, _ = data_rows.collect(data_rows.parse(enumerate(make_rows(2, 0), 1)), "rows")
+    monkeypatch.setattr(rewards, "load", lambda name: leave)
+    reward_fn = rewards.make_reward_fn("mine:reward", read, [None, None])
+    generations = [types.SimpleNamespace(row_index=i, text="a") for i in (0, 1)]
+    with pytest.raises(errors.RunError, match=f"online.reward=mine:reward failed on 2 responses .SystemExit: {code}"):
+        reward_fn(generations, np.zeros(2))
+
+
+def test_a_module_that_exits_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(rewards.RewardError, match="leaving:reward: cannot be imported .SystemExit: 0"):
+        rewards.load("leaving:reward")
+
+
+def test_pickles_are_not_read(tmp_path, monkeypatch):
+    """A directory with a pytorch_model.bin only: PyTorch would execute what is in it."""
+    transformers = pytest.importorskip("transformers")
+    seen = {}
+
+    def load(directory, **options):
+        seen.update(options)
+        raise OSError("no file named model.safetensors")
+
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: None)
+    monkeypatch.setattr(
+        transformers, "AutoModelForSequenceClassification", types.SimpleNamespace(from_pretrained=load), raising=False
+    )
+    with pytest.raises(rewards.RewardError, match="not a readable model .no file named model.safetensors"):
+        rewards._load_classifier(tmp_path, "online.reward=x")
+    assert seen == {"trust_remote_code": False, "use_safetensors": True}

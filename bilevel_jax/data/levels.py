@@ -7,6 +7,7 @@ import numpy as np
 
 from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
+from bilevel_jax.text import say
 
 OVERLAP = ("warn", "drop", "refuse")
 GENERATING = ("online", "dynamic")  # methods whose responses answer the last question of a row, so that it must fit
@@ -22,6 +23,10 @@ class Level:
     eval_examples: list[templates.Example]
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
     counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
+
+    @property
+    def all_examples(self) -> list[templates.Example]:
+        return self.examples + self.eval_examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +53,13 @@ def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> 
     Raises:
       DataError: no row fits.
     """
-    print("\n".join(report.summary()))
+    say("\n".join(report.summary()))
     learn = getattr(config.data, "learn", "last")  # earlier runs have no such key
     encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=learn)
     cut_turns = config.method not in GENERATING
     kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
     for reason, (count, line) in counts.items():
-        print(f"  {count}: {reason} (first: {rows.location(source, line)})")
+        say(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not kept:
         if len(counts) == 1 and encoded[0].reason:
             raise rows.DataError(f"{rows.location(source, all_rows[0].line)}: {encoded[0].reason}; no row can be used")
@@ -121,7 +126,7 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     what = "data.deduplicate=exact drops them" if mode == "off" else "dropped"
     first = int(np.flatnonzero(cluster != np.arange(len(cluster)))[0])
     where = f"{rows.location(source, read.rows[first].line)} is one of {rows.location(source, read.rows[cluster[first]].line)}"
-    print(f"  {copies} {kind} of {sum(sizes.values())} other rows, the largest cluster has {max(sizes)} ({where}); {what}")
+    say(f"  {copies} {kind} of {sum(sizes.values())} other rows, the largest cluster has {max(sizes)} ({where}); {what}")
     keep = np.arange(len(cluster)) if mode == "off" else np.unique(cluster)
     clusters = {str(size): count for size, count in sizes.items()}
     return read.only(keep, duplicates=copies, duplicate_clusters=clusters)
@@ -142,9 +147,9 @@ def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:
     if config.data.overlap == "refuse":
         raise rows.DataError(f"{what}; remove them, or take data.overlap=drop or warn")
     if config.data.overlap == "warn":
-        print(f"warning: {what}; data.overlap=drop leaves them out of the lower level")
+        say(f"warning: {what}; data.overlap=drop leaves them out of the lower level")
         return lower.only(range(len(lower.rows)), overlap=len(both))
-    print(f"{what}; left out of the lower level")
+    say(f"{what}; left out of the lower level")
     if len(both) == len(lower.rows):
         raise rows.DataError(f"data.overlap=drop leaves no row of {lower.source}: all are also in {upper.source}")
     left = set(range(len(lower.rows))).difference(both)
@@ -169,7 +174,7 @@ def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Collectio
     counts = dict(read.counts)
     if len(free) < len(train):
         counts["held_out_copies"] = len(train) - len(free)
-        print(f"{len(train) - len(free)} rows of data.{read.level} are copies of held-out rows and are not trained on")
+        say(f"{len(train) - len(free)} rows of data.{read.level} are copies of held-out rows and are not trained on")
     if not free:
         raise rows.DataError(f"{read.source}: no row is left for training, all are also held out; hold out fewer (eval.num_*)")
     return Level(*read.pick(free), *read.pick(held_out), counts=counts)

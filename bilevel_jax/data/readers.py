@@ -9,18 +9,18 @@ import json
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from bilevel_jax.data import parts, schemas
+from bilevel_jax.data import limits, parts, schemas
 from bilevel_jax.data.parts import FORMATS, is_hub
 from bilevel_jax.data.rejections import COMPRESSED, DataError, Line, Rejection, suffix_of
 
 BOM = codecs.BOM_UTF8
 DELIMITERS = ",;\t"
+BATCH = 64  # rows of a Parquet file that are unpacked at a time
 KNOWN = f"{', '.join(FORMATS)}, each also {' or '.join(COMPRESSED)}"
 
 
@@ -151,14 +151,15 @@ def _read_file(path: str) -> Iterator[tuple[int, Any]]:
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[IO[bytes]]:
     """The content of a file, unpacked while it is read."""
+    budget = limits.Budget(path)
     if path.lower().endswith(".gz"):
         with gzip.open(path, "rb") as file:
-            yield file
+            yield io.BufferedReader(limits.Unpacked(file, budget), 1 << 16)
     elif path.lower().endswith(".zst"):
         import pyarrow
 
         with pyarrow.input_stream(path, compression="zstd") as stream:
-            yield io.BufferedReader(stream, 1 << 16)
+            yield io.BufferedReader(limits.Unpacked(stream, budget), 1 << 16)
     else:
         with open(path, "rb") as file:
             yield file
@@ -174,8 +175,9 @@ def _loads(line: int, text: bytes) -> Any:
 
 
 def _read_jsonl(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    del path
-    for line, text in enumerate(file, 1):  # bytes: only \n ends a line, and a line that is not UTF-8 does not affect the others
+    for line, text in enumerate(
+        limits.lines(file, path), 1
+    ):  # bytes: only \n ends a line, and a line that is not UTF-8 does not affect the others
         text = text.removeprefix(BOM) if line == 1 else text
         if text.strip():
             yield line, _loads(line, text)
@@ -183,7 +185,9 @@ def _read_jsonl(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """Reads an array of rows, an object that contains one list of rows, a single row, or JSON Lines in a .json file."""
-    content = file.read()
+    content = file.read(limits.MAX_JSON + 1)
+    if len(content) > limits.MAX_JSON:
+        raise DataError(f"{path}: over {limits.MAX_JSON >> 30} GB, too much to be read as a whole; write it as JSON Lines")
     text = content.removeprefix(BOM).lstrip()
     if not text:
         return
@@ -201,11 +205,11 @@ def _read_json(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 def _read_csv(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """Reads rows under a header. All values are texts, and null where they are empty; `,`, `;` or a tab separates them."""
-    csv.field_size_limit(sys.maxsize)  # the limit is one of the whole process; a long response is no error
+    csv.field_size_limit(limits.MAX_ROW)  # the limit is one of the whole process; a long response is no error
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        first = text.readline()
+        first = text.readline(limits.MAX_ROW)
         delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
-        lines = (line for part in ([first], text) for line in part)
+        lines = (line for part in ([first], limits.lines(text, path)) for line in part)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
@@ -242,17 +246,22 @@ def _csv_row(line: int, header: list[str], values: list[str]) -> Any:
 def _read_parquet(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    line, source = 0, path
+    line, source, budget = 0, path, limits.Budget(path)
     with contextlib.ExitStack() as stack:
         if path.lower().endswith(COMPRESSED):  # Parquet is read from its end
             source = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(file, source)
         try:
             with pyarrow.parquet.ParquetFile(source) as table:
-                for batch in table.iter_batches(batch_size=1024):
+                shared = "dictionary<" in str(table.schema_arrow)  # a text is stored once, and counts for each row that has it
+                for batch in table.iter_batches(batch_size=BATCH):
+                    budget.spend(batch.nbytes)
                     for value in batch.to_pylist():
                         line += 1
+                        budget.spend(limits.text_size(value) if shared else 0)
                         yield line, value
+        except DataError:
+            raise
         except Exception as error:  # Arrow raises many types of errors for damaged bytes and for values without a Python type
             raise DataError(f"{path}: not a readable Parquet file after row {line}: {_reason(error)}") from error
 

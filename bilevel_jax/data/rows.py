@@ -16,7 +16,10 @@ from typing import Any
 from bilevel_jax.data import in_memory, readers, schemas
 from bilevel_jax.data.columns import Columns, suggestion
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
+from bilevel_jax.text import one_line
 
+MAX_REASONS = 20  # lines of a report on rows that are left out
+MAX_REASON = 200  # characters of a reason, which may quote the row
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
 
@@ -65,9 +68,10 @@ class Report:
         """Lines for the user."""
         by_schema = ", ".join(f"{count} {schema}" for schema, count in self.schemas.items())
         subset = "" if self.num_kept is None else f"; a random {self.num_kept} kept"
-        reasons = [
-            f"  left out {count}: {reason} (first: {location(self.path, line)})" for reason, (count, line) in self.rejected.items()
-        ]
+        counts = [(f"left out {count}: {reason}", count, line) for reason, (count, line) in self.rejected.items()]
+        reasons = [f"  {what} (first: {location(self.path, line)})" for what, _, line in counts[:MAX_REASONS]]
+        if more := counts[MAX_REASONS:]:
+            reasons.append(f"  left out {sum(count for _, count, _ in more)}: {len(more)} other reasons")
         return [f"{self.path}: {self.num_rows} rows ({by_schema}){subset}", *reasons, *self.notes()]
 
     def notes(self) -> list[str]:
@@ -156,7 +160,7 @@ def parse(
             row = _make_row(line, value, preference, questions_only, named)
         except schemas.Unusable as error:
             fields = value.items() if isinstance(value, Mapping) else ()
-            yield Rejection(line, str(error), tuple(str(key) for key, field in fields if field is not None))
+            yield Rejection(line, one_line(str(error), MAX_REASON), tuple(str(key) for key, field in fields if field is not None))
             continue
         counts[row.id] += 1
         yield row if counts[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}-{counts[row.id]}")

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tqdm
 
-from bilevel_jax.data import turns
+from bilevel_jax.data import limits, turns
 from bilevel_jax.data.messages import Unusable
 from bilevel_jax.data.rejections import Rejection, location, tally
 from bilevel_jax.data.rows import Row
@@ -75,7 +75,7 @@ def load_tokenizer(path: str):
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer(["a"], verbose=False)  # some damaged files fail only here
+        limits.tokenize(tokenizer, ["a"])  # some damaged files fail only here
         return tokenizer
     except Exception as error:  # missing and damaged files raise many types of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -267,7 +267,7 @@ def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer
     offsets = []
     for first in range(0, len(rows), CHUNK):
         texts = [response_text(row, tokenizer) for row in rows[first : first + CHUNK]]
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = limits.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
         for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
             number = 0 if example.is_cut else len(example.response)
             offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[:number])
@@ -355,9 +355,9 @@ def _labelled(messages: Sequence[tuple[str, str]], labels: Mapping[str, str]) ->
 def _chat(row: Row, messages: list[dict], tokenizer, add_generation_prompt: bool) -> str:
     options = {"tools": row.tools} if row.tools else {}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options)
-        text.encode()  # a template may write half a surrogate pair, which cannot be encoded
-        return text
+        return limits.render(tokenizer, messages, add_generation_prompt=add_generation_prompt, **options)
+    except limits.LimitError as error:  # no row is left out for it: each would take as long
+        raise limits.LimitError(f"the chat template on the row of line {row.line} (id {row.id}): {error}") from error
     except Exception as error:  # rejected rows, for example system texts, and any error in the template
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = location(row.line.file, row.line) if getattr(row.line, "file", "") else f"line {row.line}"
@@ -370,8 +370,7 @@ def _adds_bos(tokenizer) -> bool:
 
 def _ids_of(texts: Sequence[str], tokenizer) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
-    # verbose=False: `fit` checks the lengths, against `max_length`.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+    return limits.tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
 
 
 def _ids(*parts: Sequence[int]) -> np.ndarray:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from bilevel_jax.data import limits
 from bilevel_jax.data.messages import Unusable
 
 Render = Callable[[Sequence[dict], bool], str]  # (messages, whether the header of an answer follows) -> text
@@ -162,7 +163,7 @@ def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
 
 
 def _encode(texts: Sequence[str], tokenizer, **options):
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+    return limits.tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False, **options)
 
 
 def _whole(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], Spans | None]]:

@@ -8,7 +8,6 @@ local_boolq, local_hellaswag, local_piqa and local_winogrande: the same prompts 
 """
 
 import importlib.util
-import json
 import logging
 import pathlib
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from absl import flags
 
 from bilevel_jax import cli, files
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run; evaluates its base model with its adapter.", flag_values=FLAGS)
@@ -150,13 +150,13 @@ def main() -> None:
         apply_chat_template=CHAT_TEMPLATE.value,
     )
     results["config"] |= {"model": evaluated.model, "adapter": evaluated.adapter, "dtype": evaluated.dtype}
-    print(utils.make_table(results))
+    say(utils.make_table(results))
     if results.get("groups"):
-        print(utils.make_table(results, "groups"))
+        say(utils.make_table(results, "groups"))
     if evaluated.out:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=utils.handle_non_serializable)
+        text = files.to_json(results, indent=2, ensure_ascii=False, default=utils.handle_non_serializable)
         files.write_atomically(evaluated.out, text + "\n")
-        print(evaluated.out)
+        say(evaluated.out)
 
 
 if __name__ == "__main__":

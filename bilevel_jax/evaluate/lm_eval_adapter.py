@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from bilevel_jax import sampling, scoring, sharding
-from bilevel_jax.data import packing
+from bilevel_jax.data import limits, packing, token_ids
 from bilevel_jax.models import attention, layer_settings
 
 MAX_GEN_TOKS = 256  # default of a task, as in lm-eval
@@ -70,7 +70,10 @@ class JaxLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         special = not string.startswith(self._prefix) if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+        tokens = self.tokenizer.encode(string, add_special_tokens=special, verbose=False)
+        if problem := token_ids.outside(np.array(tokens, np.int32), self.tokenizer, self.model.vocab_size):
+            raise token_ids.TokenError(problem)
+        return tokens
 
     def tok_decode(self, tokens) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -78,10 +81,10 @@ class JaxLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+            return limits.render(self.tokenizer, chat_history, **options)
         except jinja2.TemplateError:  # as in lm-eval: some templates refuse a system text
             chat_history = [message for message in chat_history if message["role"] != "system"]
-            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
+            return limits.render(self.tokenizer, chat_history, **options)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding generates it.

@@ -19,6 +19,7 @@ from absl import flags
 
 from bilevel_jax import cli
 from bilevel_jax.export import selected_rows
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True, flag_values=FLAGS)
@@ -48,6 +49,8 @@ RESAMPLED = flags.DEFINE_bool("resampled", False, "Repeat the kept rows by weigh
 SEED = flags.DEFINE_integer("seed", 0, "Seed of --resampled.", lower_bound=0, flag_values=FLAGS)
 MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
+
+MAX_SOURCES = 20  # named in an error
 
 
 def check_flags() -> None:
@@ -82,10 +85,10 @@ def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
     for row in rows:
         if row.source not in logits:
-            sources = ", ".join(map(repr, logits))
-            raise ValueError(
-                f"--score-new: {data_rows.location(file, row.line)}: source {row.source!r} is none of those of {workdir}: {sources}"
-            )
+            shown, more = list(logits)[:MAX_SOURCES], len(logits) - MAX_SOURCES
+            sources = ", ".join(f"{source!r:.80}" for source in shown) + (f" and {more} others" if more > 0 else "")
+            where = data_rows.location(file, row.line)
+            raise ValueError(f"--score-new: {where}: source {row.source!r:.80} is none of those of {workdir}: {sources}")
     return [logits[row.source] for row in rows]
 
 
@@ -94,7 +97,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     import numpy as np
 
     from bilevel_jax import features, sharding
-    from bilevel_jax.data import by_turn, levels, templates
+    from bilevel_jax.data import by_turn, levels, templates, token_ids
     from bilevel_jax.data import rows as data_rows
     from bilevel_jax.models import huggingface, layer_settings
     from bilevel_jax.runtime import weight_table
@@ -118,6 +121,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     phi = features.read_params(workdir / features.PARAMS_FILE)
     model, base = huggingface.load_model(str(directory), config.model.dtype)
     model = layer_settings.for_length(model, config.data.max_length)
+    token_ids.check(examples, tokenizer, model.vocab_size)
     mesh = sharding.make_mesh(1)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
     return rows, weight_table.table(rows, features.encode(encoder, raw) @ phi, visits=zeros, masked=zeros)
@@ -144,22 +148,22 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     text = cards.data_card(provenance, out, *about, is_new, num_replaced, num_different)
     files.write_atomically(card, text)
 
-    print(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
+    say(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
     if num_different is not None:
-        print(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
+        say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     if num_left_out:
-        print(f"  {num_left_out} of the others are left out as implausible")
+        say(f"  {num_left_out} of the others are left out as implausible")
     if REFINED.value:
         masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
-        print(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
+        say(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
     if num_replaced:
-        print(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
+        say(f"  warning: {num_replaced} of them were masked in the run. {cards.REPLACED}")
     for name in selection.renamed:
-        print(f"  field '{name}' is kept as 'original_{name}'")
+        say(f"  field '{name}' is kept as 'original_{name}'")
     if late:
-        print(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")
-    print(f"{card}: counts, weights, provenance")
+        say(f"  field '{late[0]}' first has a value after 10 MB, where datasets.load_dataset fails; it loads a .parquet file")
+    say(f"{card}: counts, weights, provenance")
 
 
 def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
@@ -171,7 +175,7 @@ def export_merged(workdir: pathlib.Path, config, out: pathlib.Path, command: str
     on_hub = not pathlib.Path(config.model.path).is_dir() and base != huggingface.PACKAGE.parent / config.model.path
     card = cards.model_card(cards.Provenance(workdir, config, command), DTYPE.value, config.model.path if on_hub else None)
     num_params = merged_model.write_merged_model(base, workdir / "adapter", out, dtype=DTYPE.value, texts={"README.md": card})
-    print(f"{out}: {config.model.path} with its adapter, {num_params / 1e6:.1f}M parameters in {DTYPE.value}")
+    say(f"{out}: {config.model.path} with its adapter, {num_params / 1e6:.1f}M parameters in {DTYPE.value}")
 
 
 def main() -> None:

@@ -3,15 +3,15 @@
 import collections
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax import selector
+from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import stored, weight_table
+from bilevel_jax.text import visible
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 MAX_SOURCES = 20  # rows of the table of sources; the others are summed up
@@ -144,7 +144,7 @@ def data_card(
 
 def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) -> str:
     """The card of a merged model. `hub_base` is the id of the base model if it is on the hub."""
-    summary = json.loads((provenance.workdir / "summary.json").read_text())
+    summary = stored.read_summary(provenance.workdir, needed=("rows", "steps"))
     names = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right responses"}
     losses = [
         (name, f"{summary[f'start/{key}']:.4f}" if f"start/{key}" in summary else "", f"{summary[f'eval/{key}']:.4f}")
@@ -184,12 +184,12 @@ def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) 
 
 def _front_matter(**values) -> str:
     """Front matter in YAML, written as JSON, which is a subset."""
-    return "".join(["---\n", *(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()), "---\n\n"])
+    return "".join(["---\n", *(f"{key}: {files.to_json(value, ensure_ascii=False)}\n" for key, value in values.items()), "---\n\n"])
 
 
 def _table(header: Sequence[str], rows) -> list[str]:
     def line(cells):
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(visible(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     return [line(header), line(["---"] * len(header)), *map(line, rows)]
 

@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
+from bilevel_jax import files
 from bilevel_jax.models import decoder, huggingface
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -135,22 +135,19 @@ def _write_model(
     if num_bytes > free:
         raise OSError(f"{out}: the weights take {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_settings(base, scratch, config, dtype)
-        for name, text in texts.items():
-            (scratch / name).write_text(text, encoding="utf-8")
-        shards = split(weights, DTYPES[dtype].itemsize, max_shard)
-        weight_map = _write_shards(scratch, shards, tensor)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-            (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        _apply_umask(scratch)
-        os.replace(scratch, out)
+        with files.new_directory(out) as scratch:
+            _write_settings(base, scratch, config, dtype)
+            for name, text in texts.items():
+                (scratch / name).write_text(text, encoding="utf-8")
+            shards = split(weights, DTYPES[dtype].itemsize, max_shard)
+            weight_map = _write_shards(scratch, shards, tensor)
+            if len(shards) > 1:
+                index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+                (scratch / "model.safetensors.index.json").write_text(files.to_json(index, indent=2) + "\n")
+            _apply_umask(scratch)
     except safetensors.SafetensorError as error:  # raised for a full disk
         raise OSError(f"{out}: the weights could not be written ({error})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # exists only after a failure
     return num_params
 
 
@@ -166,7 +163,9 @@ def _merge_function(
         if weight.path in adapted:
             a, b = (np.asarray(adapted[weight.path][matrix][weight.layer]) for matrix in "ab")
             tensor = tensor.astype(np.float32) + np.float32(config.adapter_scale) * (a @ b)
-        return np.ascontiguousarray((tensor.T if weight.transposed else tensor).astype(dtype))
+        tensor = huggingface.cast(tensor, dtype)
+        huggingface.check_finite(tensor, weight.name, base)
+        return np.ascontiguousarray(tensor.T if weight.transposed else tensor)
 
     return merge
 
@@ -195,11 +194,13 @@ def check_free(out: pathlib.Path) -> None:
 def _write_settings(base: pathlib.Path, out: pathlib.Path, config: decoder.ModelConfig, dtype: str) -> None:
     """Writes `config.json` with the new dtype, and copies the other files of the base."""
     for file in sorted({file for pattern in COPIED for file in base.glob(pattern) if file.is_file()}):
+        huggingface.check_inside(file, base)
         shutil.copyfile(file, out / file.name)
+    huggingface.check_inside(base / "config.json", base)
     raw = json.loads((base / "config.json").read_text(encoding="utf-8"))
     raw.setdefault("architectures", [config.record.class_name])
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
-    (out / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "config.json").write_text(files.to_json(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _apply_umask(directory: pathlib.Path) -> None:

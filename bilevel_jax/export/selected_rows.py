@@ -19,16 +19,15 @@ template writes after the EOS. For texts they are those of the run unless tokens
 merges with the next word.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from bilevel_jax import files
 from bilevel_jax.data import messages, rows, templates
 from bilevel_jax.runtime import weight_table
 
@@ -84,6 +83,7 @@ def select(candidates: Sequence[rows.Row], table, keep: float, left_out: Collect
       DataError: the table is of other rows, or no row is kept.
     """
     records = {record["id"]: record for record in table.to_pylist()}
+    rows.select(candidates, records)  # also the rows that are dropped: the card counts them
     by_rank = sorted(records.keys() - set(left_out), key=lambda row_id: records[row_id]["rank"])
     ids = by_rank[: round(keep * len(records))]
     if not ids:
@@ -261,18 +261,6 @@ def join(kept_rows: Sequence[rows.Row], columns: Sequence[Mapping], reserved: Co
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_file(out: pathlib.Path):
-    """Yields a temporary path that is renamed to `out` if no exception is raised."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write(out: pathlib.Path, records: Sequence[dict]) -> list[str]:
     """Writes rows, which may have different fields, to a JSONL or Parquet file.
 
@@ -283,7 +271,8 @@ def write(out: pathlib.Path, records: Sequence[dict]) -> list[str]:
       ValueError: a field has values of several types, which Parquet cannot store.
     """
     names, late = dict.fromkeys(name for record in records for name in record), []
-    with atomic_file(out) as temporary:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(out) as file:
         if out.suffix == ".parquet":
             import pyarrow
             import pyarrow.parquet
@@ -292,15 +281,14 @@ def write(out: pathlib.Path, records: Sequence[dict]) -> list[str]:
                 table = pyarrow.table({name: [record.get(name) for record in records] for name in names})
             except pyarrow.ArrowException as error:
                 raise ValueError(f"{out}: a field has values of several types ({error}); write .jsonl") from error
-            pyarrow.parquet.write_table(table, temporary)
+            pyarrow.parquet.write_table(table, file)
             return []
         seen = set()
-        with open(temporary, "wb") as file:
-            for record in records:
-                new = {name for name, value in record.items() if value is not None} - seen
-                if new and file.tell() > INFERENCE_BYTES:
-                    late += sorted(new)
-                seen |= new
-                line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
-                file.write(line.encode(errors="backslashreplace"))  # lone surrogates as JSON escapes
+        for record in records:
+            new = {name for name, value in record.items() if value is not None} - seen
+            if new and file.tell() > INFERENCE_BYTES:
+                late += sorted(new)
+            seen |= new
+            line = files.to_json(record, ensure_ascii=False, default=str) + "\n"
+            file.write(line.encode(errors="backslashreplace"))  # lone surrogates as JSON escapes
     return late

@@ -16,6 +16,7 @@ import threading
 from absl import flags
 
 from bilevel_jax import cli
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 PROMPTS = flags.DEFINE_string("prompts", None, "The prompts: files, folders or hub data sets.", required=True, flag_values=FLAGS)
@@ -49,9 +50,7 @@ LIMIT = flags.DEFINE_integer(
     "limit", 0, "Judge a fixed random subset of this many pairs; 0 for all.", lower_bound=0, flag_values=FLAGS
 )
 CONCURRENCY = flags.DEFINE_integer("concurrency", 8, "Parallel requests.", lower_bound=1, flag_values=FLAGS)
-TIMEOUT = flags.DEFINE_float(
-    "timeout", 120.0, "Seconds of silence until a request is repeated.", lower_bound=0.01, flag_values=FLAGS
-)
+TIMEOUT = flags.DEFINE_float("timeout", 120.0, "Seconds until a request is repeated.", lower_bound=0.01, flag_values=FLAGS)
 BACKOFF = flags.DEFINE_float(
     "backoff", 1.0, "Seconds before the first repetition of a request; doubles each time.", lower_bound=0, flag_values=FLAGS
 )
@@ -67,17 +66,22 @@ def cost(sent: int, received: int) -> str:
 
 def estimate(requests, options: dict) -> str:
     """An upper estimate of the cost of requests, as text: 4 characters per request token, all replies of maximum length."""
+    from bilevel_jax.judge import endpoint
+
     sent = sum(len(request.body["messages"][0]["content"]) for request in requests) // 4
     limit = options.get("max_completion_tokens", options.get("max_tokens"))
-    if not isinstance(limit, int):
+    if not endpoint.is_count(limit):
         return f"about {sent} tokens in (4 characters each), tokens out without a limit and not counted; {cost(sent, 0)}"
     received = limit * len(requests)
     return f"about {sent} tokens in (4 characters each), at most {received} out, if none is repeated; {cost(sent, received)}"
 
 
 def read_options(text: str) -> dict:
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        options = json.loads(text)
+        options = json.loads(text, parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"--options is not JSON ({error})") from error
     if not isinstance(options, dict) or options.keys() & {"model", "messages", "stream", "n"}:
@@ -99,7 +103,7 @@ def read_pairs(prompts, answers: list[str], against: str | None) -> list:
     if not pairs:
         raise rows.DataError(f"{PROMPTS.value} has no responses to compare with; give --against")
     if len(pairs) < len(prompts):
-        print(f"{len(prompts) - len(pairs)} prompts have no response to compare with and are skipped")
+        say(f"{len(prompts) - len(pairs)} prompts have no response to compare with and are skipped")
     return pairs
 
 
@@ -117,6 +121,7 @@ def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> N
     """Sends requests, and adds each verdict to `rows_by_request` and to the file after its first `size` bytes."""
     import tqdm
 
+    from bilevel_jax import files
     from bilevel_jax.judge import endpoint, verdicts
 
     stop = threading.Event()
@@ -124,7 +129,7 @@ def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> N
         file.truncate(size)
 
         def record(row: dict) -> None:
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(files.to_json(row).encode() + b"\n")
             file.flush()
             rows_by_request[row["request"]] = row
             bar.update()
@@ -145,11 +150,11 @@ def judge(pairs) -> None:
     requests_of_pairs = [verdicts.make_requests(pair, JUDGE.value, options) for pair in pairs]
     requests = {request.hash: request for orders in requests_of_pairs for request in orders}
     missing = [request for name, request in requests.items() if name not in rows_by_request]
-    print(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {OUT.value}")
+    say(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {OUT.value}")
     if missing:
         authorization = f"with the key in {KEY_VARIABLE.value}" if key else "without a key"
-        print(f"{len(missing)} requests to {JUDGE.value} at {ENDPOINT.value} {authorization}")
-        print(estimate(missing, options), flush=True)
+        say(f"{len(missing)} requests to {JUDGE.value} at {ENDPOINT.value} {authorization}")
+        say(estimate(missing, options), flush=True)
         if not confirmed():
             return
         collect(missing, rows_by_request, size, {"key": key, "timeout": TIMEOUT.value, "backoff": BACKOFF.value})
@@ -169,13 +174,12 @@ def print_result(pairs, winners, tokens) -> None:
     from bilevel_jax.judge import verdicts
 
     sent, received = (sum(counts[i] for counts in tokens) for i in (0, 1))
-    print(f"\n{ANSWERS.value} against {AGAINST.value or 'the responses of ' + PROMPTS.value}, judged by {JUDGE.value}")
+    say(f"\n{ANSWERS.value} against {AGAINST.value or 'the responses of ' + PROMPTS.value}, judged by {JUDGE.value}")
     metrics = verdicts.summarize(pairs, winners)
-    print(verdicts.table(metrics))
+    say(verdicts.table(metrics))
     if SUMMARY.value:
-        values = {key: None if value != value else value for key, value in metrics.items()}  # JSON has no NaN
-        files.write_atomically(pathlib.Path(SUMMARY.value), json.dumps(values, indent=2) + "\n")
-    print(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
+        files.write_atomically(pathlib.Path(SUMMARY.value), files.to_json(metrics, indent=2) + "\n")
+    say(f"  {'tokens in and out, says the endpoint':<40}{f'{sent}, {received}':>20}; {cost(sent, received)}")
 
 
 def main() -> None:
@@ -192,13 +196,13 @@ def main() -> None:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
-        print("\n".join(report.summary()))
+        say("\n".join(report.summary()))
     answers = verdicts.answers_to(prompts, ANSWERS.value)
     if OUTPUTS.value:
         generator = GENERATOR.value or pathlib.Path(ANSWERS.value).stem
         outputs = verdicts.alpaca_eval_outputs(prompts, answers, generator)
-        files.write_atomically(pathlib.Path(OUTPUTS.value), json.dumps(outputs, indent=2) + "\n")
-        print(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
+        files.write_atomically(pathlib.Path(OUTPUTS.value), files.to_json(outputs, indent=2) + "\n")
+        say(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
     if any(values):
         pairs = read_pairs(prompts, answers, AGAINST.value)
         judge(sorted(pairs)[: LIMIT.value] if LIMIT.value else pairs)  # ids are hashes, so their order is random

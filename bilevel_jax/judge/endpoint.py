@@ -6,9 +6,11 @@ removed from all text that a server returns.
 
 import datetime
 import email.utils
+import importlib
 import importlib.util
 import ipaddress
 import json
+import queue
 import random
 import re
 import ssl
@@ -23,6 +25,8 @@ ATTEMPTS = 6
 MAX_BACKOFF = 60.0  # seconds
 MAX_RETRY_AFTER = 300.0  # seconds; a server that asks for more ends the command
 TRANSIENT = (408, 425, 429)  # and 500 and above
+MAX_BODY = 1 << 20  # bytes of a response
+MAX_COUNT = 1 << 53  # of tokens: larger numbers are no longer exact as JSON
 
 
 class Reply(NamedTuple):
@@ -95,13 +99,18 @@ def _error_message(body: bytes) -> str:
     return message if isinstance(message, str) else text
 
 
+def is_count(value: object) -> bool:
+    """Whether a value can be a number of tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
 def _parse_completion(body: bytes) -> Reply:
     try:
         completion = json.loads(body)
         text = completion["choices"][0]["message"].get("content")
         usage = completion.get("usage") or {}
         tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        if not isinstance(text or "", str) or not all(isinstance(number, int) for number in tokens):
+        if not isinstance(text or "", str) or not all(map(is_count, tokens)):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _TransientError(f"the response is no chat completion: {_error_message(body)}") from None
@@ -117,6 +126,57 @@ def _is_certificate_error(error: BaseException | None) -> bool:
     return False
 
 
+def _limit_body(response) -> None:
+    """Limits a response of httpx before its body is read."""
+    httpx = importlib.import_module(type(response).__module__.partition(".")[0])  # or httpx2, of later versions of `openai`
+
+    class Limited(httpx.SyncByteStream):
+        """The stream of the response, which fails after MAX_BODY bytes."""
+
+        def __init__(self, stream):
+            self._stream = stream
+
+        def __iter__(self):
+            size = 0
+            for part in self._stream:
+                size += len(part)
+                if size > MAX_BODY:
+                    raise _TransientError(f"the response is longer than {MAX_BODY >> 20} MB")
+                yield part
+
+        def close(self) -> None:
+            self._stream.close()
+
+    if response.headers.get("Content-Encoding", "identity") != "identity":  # it could unpack to any size
+        raise _TransientError("the response is compressed, for which nobody asked")
+    response.stream = Limited(response.stream)
+
+
+def _within(seconds: float, call: Callable[[], Reply]) -> Reply:
+    """`call()`, in a thread that is left alone after `seconds`: a server may send one byte at a time for ever.
+
+    Raises:
+      _TransientError: there is no result after `seconds`.
+      Exception: what `call` raises.
+    """
+    result: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            result.put((call(), None))
+        except Exception as error:  # raised again below
+            result.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        reply, error = result.get(timeout=seconds)
+    except queue.Empty:
+        raise _TransientError(f"no complete response after {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return reply
+
+
 def _make_post(endpoint: str, key: str | None, timeout: float) -> Callable[[dict], Reply]:
     """A function that makes one attempt. It raises `_TransientError`, or RunError with a cause that may contain the key."""
     import openai
@@ -124,13 +184,13 @@ def _make_post(endpoint: str, key: str | None, timeout: float) -> Callable[[dict
     local = check_endpoint(endpoint, key)
     # The package would take these headers from environment variables.
     omitted = ("OpenAI-Organization", "OpenAI-Project", *(() if key else ("Authorization",)))
-    headers = {"User-Agent": "bilevel_jax"} | dict.fromkeys(omitted, openai.Omit())
+    headers = {"User-Agent": "bilevel_jax", "Accept-Encoding": "identity"} | dict.fromkeys(omitted, openai.Omit())
     client = openai.OpenAI(
         api_key=key or "none",
         base_url=endpoint,
         timeout=timeout,
         max_retries=0,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local, event_hooks={"response": [_limit_body]}),
     )
 
     def post(body: dict) -> Reply:
@@ -150,6 +210,8 @@ def _make_post(endpoint: str, key: str | None, timeout: float) -> Callable[[dict
             raise RunError(cause) from None
         except openai.APIConnectionError as error:  # includes timeouts
             reason = error.__cause__ or error
+            if isinstance(reason, _TransientError):
+                raise reason from None
             cause = f"{type(reason).__name__}: {reason}"
             if _is_certificate_error(reason):
                 raise RunError(cause) from None
@@ -177,7 +239,7 @@ def make_chat(
     Args:
       endpoint: the URL before `/chat/completions`.
       key: sent in the Authorization header; None sends no header.
-      timeout: seconds of silence until an attempt fails.
+      timeout: seconds until an attempt fails, whatever the server sends meanwhile.
       backoff: seconds before the second attempt.
       stop: once it is set, no request is sent and waiting ends.
       notice: called with the cause of every failed attempt that is repeated.
@@ -200,7 +262,7 @@ def make_chat(
             if stop.is_set():
                 break
             try:
-                reply = post(body)
+                reply = _within(timeout, lambda: post(body))
                 return reply._replace(text=without_key(reply.text))
             except RunError as error:
                 raise RunError(f"{address}: {one_line(error)}") from None

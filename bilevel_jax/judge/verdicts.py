@@ -16,8 +16,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from bilevel_jax.data import rows
-from bilevel_jax.judge.endpoint import Reply
+from bilevel_jax import files
+from bilevel_jax.data import limits, rows
+from bilevel_jax.judge.endpoint import Reply, is_count
 from bilevel_jax.text import one_line
 
 ANSWERS, AGAINST, TIE = "answers", "against", "tie"  # values of `first` and `winner`
@@ -87,8 +88,9 @@ def read_answers(path: str) -> list[Answer]:
       DataError: a line is not a row of `sample`.
     """
     answers: dict[tuple, Answer] = {}
+    files.check_regular(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(limits.lines(file, path), 1):
             try:
                 row = json.loads(line)
                 answer = Answer(number, row.get("id"), row.get("question"), row["text"])
@@ -153,8 +155,8 @@ def make_requests(pair: Pair, judge: str, options: Mapping) -> list[Request]:
     if pair.answer == pair.against:
         return []
     requests = []
-    # A text cannot close the tags around it: it would have to contain its own hash.
-    mark = hashlib.sha256(json.dumps(pair).encode()).hexdigest()[:8]
+    # A text cannot close the tags around it: it would have to contain its own hash, of which 128 bits cannot be searched.
+    mark = hashlib.sha256(json.dumps(pair).encode()).hexdigest()[:32]
     for first, answers in ((ANSWERS, (pair.answer, pair.against)), (AGAINST, (pair.against, pair.answer))):
         content = PROMPT.format(mark=mark, question=pair.question, first=answers[0], second=answers[1])
         body = {"model": judge, "messages": [{"role": "user", "content": content}], **options}
@@ -225,6 +227,7 @@ def read_verdicts(path: pathlib.Path) -> tuple[dict[str, dict], int]:
     Raises:
       DataError: the file has other content.
     """
+    files.check_regular(path)
     data = path.read_bytes() if path.exists() else b""
     *lines, torn = data.split(b"\n")
     start = b'{"request": "'
@@ -234,7 +237,7 @@ def read_verdicts(path: pathlib.Path) -> tuple[dict[str, dict], int]:
     for number, line in enumerate(lines, 1):
         try:
             verdict = json.loads(line)
-            if verdict["winner"] not in (*POINTS, None) or len(verdict["tokens"]) != 2:
+            if verdict["winner"] not in (*POINTS, None) or len(verdict["tokens"]) != 2 or not all(map(is_count, verdict["tokens"])):
                 raise ValueError
             verdicts[verdict["request"]] = verdict
         except (ValueError, LookupError, TypeError, RecursionError):

@@ -10,6 +10,7 @@ import pathlib
 from absl import flags
 
 from bilevel_jax import cli
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A run, finished or not.", required=True, flag_values=FLAGS)
@@ -27,10 +28,10 @@ def main() -> None:
             raise FileNotFoundError(f"--screenshot: there is no directory {picture.parent}")
         screenshot.find_browser()
     report = page.write(pathlib.Path(WORKDIR.value))
-    print(report)
+    say(report)
     if SCREENSHOT.value is not None:
         screenshot.take(report, picture)
-        print(picture)
+        say(picture)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import corners, plots, run_data
 from bilevel_jax.report.run_data import Run
 from bilevel_jax.runtime import weight_table
-from bilevel_jax.text import one_line, visible
+from bilevel_jax.text import one_line, say, visible
 
 NUM_EXTREMES = 5  # rows shown from each end of an epoch's ranking
 NUM_TOKEN_WEIGHTED = 8  # responses shown with the weights of their words
@@ -189,6 +189,8 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
     if losses is None:
         return "The run has not measured a loss after the start yet."
     before, after = losses
+    if before <= 0:
+        return f"The loss on held-out trusted rows went from {before:.4f} to {after:.4f}."
     change = after / before - 1
     if abs(change) < 0.005:
         text = f"The loss on held-out trusted rows stayed at {after:.4f}."
@@ -260,7 +262,7 @@ def weight_panels(run: Run) -> Panels:
         panels.append((title, plots.ess(title, ess)))
         names = "p01", "p10", "p50", "p90", "p99"
         quantiles = {name: run_data.series(run.events, f"selector/weight_{name}")[1] for name in names}
-        if len(quantiles["p50"]) == len(ess[0]):
+        if all(len(values) == len(ess[0]) for values in quantiles.values()):
             title = "Percentiles of the weights by epoch"
             panels.append((title, plots.spread(title, ess[0], quantiles)))
     if run.tables:
@@ -398,6 +400,6 @@ def write(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) ->
     """
     file, run = workdir / "report.html", run_data.read(workdir, rows)
     if run.notice:
-        print(one_line(run.notice, 1000))
+        say(one_line(run.notice, 1000))
     files.write_atomically(file, render(run))
     return file

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import pyarrow as pa
 from bilevel_jax import files, selector
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.runtime import metrics, weight_table
+from bilevel_jax.runtime import metrics, stored, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 NUM_MISSING = 10  # ids shown of rows that are no longer in the data
@@ -47,8 +48,8 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
       FileNotFoundError: the directory holds no run.
     """
     config = read_config(workdir)
-    summary = workdir / "summary.json"
     tables = {epoch: _columns(weight_table.read(file)) for epoch, file in weight_table.epoch_files(workdir).items()}
+    _check_same_rows(workdir, tables)
     by_id, notice = {}, ""
     if tables:
         try:
@@ -60,7 +61,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
     return Run(
         name=workdir.resolve().name,
         config=config,
-        summary=files.read_json(summary) if summary.exists() else {},
+        summary=stored.read_summary(workdir) if (workdir / "summary.json").exists() else {},
         events=events(workdir),
         tables=tables,
         responses=_read_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
@@ -68,6 +69,15 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         notice=notice,
         tokens=weight_table.read_tokens(workdir),
     )
+
+
+def _check_same_rows(workdir: pathlib.Path, tables: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+    """Refuses tables of different rows: those of a run have the same ones in each epoch, in the same order."""
+    for epoch, table in tables.items():
+        if not np.array_equal(table["id"], tables[min(tables)]["id"]):
+            raise data_rows.DataError(
+                f"{workdir}/weights: the tables of epochs {min(tables)} and {epoch} have other rows; remove those of another run"
+            )
 
 
 def _missing_rows(missing: Sequence[str], number: int, source: str) -> str:
@@ -88,12 +98,14 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
 
 def events(workdir: pathlib.Path) -> list[dict]:
     """The events that a run logged."""
-    return _read_lines(workdir / "metrics.jsonl", step=int, epoch=(int, float))
+    logged = _read_lines(workdir / "metrics.jsonl", step=int, epoch=(int, float))
+    return [event for event in logged if math.isfinite(event["epoch"])]
 
 
 def _read_lines(file: pathlib.Path, **types) -> list[dict]:
     """The objects in a JSONL file whose fields have these types. Damaged and unfinished lines are skipped."""
     objects = []
+    files.check_regular(file)
     for line in file.read_bytes().split(b"\n") if file.exists() else ():
         try:
             value = json.loads(line)
@@ -105,8 +117,8 @@ def _read_lines(file: pathlib.Path, **types) -> list[dict]:
 
 
 def series(events: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of one metric."""
-    with_key = [event for event in events if key in event]
+    """Epochs and values of one metric, where it is a finite number."""
+    with_key = [event for event in events if isinstance(event.get(key), (int, float)) and math.isfinite(event[key])]
     return [event["epoch"] for event in with_key], [event[key] for event in with_key]
 
 

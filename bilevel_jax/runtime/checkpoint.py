@@ -26,9 +26,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from bilevel_jax import online
+from bilevel_jax import files, online
 from bilevel_jax.data import templates
 from bilevel_jax.errors import RunError
+from bilevel_jax.text import say
 
 MANIFEST = "manifest.json"
 METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
@@ -82,7 +83,12 @@ def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _is_step(name: str) -> bool:
+    return name.isdecimal() and name == str(int(name))
+
+
 def _checksum(path: pathlib.Path) -> str:
+    files.check_regular(path)
     if path.name == METADATA:  # Orbax adds the commit time after the manifest is written
         content = json.loads(path.read_text())
         content.pop("commit_timestamp_nsecs", None)
@@ -110,11 +116,14 @@ def write_manifest(directory: pathlib.Path) -> None:
     """Writes the checksum of every file of a checkpoint into `manifest.json`."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in NOT_IN_MANIFEST)
     manifest = {path.relative_to(directory).as_posix(): _checksum(path) for path in paths}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (directory / MANIFEST).write_text(files.to_json(manifest, indent=1) + "\n")
 
 
 def damage(directory: pathlib.Path) -> str:
-    """Describes the first damage of a checkpoint in a few words; "" if the checkpoint is intact."""
+    """Describes the first damage of a checkpoint in a few words; "" if the checkpoint is intact.
+
+    A checkpoint under the name of another step is damaged: its state and its number do not belong together.
+    """
     name = MANIFEST
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
@@ -123,11 +132,32 @@ def damage(directory: pathlib.Path) -> str:
         for name, expected in manifest.items():
             if _checksum(directory / name) != expected:
                 return f"{name} does not match its checksum"
+        name, counters = METADATA, _counters(directory)
+        _check_types(counters)
+        step = counters.get("step", int(directory.name))  # earlier versions wrote no step
+        if str(step) != directory.name:
+            return f"it is that of step {step}"
     except FileNotFoundError:
         return f"{name} is missing"
-    except (OSError, ValueError, AttributeError) as error:  # ValueError, AttributeError: invalid JSON, or not an object
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:  # all but OSError: invalid JSON, or other JSON
         return f"{name} cannot be read ({type(error).__name__})"
     return ""
+
+
+def _check_types(counters: dict) -> None:
+    """Raises a TypeError if a counter has another type than `train` gives it."""
+    if not isinstance(counters, dict) or not isinstance(counters.get("config", {}), dict):
+        raise TypeError("not an object")
+    for key in ("seconds", "at_start", "refreshed"):
+        numbers = counters.get(key, {})
+        if not isinstance(numbers, dict) or not all(isinstance(value, (int, float)) for value in numbers.values()):
+            raise TypeError(key)
+    if not isinstance(counters.get("num_steps", 0), int):
+        raise TypeError("num_steps")
+
+
+def _counters(directory: pathlib.Path) -> dict:
+    return json.loads((directory / METADATA).read_text())["custom_metadata"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,7 +182,7 @@ class Checkpoints:
         self._newest: int | None = None  # intact, or being written
         self._written: int | None = None  # the newest one that is completely written
         self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
-        steps = (int(entry.name) for entry in self._directory.glob("*") if entry.name.isdecimal() and entry.is_dir())
+        steps = [int(entry.name) for entry in self._directory.glob("*") if _is_step(entry.name) and entry.is_dir()]
         for step in sorted(steps, reverse=True):
             reason = damage(self._directory / str(step))
             if not reason:
@@ -186,7 +216,7 @@ class Checkpoints:
         while (target := self._directory / f"damaged-{step}{f'.{number}' if number else ''}").exists():
             number += 1
         path.rename(target)
-        print(f"{path} is damaged ({reason}): renamed to {target.name}; step {self._newest} is used")
+        say(f"{path} is damaged ({reason}): renamed to {target.name}; step {self._newest} is used")
 
     def _finalize(self) -> None:
         """Writes the manifest. Orbax calls it in the background in the first process, after all files and before the rename."""
@@ -240,7 +270,7 @@ class Checkpoints:
 
     def counters(self, step: int) -> dict:
         """The counters that were saved at `step`."""
-        return json.loads((self._directory / str(step) / METADATA).read_text())["custom_metadata"]
+        return _counters(self._directory / str(step))
 
     def restore(self, step: int, like, keeps_best: bool = False) -> tuple:
         """Reads a checkpoint.
@@ -266,4 +296,8 @@ class Checkpoints:
         """
         if "_checkpointer" in vars(self):  # created on first use
             with self._save_errors():
-                self._checkpointer.close()
+                try:
+                    if self._response:
+                        self._response.result()  # also ends its thread, which nothing else does
+                finally:
+                    self._checkpointer.close()

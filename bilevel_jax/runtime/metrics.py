@@ -113,7 +113,7 @@ class MetricsWriter:
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Writes one event."""
         event = {"step": step, "epoch": round(epoch, 4)} | {key: float(value) for key, value in values.items()}
-        self._file.write(json.dumps(event) + "\n")
+        self._file.write(files.to_json(event) + "\n")
         if self._board:
             self._board.write(step, values)
         if self._run:

@@ -8,13 +8,15 @@ import time
 import jax
 import tqdm
 
+from bilevel_jax.text import visible
+
 EVERY = 30.0  # seconds between two lines of a phase that has no progress bar
 
 
 def say(text: str) -> None:
-    """Prints a line, above the progress bars; only in the first process of a run."""
+    """Prints an escaped line, above the progress bars; only in the first process of a run."""
     if jax.process_index() == 0:
-        tqdm.tqdm.write(text)
+        tqdm.tqdm.write(visible(text))
         sys.stdout.flush()
 
 

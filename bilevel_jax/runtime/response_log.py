@@ -47,7 +47,7 @@ class ResponseLog:
             }
             if store.reward is not None:
                 line["reward"] = float(store.reward[i])
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.write(files.to_json(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ def _before_and_after(summary: dict, names: dict[str, str], form: str) -> list[s
     return [
         f"  {name:<32}{summary[f'start/{key}']:>9{form}}{summary[f'eval/{key}']:>9{form}}"
         for key, name in names.items()
-        if f"eval/{key}" in summary
+        if {f"start/{key}", f"eval/{key}"} <= summary.keys()
     ]
 
 
@@ -56,12 +56,12 @@ def _line(name: str, value: str) -> str:
 def _selector(summary: dict) -> list[str]:
     """Distribution of the weights and, if the data have labels, how well the weights rank bad rows."""
     lines = []
-    if "selector/ess" in summary:
+    if {"selector/ess", "selector/weight_min", "selector/weight_max"} <= summary.keys():
         low, high = summary["selector/weight_min"], summary["selector/weight_max"]
         lines += ["", "weights of the rows"]
         lines.append(_line("effective sample size / N", f"{summary['selector/ess']:.4f}"))
         lines.append(_line("smallest and largest weight", f"{low:.3g} to {high:.3g}"))
-    if "selector/auroc" in summary:
+    if {"selector/auroc", "selector/bad_kept"} <= summary.keys():
         lines.append(_line("AUROC for rows labelled bad", f"{summary['selector/auroc']:.4f}"))
         if "selector/auroc_plausible" in summary:  # not in files of earlier versions
             lines.append(_line("the same by plausible, not by weight", f"{summary['selector/auroc_plausible']:.4f}"))

@@ -104,12 +104,38 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
         for name in MEASURES if schema is SCHEMA else ():
             if name not in stored.column_names:
                 stored = stored.append_column(name, pa.nulls(len(stored), pa.float32()))
-        return stored.select(schema.names).cast(schema)
+        weights = stored.select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
     except Exception as error:  # Arrow raises errors of many types for damaged files and wrong columns
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
+    _check_values(path, weights)
+    return weights
+
+
+def _check_values(path: pathlib.Path, weights: pa.Table) -> None:
+    """Refuses a table with a null, except in `MEASURES`, or with a number that is not finite or, for a weight, below 0.
+
+    Raises:
+      DataError: names the row and the column.
+    """
+    for name in weights.column_names:
+        column = weights[name].combine_chunks()
+        wrong = np.zeros(len(column), bool) if name in MEASURES else column.is_null().to_numpy(zero_copy_only=False)
+        if pa.types.is_floating(column.type):
+            values = column.fill_null(0).to_numpy()
+            wrong |= ~np.isfinite(values) | (values < 0 if name == "weight" else False)
+        if wrong.any():
+            i = int(wrong.argmax())
+            what = f"{path}: row {i + 1} (id {weights['id'][i].as_py()}) has {name}={column[i].as_py()}"
+            raise data_rows.DataError(f"{what}, which is not valid; restore the file, or run again")
+    if "rank" in weights.column_names and not np.array_equal(np.sort(weights["rank"]), np.arange(1, len(weights) + 1)):
+        raise data_rows.DataError(f"{path}: the ranks are not 1 to {len(weights)}; restore the file, or run again")
+    if len(set(weights["id"].to_pylist())) < len(weights):
+        raise data_rows.DataError(f"{path}: an id occurs twice; restore the file, or run again")
+    if not len(weights):
+        raise data_rows.DataError(f"{path}: the table of weights has no rows; restore the file, or run again")
 
 
 def known_measures(weights: pa.Table) -> list[str]:
@@ -120,7 +146,7 @@ def known_measures(weights: pa.Table) -> list[str]:
 def epoch_files(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
     """The tables of a run by epoch, in order."""
     names = ((path.stem.removeprefix("epoch_"), path) for path in (workdir / "weights").glob("epoch_*.parquet"))
-    return dict(sorted((int(epoch), path) for epoch, path in names if epoch.isdecimal()))
+    return dict(sorted((int(epoch), path) for epoch, path in names if epoch.isascii() and epoch.isdecimal()))
 
 
 def latest(workdir: pathlib.Path) -> pa.Table | None:
@@ -176,4 +202,10 @@ def read_tokens(workdir: pathlib.Path) -> pa.Table | None:
       DataError: it is damaged.
     """
     path = workdir / TOKENS
-    return read(path, TOKENS_SCHEMA) if path.exists() else None
+    if not path.exists():
+        return None
+    tokens = read(path, TOKENS_SCHEMA)
+    sizes = {name: [len(value) for value in tokens[name].to_pylist()] for name in ("weight", "start", "stop")}
+    if not sizes["weight"] == sizes["start"] == sizes["stop"]:
+        raise data_rows.DataError(f"{path}: a row has other numbers of weights and of tokens; restore the file, or run again")
+    return tokens

@@ -5,17 +5,26 @@ import errno
 import fcntl
 import fnmatch
 import glob
+import json
 import os
 import pathlib
 import platform
+import stat
 import sys
+from typing import IO
 
 import ml_collections
 
-from bilevel_jax import files
+from bilevel_jax import files, text
 from bilevel_jax.errors import RunError
+from bilevel_jax.runtime import stored
+from bilevel_jax.text import say
 
 LOCK = ".lock"
+OPENED = (  # what a run opens in its workdir; other files are replaced, which follows no link
+    *("metrics.jsonl", "responses.jsonl", "adapter", "adapters", "checkpoints", "inputs", "profile", "tensorboard", "wandb"),
+    "weights",
+)
 NO_RESULT = ("log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
 RESUMABLE = ("checkpoint.*", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
@@ -42,6 +51,7 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
         with locked(workdir) if lock else contextlib.nullcontext():
             refuse_finished(workdir)  # the other process may have finished it before the lock was released
             refuse_another(config, workdir, resumes=True)
+            refuse_links(workdir)
             yield
 
 
@@ -49,22 +59,69 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
 def locked(workdir: pathlib.Path):
     """Locks a workdir. The kernel releases the lock when this process ends for any reason.
 
+    Locked are the directory and the file `.lock` in it: without the first, another process could remove the file and lock a new
+    one; network file systems may have no lock for a directory.
+
     Raises:
-      RunError: another process holds the lock.
+      RunError: another process holds the lock, or `.lock` is a link.
     """
-    with open(workdir / LOCK, "a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        directory = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, directory)
+        file = stack.enter_context(_open_lock(workdir / LOCK))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reasons = [_lock(directory), _lock(file.fileno())]
         except BlockingIOError:
-            file.seek(0)
-            owner = f"process {file.read().strip() or 'of another user'}"
+            owner = f"process {text.one_line(file.read(200), 80) or 'of another user'}"
             raise RunError(f"{workdir} is in use by {owner}; wait until it ends, or give another --workdir") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{workdir} cannot be locked ({error.strerror}): make sure that no other process uses it", file=sys.stderr)
+        if all(reasons):
+            say(f"{workdir} cannot be locked ({reasons[-1]}): make sure that no other process uses it", file=sys.stderr)
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def _open_lock(path: pathlib.Path) -> IO[str]:
+    """Opens the lock file of a workdir, and follows no link: the owner's name is written into it."""
+    _refuse_link(path)
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8", errors="replace")
+
+
+def _lock(descriptor: int) -> str:
+    """Locks a file or directory. Returns why the file system has no locks for it; "" if it has.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # of some network file systems
+        return error.strerror
+    return ""
+
+
+def refuse_links(workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which a run would write somewhere else, because what it opens there is a link, a pipe or a device.
+
+    Raises:
+      RunError: names the entry.
+    """
+    for name in OPENED:
+        path = workdir / name
+        _refuse_link(path)
+        for entry in path.rglob("*") if path.is_dir() and name != "wandb" else ():  # wandb makes links of its own
+            _refuse_link(entry)
+
+
+def _refuse_link(path: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            what = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+            raise RunError(f"{path} is {what}, into which a run would write; remove it, or give another --workdir")
 
 
 @contextlib.contextmanager
@@ -105,33 +162,41 @@ def refuse_another(config: ml_collections.ConfigDict, workdir: pathlib.Path, res
       RunError: one line with the keys that differ, and those that may.
     """
     file = workdir / "config.json"
-    if not file.exists():
-        return
-    now, stored = _flatten(config), _flatten(_read_config_file(file))
+    if file.exists():
+        refuse_other_settings(_flatten(config), _flatten(_read_config_file(file)), str(workdir), resumes)
+
+
+def settings(config: ml_collections.ConfigDict) -> dict:
+    """All keys of a config with their values, its paths absolute. Every checkpoint stores them."""
+    return _flatten(ml_collections.ConfigDict(json.loads(config_json(config))))
+
+
+def refuse_other_settings(now: dict, there: dict, what: str, resumes: bool) -> None:
+    """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds those `there`."""
     may_differ = RESUMABLE if resumes else NO_RESULT
-    compared = {key for key in now | stored if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
-    different = sorted(key for key in compared if not _equal(key, stored.get(key), now.get(key)))
-    if resumes and different == ["num_epochs"] and _may_grow(now, stored):
+    compared = {key for key in now | there if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
+    different = sorted(key for key in compared if not _equal(key, there.get(key), now.get(key)))
+    if resumes and different == ["num_epochs"] and _may_grow(now, there):
         return
     if different:
-        changes = ", ".join(f"{key}: {stored.get(key)!r} there, {now.get(key)!r} now" for key in different)
+        changes = ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in different)
         hint = f" (only {', '.join(RESUMABLE)} may change, and num_epochs may grow with a constant rate)" if resumes else ""
-        raise RunError(f"{workdir} holds a run of another config ({changes}); give another --workdir{hint}")
+        raise RunError(f"{what} holds a run of another config ({changes}); give another --workdir{hint}")
 
 
-def _may_grow(now: dict, stored: dict) -> bool:
+def _may_grow(now: dict, there: dict) -> bool:
     """Whether a run may go on with another number of epochs: the steps so far are the same ones."""
-    before, after = stored.get("num_epochs"), now["num_epochs"]
+    before, after = there.get("num_epochs"), now["num_epochs"]
     whole_runs = now["method"] != "mixing" and now["selection.rule"] == "metagradient"
     same_rates = now["optimizer.schedule"] == "constant" and not 0 < now["optimizer.warmup"] < 1
     return isinstance(before, int) and after > before and same_rates and not whole_runs
 
 
-def _equal(key: str, stored, now) -> bool:
+def _equal(key: str, there, now) -> bool:
     if key not in PATHS:
-        return stored == now
-    is_gone = isinstance(now, str) and stored == os.path.abspath(now)  # reading it fails later, with a better message
-    return absolute(stored) == absolute(now) or is_gone
+        return there == now
+    is_gone = isinstance(now, str) and there == os.path.abspath(now)  # reading it fails later, with a better message
+    return absolute(there) == absolute(now) or is_gone
 
 
 def absolute(value):
@@ -183,11 +248,14 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
     Raises:
       FileNotFoundError: the workdir holds no run.
+      RunError: a key that commands read is missing or invalid.
     """
     file = workdir / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
-    return _read_config_file(file)
+    config = _read_config_file(file)
+    stored.check_config(config, file)
+    return config
 
 
 def read_finished(workdir: pathlib.Path) -> ml_collections.ConfigDict:

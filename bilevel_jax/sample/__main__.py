@@ -7,7 +7,6 @@ Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens
 `question`. A prompt that cannot be used has one line of nulls with a `reason`. The same command generates the same responses.
 """
 
-import json
 import pathlib
 import tempfile
 
@@ -15,6 +14,7 @@ from absl import flags
 
 from bilevel_jax import cli
 from bilevel_jax.data import templates
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
@@ -75,13 +75,13 @@ def main() -> None:
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
     options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
     results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options)
-    files.write_atomically(out, "".join(json.dumps(result) + "\n" for result in results))
+    files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]
     num_stops = sum(result["finish_reason"] == "stop" for result in responses)
     length = sum(len(result["tokens"]) for result in responses) / len(responses)
     num_used, num_prompts = (sum(result["sample"] in first for result in results) for first in ((0,), (0, None)))
     used = f"{len(responses)} responses to {num_used} of {num_prompts} prompts"
-    print(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
+    say(f"{out}: {used}, {num_stops} stop, {len(responses) - num_stops} length, mean {length:.1f} tokens")
 
 
 if __name__ == "__main__":

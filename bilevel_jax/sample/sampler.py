@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.data import in_memory, rejections, rendering, rows, templates
+from bilevel_jax.data import in_memory, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import attention, huggingface, layer_settings
+from bilevel_jax.text import say
 
 
 def sample(
@@ -28,14 +29,14 @@ def sample(
     name = in_memory.name(source)
     items = list(rows.iter_rows(source, questions_only=True, columns=columns))
     usable, report = rows.collect(items, name)  # raises if no row is usable
-    print("".join(f"{note}\n" for note in report.notes()), end="")
+    say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
     if notice := rendering.template_notice(
         template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False, learn="last")
     ):
-        print(notice)
+        say(notice)
     prompts = encode_rows(items, config, tokenizer, template=template)
     if all(prompt.reason for prompt in prompts):
         first = f"{rows.location(name, prompts[0].line)}: {prompts[0].reason}"
@@ -80,8 +81,8 @@ def encode_rows(items, model, tokenizer, *, template: str) -> list[Prompt]:
             reason = "no token in the prompt"
         elif len(tokens) >= model.max_positions:
             reason = f"no room for a response within the model's {model.max_positions} positions"
-        elif tokens.max() >= model.vocab_size:
-            reason = f"token {tokens.max()} is not in the model's vocabulary of {model.vocab_size}"
+        else:
+            reason = token_ids.outside(tokens, tokenizer, model.vocab_size) or None
         prompts.append(Prompt(item.id, item.line, tokens, reason, item.question))
     return prompts
 

@@ -7,12 +7,12 @@ log-probability) and `num_tokens`. All answers of a conversation are scored, or 
 cannot be scored has nulls and a `reason`.
 """
 
-import json
 import pathlib
 
 from absl import flags
 
 from bilevel_jax import cli
+from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", None, "Model directory in Hugging Face format, or a hub id.", required=True, flag_values=FLAGS)
@@ -34,18 +34,20 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 
 def main() -> None:
+    from bilevel_jax import files
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: there is no directory {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out={out} is a directory; name a file")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
-    with open(out, "w") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+    files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     scored = [result["loss"] for result in results if result["loss"] is not None]
     mean = f", mean loss {sum(scored) / len(scored):.4f}" if scored else ""
-    print(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")
+    say(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")
 
 
 if __name__ == "__main__":

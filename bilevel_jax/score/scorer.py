@@ -1,8 +1,11 @@
 """Scores the responses of rows."""
 
+import math
+
 from bilevel_jax import scoring, sharding
-from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates
+from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface, layer_settings
+from bilevel_jax.text import say
 
 
 def score(
@@ -21,7 +24,7 @@ def score(
     """
     items = list(rows.iter_rows(source, columns=columns))
     usable, report = rows.collect(items, in_memory.name(source))  # raises if no row is usable
-    print("".join(f"{note}\n" for note in report.notes()), end="")
+    say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
     tokenizer = templates.load_tokenizer(str(directory))
@@ -30,7 +33,7 @@ def score(
     if notice := rendering.template_notice(
         template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos, learn=learn)
     ):
-        print(notice)
+        say(notice)
     options = {"template": template, "eos": eos, "learn": learn, "batch_size": batch_size}
     return score_rows(items, config, base, weights, tokenizer, **options)
 
@@ -43,10 +46,16 @@ def score_rows(
     Args:
       items: `rows.Row` or `rows.Rejection`, as `rows.iter_rows` yields them.
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
+
+    Raises:
+      TokenError: the model does not have a token of a row.
+      ValueError: a loss is not finite.
     """
     usable = [item for item in items if isinstance(item, rows.Row)]
     segments, scored, results = [], [], []
-    encoded = iter(templates.encode(usable, tokenizer, template=template, eos=eos, learn=learn))
+    examples = templates.encode(usable, tokenizer, template=template, eos=eos, learn=learn)
+    token_ids.check(examples, tokenizer, model.vocab_size)
+    encoded = iter(examples)
     for item in items:
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
@@ -67,6 +76,9 @@ def score_rows(
     model = layer_settings.for_length(model, max(segment.size for segment in segments))
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
+    if broken := [result["id"] for result, total in zip(scored, nll) if not math.isfinite(total)]:
+        what = f"the losses of {len(broken)} rows are not finite (the first: {broken[0]})"
+        raise ValueError(f"{what}; the weights are damaged, or too large for the dtype")
     for result, total, number in zip(scored, nll, count):
         result |= {"loss": float(total / max(number, 1)), "logprob": float(-total), "num_tokens": int(number)}
     return results

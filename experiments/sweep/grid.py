@@ -3,9 +3,7 @@
 import functools
 import hashlib
 import itertools
-import json
 import numbers
-import os
 import pathlib
 import runpy
 import statistics
@@ -204,7 +202,7 @@ def table(outcomes: Sequence[Outcome], metric: str | None = None) -> list[str]:
 def write(directory: pathlib.Path, command: str, outcomes: Sequence[Outcome], metric: str | None) -> str:
     """Writes sweep.json and sweep.md, and returns the text to print."""
     record = [{"settings": dict(point.settings), "seeds": summaries, "failed": failed} for point, summaries, failed in outcomes]
-    files.write_atomically(directory / "sweep.json", json.dumps({"command": command, "cells": record}, indent=1) + "\n")
+    files.write_atomically(directory / "sweep.json", files.to_json({"command": command, "cells": record}, indent=1) + "\n")
     lines = table(outcomes, metric)
     failures = [f"- {outcome.point.name}, seed {seed}: {reason}" for outcome in outcomes for seed, reason in outcome.failed.items()]
     if failures:
@@ -244,9 +242,8 @@ def draw(file: pathlib.Path, outcomes: Sequence[Outcome], metric: str | None) ->
     }
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
     (_line if len(varied) == 1 else _heat_map)(figure, varied, values, metric)
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, file)
+    with files.replacing(file) as out:
+        figure.savefig(out, format="png", dpi=150)
     return f"{metric}: {file}"
 
 

@@ -420,3 +420,27 @@ def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
     assert f"lower.jsonl | 1 | {summary['eval/upper_loss']:.4f} | {summary['eval/lower_loss']:.4f} |" in table
     assert f"seed 0: {tmp_path}/absent.jsonl: no such file" in table
     assert "no picture: it takes one or two keys that vary, all numbers; here data.lower" in capsys.readouterr().out
+
+
+# A sweep of one cell whose run writes its process id and waits for SIGTERM.
+SWEEP = """
+import pathlib, sys
+from experiments import runs
+code = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+runs.run_cell(runs.Cell(str(pathlib.Path("cell").absolute()), (sys.executable, "-c", code)))
+"""
+
+
+def test_runs_end_with_a_killed_sweep(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", SWEEP], cwd=tmp_path, env=environment) as process:
+        file = tmp_path / "pid"
+        while not (file.exists() and file.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        pid = int(file.read_text())
+        process.kill()
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

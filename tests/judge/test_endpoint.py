@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import gzip
 import http.server
 import json
+import socket
 import sys
 import threading
 import time
@@ -275,3 +277,87 @@ def test_nobody_there():
         endpoint = server.endpoint
     with pytest.raises(RunError, match="[Rr]efused.*the last of 6 attempts"):
         make(endpoint)(BODY)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hostile servers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serve_raw(send):
+    """A server that calls `send(connection)` for every connection, after it has read the request."""
+    stop = threading.Event()
+
+    def handle(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            send(connection, stop)
+
+    def accept():
+        with contextlib.suppress(OSError):  # the server is closed
+            while True:
+                threading.Thread(target=handle, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        stop.set()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+START = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def drip_body(connection, stop):
+    connection.sendall(START + b"Content-Length: 1000\r\n\r\n")
+    while not stop.wait(0.05):
+        connection.sendall(b" ")
+
+
+def drip_headers(connection, stop):
+    connection.sendall(START)
+    while not stop.wait(0.05):
+        connection.sendall(b"X: y\r\n")
+
+
+def large_body(connection, stop):
+    connection.sendall(START + b"Content-Length: 10000000000\r\n\r\n")
+    while not stop.is_set():
+        connection.sendall(bytes(1 << 16))
+
+
+def large_error(connection, stop):
+    connection.sendall(START.replace(b"200 OK", b"400 Bad") + b"Content-Length: 10000000000\r\n\r\n")
+    while not stop.is_set():
+        connection.sendall(bytes(1 << 16))
+
+
+def packed_body(connection, stop):
+    body = gzip.compress(bytes(1 << 25))
+    connection.sendall(START + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+@pytest.mark.parametrize(
+    "send, cause",
+    [
+        (drip_body, "no complete response after 0.4 seconds"),
+        (drip_headers, "no complete response after 0.4 seconds"),
+        (large_body, "longer than 1 MB"),
+        (large_error, "longer than 1 MB"),
+        (packed_body, "compressed"),
+    ],
+)
+def test_hostile_responses(monkeypatch, send, cause):
+    monkeypatch.setattr(client, "ATTEMPTS", 2)
+    began = time.monotonic()
+    with serve_raw(send) as endpoint, pytest.raises(RunError, match=rf"{cause}.*\(the last of 2 attempts\)"):
+        make(endpoint, timeout=0.4)(BODY)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("count", [-1, 2**53, 10**400, True, 1.5])
+def test_counts_of_tokens_that_cannot_be(monkeypatch, count):
+    monkeypatch.setattr(client, "ATTEMPTS", 1)
+    with serve(lambda *_: completion("A", (count, 1))) as server, pytest.raises(RunError, match="no chat completion"):
+        make(server.endpoint)(BODY)

@@ -311,6 +311,7 @@ def test_refusals(files, tmp_path):
             ([files[0], other[1], *comparison], "no answer to 5 of 5 prompts"),
             ([*unanswered, *comparison], "has no responses to compare with; give --against"),
             ([*files, *comparison, "--options={"], "--options is not JSON"),
+            ([*files, *comparison, '--options={"temperature": NaN}'], "--options is not JSON (NaN is no number of JSON)"),
             ([*files, *comparison, '--options={"stream": true}'], "--options must be an object without"),
             ([*files, *comparison, f"--out={tmp_path / 'answers.jsonl'}"], "answers.jsonl:1: not a verdict"),
             ([*files, *comparison, "--endpoint=http://judge.example/v1"], "to judge.example unencrypted"),

@@ -1,9 +1,11 @@
 """Checkpoints: restored values equal the saved ones to the bit, and damage is detected."""
 
 import errno
+import json
 import os
 import re
 import shutil
+import threading
 import time
 
 import jax
@@ -323,3 +325,27 @@ def test_no_earlier_checkpoint_is_promised_where_there_is_none(tmp_path, monkeyp
     second.save(1, make_state(), online.empty(7), COUNTERS)
     with pytest.raises(errors.RunError, match="No space left on device.*no earlier one.*starts from step 0"):
         second.save(2, make_state(), online.empty(7), COUNTERS)
+
+
+def test_nothing_stays_open(tmp_path):
+    """Files and threads stay flat over runs in one process; each left three descriptors and a thread."""
+
+    def run(i):
+        checkpoints = checkpoint.Checkpoints(tmp_path / str(i), keep=1)
+        for k in (1, 2):
+            checkpoints.save(k, {"x": jnp.zeros(3)}, online.empty(7), COUNTERS)
+        checkpoints.close()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    first, *others = [run(i) for i in range(8)][1:]
+    assert others == [first] * len(others)
+
+
+@pytest.mark.parametrize("counters", [None, [], {"seconds": "x"}, {"at_start": {"a": "b"}}, {"num_steps": "12"}, {"config": 3}])
+def test_counters_of_other_types_are_damage(two, tmp_path, counters):
+    """Also where the checksums are right."""
+    copy = shutil.copytree(two / "6", tmp_path / "6")
+    file = copy / checkpoint.METADATA
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": counters}))
+    checkpoint.write_manifest(copy)
+    assert checkpoint.damage(copy) == f"{checkpoint.METADATA} cannot be read (TypeError)"

@@ -130,3 +130,46 @@ def test_paths_in_the_config(directory, stored):
     with pytest.raises(errors.RunError, match=f"data.lower: '{directory}/a.jsonl' there, 'a.jsonl' now"):
         workdir.refuse_another(with_changes(changes), directory)
     assert json.loads(workdir.config_json(configuration.default()))["model"]["path"] == "bilevel_jax/tiny"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Links, and a lock that is removed
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A directory of somebody else, with a file."""
+    directory = tmp_path / "victim"
+    directory.mkdir()
+    (directory / "file").write_text("precious")
+    yield directory
+    assert {file.name: file.read_text() for file in directory.iterdir()} == {"file": "precious"}
+
+
+@pytest.mark.parametrize("name", ["adapter", "weights", "metrics.jsonl", ".lock", "checkpoints", "adapters/step_2"])
+def test_a_run_follows_no_link(victim, tmp_path, name):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(victim / "file" if "." in name else victim)
+    with pytest.raises(errors.RunError, match=f"{name} is a symbolic link.*remove it") as caught:
+        with workdir.open_workdir(configuration.default(), run):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(errors.RunError, match="metrics.jsonl is not a regular file"):
+        with workdir.open_workdir(configuration.default(), tmp_path):
+            pass
+
+
+def test_a_removed_lock_admits_nobody(tmp_path):
+    with workdir.locked(tmp_path):
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(errors.RunError, match="is in use by process of another user; wait until it ends"):
+            with workdir.locked(tmp_path):
+                pass
+    with workdir.locked(tmp_path):
+        pass

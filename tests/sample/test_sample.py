@@ -391,7 +391,7 @@ def test_prompts_without_valid_tokens(sampled, model_copy, tmp_path):
     asked = write_jsonl(tmp_path / "odd.jsonl", [{"question": text} for text in ("gone", "a <300>", "a")])
     none, unknown, good = sampled(model_copy, "--template=none", *GREEDY, prompts=asked)
     assert none["reason"] == "no token in the prompt"
-    assert unknown["reason"] == "token 300 is not in the model's vocabulary of 300"
+    assert unknown["reason"] == "token 300 ('<300>') is not in the model's vocabulary of 300; the tokenizer has 301 tokens"
     assert good["sample"] == 0
 
 

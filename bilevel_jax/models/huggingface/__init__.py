@@ -8,13 +8,25 @@
 
 from bilevel_jax.models.huggingface.adapters import load_adapter, save_adapter
 from bilevel_jax.models.huggingface.config import eos_ids, read_config
-from bilevel_jax.models.huggingface.directory import PACKAGE, ModelError, locate
-from bilevel_jax.models.huggingface.weights import TensorReader, flatten, hf_name, load_model, load_params, save_params
+from bilevel_jax.models.huggingface.directory import PACKAGE, ModelError, check_inside, locate
+from bilevel_jax.models.huggingface.weights import (
+    TensorReader,
+    cast,
+    check_finite,
+    flatten,
+    hf_name,
+    load_model,
+    load_params,
+    save_params,
+)
 
 __all__ = [
     "PACKAGE",
     "ModelError",
     "TensorReader",
+    "cast",
+    "check_inside",
+    "check_finite",
     "eos_ids",
     "flatten",
     "hf_name",

@@ -1,7 +1,6 @@
 """LoRA adapters in the file format of PEFT."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ import safetensors.numpy
 
 from bilevel_jax import files
 from bilevel_jax.models import decoder, lora
-from bilevel_jax.models.huggingface.directory import ModelError, read_json
-from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES
+from bilevel_jax.models.huggingface.directory import ModelError, check_regular_files, read_json
+from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES, cast, check_finite
 
 MATRICES = {"a": "lora_A", "b": "lora_B"}  # our name -> PEFT's
 
@@ -71,7 +70,7 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     files.write_atomically(directory / "adapter_model.safetensors", weights)
-    files.write_atomically(directory / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+    files.write_atomically(directory / "adapter_config.json", files.to_json(description, indent=2) + "\n")
 
 
 def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> tuple[decoder.ModelConfig, dict]:
@@ -84,6 +83,8 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
       ModelError: not a LoRA adapter of this model, or an option (DoRA, biases, ...) that is not supported.
     """
     directory = pathlib.Path(directory)
+    if directory.is_dir():
+        check_regular_files(directory)
     rank, scale = _read_options(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     tensors = _read_tensors(file)
@@ -97,7 +98,7 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
             if len(layers) != config.num_layers or any(layer.shape != shape for layer in layers):
                 label = f"{module}.{name}.{MATRICES[matrix]}"
                 raise ModelError(f"{file}: {label} does not fit {config.num_layers} layers of {shape}")
-            low_rank[matrix] = jnp.asarray(np.stack([layer.astype(np.float32).T for layer in layers]))
+            low_rank[matrix] = jnp.asarray(np.stack([layer.T for layer in layers]))
         if len(low_rank) == 1:
             raise ModelError(f"{file}: {module}.{name} has only one of lora_A and lora_B")
         if low_rank:
@@ -133,4 +134,6 @@ def _read_tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ModelError(f"{file}: tensor '{name}' is {tensor.dtype}; quantised weights are not supported")
+        tensors[name] = cast(tensor, np.float32)
+        check_finite(tensors[name], name, file)
     return tensors

@@ -1,7 +1,9 @@
 """Finding a model directory, and reading its JSON files."""
 
 import json
+import os
 import pathlib
+import stat
 
 PACKAGE = pathlib.Path(__file__).parents[2]
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a hub download: no pickles
@@ -23,6 +25,7 @@ def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     """
     local = pathlib.Path(path)
     if local.is_dir():
+        check_regular_files(local)
         return local
     if local.exists():
         raise ModelError(f"{path} is a file; a model is a directory with config.json, safetensors and a tokenizer")
@@ -37,6 +40,29 @@ def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     except Exception as error:  # the hub raises a dozen types, from DNS to permissions; the user sees one message
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{path}: no such directory, and the hub could not be reached for it ({reason})") from error
+
+
+def check_regular_files(directory: pathlib.Path) -> None:
+    """Refuses a directory with a pipe, a device or the like in it, from which reading may never end.
+
+    Raises:
+      ModelError: names the file.
+    """
+    for entry in os.scandir(directory):
+        if os.path.exists(entry) and not (entry.is_dir() or stat.S_ISREG(entry.stat().st_mode)):
+            raise ModelError(f"{entry.path}: not a regular file; remove it from the model directory")
+
+
+def check_inside(file: pathlib.Path, directory: pathlib.Path) -> None:
+    """Refuses to copy a file that is a link out of its model directory. Links of the hub's cache are into its own `blobs`.
+
+    Raises:
+      ModelError: names the file and its target.
+    """
+    home, target = directory.resolve(), file.resolve()
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any(target.is_relative_to(one) for one in homes):
+        raise ModelError(f"{file}: a link to {target}, outside the model directory, is not copied; put the file itself there")
 
 
 def read_json(file: pathlib.Path) -> dict:

@@ -49,7 +49,7 @@ class TensorReader:
             except (safetensors.SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: not a safetensors file ({error})") from error
 
-    def read(self, name: str, shape: tuple[int, ...], transposed: bool, source: pathlib.Path) -> np.ndarray:
+    def read(self, name: str, shape: tuple[int, ...], transposed: bool, source: pathlib.Path, dtype=None) -> np.ndarray:
         """One tensor.
 
         Args:
@@ -57,9 +57,10 @@ class TensorReader:
           shape: of the result.
           transposed: whether the file has the transpose.
           source: the directory that the error names if no file has the tensor.
+          dtype: of the result; by default that of the file.
 
         Raises:
-          ModelError: the tensor is missing, quantised, or has another shape.
+          ModelError: the tensor is missing, quantised, or has another shape, or a value is not finite in the dtype.
         """
         if name not in self.handles:
             raise ModelError(f"{source}: tensor '{name}' is missing")
@@ -73,7 +74,28 @@ class TensorReader:
         expected = shape[::-1] if transposed else shape
         if tensor.shape != expected:
             raise ModelError(f"{file}: tensor '{name}' has shape {list(tensor.shape)}, the config requires {list(expected)}")
+        tensor = tensor if dtype is None else cast(tensor, dtype)
+        check_finite(tensor, name, file)
         return tensor.T if transposed else tensor
+
+
+def cast(tensor: np.ndarray, dtype) -> np.ndarray:
+    """The tensor in another dtype; values that are too large for it become infinite without a warning."""
+    with np.errstate(over="ignore"):
+        return tensor.astype(dtype)
+
+
+def check_finite(tensor: np.ndarray, name: str, file: pathlib.Path) -> None:
+    """Refuses NaN and infinities: a model with one in it gives no loss, or a wrong one.
+
+    Raises:
+      ModelError: names the file, the tensor and the number of such values.
+    """
+    finite = np.isfinite(tensor)
+    if not finite.all():
+        number = finite.size - np.count_nonzero(finite)
+        what = f"{file}: tensor '{name}' has {number} values of {finite.size} that are not finite in {tensor.dtype}"
+        raise ModelError(f"{what}; the file is damaged, or its values are too large for this dtype")
 
 
 def hf_name(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bool]:
@@ -124,7 +146,7 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
             array = _load_stack(reader, path, leaf, config, mesh, directory)
         else:
             name, transposed = hf_name(path, config)
-            tensor = reader.read(name, leaf.shape, transposed, directory).astype(leaf.dtype)
+            tensor = reader.read(name, leaf.shape, transposed, directory, leaf.dtype)
             array = sharding.device_put(tensor, sharding.weight_sharding(mesh, path, leaf.shape))
         params[path] = array.block_until_ready()
     return _unflatten(params)
@@ -139,7 +161,7 @@ def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, m
     stack_sharding, layer_sharding = (sharding.weight_sharding(mesh, path, x) for x in (leaf.shape, shape))
     stack = jnp.zeros(leaf.shape, leaf.dtype, device=stack_sharding)
     for i in range(config.num_layers):
-        tensor = reader.read(name.format(i), shape, transposed, directory).astype(leaf.dtype)
+        tensor = reader.read(name.format(i), shape, transposed, directory, leaf.dtype)
         stack = _insert(stack, sharding.device_put(tensor, layer_sharding), i, stack_sharding)
     return stack
 

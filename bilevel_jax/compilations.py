@@ -1,0 +1,90 @@
+"""The cache of compiled programs, which are executed: who may write into it, and whether an entry is what was written.
+
+JAX keeps an entry that it cannot read, and warns of it every time. It executes any entry that it can read. So the directory of this
+package belongs to the user alone, and every entry in it starts with a checksum of its key and content. A directory that the user
+gives by JAX's own variables is used as JAX does.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import stat
+import sys
+import zlib
+
+VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+DIGEST = 32  # bytes before the content of an entry
+
+
+def directory() -> pathlib.Path:
+    """The cache of this user for this kind of processor.
+
+    Machines with different processors may share a home directory, and code compiled for one may not run on another.
+    """
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    kind = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "bilevel_jax" / kind
+
+
+def enable() -> None:
+    """Lets JAX, which must not be imported yet, use the cache, unless its own variable names one."""
+    if VARIABLE not in os.environ:
+        path = directory()
+        if problem := _make_private(path.parent) or _make_private(path):
+            print(f"compiled programs are not cached: {problem}", file=sys.stderr)
+            return
+        os.environ[VARIABLE] = str(path)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _make_private(path: pathlib.Path) -> str:
+    """Makes a directory that only the user can open, or gives one of the user this mode. Returns why that fails; "" otherwise."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = path.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+            return f"{path} is a link, or belongs to another user; remove it, or set {VARIABLE}"
+        if state.st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""
+
+
+def check_entries() -> None:
+    """Makes JAX check the entries of this package's cache. To be called before anything is compiled; later calls do nothing."""
+    from jax._src import compilation_cache, lru_cache  # no public API
+
+    if os.environ.get(VARIABLE) != str(directory()) or not hasattr(compilation_cache, "LRUCache"):
+        return
+    if not issubclass(compilation_cache.LRUCache, CheckedEntries):
+        compilation_cache.LRUCache = type("CheckedCache", (CheckedEntries, lru_cache.LRUCache), {})
+        compilation_cache.reset_cache()  # another cache may be open already
+
+
+class CheckedEntries:
+    """What a cache of JAX with `get`, `put` and `path` does in addition, as the first base class."""
+
+    def put(self, key: str, value: bytes) -> None:
+        super().put(key, _digest(key, value) + value)
+
+    def get(self, key: str) -> bytes | None:
+        """The value of an entry; None for no entry, and for one that is damaged or of another key, which is removed."""
+        content = super().get(key)
+        if content is None:
+            return None
+        value = content[DIGEST:]
+        if content[:DIGEST] == _digest(key, value):
+            return value
+        for suffix in ("-cache", "-atime"):
+            pathlib.Path(str(self.path), key + suffix).unlink(missing_ok=True)
+        return None
+
+
+def _digest(key: str, value: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\n" + value).digest()
