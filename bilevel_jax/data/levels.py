@@ -97,7 +97,7 @@ def _weighs_turns(config) -> bool:
 def _by_turn(config, level: Level) -> Level:
     """The level with a training row for every answer; held-out rows stay whole."""
     turn_rows, examples = by_turn.split(level.rows, level.examples, of_last=[config.data.truth])
-    print(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
+    say(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
     return dataclasses.replace(level, rows=turn_rows, examples=examples)
 
 
