@@ -34,7 +34,14 @@ def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packe
 def micro_nll(
     config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
 ) -> jax.Array:
-    """Summed NLL of every entry's response in micro-batch m.
+    """The first result of `micro_nll_and_power`."""
+    return micro_nll_and_power(config, base, adapter, packed, m, token_weights, key)[0]
+
+
+def micro_nll_and_power(
+    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the tokens of every entry's response in micro-batch m: of their NLL, and of its power `losses.POWER`.
 
     Args:
       adapter: the learned parameters, see `lora`; None for the base model alone.
@@ -43,12 +50,13 @@ def micro_nll(
       key: of the adapter's dropout in this step; None for none.
 
     Returns:
-      [E] float32, nats; 0 for entries of other micro-batches.
+      Two arrays [E] float32, nats and their power; 0 for entries of other micro-batches. The second has no derivative.
     """
     nll_P = target_nll(config, base, adapter, packed, m, key)
+    power_P = jax.lax.stop_gradient(nll_P) ** losses.POWER
     if token_weights is not None:
         nll_P *= token_weights(nll_P, packed.entry[m])
-    return jax.ops.segment_sum(nll_P, packed.entry[m], num_segments=packed.length.shape[0])
+    return tuple(jax.ops.segment_sum(x, packed.entry[m], num_segments=packed.length.shape[0]) for x in (nll_P, power_P))
 
 
 def entry_nll(

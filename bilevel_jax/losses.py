@@ -15,6 +15,8 @@ from bilevel_jax import sharding
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 
+POWER = 4.0  # of the power mean of a row's tokens
+
 
 def _chunk(hidden_TxD, head_VxD, logit_index_Z, target_Z, cap):
     """Negative log-likelihoods [Z] of one chunk, its logits, e = exp(logits - max) [Z, V] and z = Σ e [Z, 1]; softmax is e / z."""
@@ -146,6 +148,16 @@ def token_scores(
     nll_P, missed_P = _over_chunks(body, logit_index_P, num_targets, (jnp.zeros(P, jnp.float32), jnp.zeros(P, bool)))
     inside = jnp.arange(P) < num_targets
     return jnp.where(inside, nll_P, 0.0), missed_P & inside
+
+
+def surprises(power_E: jax.Array, length_E: jax.Array) -> jax.Array:
+    """The power mean of the NLLs of each row's tokens, nats: between their mean and their maximum.
+
+    Args:
+      power_E: Σ_t NLL_t^p over the tokens of the response, p = `POWER`.
+      length_E: number of tokens.
+    """
+    return (power_E / jnp.maximum(length_E, 1)) ** (1 / POWER)
 
 
 def row_losses(nll_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:

@@ -107,6 +107,16 @@ def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m
     return jnp.where(paired_E, loss_J.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
 
 
+def entry_surprises(objective: Objective, batch: packing.Batch, power_E, loss_E) -> jax.Array:
+    """How unlikely the model finds each entry [E] of the lower level: `losses.surprises`; of pairs, their loss.
+
+    Args:
+      power_E: of each response, from `forward.micro_nll_and_power`.
+      loss_E: from `entry_losses`.
+    """
+    return losses.surprises(power_E, batch.packed.length) if objective.lower == "sft" else loss_E
+
+
 def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Array:
     """`entry_losses` of the lower level in micro-batch m, with generated responses used as `objective.generated` says."""
     loss_E = entry_losses(objective.lower, objective, batch, nll_E, m)

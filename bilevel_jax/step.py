@@ -19,10 +19,11 @@ One batch of the upper level is a noisy estimate of ∇L0; the running mean has 
 is a finite difference of ℓ_i along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al.
 2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
 
-    C_b = -tanh(I_b / σ_I) + ½ tanh((ℓ_b - ℓ̄) / σ_ℓ)                                                                (C)
+    C_b = -tanh(I_b / σ_I) + ½ tanh((s_b - s̄) / σ_s),    s_b = (mean_t (-log p_t)^4)^{1/4}                           (C)
 
 with running means and spreads over the rows: rows lose weight whose gradients work against that of the trusted rows and, half as
-much, rows that are unlikely under the model made with them. The first term is noisy for a single row, the second is not.
+much, rows that surprise the model made with them. The surprise s is a power mean of the NLLs of the row's tokens: one wrong word
+stands out in it, and not in their mean ℓ. The first term is noisy for a single row, the second is not.
 
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights.
 
@@ -43,13 +44,13 @@ from bilevel_jax import forward, importance, losses, preferences, token_weights
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
-from bilevel_jax.objective import Objective, entry_losses, lower_losses
+from bilevel_jax.objective import Objective, entry_losses, entry_surprises, lower_losses
 
 TINY = 1e-30
 FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
 UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
 SPREAD_DECAY = 0.9  # of the running means and mean squares of influences and losses
-LOSS_PART = 0.5  # of the loss in the cost, that of the influence being 1
+SURPRISE_PART = 0.5  # of the surprise in the cost, that of the influence being 1
 
 
 class Learner(NamedTuple):
@@ -73,8 +74,8 @@ class Influence(NamedTuple):
 
     upper_gradient: dict  # Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
     mean_square: jax.Array  # [] float32, running mean square of the influences; this and the next two are NaN before the first
-    loss_mean: jax.Array  # [] float32, running mean of the losses of the lower level
-    loss_square: jax.Array  # [] float32, running mean square of their deviations from it
+    surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
+    surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
 
 
 class Scales(NamedTuple):
@@ -175,20 +176,20 @@ def weigh_tokens(token_params, batch: packing.Batch, num_rows: int) -> Callable 
     return functools.partial(token_weights.weights, token_params, weighed_E=batch.row_index < num_rows)
 
 
-def _gradient(loss_of_micro: Callable, adapter, num_micro, num_entries: int, first=0):
-    """Sums `loss_of_micro(adapter, m) -> (part of the loss, (part of L0, [E] NLL))` and its gradient over micro-batches.
+def _gradient(loss_of_micro: Callable, adapter, num_micro, first=0):
+    """Sums `loss_of_micro(adapter, m) -> (part of the loss, more parts)` and its gradient over micro-batches.
 
     The trip count is a number on the device, so every step costs only the micro-batches it holds and all share one compilation.
 
     Returns:
-      (loss, (L0, nll_E)), gradient.
+      (loss, more), gradient.
     """
 
     def body(m, carry):
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_of_micro, has_aux=True)(adapter, m))
 
-    zero = jnp.float32(0)
-    start = (zero, (zero, jnp.zeros(num_entries, jnp.float32))), jax.tree.map(jnp.zeros_like, adapter)
+    parts = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(loss_of_micro, adapter, 0))
+    start = parts, jax.tree.map(jnp.zeros_like, adapter)
     return jax.lax.fori_loop(first, num_micro, body, start)
 
 
@@ -209,6 +210,7 @@ class PolicyUpdate(NamedTuple):
     loss: jax.Array  # []
     upper_loss: jax.Array  # [], L0
     nll_E: jax.Array  # summed NLL of each response, nats
+    power_E: jax.Array  # the sum of its tokens' NLLs to the power of `losses.POWER`
     response_weight_E: jax.Array  # r^g
     gradient: dict  # of the θ-loss
     upper_gradient: dict | None  # ∇L0, where the cost needs it
@@ -217,7 +219,7 @@ class PolicyUpdate(NamedTuple):
 def update_policy(problem: Problem, base, state: State, batch: packing.Batch, shares: Shares, scales: Scales) -> PolicyUpdate:
     """One optimizer step on the θ-loss.  (7)-(9), (10a)"""
     model, objective, packed = problem.model, problem.objective, batch.packed
-    adapter, E = state.policy.adapter, batch.share.shape[0]
+    adapter = state.policy.adapter
     weigh, key = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
@@ -226,11 +228,11 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
     def scaled_loss(scales: Scales):
         def loss_of_micro(adapter, m):
-            nll_E = forward.micro_nll(model, base, adapter, packed, m, weigh, key)
+            nll_E, power_E = forward.micro_nll_and_power(model, base, adapter, packed, m, weigh, key)
             upper = jnp.sum(shares.upper * entry_losses(objective.upper, objective, batch, nll_E, m))
             response_E = jax.lax.stop_gradient(response_weights(problem, batch, nll_E)) if fixed_E is None else fixed_E
             lower = jnp.sum(shares.lower * shares.weight * response_E * lower_losses(objective, batch, nll_E, m))
-            return scales.upper * upper + scales.lower * lower, (upper, nll_E)
+            return scales.upper * upper + scales.lower * lower, (upper, nll_E, power_E)
 
         return loss_of_micro
 
@@ -238,16 +240,16 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     if problem.influence:  # ∇L0 is needed alone: one pass over each level
         upper_only, lower_only = scaled_loss(Scales(1.0, 0.0)), scaled_loss(Scales(0.0, 1.0))
         first, end = batch.first_upper_micro, packed.num_micro
-        (_, (upper, upper_nll_E)), upper_gradient = _gradient(upper_only, adapter, end, E, first)
-        (lower, (_, nll_E)), gradient = _gradient(lower_only, adapter, batch.num_lower_micro, E)
+        (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(upper_only, adapter, end, first)
+        (lower, (_, nll_E, power_E)), gradient = _gradient(lower_only, adapter, batch.num_lower_micro)
         loss = scales.upper * upper + scales.lower * lower
         nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
         gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, gradient)
     else:  # both levels in one pass
-        (loss, (upper, nll_E)), gradient = _gradient(scaled_loss(scales), adapter, packed.num_micro, E)
+        (loss, (upper, nll_E, power_E)), gradient = _gradient(scaled_loss(scales), adapter, packed.num_micro)
     policy = _descend(problem.optimizer, state.policy, gradient)
     response_E = response_weights(problem, batch, nll_E) if fixed_E is None else fixed_E
-    return PolicyUpdate(policy, loss, upper, nll_E, response_E, gradient, upper_gradient)
+    return PolicyUpdate(policy, loss, upper, nll_E, power_E, response_E, gradient, upper_gradient)
 
 
 def update_tracker(
@@ -263,10 +265,9 @@ def update_tracker(
         nll_E = forward.micro_nll(problem.model, base, adapter, batch.packed, m, key=key)
         loss_E = lower_losses(problem.objective, batch, nll_E, m)
         lower = jnp.sum(shares.lower * shares.weight * response_weight_E * loss_E)
-        return lower, (jnp.float32(0), nll_E)
+        return lower, nll_E
 
-    E = batch.share.shape[0]
-    (_, (_, nll_E)), gradient = _gradient(loss_of_micro, tracker.adapter, batch.num_lower_micro, E)
+    (_, nll_E), gradient = _gradient(loss_of_micro, tracker.adapter, batch.num_lower_micro)
     return _descend(problem.optimizer, tracker, gradient), nll_E
 
 
@@ -317,14 +318,22 @@ def _running(mean, value):
 
 
 def update_influence(
-    problem: Problem, base, memory: Influence, state: State, update: PolicyUpdate, loss_E, batch: packing.Batch, shares: Shares
+    problem: Problem,
+    base,
+    memory: Influence,
+    state: State,
+    update: PolicyUpdate,
+    loss_E,
+    surprise_E,
+    batch: packing.Batch,
+    shares: Shares,
 ) -> tuple[Influence, jax.Array, jax.Array]:
     """What each entry does for the trusted rows, and its cost.  (I), (C)
 
     Args:
       memory: before the step.
       update: of θ, with ∇L0 of the batch at θ^k.
-      loss_E: losses of the entries at θ^k.
+      loss_E, surprise_E: losses ℓ and surprises s of the entries at θ^k.
 
     Returns:
       memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
@@ -343,10 +352,10 @@ def update_influence(
     moved_nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro, key=key)
     change_E = entry_losses(objective.lower, objective, batch, moved_nll_E) - loss_E
     mean_square, harm_E = _scaled(memory.mean_square, change_E, shares.cost)
-    loss_mean = _running(memory.loss_mean, jnp.sum(shares.cost * loss_E))
-    loss_square, surprise_E = _scaled(memory.loss_square, loss_E - loss_mean, shares.cost)
-    memory = Influence(upper_gradient, mean_square, loss_mean, loss_square)
-    return memory, harm_E, harm_E + LOSS_PART * surprise_E
+    surprise_mean = _running(memory.surprise_mean, jnp.sum(shares.cost * surprise_E))
+    surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, shares.cost)
+    memory = Influence(upper_gradient, mean_square, surprise_mean, surprise_square)
+    return memory, harm_E, harm_E + SURPRISE_PART * excess_E
 
 
 def row_costs(
@@ -442,8 +451,9 @@ def make_step(
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         memory, loss_E = state.influence, entry_losses(objective.lower, objective, batch, update.nll_E)
+        surprise_E = entry_surprises(objective, batch, update.power_E, loss_E)
         if problem.influence and memory is not None:
-            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, loss_E, batch, shares)
+            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             harm_E = jnp.zeros_like(cost_E)  # not measured
@@ -451,7 +461,7 @@ def make_step(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
-        selector_state = selection.record(selector_state, batch.row_index, of_data_E, loss_E, harm_E)
+        selector_state = selection.record(selector_state, batch.row_index, of_data_E, surprise_E, harm_E)
         new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
         return new, _metrics(objective, batch, shares, update, loss_E)
 
