@@ -85,10 +85,10 @@ def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep:
         values |= {f"selector/token_{name}": float(value) for name, value in zip(token_weights.SCORES, state.token_params)}
     if bad is not None and bad.any() and not bad.all() and rule != "uniform":
         values["selector/auroc"] = metrics.auroc(-logits, bad)
-        row_loss = sharding.to_host(state.selector.loss)
-        known = np.isfinite(row_loss)  # not of rows that were only visited with generated responses
+        surprise = sharding.to_host(state.selector.surprise)
+        known = np.isfinite(surprise)  # not of rows that were only visited with generated responses
         if bad[known].any() and not bad[known].all():
-            values["selector/auroc_plausible"] = metrics.auroc(row_loss[known], bad[known])
+            values["selector/auroc_plausible"] = metrics.auroc(surprise[known], bad[known])
         values["selector/bad_kept"] = metrics.bad_kept(logits, bad, keep)
         values["selector/bad_among_kept"] = metrics.bad_among_kept(logits, bad, keep)
     return values

@@ -30,7 +30,7 @@ class SelectorState(NamedTuple):
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
     data_visits: jax.Array  # [N] float32, those of `visits` at which the row had the response of the data
-    loss: jax.Array  # [N] float32, ℓ of that response at the last of them, before the step that learned from it; NaN: none
+    surprise: jax.Array  # [N] float32, that of this response at the last of them, before the step that learned from it; NaN: none
     harm: jax.Array  # [N] float32, sum over them of what lowers the weight by influence, see `step.update_influence`
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
@@ -130,7 +130,7 @@ def init(selector: Selector, num_rows: int, num_features: int = 0) -> SelectorSt
         visits=rows(0.0),
         baseline=jnp.float32(jnp.nan),
         data_visits=rows(0.0),
-        loss=rows(jnp.nan),
+        surprise=rows(jnp.nan),
         harm=rows(0.0),
         optimizer=optimizer,
         feature_params=feature_params,
@@ -202,8 +202,8 @@ def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, featur
     return state._replace(logits=logits, feature_params=feature_params, optimizer=optimizer)
 
 
-def record(state: SelectorState, row_index_E, part_E, loss_E, harm_E) -> SelectorState:
-    """Notes the losses of the rows of a batch, and adds what they do to the trusted rows.
+def record(state: SelectorState, row_index_E, part_E, surprise_E, harm_E) -> SelectorState:
+    """Notes the surprises of the rows of a batch, and adds what they do to the trusted rows.
 
     Args:
       part_E: each entry's part of its row; 0 for padding and for generated responses, which say nothing about those of the data.
@@ -213,8 +213,8 @@ def record(state: SelectorState, row_index_E, part_E, loss_E, harm_E) -> Selecto
         return jnp.zeros_like(state.visits).at[row_index_E].add(part_E * value_E, mode="drop")
 
     visited_N = per_row(jnp.ones_like(part_E))
-    loss_N = jnp.where(visited_N > 0, per_row(loss_E), state.loss)
-    return state._replace(data_visits=state.data_visits + visited_N, loss=loss_N, harm=state.harm + per_row(harm_E))
+    surprise_N = jnp.where(visited_N > 0, per_row(surprise_E), state.surprise)
+    return state._replace(data_visits=state.data_visits + visited_N, surprise=surprise_N, harm=state.harm + per_row(harm_E))
 
 
 def update(

@@ -220,9 +220,10 @@ def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
 
 def _write_weights(run: Run, progress: Progress, epoch: int) -> None:
     s, has_influence = progress.state.selector, progress.state.influence is not None
-    logits, visits, data_visits, loss, harm = map(sharding.to_host, (s.logits, s.visits, s.data_visits, s.loss, s.harm))
+    parts = s.logits, s.visits, s.data_visits, s.surprise, s.harm
+    logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
-    table = weight_table.table(run.setup.lower.rows, logits, visits, progress.store.masked, loss, useful)
+    table = weight_table.table(run.setup.lower.rows, logits, visits, progress.store.masked, surprise, useful)
     weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
 
 

@@ -42,21 +42,19 @@ COMMON = {
     "log.tensorboard": False,
     "checkpoint.keep": 1,
 }
-SETTINGS: dict[str, dict] = {
-    "constant rate, last adapter": {},
-    "linear schedule, last adapter": {"optimizer.schedule": "linear", "optimizer.warmup": 0.05, "optimizer.clip_norm": 1.0},
-    "linear schedule, best adapter": {
-        "optimizer.schedule": "linear",
-        "optimizer.warmup": 0.05,
-        "optimizer.clip_norm": 1.0,
-        "eval.every": 10,
-        "eval.keep_best": True,
-    },
+CONSTANT: dict[str, object] = {}
+TUNED = {
+    "optimizer.schedule": "linear",
+    "optimizer.warmup": 0.05,
+    "optimizer.clip_norm": 1.0,
+    "eval.every": 10,
+    "eval.keep_best": True,
 }
+TUNED_ADAPTERS = {"last": "last", "best": "left"}  # of `test_losses`
 
 
-def test_loss(workdir: pathlib.Path, seed: int) -> float:
-    """The trusted loss of a finished run's adapter on new rows of the generator."""
+def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
+    """The trusted loss on new rows of the generator: of the adapter that a finished run left, and of that of its last step."""
     config = workdirs.read_finished(workdir)
     source = {"seed": TEST_SEED + seed, "num_rows": NUM_TEST, "bad_fraction": 0.0}
     rows, _ = sources.open_source(config.data.upper, **source)
@@ -64,51 +62,63 @@ def test_loss(workdir: pathlib.Path, seed: int) -> float:
     rows = [row for row in rows if data_rows.content_of(row.id) not in trained]
     directory = huggingface.locate(config.model.path)
     model, base = huggingface.load_model(str(directory))
-    model, adapter = huggingface.load_adapter(workdir / "adapter", model)
     encoded = templates.encode(rows, templates.load_tokenizer(str(directory)), template=config.data.template)
     _, examples, _ = templates.fit(encoded, rows, config.data.max_length)
-    score = scoring.make_scorer(model, config.batch.micro_size, config.data.max_length, sharding.make_mesh(1))
-    return scoring.mean_loss(*score(base, adapter, scoring.example_segments(examples), "new trusted rows"))
+    shape = config.batch.micro_size, config.data.max_length, sharding.make_mesh(1)
+
+    def score(model, *arguments):
+        return scoring.make_scorer(model, *shape)(*arguments)
+
+    def loss(adapter: pathlib.Path) -> float:
+        adapted, weights = huggingface.load_adapter(adapter, model)
+        return scoring.mean_loss(*score(adapted, base, weights, scoring.example_segments(examples), "new trusted rows"))
+
+    last = max((workdir / "adapters").iterdir(), key=lambda path: int(path.name.removeprefix("step_")))
+    return {"left": loss(workdir / "adapter"), "last": loss(last)}
 
 
-def measure(settings: Mapping[str, object], rate: float, seed: int) -> float:
-    """The trusted loss of one run, which is made if it is not there."""
+def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str, float]:
+    """The `test_losses` of one run, which is made if it is not there."""
     settings = COMMON | {"seed": seed, "optimizer.learning_rate": rate} | settings
     name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in COMMON))
     cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
     result = runs.run_cell(cell)
     if isinstance(result, str):
         raise RuntimeError(f"{cell.workdir}: {result}")
-    file = pathlib.Path(cell.workdir, "test_loss.json")
+    file = pathlib.Path(cell.workdir, "test_losses.json")
     if not file.exists():
-        files.write_atomically(file, json.dumps(test_loss(pathlib.Path(cell.workdir), seed)))
+        files.write_atomically(file, json.dumps(test_losses(pathlib.Path(cell.workdir), seed)))
     return json.loads(file.read_text())
 
 
 def choose(settings: Mapping[str, object]) -> dict[float, float]:
     """Mean trusted loss by learning rate on the seeds that are not reported."""
-    return {rate: float(np.mean([measure(settings, rate, seed) for seed in TUNING_SEEDS])) for rate in RATES}
+    return {rate: float(np.mean([measure(settings, rate, seed)["left"] for seed in TUNING_SEEDS])) for rate in RATES}
 
 
 def main() -> None:
-    tuning, chosen, losses = [], {}, {}
-    for name, settings in SETTINGS.items():
-        by_rate = choose(settings)
-        chosen[name] = min(by_rate, key=by_rate.get)
-        tuning.append([name, *(f"{loss:.4f}" for loss in by_rate.values())])
-        losses[name] = {seed: measure(settings, chosen[name], seed) for seed in range(SEEDS.value)}
-    first, *others = SETTINGS
-    described = ", ".join(f"`{key}={value}`" for key, value in SETTINGS[others[-1]].items())
+    tuning = {"constant rate": choose(CONSTANT), "linear schedule": choose(TUNED)}
+    rates = {name: min(by_rate, key=by_rate.get) for name, by_rate in tuning.items()}
+    seeds = range(SEEDS.value)
+    constant = {seed: measure(CONSTANT, rates["constant rate"], seed)["left"] for seed in seeds}
+    tuned = {seed: measure(TUNED, rates["linear schedule"], seed) for seed in seeds}
+    losses = {"constant rate, last adapter": constant}
+    losses |= {f"linear schedule, {name} adapter": {k: tuned[k][key] for k in seeds} for name, key in TUNED_ADAPTERS.items()}
+    first, *others = losses
+    described = ", ".join(f"`{key}={value}`" for key, value in TUNED.items())
     lines = [
         " ".join(__doc__.split("\n\n")[1].split()),
         "",
-        f"The last line has {described}.",
+        f"The other run has {described}.",
         "",
         f"{SEEDS.value} seeds, means with 95% intervals:",
         "",
         *runs.markdown(
             ["setting", "learning rate", "trusted loss"],
-            [[name, f"{chosen[name]:g}", judgement.interval(list(values.values()))] for name, values in losses.items()],
+            [
+                [name, f"{rates[name.partition(',')[0]]:g}", judgement.interval(list(values.values()))]
+                for name, values in losses.items()
+            ],
         ),
         "",
         "Claims, one-sided, Holm-corrected:",
@@ -117,7 +127,10 @@ def main() -> None:
         "",
         f"Choice of the learning rate, mean trusted loss of the seeds {' and '.join(map(str, TUNING_SEEDS))}:",
         "",
-        *runs.markdown(["setting", *(f"{rate:g}" for rate in RATES)], tuning),
+        *runs.markdown(
+            ["setting", *(f"{rate:g}" for rate in RATES)],
+            [[name, *(f"{loss:.4f}" for loss in by_rate.values())] for name, by_rate in tuning.items()],
+        ),
     ]
     judgement.write("training", "Training with and without a schedule", lines, PAGE.value)
 

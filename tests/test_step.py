@@ -109,11 +109,14 @@ def _compiled(config, objective, selector):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _token_nll(config, base, adapter, tokens):
+    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, tokens[None, :-1])[0])
+    return -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1)[:, 0]
+
+
 @jax.jit(static_argnums=0)
 def _response_nll(config, base, adapter, tokens, is_response):
-    log_probs = jax.nn.log_softmax(decoder.logits(config, base, adapter, tokens[None, :-1])[0])
-    nll = -jnp.take_along_axis(log_probs, tokens[1:, None], axis=1)[:, 0]
-    return jnp.sum(jnp.where(is_response[1:], nll, 0.0))
+    return jnp.sum(jnp.where(is_response[1:], _token_nll(config, base, adapter, tokens), 0.0))
 
 
 def padded(row, length=WITNESS_LENGTH):
@@ -135,6 +138,13 @@ def num_predicted(row):
 def row_loss(config, adapter, row, reduction="mean"):
     nll = response_nll(config, adapter, row)
     return nll / num_predicted(row) if reduction == "mean" else nll
+
+
+def surprise(config, adapter, row):
+    """(mean_t nll_t^4)^(1/4) over the predicted tokens of the response, in float64."""
+    tokens, is_response = padded(row)
+    nll = np.asarray(_token_nll(config, model(config)[0], adapter, tokens), np.float64)[is_response[1:]]
+    return np.mean(nll**4) ** 0.25
 
 
 def mean(values):
@@ -462,7 +472,7 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
     upper, lower = rows()
     base, advance = model(LLAMA)[0], jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
     state, total, logits = begin_influence(optimizer), np.zeros(N), np.zeros(N)
-    mean = square = loss_mean = spread = None
+    mean = square = center = spread = None
     for _ in range(2):
         adapter = state.policy.adapter
         after, _ = advance(base, state, pack(upper, lower, layout), Scales(1.0, GAMMA))
@@ -472,20 +482,21 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
         if optimizer is not SGD:
             nu = after.policy.optimizer[0].nu
             direction = jax.tree.map(lambda m, v: jnp.where(v > 0, m / jnp.sqrt(v), 0.0), mean, nu)
-        loss = np.array([float(row_loss(LLAMA, adapter, row)) for row in lower])
-        loss_mean = loss.mean() if loss_mean is None else 0.9 * loss_mean + 0.1 * loss.mean()
-        deviation = np.mean((loss - loss_mean) ** 2)
+        surprises = np.array([surprise(LLAMA, adapter, row) for row in lower])
+        center = surprises.mean() if center is None else 0.9 * center + 0.1 * surprises.mean()
+        deviation = np.mean((surprises - center) ** 2)
         spread = deviation if spread is None else 0.9 * spread + 0.1 * deviation
         size = 1e-3 * optax.tree.norm(adapter) / optax.tree.norm(direction)
         below = [jax.grad(lambda x, row=row: row_loss(LLAMA, x, row))(adapter) for row in lower]
         cost = np.array([-float(size * optax.tree.vdot(one, direction)) for one in below])
         square = np.mean(cost**2) if square is None else 0.9 * square + 0.1 * np.mean(cost**2)
         harm = np.tanh(cost / np.sqrt(square))
-        cost = harm + 0.5 * np.tanh((loss - loss_mean) / np.sqrt(spread))
+        cost = harm + 0.5 * np.tanh((surprises - center) / np.sqrt(spread))
         for row, value, whole in zip(lower, harm, cost):
             total[row.row_index] += value
             logits[row.row_index] -= ALPHA * GAMMA * whole
         state = after
+    np.testing.assert_allclose(state.selector.surprise[np.array(SAMPLES)], surprises, rtol=1e-4)
     np.testing.assert_allclose(state.selector.harm, total, atol=0.03)  # a difference over a way that is not infinitely small
     np.testing.assert_allclose(
         state.selector.logits - begin_influence(optimizer).selector.logits, logits, atol=0.03 * ALPHA * GAMMA

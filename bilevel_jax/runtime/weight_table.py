@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
     }
 )
 MEASURES = {  # null where they are not known, and in tables of earlier versions
-    "plausible": "how likely the model finds the response: the geometric mean of the probabilities of its tokens, from 0 to 1",
+    "plausible": "how likely the model finds the response, its least likely tokens above all, from 0 to 1",
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
 }
 TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
@@ -42,14 +42,15 @@ def table(
     logits: np.ndarray,
     visits: np.ndarray,
     masked: np.ndarray,
-    loss: np.ndarray | None = None,
+    surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
 ) -> pa.Table:
     """One line for each row.
 
         weight      N·σ(ω), mean 1
         rank        1 is the largest weight
-        plausible   exp(-ℓ), how likely the model finds the response: the geometric mean of its tokens' probabilities, in (0, 1]
+        plausible   exp(-s), how likely the model finds the response, in (0, 1]: between the geometric mean and the smallest of the
+                    probabilities of its tokens
         useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
 
     Both are about the response of the data, and null for rows that were only visited with generated ones.
@@ -59,10 +60,10 @@ def table(
       logits: ω, [N].
       visits: number of steps that used each row, [N].
       masked: whether the model answers the row's question, [N].
-      loss: ℓ at the last visit, [N], nats; NaN for rows that were never visited.
+      surprise: s at the last visit, `losses.surprises`, [N], nats; NaN for rows that were never visited.
       useful: [N]; NaN where it is not known; None if costs are losses.
     """
-    loss, useful = (np.full(len(rows), np.nan) if x is None else np.asarray(x, np.float64) for x in (loss, useful))
+    surprise, useful = (np.full(len(rows), np.nan) if x is None else np.asarray(x, np.float64) for x in (surprise, useful))
     logits = np.asarray(logits, np.float64)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
@@ -74,7 +75,7 @@ def table(
             "weight": weights,
             "logit": logits.astype(np.float32),
             "rank": ranks,
-            "plausible": pa.array(np.exp(-loss).astype(np.float32), mask=np.isnan(loss)),
+            "plausible": pa.array(np.exp(-surprise).astype(np.float32), mask=np.isnan(surprise)),
             "useful": pa.array(useful.astype(np.float32), mask=np.isnan(useful)),
             "visits": np.rint(visits).astype(np.int64),
             "masked": np.asarray(masked, bool),

@@ -49,7 +49,7 @@ ORDERS = (0, 1)
 UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
 IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
-NUMBERS = {"plausible": lambda state: -state.loss, "useful": lambda state: -state.harm}  # of the rows, beside their weights
+NUMBERS = {"plausible": lambda state: -state.surprise, "useful": lambda state: -state.harm}  # of the rows, beside their weights
 
 
 def bed_config(seed: int):
