@@ -445,10 +445,10 @@ def test_a_directory_that_cannot_be_written_to(command, prompts):
 
 
 def test_a_failure_leaves_the_old_file(command, model_copy, prompts, tmp_path):
-    """Weights that are not numbers are detected last."""
+    """Weights that are numbers, but so large that probabilities are not, are detected last."""
     file = model_copy / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
-    safetensors.numpy.save_file({name: np.full_like(tensor, np.nan) for name, tensor in tensors.items()}, file)
+    safetensors.numpy.save_file({name: np.full_like(tensor, 3e38) for name, tensor in tensors.items()}, file)
     out = tmp_path / "out.jsonl"
     out.write_text("what was here before\n")
     with pytest.raises(ValueError, match="not numbers"):
