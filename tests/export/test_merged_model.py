@@ -176,3 +176,23 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(huggingface.ModelError, match="adapter_model.safetensors"):
         merged_model.write_merged_model(FIXTURES / "neox_parallel", FIXTURES / "adapters" / "llama_all", tmp_path / "merged")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json"])
+def test_nothing_is_copied_from_outside_the_model(name, tmp_path):
+    """A model directory with a link to a file elsewhere, which is refused, and within the directory, which is followed."""
+    base = make_model(tmp_path / "base", "llama")
+    (tmp_path / "secret").write_bytes((base / name).read_bytes() if (base / name).exists() else b"secret")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "secret")
+    config = huggingface.read_config(base)
+    pair = {"a": np.ones((2, 16, 1), np.float32), "b": np.ones((2, 1, 16), np.float32)}
+    huggingface.save_adapter(tmp_path / "adapter", config, {"layers": {"self_attn": {"q_proj": pair}}}, alpha=1, base="x")
+    with pytest.raises(huggingface.ModelError, match=f"{name}: a link to .*secret, outside the model directory"):
+        merged_model.write_merged_model(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (base / name).unlink()
+    (base / "kept").write_bytes((tmp_path / "secret").read_bytes())
+    (base / name).symlink_to("kept")
+    merged_model.write_merged_model(base, tmp_path / "adapter", tmp_path / "merged")
+    assert (tmp_path / "merged" / name).exists()
