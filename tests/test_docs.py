@@ -66,8 +66,10 @@ def flags_of(module: str) -> set[str]:
     """The names of the flags that a command defines, its config's keys left out."""
     spec = importlib.util.find_spec(module)
     name = f"{module}.__main__" if spec.submodule_search_locations is not None else module
-    holders = [value for value in vars(importlib.import_module(name)).values() if isinstance(value, flags.FlagValues)]
     source = pathlib.Path(importlib.util.find_spec(name).origin).read_text()
+    if options := re.findall(r'add_argument\("--([\w-]+)"', source):  # argparse, for what needs PyTorch
+        return set(options)
+    holders = [value for value in vars(importlib.import_module(name)).values() if isinstance(value, flags.FlagValues)]
     for imported in re.findall(r"cli\.run\(main, (.*)\)", source):  # such as `tables.FLAGS`
         for expression in imported.split(","):
             holder = sys.modules[name]
