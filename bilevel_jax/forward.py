@@ -56,7 +56,11 @@ def micro_nll_and_power(
     power_P = jax.lax.stop_gradient(nll_P) ** losses.POWER
     if token_weights is not None:
         nll_P *= token_weights(nll_P, packed.entry[m])
-    return tuple(jax.ops.segment_sum(x, packed.entry[m], num_segments=packed.length.shape[0]) for x in (nll_P, power_P))
+
+    def per_entry(value_P):
+        return jax.ops.segment_sum(value_P, packed.entry[m], num_segments=packed.length.shape[0])
+
+    return per_entry(nll_P), per_entry(power_P)
 
 
 def entry_nll(

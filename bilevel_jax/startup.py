@@ -27,7 +27,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, shuffle, token_ids
+from bilevel_jax.data import levels, token_ids
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import checkpoint, disk, metrics, phases
 from bilevel_jax.runtime import clock as clocks
@@ -98,17 +98,14 @@ def prepare(
     with clock("load"):
         setup = setups.load(config)
     lower = setup.lower
-    epoch_steps = shuffle.steps_per_epoch(len(lower.rows), config.batch.size)
-    num_steps = setups.num_steps(config, setup)
-    checks.check_profile(config, num_steps)
-    checks.check_masks(config, num_steps)
+    num_steps = _checked_steps(config, setup)
     truths = levels.truths(lower, config.data.truth)
-    reward_fn = _reward_fn(config, lower, truths)
+    reward_fn = _reward_fn(config, lower, truths)  # fails before anything is compiled
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
     identity, counters = _identify(config, settings(config_dict), setup, shared, checkpoints, start)
-    given = None if start else _given_logits(config, lower)
     with clock("load"):
+        given = None if start else _given_logits(config, lower)
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
     disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
@@ -116,23 +113,16 @@ def prepare(
     with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values)
 
-    store, best = online.empty(len(lower.rows)), None
+    progress = Progress(state, online.empty(len(lower.rows)), None, {})
     if start:
-        state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
-        best = early_stopping.restore(counters.get("best"), adapter)
-        _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
-        clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
-        say(f"resuming {workdir} at step {start} of {num_steps}")
+        progress = _restore(config, shared, checkpoints, state, counters, num_steps, clock)
 
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
-    if row_features.encoder and not start:
-        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
     if not start:
-        state = _with_first_weights(config, setup, program, state, given, shared, clock)
-    with clock("eval"), phases.phase("preparing the held-out rows"):
-        held_out = evaluation.held_out(config, setup.upper, lower, setup.tokenizer, program.score, setup.base)
-        token_ids.check(held_out.examples["lower_clean"], setup.tokenizer, setup.model.vocab_size)  # the others are checked
+        if row_features.encoder:
+            features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+        progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, clock))
     run = Run(
         config=config,
         workdir=workdir,
@@ -141,9 +131,9 @@ def prepare(
         program=program,
         encoder=row_features.encoder,
         token_offsets=token_offsets,
-        held_out=held_out,
+        held_out=_held_out(config, setup, program, clock),
         start=start,
-        epoch_steps=epoch_steps,
+        epoch_steps=num_steps // config.num_epochs,
         bad=levels.labels(lower, config.data.label),
         truths=truths,
         checkpoints=checkpoints,
@@ -153,10 +143,49 @@ def prepare(
         at_start=dict(counters.get("at_start", {})),
         refresh_counts=dict(counters.get("refreshed", {})),
     )
-    if not start:
-        _measure_start(run, state)
-        best = early_stopping.start(config, run.at_start, state.policy.adapter)
-    return run, Progress(state, store, best, {})
+    if start:
+        return run, progress
+    _measure_start(run, progress.state)
+    return run, progress._replace(best=early_stopping.start(config, run.at_start, progress.state.policy.adapter))
+
+
+def _held_out(
+    config: configuration.Config, setup: setups.Setup, program: setups.Program, clock: clocks.Clock
+) -> evaluation.HeldOut:
+    with clock("eval"), phases.phase("preparing the held-out rows"):
+        rows = evaluation.held_out(config, setup.upper, setup.lower, setup.tokenizer, program.score, setup.base)
+        token_ids.check(rows.examples["lower_clean"], setup.tokenizer, setup.model.vocab_size)  # the others are checked
+    return rows
+
+
+def _checked_steps(config: configuration.Config, setup: setups.Setup) -> int:
+    """The number of steps of the run.
+
+    Raises:
+      ConfigError: a setting does not go with it.
+    """
+    num_steps = setups.num_steps(config, setup)
+    checks.check_profile(config, num_steps)
+    checks.check_masks(config, num_steps)
+    return num_steps
+
+
+def _restore(
+    config: configuration.Config,
+    shared: pathlib.Path,
+    checkpoints: checkpoint.Checkpoints,
+    state: step.State,
+    counters: dict,
+    num_steps: int,
+    clock: clocks.Clock,
+) -> Progress:
+    """What the newest checkpoint has; `state` has its shapes and shardings. The clock goes on from its seconds."""
+    start = checkpoints.latest() or 0
+    state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
+    _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
+    clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
+    say(f"resuming {shared} at step {start} of {num_steps}")
+    return Progress(state, store, early_stopping.restore(counters.get("best"), adapter), {})
 
 
 def _check_growth(

@@ -144,8 +144,8 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     )
     provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
     num_different = len(set(copies)) if RESAMPLED.value else None
-    about = selection.table, selection.candidates, kept, refined_columns, selection.form, selection.renamed, num_left_out
-    text = cards.data_card(provenance, out, *about, is_new, num_replaced, num_different)
+    numbers = {"num_replaced": num_replaced, "num_different": num_different}
+    text = cards.data_card(provenance, out, selection, is_new=is_new, **numbers)
     files.write_atomically(card, text)
 
     say(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")

@@ -10,6 +10,7 @@ import numpy as np
 
 from bilevel_jax import files, selector
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.export import kept_rows
 from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.text import visible
 
@@ -72,13 +73,8 @@ class Provenance:
 def data_card(
     provenance: Provenance,
     out: pathlib.Path,
-    table,
-    rows,
-    kept,
-    refined_columns,
-    form: str,
-    renamed,
-    num_left_out: int = 0,
+    selection: kept_rows.Selection,
+    *,
     is_new: bool = False,
     num_replaced: int = 0,
     num_different: int | None = None,
@@ -87,27 +83,18 @@ def data_card(
 
     Args:
       out: the file.
-      table: the weight table of the rows.
-      rows: `rows.Row`s, at least all rows of the table.
-      kept: `selected_rows.Kept`s.
-      refined_columns: for each kept row its columns `refined` and `original_response`, or {}.
-      form: from `selected_rows.resolve_format`.
-      renamed: fields that are called `original_NAME` in the file.
-      num_left_out: number of rows that were left out as implausible.
+      selection: what is in it.
       is_new: the run did not train on these rows.
       num_replaced: kept rows with the response of the data that were masked in the run.
       num_different: different rows in a file that repeats rows by weight; None if it does not.
     """
-    records = table.to_pylist()
+    records, kept = selection.table.to_pylist(), selection.kept
     ids = {one.row.id for one in kept}
     groups = {
         "all": records,
         "kept": [record for record in records if record["id"] in ids],
         "dropped": [record for record in records if record["id"] not in ids],
     }
-    measures = weight_table.known_measures(table)
-    columns = ["id", *(["weight"] if num_different is None else []), "rank", *([] if is_new else ["masked"]), *measures]
-    columns += [*(["prompt", "completion"] if form in ("chat", "text") else []), *refined_columns[0]]
     head = _front_matter(
         pretty_name=f"Rows kept by {provenance.workdir.name}",
         license="unknown",
@@ -115,31 +102,39 @@ def data_card(
         tags=["bilevel_jax", "data-selection"],
         configs=[{"config_name": "default", "data_files": out.name}],
     )
+    left_out = selection.num_left_out
     lines = [
         f"# {out.name}",
         "",
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
-        *([f"Rows with the smallest `plausible` were left out first: {num_left_out}."] if num_left_out else []),
+        *([f"Rows with the smallest `plausible` were left out first: {left_out}."] if left_out else []),
         *([] if num_different is None else [_repeated(num_different, len(kept))]),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),
         "",
         *provenance.table(),
-        "",
-        "## Columns",
-        "",
-        f"The fields of the data, and {_and(f'`{name}` ({COLUMNS[name]})' for name in columns)}.",
+        *_columns(selection, is_new, has_weight=num_different is None),
+        *("", "## Counts", "", *_counts(groups), ""),
+        *(*_by_source(groups), *_bad_rows(groups, selection.candidates, provenance)),
     ]
-    if renamed:
-        lines.append(f"Renamed fields: {_and(f'`{name}` as `original_{name}`' for name in renamed)}.")
-    lines += ["", "## Counts", "", *_counts(groups), "", *_by_source(groups), *_bad_rows(groups, rows, provenance)]
-    if refined_columns[0]:
-        masked, refined = sum(one.masked for one in kept), sum(columns["refined"] for columns in refined_columns)
+    if selection.refined_columns[0]:
+        masked, refined = sum(one.masked for one in kept), sum(columns["refined"] for columns in selection.refined_columns)
         lines += ["", f"{masked} of the kept rows are masked; {refined} of them have a response that the model generated."]
     if num_replaced:
         lines += ["", f"{num_replaced} of the kept rows were masked in the run. {REPLACED}"]
     lines += ["", "## Weights", "", *_weights(groups), "", "## Licence", "", LICENCE]
     return head + "\n".join(lines) + "\n"
+
+
+def _columns(selection: kept_rows.Selection, is_new: bool, has_weight: bool) -> list[str]:
+    """What the columns of the file are."""
+    columns = ["id", *(["weight"] if has_weight else []), "rank", *([] if is_new else ["masked"])]
+    columns += weight_table.known_measures(selection.table)
+    columns += [*(["prompt", "completion"] if selection.form in ("chat", "text") else []), *selection.refined_columns[0]]
+    lines = ["", "## Columns", "", f"The fields of the data, and {_and(f'`{name}` ({COLUMNS[name]})' for name in columns)}."]
+    if selection.renamed:
+        lines.append(f"Renamed fields: {_and(f'`{name}` as `original_{name}`' for name in selection.renamed)}.")
+    return lines
 
 
 def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) -> str:

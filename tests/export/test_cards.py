@@ -9,7 +9,7 @@ import yaml
 
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows
-from bilevel_jax.export import cards, selected_rows
+from bilevel_jax.export import cards, kept_rows, selected_rows
 from bilevel_jax.runtime import weight_table
 
 
@@ -30,7 +30,8 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     left_out = selected_rows.implausible(table, share)
     kept = selected_rows.select(parsed, table, keep, left_out)
     out = provenance.workdir / "a.jsonl"
-    return cards.data_card(provenance, out, table, parsed, kept, [{} for _ in kept], "original", renamed, len(left_out))
+    selection = kept_rows.Selection([], kept, [{} for _ in kept], parsed, table, "original", list(renamed), len(left_out))
+    return cards.data_card(provenance, out, selection)
 
 
 def front_matter(card):
@@ -57,12 +58,12 @@ def test_measures(provenance):
     """Rows 3 and 4 of 5 are bad, and row 4, the heaviest, is the least plausible: 1 of 2 bad rows is kept, 1 of 4 kept rows."""
     objects = [{"question": f"{i}", "response": "x", "bad": i > 2} for i in range(5)]
     loss = np.array([0, 0, 0, 0, 1.0])
-    card = card_of(provenance, objects, 0.8, share=0.2, loss=loss, useful=-loss)
+    card = card_of(provenance, objects, 0.8, share=0.2, surprise=loss, useful=-loss)
     assert "of the run), `plausible` (how likely the model finds the response: " in card
     assert "and `useful` (how much the row helps the trusted rows; below 0 it harms them)." in card
     assert "Rows with the smallest `plausible` were left out first: 1." in card
     assert "| bad rows that are kept, of all bad | 50.0% |" in card and "| kept rows that are bad | 25.0% |" in card
-    card = card_of(provenance, objects, 0.8, loss=loss)
+    card = card_of(provenance, objects, 0.8, surprise=loss)
     assert "`plausible` (how" in card and "`useful`" not in card and "left out" not in card
     assert "plausible" not in card_of(provenance, objects, 0.8)
 
