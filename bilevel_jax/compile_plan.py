@@ -3,7 +3,6 @@
 XLA says what each program needs on each device. Nothing is run, and no weights, rows or tokenizer are read.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,7 +29,8 @@ class Memory(NamedTuple):
     """Bytes of a program on one device."""
 
     arguments: int
-    temporaries: int  # with the compiled code
+    temporaries: int
+    code: int  # the program itself, on a TPU
     results: int  # that do not take the place of arguments
     held: int  # what the run holds besides
 
@@ -54,7 +54,8 @@ def memory_of(analysis, held: int) -> Memory:
     """The memory of a program from XLA's `memory_analysis`."""
     return Memory(
         analysis.argument_size_in_bytes,
-        analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.generated_code_size_in_bytes,
         analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         held,
     )
@@ -151,14 +152,9 @@ def cost_text(compiled: Compiled, chip: targets.Chip) -> str:
 def program_text(compiled: Compiled, target: targets.Target) -> str:
     """All of one program, on one device."""
     used, chip = compiled.memory, target.chip
-    parts = (
-        ("arguments", used.arguments),
-        ("temporaries", used.temporaries),
-        ("results", used.results),
-        ("held besides", used.held),
-    )
+    parts = zip(("arguments", "temporaries", "code", "results", "held besides"), used)
     verdict = "fits" if used.peak <= chip.memory else f"does not fit; {SMALLER[compiled.program.when]}"
-    ratio = compiled.planned / used.peak - 1 if used.peak else math.nan
+    ratio = compiled.planned / used.peak - 1
     lines = [
         f"{compiled.program.name}, on each device",
         f"  {', '.join(f'{name} {amount(size)}' for name, size in parts)}",

@@ -34,8 +34,8 @@ CHECK = flags.DEFINE_bool(
 COMPILE = flags.DEFINE_string(
     "compile",
     None,
-    "With --plan: compile the programs of the run for a target such as tpu-v5e:2x2 or gpu-h100:8, which need not be there, and print "
-    "memory, FLOPs, bytes and collectives of each. Needs the extra tpu or cuda13.",
+    "With --plan: compile the programs of the run for a target that need not be there, such as tpu-v5e:2x2 or gpu-h100:8, and "
+    "print memory, FLOPs, bytes and collectives of each. Needs the extra tpu or cuda13.",
     flag_values=FLAGS,
 )
 flags.mark_flag_as_required("config", flag_values=FLAGS)

@@ -1,8 +1,8 @@
 """What a program costs one device: FLOPs, bytes and collectives, and the least time that a chip needs for them.
 
-XLA's counts take the body of every loop once, also that of the loop over layers. `products` counts the matrix products of the traced
-program with each loop of known length multiplied out, and without that; the ratio scales XLA's counts. The turns of a loop of
-unknown length are counted once: a micro-batch, a chunk of logits, a token of every slot.
+XLA counts the body of every loop once, also that of the loop over layers. `products` counts the matrix products of the traced
+program with each loop of known length multiplied out, and without that; the ratio scales XLA's counts. The body of a loop of
+unknown length is counted once: a micro-batch, a chunk of logits, a token of every slot.
 """
 
 import collections

@@ -1,13 +1,12 @@
 """The compiled programs of a run, without its weights and rows: shapes and shardings stand for all arrays."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, decoding, features, memory, sampling, scoring, sharding
+from bilevel_jax import batches, features, memory, sampling, scoring, sharding
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle

@@ -7,22 +7,23 @@ import pytest
 from bilevel_jax import program_costs
 from bilevel_jax.program_costs import Collective, Cost
 
-HLO = """
+IN_LAYER = 'metadata={op_name="jit(f)/while/body/a/while/body/dot"}'
+HLO = f"""
 HloModule jit_step, is_scheduled=true
-%fused (p: bf16[8,64]) -> bf16[16,64] {
-  %all-gather.2 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/while/body/a/while/body/dot"}
-}
-%clone (p: bf16[8,64]) -> bf16[16,64] {
-  %all-gather.3 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=3, dimensions={0}, metadata={op_name="jit(f)/while/body/a/while/body/dot"}
-}
-ENTRY %main {
-  %all-reduce.1 = (f32[4]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), channel_id=1, to_apply=%add, metadata={op_name="jit(f)/sum"}
-  %ag = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), channel_id=2, metadata={op_name="jit(f)/while/body/b"}
-  %ag.done = f32[32]{0} all-gather-done(%ag)
-  %ar = f32[5]{0} all-reduce-start(%x), channel_id=4, to_apply=%add
-  %permuted = pred[7]{0} collective-permute(%z), source_target_pairs={{0,1}}
-  %unlike = f32[9]{0} fusion(%all-reduce.1), kind=kLoop, calls=%fused
-}
+%fused (p: bf16[8,64]) -> bf16[16,64] {{
+  %all-gather.2 = bf16[16,64]{{1,0:T(8,128)(2,1)}} all-gather(%p), channel_id=3, dimensions={{0}}, {IN_LAYER}
+}}
+%clone (p: bf16[8,64]) -> bf16[16,64] {{
+  %all-gather.3 = bf16[16,64]{{1,0:T(8,128)(2,1)S(1)}} all-gather(%p), channel_id=3, dimensions={{0}}, {IN_LAYER}
+}}
+ENTRY %main {{
+  %all-reduce.1 = (f32[4]{{0}}, f32[2,3]{{1,0}}) all-reduce(%x, %y), channel_id=1, to_apply=%add, metadata={{op_name="jit(f)/sum"}}
+  %ag = (f32[8]{{0}}, f32[32]{{0}}) all-gather-start(%x), channel_id=2, metadata={{op_name="jit(f)/while/body/b"}}
+  %ag.done = f32[32]{{0}} all-gather-done(%ag)
+  %ar = f32[5]{{0}} all-reduce-start(%x), channel_id=4, to_apply=%add
+  %permuted = pred[7]{{0}} collective-permute(%z), source_target_pairs={{{{0,1}}}}
+  %unlike = f32[9]{{0}} fusion(%all-reduce.1), kind=kLoop, calls=%fused
+}}
 """
 
 
