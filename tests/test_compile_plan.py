@@ -5,6 +5,7 @@ import json
 import math
 import types
 
+import jax
 import pytest
 from tests.conftest import call_main
 
@@ -109,7 +110,11 @@ def compiled(tmp_path_factory):
             return ""
 
         patch.setattr(compile_plan, "program_text", keep)
-        list(compile_plan.compile_run(config, V5E))
+        jax.config.update("jax_disable_most_optimizations", False)  # all of them, as in the command
+        try:
+            list(compile_plan.compile_run(config, V5E))
+        finally:
+            jax.config.update("jax_disable_most_optimizations", True)
     return results
 
 
