@@ -7,10 +7,10 @@ import types
 
 import jax
 import pytest
-from tests.conftest import call_main
 
 from bilevel_jax import compile_plan, memory, program_costs, programs, targets
 from bilevel_jax import config as configuration
+from tests.conftest import call_main
 
 V5E = targets.parse("tpu-v5e:2x4")
 STEP = programs.Program("step", None, (), 100, memory.TRAINING, "a micro-batch")
