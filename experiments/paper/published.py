@@ -21,7 +21,12 @@ def _dynamic(**more) -> dict:
 
 
 UNIFORM = {"selection.rule": "uniform"}  # ω is frozen; the ρ-schedule is the same
-ADAM = {"selection.optimizer": "adam", "selection.learning_rate": 1e-4, "selection.baseline": "none"}  # the paper's selector
+ADAM = {  # the paper's selector, with b2 as in the published code
+    "selection.optimizer": "adam",
+    "selection.learning_rate": 1e-4,
+    "selection.b2": 0.95,
+    "selection.baseline": "none",
+}
 NO_RATIO = {"online.response_weight": "none"}
 STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: responses are generated only before the first step
 # Of the embedded model's 189 steps: generated once, at step 95, because nothing is masked before the weights have moved
