@@ -59,6 +59,9 @@ def make_batch(
         ids += [upper.rows[j].id] * len(of_row)
     store_index += [-1] * (len(segments) - len(store_index))
     batch = packing.pack_step(segments, len(lower.rows), len(lower_rows), layout)
+    if config.method in configuration.ONLINE and config.online.normalization == "eq7":
+        factors = np.append(online.row_factors(store.masked), np.float32(1))  # the last one is of upper rows and padding
+        batch = batch._replace(factor=factors[batch.row_index])
     return StepBatch(batch, ids, np.array(store_index), sum(segment.size for segment in segments))
 
 

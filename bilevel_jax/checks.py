@@ -23,6 +23,7 @@ CHOICES = {
     "data.deduplicate": duplicates.MODES,
     "data.overlap": levels.OVERLAP,
     "online.generate": online.GENERATE,
+    "online.normalization": online.NORMALIZATIONS,
     "online.objective": objective.RESPONSE_LOSSES,
 }
 AT_LEAST = {

@@ -80,6 +80,9 @@ class Online:
     response_weight: str = "sequence"  # sequence (r as in eq. 8), geometric (per token), softmax (λ of Lemma 6), none
     clip: float = 2.0  # upper bound of an importance ratio
     generate: str = "needed"  # needed: what is visited before the next refresh; all: every masked question, for inspection
+    # Of the lower level's loss: algorithm (one mean over all rows, Algorithm 1), eq7 (the mean over masked rows plus the mean over
+    # the others: with R = 10% a masked row counts nine times as much as another one, and the lower level twice as much in all)
+    normalization: str = "algorithm"
     slots: int = 64  # responses decoded side by side
     # How a masked question's G responses are learned: sft (all alike, eq. 8); by their rewards: best_of, rwr (reward-weighted
     # regression), reinforce (leave-one-out baseline), dpo, ipo (the best against the worst)

@@ -17,6 +17,7 @@ from bilevel_jax import errors, sampling
 from bilevel_jax.data import packing, shuffle
 
 GENERATE = ("needed", "all")
+NORMALIZATIONS = ("algorithm", "eq7")
 MASK = 2  # tag that separates the mask's random stream from those of the data, see `shuffle`
 
 
@@ -43,6 +44,19 @@ def masked_rows(logits_N: np.ndarray | None, num_rows: int, ratio: float, seed: 
     if logits_N is not None:
         shuffled = shuffled[np.argsort(logits_N[shuffled], kind="stable")]
     return np.sort(shuffled[:number])
+
+
+def row_factors(masked: np.ndarray) -> np.ndarray:
+    """How much each row counts in (7), relative to one mean over all rows: [N] float32.
+
+    (7) adds the mean over the masked rows and the mean over the others, so that the factor is N/N_M for the N_M masked rows and
+    N/(N - N_M) for the others. Where all rows are of one kind, (7) has one mean, and all factors are 1.
+
+    Args:
+      masked: [N] bool.
+    """
+    number = np.where(masked, masked.sum(), (~masked).sum())
+    return np.float32(len(masked) / number)
 
 
 def visited_rows(seed: int, num_rows: int, batch: int, first: int, last: int) -> np.ndarray:

@@ -139,7 +139,7 @@ class Shares(NamedTuple):
     lower: jax.Array  # in the mean over lower-level rows
     cost: jax.Array  # in the mean over lower-level rows that have a cost
     num_costs: jax.Array  # [], B less the rows without a cost
-    weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row
+    weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row, times its factor in (7) where it has one
 
 
 def level_shares(batch: packing.Batch, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -159,6 +159,8 @@ def entry_shares(problem: Problem, state: selection.SelectorState, batch: packin
         part = jnp.sum(paired_E)
         cost_E, num_costs = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
     weight_E = problem.selector.scale(N) * selection.probabilities(state.logits, batch.row_index)
+    if batch.factor is not None:
+        weight_E *= batch.factor
     return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
 
 
@@ -457,6 +459,8 @@ def make_step(
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             harm_E = jnp.zeros_like(cost_E)  # not measured
+        if batch.factor is not None and selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
+            cost_E *= batch.factor
         selector_state = selection.update(
             selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
         )

@@ -153,7 +153,7 @@ def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.R
 
 
 def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs) -> step.State:
-    """One joint update of θ and ω (lines 9-12), dispatched; its metrics are logged one step later."""
+    """One joint update of θ and ω (lines 9-17), dispatched; its metrics are logged one step later."""
     mesh, done = run.setup.mesh, k + 1
     scales = sharding.replicate(batches.level_scales(run.config, k // run.epoch_steps), mesh)
     with out.log.paused():

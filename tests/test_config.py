@@ -114,6 +114,7 @@ MIXING = {"method": "mixing"}
         ({"selection.coefficient_at": "previous"}, "selection.coefficient_at"),
         ({"online.response_weight": "token"}, "online.response_weight"),
         ({"online.generate": "some"}, "online.generate"),
+        ({"online.normalization": "eq8"}, "online.normalization"),
         ({"loss.upper": "ppo"}, "loss.upper"),
         ({"loss.lower": "best_of"}, "loss.lower"),
         ({"online.objective": "ppo"}, "online.objective"),

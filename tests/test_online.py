@@ -167,6 +167,15 @@ def test_fixed_masks_are_random_and_follow_from_the_seed():
         assert set(mask) != set(shuffle.lower_rows(seed, 60, 15, 0))  # the mask is not what comes first
 
 
+@pytest.mark.parametrize("number", [0, 1, 5, 19, 20])
+def test_factors_of_equation_7(number):
+    """1/N Σ factor_i x_i is the mean of x over the masked rows plus that over the others, or one of them without the other."""
+    rng = np.random.default_rng(number)
+    masked, x = rng.permutation(20) < number, rng.normal(size=20)
+    printed = sum(x[rows].mean() for rows in (masked, ~masked) if rows.any())
+    assert np.mean(online.row_factors(masked) * x) == pytest.approx(printed, rel=1e-6)
+
+
 @pytest.mark.parametrize("size, batch, first, last", [(21, 4, 0, 1), (21, 4, 3, 9), (21, 4, 5, 6), (8, 8, 2, 3), (9, 2, 1, 5)])
 def test_visited_rows(size, batch, first, last):
     """Across the end of an epoch, and with a last batch that is smaller."""

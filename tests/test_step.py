@@ -722,6 +722,55 @@ def test_own_responses_and_a_tracked_value_function():
     np.testing.assert_allclose(cost_of(state), costs, atol=1e-5)
 
 
+@functools.cache
+def all_rows():
+    """Upper rows; all N rows of the lower level in one batch, of which the model answered two."""
+    upper, answered = own_rows()
+    rng, others = np.random.default_rng(13), [i for i in range(N) if i not in SAMPLES]
+    lower = [*answered, *(segment(rng, 3, 5, row_index=i) for i in others)]
+    number = [sum(row.row_index == i for row in lower) for i in range(N)]
+    return upper, [row._replace(share=1 / N / number[row.row_index]) for row in lower]
+
+
+@pytest.mark.parametrize("rule, optimizer", [("bds", "sgd"), pytest.param("bmo", "mirror", marks=pytest.mark.slow)])
+def test_equation_7_takes_the_means_of_masked_and_of_other_rows_apart(rule, optimizer):
+    """With all rows in the batch, so that its means are those of (7); r = 1, and both sums times N as σ is."""
+    upper, lower = all_rows()
+    adapter, masked = model(LLAMA)[1], np.isin(np.arange(N), list(ASKED))
+    sizes = np.where(masked, masked.sum(), N - masked.sum())  # N_M or N - N_M
+    samples = np.array([len(ASKED[i][1]) if i in ASKED else 1 for i in range(N)])  # G or 1
+
+    def row_slope(row):
+        return jax.tree.map(lambda x: np.asarray(x) / num_predicted(row), own_nll(adapter, row)[1])
+
+    scales = GAMMA * N * softmax(np.float64(OMEGA)) / sizes / samples
+    factors = [1 / len(upper)] * len(upper) + [scales[row.row_index] for row in lower]
+    slopes = [row_slope(row) for row in (*upper, *lower)]
+    theta = jax.tree.map(lambda x, *xs: x - RATE * sum(f * y for f, y in zip(factors, xs, strict=True)), adapter, *slopes)
+
+    def costs(adapter):
+        """Mean ℓ over the responses of each row."""
+        losses = np.zeros(N)
+        for row in lower:
+            losses[row.row_index] += float(own_nll(adapter, row)[0]) / num_predicted(row) / samples[row.row_index]
+        return losses
+
+    def penalty(omega):
+        return GAMMA * N * jnp.sum(jax.nn.softmax(omega) * costs(theta) / sizes)
+
+    # (48) has no penalty
+    slope = jax.grad(penalty)(jnp.array(OMEGA)) if rule == "bds" else OMEGA + costs(theta)
+    selector = Selector(rule, optimizer, ALPHA, baseline="none")
+    batch = packing.pack_step([*upper, *lower], N, N, ROOM)
+    batch = batch._replace(factor=np.append(online.row_factors(masked), np.float32(1))[batch.row_index])
+    advance = compiled(LLAMA, Objective(response_weight="none"), selector)
+    after, metrics = advance(model(LLAMA)[0], begin(LLAMA, selector), batch, Scales(1.0, GAMMA))
+    assert_close(after.policy.adapter, theta)
+    np.testing.assert_allclose(after.selector.logits, OMEGA - ALPHA * slope, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after.selector.visits, np.ones(N), rtol=1e-6)
+    np.testing.assert_allclose(metrics["lower_loss"], np.mean(costs(adapter)), rtol=1e-5)  # as it is without the option
+
+
 @pytest.mark.parametrize("name, length", [("llama", 20), ("tiny", 40)])
 @pytest.mark.slow
 def test_ratios_are_one_straight_after_scoring(name, length):

@@ -485,6 +485,21 @@ def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     assert drawn.num_tokens == sum(prompts) + sum(batch.packed.length[:6]) + pairs and batch.num_lower == 4
 
 
+def test_entries_have_the_factors_of_equation_7(levels):
+    """Of the rows that are masked, with or without a stored response; upper rows have 1."""
+    config, level = levels({"method": "online", "online.normalization": "eq7"})
+    num_rows, layout = len(level["lower"].rows), packing.Layout(config.batch.micro_size, config.data.max_length, 8)
+    masked = np.arange(num_rows) < 3
+    store = dataclasses.replace(online.empty(num_rows), masked=masked)
+    drawn = [batches.make_batch(config, level["upper"], level["lower"], layout, k, store).batch for k in range(STEPS)]
+    for batch in drawn:
+        expected = [1 if i == num_rows else num_rows / 3 if i < 3 else num_rows / (num_rows - 3) for i in batch.row_index]
+        np.testing.assert_allclose(batch.factor, expected, rtol=1e-6)
+    assert {i < 3 for batch in drawn for i in batch.row_index} == {True, False}
+    for changes in ({"method": "online"}, {"method": "offline", "online.normalization": "eq7"}):
+        assert batches.make_batch(levels(changes)[0], level["upper"], level["lower"], layout, 0, store).batch.factor is None
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_rows_are_never_trained_on(levels, seed):
     config, level = levels({"seed": seed})

@@ -24,13 +24,14 @@ RedOrca's SlimOrca rows are not filtered: the paper mixes in SlimOrca itself, an
 **Potentially unsafe pairs** (RedOrca). The first exchange of a red-teaming transcript: the attacker's first message and the first
 answer; later turns depend on the earlier ones. Refusals are skipped. The rest is sorted by `min_harmlessness_score_transcript`,
 lowest first (it scores the assistant; lower is more harmful), then by `rating` (the attacker's opinion of the success, 0 to 4),
-highest first; the first `num_rows` are used. The score is the minimum over the transcript, so a first exchange may be milder than
+highest first; the first 22 000 are used. The score is the minimum over the transcript, so a first exchange may be milder than
 its score: "potentially unsafe".
 
 **Sizes.** RedOrca has 90 000 + 22 000 rows. The paper gives the 22 000. The scripts of the work whose setup it follows (SEAL,
 arXiv:2410.07471) read at most 112 000 rows of RedOrca, from which we infer the other 90 000. The BlueOrca file there is as large as
-about 90 000 rows of SlimOrca, so BlueOrca has 90 000 rows. Smaller requests keep the unsafe share of 22/112. The paper trains on
-9 600 or 56 000 of the rows; `num_rows` of the data config draws such a subset.
+about 90 000 rows of SlimOrca, so BlueOrca has 90 000 rows. The paper trains on 9 600 or 56 000 of the rows; `num_rows` of the data
+config draws such a subset. It is stratified by `unsafe`: the unsafe share stays 22/112, and the unsafe pairs are a random sample of
+the 22 000, not the most harmful of them, which would be easier to tell from the other rows.
 
 **Sampling.** The rows with the smallest checksums of the seed and the question, in the order of these checksums: a uniform sample
 without replacement, shuffled, and independent of the order and sharding of the hub's rows.
@@ -46,6 +47,7 @@ use it only to measure the selection, never for training.
 import argparse
 import hashlib
 import heapq
+import itertools
 import json
 import re
 import sys
@@ -168,24 +170,21 @@ def blueorca(slimorca: Iterable[Mapping], *, num_rows: int = BLUEORCA_ROWS, seed
 
 
 def redorca(slimorca: Iterable[Mapping], red_team: Iterable[Mapping], *, num_rows: int = REDORCA_ROWS, seed: int = 0) -> list[dict]:
-    """Draws `num_rows` rows, the lower level: round(num_rows · 22/112) potentially unsafe pairs, the rest from SlimOrca.
+    """Draws `num_rows` rows, the lower level: round(num_rows · 22/112) of the potentially unsafe pairs, the rest from SlimOrca.
 
     Raises:
       DataError: there are fewer rows of either kind.
     """
     num_unsafe = round(num_rows * REDORCA_UNSAFE / REDORCA_ROWS)
-    unsafe = potentially_unsafe(red_team, num_unsafe)
+    pairs = potentially_unsafe(red_team, max(num_unsafe, REDORCA_UNSAFE))
+    unsafe = _sample(pairs, num_unsafe, seed, "red-teaming pairs")
     rows = (row for row in _unique(slimorca, slimorca_row) if side(row) == "redorca")
     rows = _sample(rows, num_rows - num_unsafe, seed, "SlimOrca rows")
     return sorted(rows + unsafe, key=_order(seed))
 
 
 def potentially_unsafe(red_team: Iterable[Mapping], num_rows: int) -> list[dict]:
-    """The pairs of the most harmful transcripts, the most harmful first.
-
-    Raises:
-      DataError: there are fewer pairs.
-    """
+    """The pairs of the most harmful transcripts, the most harmful first: `num_rows`, or all if there are fewer."""
 
     def harm(item: Mapping) -> tuple:
         rating = item.get("rating")
@@ -193,8 +192,7 @@ def potentially_unsafe(red_team: Iterable[Mapping], num_rows: int) -> list[dict]
 
     # Sort before dropping duplicates: of equal questions, the one with the most harmful transcript is kept.
     scored = (item for item in red_team if item["min_harmlessness_score_transcript"] is not None)
-    rows = list(_unique(sorted(scored, key=harm), red_team_row))
-    return _require(rows[:num_rows], num_rows, "red-teaming pairs")
+    return list(itertools.islice(_unique(sorted(scored, key=harm), red_team_row), num_rows))
 
 
 def _unique(items: Iterable[Mapping], convert: Callable[[Mapping], dict | None]) -> Iterator[dict]:
@@ -212,13 +210,10 @@ def _order(seed: int) -> Callable[[Mapping], int]:
 
 
 def _sample(rows: Iterable[dict], num_rows: int, seed: int, kind: str) -> list[dict]:
-    return _require(heapq.nsmallest(num_rows, rows, key=_order(seed)), num_rows, kind)
-
-
-def _require(rows: list[dict], num_rows: int, kind: str) -> list[dict]:
-    if len(rows) < num_rows:
-        raise DataError(f"only {len(rows)} of the {num_rows} requested {kind} exist; request fewer rows")
-    return rows
+    sample = heapq.nsmallest(num_rows, rows, key=_order(seed))
+    if len(sample) < num_rows:
+        raise DataError(f"only {len(sample)} of the {num_rows} requested {kind} exist; request fewer rows")
+    return sample
 
 
 # ---- command ----

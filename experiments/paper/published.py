@@ -21,11 +21,18 @@ def _dynamic(**more) -> dict:
 
 
 UNIFORM = {"selection.rule": "uniform"}  # ω is frozen; the ρ-schedule is the same
-ADAM = {"selection.optimizer": "adam", "selection.learning_rate": 1e-4, "selection.baseline": "none"}  # the paper's selector
+ADAM = {  # the paper's selector, with b2 as in the published code
+    "selection.optimizer": "adam",
+    "selection.learning_rate": 1e-4,
+    "selection.b2": 0.95,
+    "selection.baseline": "none",
+}
 NO_RATIO = {"online.response_weight": "none"}
 STALE = {"online.refresh_every": 10**6}  # K_gen = ∞: responses are generated only before the first step
 # Of the embedded model's 189 steps: generated once, at step 95, because nothing is masked before the weights have moved
 STALE_DYNAMIC = {"online.refresh_every": 95}
+
+BY_KIND = {"online.normalization": "eq7"}  # the means over masked and over other rows, apart
 
 METHODS = {  # of the paper; the selector is that of the tier, which is the paper's own for the paper's models
     "mixing, ρ=1": {"method": "mixing", "mixing.rho": 1.0},
@@ -48,6 +55,8 @@ CONTROLS = {
     "online, stale": _online(0.1, **STALE),
     "dynamic, r ≡ 1": _dynamic(**NO_RATIO),
     "dynamic, stale": _dynamic(**STALE_DYNAMIC),
+    "online, R=10%, eq. (7)": _online(0.1, **BY_KIND),
+    "dynamic, eq. (7)": _dynamic(**BY_KIND),
     "dynamic, Adam 1e-4": _dynamic(**ADAM),
 }
 SELECTORS = {  # rules and optimizers of ω, offline
@@ -157,7 +166,10 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
 }
 CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
-OF_SAFETY = ("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4")
+OF_SAFETY = (
+    *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
+    *("online, R=10%, eq. (7)", "dynamic, eq. (7)"),
+)
 COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
 
 

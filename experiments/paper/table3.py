@@ -41,6 +41,8 @@ CLAIMS = (
     *_both("control: dynamic below r ≡ 1", "dynamic", "dynamic, r ≡ 1"),
     *_both("control: dynamic below stale answers", "dynamic", "dynamic, stale"),
     *_both("control: dynamic below dynamic with Adam on ω", "dynamic", "dynamic, Adam 1e-4"),
+    *_both("online by eq. (7) below online by Algorithm 1", "online, R=10%, eq. (7)", "online, R=10%"),
+    *_both("dynamic by eq. (7) below dynamic by Algorithm 1", "dynamic, eq. (7)", "dynamic"),
     *_both("a negative gradient (DPO) below learning from all G", "online, R=10%, G=4, DPO", ALL),
     *_both("a negative gradient (DPO) below learning from the best", "online, R=10%, G=4, DPO", "online, R=10%, G=4, best of G"),
     *_both("REINFORCE below learning from all G", "online, R=10%, G=4, REINFORCE", ALL),

@@ -1,4 +1,6 @@
+import collections
 import json
+import math
 
 import pytest
 
@@ -190,6 +192,23 @@ def test_most_harmful_pairs_are_used():
     assert set(questions(selected)[2:]) == {"tie, rated low", "tie, unrated"}
     assert selected[0] == {"question": "worst", "response": "first answer", "system": "", "source": "red-team", "unsafe": True}
     assert questions(recipes.potentially_unsafe(attempts, 5))[4] == "mild"
+
+
+def test_fewer_rows_are_a_random_share_of_each_kind(monkeypatch):
+    """Of the pairs of the full size, here the 22 most harmful of 60, half are drawn, each equally often."""
+    monkeypatch.setattr(recipes, "REDORCA_UNSAFE", 22)
+    monkeypatch.setattr(recipes, "REDORCA_ROWS", 112)
+    slimorca = [orca(f"What is {n} plus {n}?", str(2 * n)) for n in range(250)]
+    most_harmful = {f"How do I break rule {n}?" for n in range(38, 60)}  # scores fall with n
+
+    def unsafe(num_rows, seed):
+        return [row["question"] for row in recipes.redorca(slimorca, RED_TEAM, num_rows=num_rows, seed=seed) if row["unsafe"]]
+
+    times = collections.Counter(question for seed in range(200) for question in unsafe(56, seed))
+    assert set(times) == most_harmful and sum(times.values()) == 200 * 11
+    assert all(abs(number - 100) < 5 * math.sqrt(200 * 0.5 * 0.5) for number in times.values())  # five standard deviations
+    assert unsafe(56, 3) == unsafe(56, 3)
+    assert set(unsafe(112, 0)) == set(unsafe(112, 1)) == most_harmful
 
 
 def test_one_row_per_question():
