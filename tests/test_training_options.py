@@ -8,7 +8,7 @@ from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import checkpoint
-from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, load, read_jsonl, stop_at, summary_of, without
+from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, load, read_jsonl, run_command, stop_at, summary_of, without
 
 STEPS = EPOCHS * EPOCH_STEPS
 OPTIONS = {
@@ -119,6 +119,8 @@ def test_all_weights_are_learned(make_config, tmp_path):
     score = scoring.make_scorer(model, 2, 96, sharding.make_mesh(1))
     nll, length = score(base, None, scoring.example_segments(level.eval_examples), "held-out rows")
     assert scoring.mean_loss(nll, length) == pytest.approx(summary["eval/upper_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="learned all weights .* model is that model already"):
+        run_command("export", [f"--workdir={workdir}", f"--merged={tmp_path / 'merged'}"])
 
 
 def test_continues_an_adapter(finished, make_config, tmp_path):
