@@ -29,6 +29,7 @@ def test_only_the_newest_of_two_whole_checkpoints_is_damaged(kind, tmp_path):
     for step in ("4", "12"):
         (tmp_path / step / "state").mkdir(parents=True)
         (tmp_path / step / "state" / "d").write_bytes(b"12345678")
+        (tmp_path / step / checkpoint.METADATA).write_text(json.dumps({"custom_metadata": {"step": int(step)}}))
         checkpoint.write_manifest(tmp_path / step)
     rng = np.random.default_rng(0)
     assert kills.spoil(tmp_path, kind, rng) == "detected"
