@@ -131,35 +131,34 @@ def devices(target: Target) -> Sequence[jax.Device]:
     """The devices of a target, for which programs can be compiled but not run.
 
     Raises:
-      RunError: the compiler of this platform is not installed.
+      RunError: the compiler of this platform is not installed, or does not start.
       ValueError: there is no such topology.
     """
     try:
         return (_tpus if target.platform == "tpu" else _gpus)(target).devices
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        reason = str(error).splitlines()[0]
+        if not reason.startswith("INVALID_ARGUMENT"):
+            raise RunError(f"--compile={target}: the compiler does not start ({reason:.200})") from error
         raise ValueError(f"--compile={target}: no such topology ({reason:.200}); {USAGE}") from error
 
 
 def _tpus(target: Target) -> topologies.TopologyDescription:
-    # Of the machine to which the TPUs belong; without a TPU libtpu would ask a server for it and write warnings.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", **_accelerator_type(target)} | os.environ
+    # Without a TPU libtpu would ask a server what this machine has. It also admits one process at a time, since a TPU serves one;
+    # compiling needs no TPU.
+    absent = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
+    os.environ |= absent | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"} | os.environ
     # By default a host has 2x2 chips; fewer are one host.
     hosts = {"chips_per_host_bounds": (*target.shape, 1)[:3]} if math.prod(target.shape) < 4 else {}
     name = f"{target.name}:{'x'.join(map(str, target.shape))}"
     try:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **hosts)
-    except (RuntimeError, AttributeError, ImportError) as error:
+    except RuntimeError as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise
         raise RunError(
             f"--compile={target} needs the TPU compiler; install the extra tpu: pip install 'bilevel_jax[tpu]'"
         ) from error
-
-
-def _accelerator_type(target: Target) -> dict[str, str]:
-    kind = {"v5e": "v5litepod", "v5p": "v5p"}.get(target.name, target.name)
-    return {"TPU_ACCELERATOR_TYPE": f"{kind}-8"}
 
 
 def _gpus(target: Target) -> topologies.TopologyDescription:
