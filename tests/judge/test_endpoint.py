@@ -334,26 +334,25 @@ def large_error(connection, stop):
 
 
 def packed_body(connection, stop):
-    body = gzip.compress(bytes(1 << 25))
+    body = gzip.compress(bytes(1 << 21))
     connection.sendall(START + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
 
 @pytest.mark.parametrize(
-    "send, cause",
+    "send, timeout, cause",
     [
-        (drip_body, "no complete response after 0.4 seconds"),
-        (drip_headers, "no complete response after 0.4 seconds"),
-        (large_body, "longer than 1 MB"),
-        (large_error, "longer than 1 MB"),
-        (packed_body, "compressed"),
+        (drip_body, 0.4, "no complete response after 0.4 seconds"),
+        (drip_headers, 0.4, "no complete response after 0.4 seconds"),
+        (large_body, 30, "longer than 1 MB"),
+        (large_error, 30, "longer than 1 MB"),
+        (packed_body, 30, "compressed"),
     ],
 )
-def test_hostile_responses(monkeypatch, send, cause):
+def test_hostile_responses(monkeypatch, send, timeout, cause):
+    """Without a deadline the first two would never end."""
     monkeypatch.setattr(client, "ATTEMPTS", 2)
-    began = time.monotonic()
     with serve_raw(send) as endpoint, pytest.raises(RunError, match=rf"{cause}.*\(the last of 2 attempts\)"):
-        make(endpoint, timeout=0.4)(BODY)
-    assert time.monotonic() - began < 5
+        make(endpoint, timeout=timeout)(BODY)
 
 
 @pytest.mark.parametrize("count", [-1, 2**53, 10**400, True, 1.5])
