@@ -14,7 +14,7 @@ import pytest
 
 from bilevel_jax import cli, errors, train
 from bilevel_jax.models import huggingface
-from bilevel_jax.runtime import interruption
+from bilevel_jax.runtime import interruption, metrics
 from bilevel_jax.runtime.workdir import locked, open_workdir
 from tests.conftest import make_model
 from tests.test_train import REFINED, without
@@ -137,7 +137,7 @@ def test_refuses_another_model_under_the_same_name(make_config, tmp_path, monkey
         raise KeyboardInterrupt  # ends the run without saving
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.metrics.MetricsWriter, "write", lambda self, step, *_: step and interrupt())
+        patch.setattr(metrics.MetricsWriter, "write", lambda self, step, *_: step and interrupt())
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir)
     assert (workdir / "checkpoints" / "1").is_dir()
