@@ -20,7 +20,7 @@ def _likeness(word: str, other: str) -> float:
         return 1.0
     shorter, longer = sorted((word, other), key=len)
     if longer.startswith(shorter):
-        return 0.9 if len(shorter) > 1 else 0.5
+        return 0.9 if len(shorter) > 1 else 0.45 + 0.2 / len(longer)
     if len(shorter) > 2 and shorter in longer:
         return 0.75
     ratio = difflib.SequenceMatcher(None, word, other).ratio()
@@ -52,8 +52,8 @@ def score(name: str, known: str) -> float:
     initials = "".join(word[0] for word in last)
     if len(last) > 1 and initials in words:
         words[words.index(initials) : words.index(initials) + 1] = last
-    of_last = _agreement(words, last)
-    in_section = _agreement(words, [*last, *section]) - of_last
+    in_section = _agreement(words, section)
+    of_last = _agreement(words, [*last, *section]) - in_section
     covered = (of_last + in_section) / len(words)  # of the given name
     hit = of_last / len(last)  # of the known one
     if not hit:

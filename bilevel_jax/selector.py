@@ -46,7 +46,6 @@ class Selector:
       optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
         `parameterization="table"`.
       learning_rate: α.
-      b1, b2: decays of Adam's means. ω has a gradient at every step, so with a b2 near 1 rows drift long after their last visit.
       tau: τ of (48), per nat.
       baseline: subtracted from the cost: nothing, the `batch` mean, or the `running` mean of earlier batches. As Σ_i ∇σ_i = 0,
         a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean adds noise of its own to the
@@ -57,13 +56,12 @@ class Selector:
         without a ridge it ends up repeating the costs of single rows.
       token_learning_rate: of the parameters shared by the weights of all tokens, see `token_weights`; 0: equal weights of tokens.
       freeze: ω stays where it is, whatever the rule.
+      b1, b2: decays of Adam's means. ω has a gradient at every step, so with a b2 near 1 rows drift long after their last visit.
     """
 
     rule: str = "bds"
     optimizer: str = "mirror"
     learning_rate: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
     tau: float = 1.0
     baseline: str = "running"
     weight_scale: str = "dataset"
@@ -71,6 +69,8 @@ class Selector:
     ridge: float = 0.0
     token_learning_rate: float = 0.0
     freeze: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
 
     def __post_init__(self):
         for name, allowed in (

@@ -37,8 +37,8 @@ KEYS = checks.keys(config.default())
         # nothing near
         ("a.b.c", []),
         ("R", []),
-        ("warmup", []),
-        ("weight_decay", []),
+        ("warmup", ["optimizer.warmup"]),
+        ("weight_decay", ["optimizer.weight_decay"]),
         ("..", []),
         ("", []),
     ],
