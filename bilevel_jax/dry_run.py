@@ -57,9 +57,7 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     setup = setups.load(typed)
     load_seconds = time.perf_counter() - began
     num_rows = len(setup.lower.rows)
-    num_steps = setups.num_steps(typed, setup)
-    checks.check_profile(typed, num_steps)
-    checks.check_masks(typed, num_steps)
+    num_steps = setups.checked_steps(typed, setup)
     if typed.selection.init:
         yield initial_weights.read(typed.selection.init, setup.lower.rows).summary(typed.selection.init)
     if typed.method in configuration.ONLINE and typed.online.reward:

@@ -189,7 +189,7 @@ def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh,
     tracked = objective.value_function == "tracked"
     num_steps = config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size)
     optimizer, selector = configuration.to_optimizer(config, num_steps), configuration.to_selector(config)
-    influence = objective.cost == "influence" and not selector.frozen
+    influence = step.measures_influence(objective, selector)
     arguments = optimizer, selector, num_rows, tracked, features.SIZE, influence
     state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)

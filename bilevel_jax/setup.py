@@ -153,6 +153,18 @@ def num_steps(config: configuration.Config, setup: Setup) -> int:
     return config.num_epochs * shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
 
 
+def checked_steps(config: configuration.Config, setup: Setup) -> int:
+    """The number of steps of the run.
+
+    Raises:
+      ConfigError: a setting does not go with it.
+    """
+    number = num_steps(config, setup)
+    checks.check_profile(config, number)
+    checks.check_masks(config, number)
+    return number
+
+
 def make_optimizer(config: configuration.Config, setup: Setup) -> optax.GradientTransformation:
     """The optimizer of θ."""
     return configuration.to_optimizer(config, num_steps(config, setup))
@@ -164,7 +176,7 @@ def new_state(
     """The state before the first step, on the host."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     tracked = objective.value_function == "tracked"
-    influence = objective.cost == "influence" and not selector.frozen
+    influence = step.measures_influence(objective, selector)
     return step.init(adapter, optimizer, selector, num_rows, tracked, num_features or features.SIZE, influence)
 
 

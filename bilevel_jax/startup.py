@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from bilevel_jax import config as configuration
 from bilevel_jax import (
-    checks,
     early_stopping,
     evaluation,
     features,
@@ -25,7 +25,6 @@ from bilevel_jax import (
     sharding,
     step,
 )
-from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, token_ids
 from bilevel_jax.errors import RunError
@@ -98,7 +97,7 @@ def prepare(
     with clock("load"):
         setup = setups.load(config)
     lower = setup.lower
-    num_steps = _checked_steps(config, setup)
+    num_steps = setups.checked_steps(config, setup)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)  # fails before anything is compiled
     checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
@@ -156,18 +155,6 @@ def _held_out(
         rows = evaluation.held_out(config, setup.upper, setup.lower, setup.tokenizer, program.score, setup.base)
         token_ids.check(rows.examples["lower_clean"], setup.tokenizer, setup.model.vocab_size)  # the others are checked
     return rows
-
-
-def _checked_steps(config: configuration.Config, setup: setups.Setup) -> int:
-    """The number of steps of the run.
-
-    Raises:
-      ConfigError: a setting does not go with it.
-    """
-    num_steps = setups.num_steps(config, setup)
-    checks.check_profile(config, num_steps)
-    checks.check_masks(config, num_steps)
-    return num_steps
 
 
 def _restore(

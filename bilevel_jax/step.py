@@ -85,6 +85,11 @@ class Scales(NamedTuple):
     lower: jax.Array | float
 
 
+def measures_influence(objective: Objective, selector: selection.Selector) -> bool:
+    """Whether the costs of a step are influences, for which the state has a memory."""
+    return objective.cost == "influence" and not selector.frozen
+
+
 def init(
     adapter,
     optimizer: optax.GradientTransformation,
@@ -124,7 +129,7 @@ class Problem:
 
     @property
     def influence(self) -> bool:
-        return self.objective.cost == "influence" and not self.selector.frozen
+        return measures_influence(self.objective, self.selector)
 
     @property
     def costs_at_next(self) -> bool:
