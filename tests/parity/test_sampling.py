@@ -56,7 +56,8 @@ def generate(reference, prompts, eos):
 def logits_after(reference, prompt, tokens):
     """Logits [n, V] of transformers that predict the tokens after a prompt, in float64."""
     row = np.concatenate([prompt, tokens])
-    padded = np.pad(row, (0, max(LENGTHS) + NEW - len(row)))  # as long as the longest: LongRoPE depends on the length
+    longest = max(LENGTHS) + NEW  # of the random rows: LongRoPE depends on the padded length
+    padded = np.pad(row, (0, max(longest - len(row), 0)))
     return reference(torch.tensor(padded)[None].long()).logits[0, len(prompt) - 1 : len(row) - 1].double()
 
 
