@@ -3,10 +3,10 @@
 On the test bed (`synthetic:trusted`, `synthetic:mixture`, the model `tiny_base`) every rule gives each row a number. What the
 number says is then tried:
 
-- LDS. A model is trained on random halves of the rows. A rule predicts the trusted loss of a half by minus the sum of its numbers
-  over the
-  half. LDS is the rank correlation of predicted and measured loss (Ilyas et al. 2022). Every half is trained in two orders; the
-  correlation of the two measurements says how reliable one is.
+- LDS. A model is trained on random subsets of the rows. A rule predicts the trusted loss of a subset by minus the mean of its
+  numbers over the subset. LDS is the rank correlation of predicted and measured loss (Ilyas et al. 2022). Subsets are halves, or
+  mixtures: of each kind of rows, a share that is drawn uniformly. Halves hold about the same of each kind, so their losses differ
+  little. Every subset is trained in two orders; the correlation of the two measurements says how reliable their mean is.
 - Leaving one kind of rows out.
 - Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone.
 - Weights. Training on all rows, weighted by the rule's own weights.
@@ -33,6 +33,9 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.", lower_bound=1, flag
 FIRST = flags.DEFINE_integer("first_seed", 0, "The first seed.", lower_bound=0, flag_values=FLAGS)
 HALVES = flags.DEFINE_integer(
     "halves", 64, "Random halves of each seed that are retrained; 0: no LDS.", lower_bound=0, flag_values=FLAGS
+)
+MIXTURES = flags.DEFINE_integer(
+    "mixtures", 0, "Random mixtures of the kinds of each seed that are retrained.", lower_bound=0, flag_values=FLAGS
 )
 WORKDIR = flags.DEFINE_string("workdir", "runs/counterfactual", "Directory of the measurements.", flag_values=FLAGS)
 
@@ -97,12 +100,24 @@ def halves(seed: int, number: int, num_rows: int) -> np.ndarray:
     return np.array([rng.permutation(num_rows) < num_rows // 2 for _ in range(number)])
 
 
-def measure_halves(bed: Bed, record: Record, masks: np.ndarray) -> np.ndarray:
-    """Trusted loss after training on each half, [halves, orders]."""
+def mixtures(seed: int, number: int, kind_of_row: np.ndarray) -> np.ndarray:
+    """Random subsets with another share of each kind of rows, bool [number, N].
+
+    A share is uniform in (0, 1), and each row of the kind is in the subset with this probability."""
+    rng = np.random.default_rng([seed, 32])
+    _, kind_N = np.unique(kind_of_row, return_inverse=True)
+    share_nxK = rng.random((number, kind_N.max() + 1))
+    return rng.random((number, len(kind_N))) < share_nxK[:, kind_N]
+
+
+def measure_subsets(bed: Bed, record: Record, masks: np.ndarray, name: str) -> np.ndarray:
+    """Trusted loss after training on each subset, [subsets, orders]."""
     losses = np.zeros((len(masks), len(ORDERS)))
-    for h, mask in enumerate(tqdm.tqdm(masks, desc="halves", unit="half", disable=None)):
+    for h, mask in enumerate(tqdm.tqdm(masks, desc=name, unit=name, disable=None)):
         for o in ORDERS:
-            losses[h, o] = record.get(f"half/{h}/{o}", lambda mask=mask, o=o: _pair(bed.measure(bed.train(2.0 * mask, o))))[0]
+            losses[h, o] = record.get(
+                f"{name}/{h}/{o}", lambda mask=mask, o=o: _pair(bed.measure(bed.train(mask.astype(float), o)))
+            )[0]
     return losses
 
 
@@ -193,7 +208,6 @@ def measure_seed(seed: int, names) -> dict:
     record = Record(pathlib.Path(WORKDIR.value, f"seed_{seed}.json"))
     bed = Bed(bed_config(seed), NUM_STEERING)
     scores = measure_scores(bed, record, names)
-    masks = halves(seed, HALVES.value, bed.N)
     numbers = {
         name: np.array(
             record.get(name, lambda of=of: np.asarray(of(bed.select("influence", candidates.MIRROR, 0).selector)).tolist())
@@ -206,6 +220,7 @@ def measure_seed(seed: int, names) -> dict:
         "aurocs": {name: aurocs(bed, score) for name, score in (scores | numbers).items()},
         "weighted": {},
         "kept": {},
+        "lds": {},
     }
     if CHOOSE.value:
         result["weighted"] = {name: measure_weighted(bed, record, name, score) for name, score in scores.items()}
@@ -214,12 +229,19 @@ def measure_seed(seed: int, names) -> dict:
             for name, score in scores.items()
             for alone in (False, True)
         }
-    if len(masks):
-        measured = measure_halves(bed, record, masks)
-        result["reliability"] = judgement.reliability(measured)
-        result["lds"] = {
-            name: judgement.rank_correlation(-(masks @ score), measured.mean(axis=1), seed) for name, score in scores.items()
-        }
+    kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
+    subsets = {"half": halves(seed, HALVES.value, bed.N), "mixture": mixtures(seed, MIXTURES.value, kind)}
+    for subset, masks in subsets.items():
+        if len(masks):
+            measured = measure_subsets(bed, record, masks, subset)
+            loss_n, size_n = measured.mean(axis=1), masks.sum(axis=1)
+            result["lds"][subset] = {
+                "reliability": judgement.reliability(measured),
+                "rules": {
+                    name: judgement.rank_correlation(-(masks @ score) / size_n, loss_n, seed)
+                    for name, score in (scores | numbers).items()
+                },
+            }
     return result
 
 
@@ -229,17 +251,16 @@ def measure_seed(seed: int, names) -> dict:
 
 
 def _lds_lines(results: dict[int, dict]) -> list[str]:
-    lines = []
+    lines, numbers = [], {"half": f"{HALVES.value} random halves", "mixture": f"{MIXTURES.value} random mixtures of the kinds"}
     for seed, result in results.items():
-        if "lds" not in result:
-            continue
-        rows = [[name, f"{value:+.2f}", f"{low:+.2f} to {high:+.2f}"] for name, (value, low, high) in result["lds"].items()]
-        lines += [
-            f"LDS, seed {seed}, {HALVES.value} halves; reliability of the measured losses {result['reliability']:.2f}:",
-            "",
-            *runs.markdown(["rule", "LDS", "95% bootstrap interval"], rows),
-            "",
-        ]
+        for subset, lds in result["lds"].items():
+            rows = [[name, f"{value:+.2f}", f"{low:+.2f} to {high:+.2f}"] for name, (value, low, high) in lds["rules"].items()]
+            lines += [
+                f"LDS, seed {seed}, {numbers[subset]}; reliability of the measured losses {lds['reliability']:.2f}:",
+                "",
+                *runs.markdown(["rule", "LDS", "95% bootstrap interval"], rows),
+                "",
+            ]
     return lines
 
 

@@ -57,3 +57,13 @@ def test_kept_rows_and_weights_follow_the_scores():
 def test_halves_are_halves():
     masks = counterfactual.halves(0, 5, 11)
     assert masks.shape == (5, 11) and set(masks.sum(axis=1)) == {5} and len({tuple(mask) for mask in masks}) == 5
+
+
+def test_mixtures_hold_another_share_of_each_kind():
+    kind = np.array(["clean"] * 4000 + ["garbage"] * 2000)
+    masks = counterfactual.mixtures(0, 400, kind)
+    shares = np.array([masks[:, kind == name].mean(axis=1) for name in ("clean", "garbage")])
+    assert masks.shape == (400, 6000) and abs(np.corrcoef(shares)[0, 1]) < 0.15
+    # Means of 400 uniform shares: 1/2, with a standard error of 0.29/20; their standard deviation is 1/sqrt(12).
+    np.testing.assert_allclose(shares.mean(axis=1), 0.5, atol=0.06)
+    np.testing.assert_allclose(shares.std(axis=1), 12**-0.5, atol=0.03)
