@@ -28,6 +28,7 @@ from bilevel_jax.data import levels, packing, shuffle
 FILE = "metagradient.npz"
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest stops
 MIN_ROWS = 6  # trusted rows, so that every part has one
+TINY = 1e-30
 SPLIT = 3  # tag of the random stream
 
 
@@ -128,7 +129,7 @@ def search(
         with jax.set_mesh(setup.mesh):
             replay = functools.partial(it.replay, setup.base)
             gradient = metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
-        move = config.selection.learning_rate * gradient / max(np.sqrt(np.mean(gradient**2)), step.TINY)
+        move = config.selection.learning_rate * gradient / max(np.sqrt(np.mean(gradient**2)), TINY)
         logits.append((logits[-1] - move).astype(np.float32))
         losses.append(loss)
         _write(directory / FILE, logits, losses)

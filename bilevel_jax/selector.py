@@ -31,7 +31,7 @@ class SelectorState(NamedTuple):
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
     data_visits: jax.Array  # [N] float32, those of `visits` at which the row had the response of the data
     surprise: jax.Array  # [N] float32, that of this response at the last of them, before the step that learned from it; NaN: none
-    harm: jax.Array  # [N] float32, sum over them of what lowers the weight by influence, see `step.update_influence`
+    harm: jax.Array  # [N] float32, sum over them of what lowers the weight by influence, see `influence.costs`
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
 

@@ -7,23 +7,11 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
     ℓ_b    = (1/G) Σ_g stop(r^g) ℓ(θ; x, y^g)                              (8), (9), where the model answered question b itself
     C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
 
-`make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `row_costs`, and
-`selector.update`. The losses that L0 and ℓ_b can be are in `objective`.
+`make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `influence_costs` or
+`row_costs`, and `selector.update`. The losses that L0 and ℓ_b can be are in `objective`.
 
-This is the gradient of the penalty. ω can also follow the gradient of L0 itself (`cost="influence"`). With D the preconditioner of
-the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i times
-
-    I_i = ⟨∇ℓ_i(θ^k), D m⟩,   m = a running mean of ∇L0 over the last batches                                       (I)
-
-One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product
-is a finite difference of ℓ_i along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al.
-2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
-
-    C_b = -tanh(I_b / σ_I) + ½ tanh((s_b - s̄) / σ_s),    s_b = (mean_t (-log p_t)^4)^{1/4}                           (C)
-
-with running means and spreads over the rows: rows lose weight whose gradients work against that of the trusted rows and, half as
-much, rows that surprise the model made with them. The surprise s is a power mean of the NLLs of the row's tokens: one wrong word
-stands out in it, and not in their mean ℓ. The first term is noisy for a single row, the second is not.
+This is the gradient of the penalty, the rule of the paper. By default ω follows the gradient of L0 itself: C_b is then a cost made
+of the row's influence on the trusted loss and of its surprise, (I) and (C) in `influence`.
 
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights.
 
@@ -41,16 +29,11 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax import forward, importance, losses, preferences, token_weights
+from bilevel_jax import influence as influences
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder
 from bilevel_jax.objective import Objective, entry_losses, entry_surprises, lower_losses
-
-TINY = 1e-30
-FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
-UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
-SPREAD_DECAY = 0.9  # of the running means and mean squares of influences and losses
-SURPRISE_PART = 0.5  # of the surprise in the cost, that of the influence being 1
 
 
 class Learner(NamedTuple):
@@ -66,16 +49,7 @@ class State(NamedTuple):
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
     token_params: jax.Array | None = None  # [2] float32, φ of `token_weights`; None where tokens have no weights
-    influence: "Influence | None" = None  # None for other costs
-
-
-class Influence(NamedTuple):
-    """What the costs of `cost="influence"` remember from step to step."""
-
-    upper_gradient: dict  # Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, running mean square of the influences; this and the next two are NaN before the first
-    surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
-    surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
+    influence: influences.Memory | None = None  # None for other costs
 
 
 class Scales(NamedTuple):
@@ -103,8 +77,7 @@ def init(
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
     token_params = jnp.zeros(len(token_weights.SCORES), jnp.float32) if selector.token_learning_rate else None
-    unknown = [jnp.full((), jnp.nan, jnp.float32) for _ in range(3)]
-    memory = Influence(jax.tree.map(jnp.zeros_like, adapter), *unknown) if influence else None
+    memory = influences.init(adapter) if influence else None
     return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, memory)
 
 
@@ -305,64 +278,31 @@ def update_token_params(
     return token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E
 
 
-def _preconditioned(optimizer_state, gradient):
-    """D times a gradient: divided by √v + ε where the optimizer keeps v, a running mean of squares."""
-    square = optax.tree.get(optimizer_state, "nu", default=None)
-    if square is None:
-        return gradient
-    # An entry without a gradient so far has v = 0, and m = 0 with it.
-    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
-
-
-def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:
-    """The running mean square with that of a batch, and tanh(value / its root): few rows have by far the largest values."""
-    mean_square = _running(mean_square, jnp.sum(share_E * value_E**2))
-    return mean_square, jnp.tanh(value_E / jnp.maximum(jnp.sqrt(mean_square), TINY))
-
-
-def _running(mean, value):
-    return jnp.where(jnp.isnan(mean), value, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * value)
-
-
-def update_influence(
+def influence_costs(
     problem: Problem,
     base,
-    memory: Influence,
+    memory: influences.Memory,
     state: State,
     update: PolicyUpdate,
     loss_E,
     surprise_E,
     batch: packing.Batch,
     shares: Shares,
-) -> tuple[Influence, jax.Array, jax.Array]:
-    """What each entry does for the trusted rows, and its cost.  (I), (C)
+) -> tuple[influences.Memory, jax.Array, jax.Array]:
+    """What `influence.costs` returns, after one more forward pass over the micro-batches of the lower level.  (I), (C)
 
     Args:
       memory: before the step.
       update: of θ, with ∇L0 of the batch at θ^k.
       loss_E, surprise_E: losses ℓ and surprises s of the entries at θ^k.
-
-    Returns:
-      memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
     """
     model, objective = problem.model, problem.objective
-
-    def decay(mean, g):
-        return UPPER_DECAY * mean + (1 - UPPER_DECAY) * g
-
-    upper_gradient = jax.tree.map(decay, memory.upper_gradient, update.upper_gradient)
-    direction = _preconditioned(update.policy.optimizer, upper_gradient)
-    size = FD_SCALE[model.dtype] * optax.tree.norm(state.policy.adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
-    moved = jax.tree.map(lambda leaf, d: leaf - size * d, state.policy.adapter, direction)
+    mean, moved = influences.displaced(memory, update.upper_gradient, state.policy.adapter, update.policy.optimizer, model.dtype)
     # With the dropout of θ^k: another one would change the losses more than the small move does.
     key = problem.dropout_key(state)
-    moved_nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro, key=key)
-    change_E = entry_losses(objective.lower, objective, batch, moved_nll_E) - loss_E
-    mean_square, harm_E = _scaled(memory.mean_square, change_E, shares.cost)
-    surprise_mean = _running(memory.surprise_mean, jnp.sum(shares.cost * surprise_E))
-    surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, shares.cost)
-    memory = Influence(upper_gradient, mean_square, surprise_mean, surprise_square)
-    return memory, harm_E, harm_E + SURPRISE_PART * excess_E
+    nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro, key=key)
+    change_E = entry_losses(objective.lower, objective, batch, nll_E) - loss_E
+    return influences.costs(memory, mean, change_E, surprise_E, shares.cost)
 
 
 def row_costs(
@@ -457,10 +397,11 @@ def make_step(
         token_params, next_nll_E = state.token_params, None
         if token_params is not None:
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
-        memory, loss_E = state.influence, entry_losses(objective.lower, objective, batch, update.nll_E)
+        loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         surprise_E = entry_surprises(objective, batch, update.power_E, loss_E)
-        if problem.influence and memory is not None:
-            memory, harm_E, cost_E = update_influence(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
+        memory = state.influence
+        if memory is not None:
+            memory, harm_E, cost_E = influence_costs(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
         else:
             cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             harm_E = jnp.zeros_like(cost_E)  # not measured

@@ -1,0 +1,98 @@
+"""The default cost: what a row does to the trusted loss, and how likely its tokens are.
+
+The rule of the paper follows the gradient of the penalty. With `cost="influence"`, ω follows the gradient of L0 itself. With D the
+preconditioner of the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i
+times
+
+    I_i = ⟨∇ℓ_i(θ^k), D m⟩,   m = a running mean of ∇L0 over the last batches                                       (I)
+
+One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product
+is a finite difference of ℓ_i along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al.
+2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
+
+    C_b = -tanh(I_b / σ_I) + ½ tanh((s_b - s̄) / σ_s),    s_b = (mean_t (-log p_t)^4)^{1/4}                           (C)
+
+with running means and spreads over the rows: rows lose weight whose gradients work against that of the trusted rows and, half as
+much, rows that surprise the model made with them. The surprise s is a power mean of the NLLs of the row's tokens: one wrong word
+stands out in it, and not in their mean ℓ. The first term is noisy for a single row, the second is not.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+TINY = 1e-30
+FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
+UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
+SPREAD_DECAY = 0.9  # of the running means and mean squares of influences and surprises
+SURPRISE_PART = 0.5  # of the surprise in the cost, that of the influence being 1
+
+
+class Memory(NamedTuple):
+    """What the cost remembers from step to step."""
+
+    upper_gradient: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
+    mean_square: jax.Array  # [] float32, running mean square of the influences; this and the next two are NaN before the first
+    surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
+    surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
+
+
+def init(adapter) -> Memory:
+    """The memory before the first step."""
+    unknown = [jnp.full((), jnp.nan, jnp.float32) for _ in range(3)]
+    return Memory(jax.tree.map(jnp.zeros_like, adapter), *unknown)
+
+
+def displaced(memory: Memory, upper_gradient, adapter, optimizer_state, dtype: str) -> tuple[dict, dict]:
+    """The running mean m with the gradient of a batch, and θ^k moved a little along -D m.
+
+    Args:
+      upper_gradient: ∇L0 of the batch at θ^k.
+      adapter: θ^k.
+      optimizer_state: after the step, with Adam's v.
+      dtype: of the model's arithmetic, which bounds how small the move may be.
+    """
+    mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, memory.upper_gradient, upper_gradient)
+    direction = _preconditioned(optimizer_state, mean)
+    size = FD_SCALE[dtype] * optax.tree.norm(adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
+    return mean, jax.tree.map(lambda leaf, d: leaf - size * d, adapter, direction)
+
+
+def costs(memory: Memory, upper_gradient, change_E, surprise_E, share_E) -> tuple[Memory, jax.Array, jax.Array]:
+    """The cost of each entry.  (C)
+
+    Args:
+      memory: before the step.
+      upper_gradient, change_E: m, and what moving along -D m does to the losses of the entries, which is -I up to a factor.
+      surprise_E: s at θ^k.
+      share_E: of the entries in the mean over the lower level.
+
+    Returns:
+      memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
+    """
+    mean_square, harm_E = _scaled(memory.mean_square, change_E, share_E)
+    surprise_mean = _running(memory.surprise_mean, jnp.sum(share_E * surprise_E))
+    surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, share_E)
+    memory = Memory(upper_gradient, mean_square, surprise_mean, surprise_square)
+    return memory, harm_E, harm_E + SURPRISE_PART * excess_E
+
+
+def _preconditioned(optimizer_state, gradient):
+    """D times a gradient: divided by √v where the optimizer keeps v, a running mean of squares."""
+    square = optax.tree.get(optimizer_state, "nu", default=None)
+    if square is None:
+        return gradient
+    # An entry without a gradient so far has v = 0, and m = 0 with it.
+    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
+
+
+def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:
+    """The running mean square with that of a batch, and tanh(value / its root): few rows have by far the largest values."""
+    mean_square = _running(mean_square, jnp.sum(share_E * value_E**2))
+    return mean_square, jnp.tanh(value_E / jnp.maximum(jnp.sqrt(mean_square), TINY))
+
+
+def _running(mean, value):
+    return jnp.where(jnp.isnan(mean), value, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * value)
