@@ -75,6 +75,10 @@ SELECTORS = {  # rules and optimizers of ω, offline
         "selection.baseline": "none",
     },
 }
+BMO_ORDERS = {  # of `experiments.bmo_order`: D7 of docs/paper.md
+    "bmo, θ first": {**SELECTORS["bmo, τ=1"], "selection.coefficient_at": "current"},
+    "bmo, ω first (as printed)": {**SELECTORS["bmo, τ=1"], "selection.coefficient_at": "current", "selection.order": "paper"},
+}
 FURTHER = {  # selectors that are not in the paper
     "tracked v(ω)": {"method": "offline", "selection.value_function": "tracked"},
     "features": {
@@ -164,7 +168,7 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (
     *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
