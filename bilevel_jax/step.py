@@ -8,8 +8,8 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
     C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
 
 `make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `row_costs`, and
-`update_weights`. θ moves with σ(ω^k), then ω does; with `selector.order="paper"` ω moves first (`weights_before_policy`). The losses
-that L0 and ℓ_b can be are in `objective`.
+`update_weights`. θ moves with σ(ω^k), then ω does; with `selector.order="paper"` ω moves first (`weights_before_policy`). The
+losses that L0 and ℓ_b can be are in `objective`.
 
 This is the gradient of the penalty. ω can also follow the gradient of L0 itself (`cost="influence"`). With D the preconditioner of
 the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i times
@@ -436,18 +436,17 @@ def check_combination(objective: Objective, selector: selection.Selector) -> Non
         "selection.value_function": objective.value_function,
         "loss.lower": objective.lower,
     }
+    required: tuple[str, ...] = ()
+    cause = ""
     if selector.token_learning_rate:
-        cause, supported = (
-            "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens",
-            ("bds", "loss", "next", "zero", "sft"),
-        )
+        cause = "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens"
+        required = "bds", "loss", "next", "zero", "sft"
     elif selector.order == "paper":  # (10a) and (10b) move θ first, as `joint` does
-        cause, supported = "selection.order=paper moves ω before θ, by (48) at θ^k", ("bmo", "loss", "current", "zero")
-    else:
-        return
-    for (key, value), required in zip(values.items(), supported):
-        if value != required:
-            raise ValueError(f"{cause}: {key}={value} must be {required}")
+        cause = "selection.order=paper moves ω before θ, by (48) at θ^k"
+        required = "bmo", "loss", "current", "zero"
+    for (key, value), supported in zip(values.items(), required):
+        if value != supported:
+            raise ValueError(f"{cause}: {key}={value} must be {supported}")
 
 
 def make_step(
