@@ -24,6 +24,7 @@ JUDGE = flags.DEFINE_string("judge", None, "Name of the judge model.", flag_valu
 
 PAPER = {"mixing, ρ=0.5": ("0.724",), "offline": ("0.787",), "online, R=10%": ("0.823",)}  # Llama-3-8B, judged by GPT-4 Turbo
 CONTROLS = ("mixing, ρ=1", "uniform ω, offline", "online, r ≡ 1", "online, stale", "bds, Adam 1e-4")
+EFFECTS = comparing.Paper(comparing.paper_values(PAPER, ("win_rate",)), relative=False)
 COLUMNS = {"win rate": "win_rate", "win rate, ties left out": "decided", "right": "right", "right, base model": "right_base"}
 CLAIMS = tuple(
     comparing.Claim(f"{cell} above {than}, {heading}", cell, than, key, higher=True)
@@ -96,7 +97,7 @@ def main() -> None:
     lines = comparing.rows(results, COLUMNS, PAPER, ("win rate",))
     columns = {heading: key for heading, key in COLUMNS.items() if key != "right_base"}
     draw = functools.partial(comparing.dots, results=results, columns=columns, published=PAPER)
-    tables.write("table10", "Table 10: win rate over the base model", [results], lines, CLAIMS, draw, (8.0, 2.8))
+    tables.write("table10", "Table 10: win rate over the base model", [results], lines, CLAIMS, draw, (8.0, 2.8), paper=EFFECTS)
 
 
 if __name__ == "__main__":

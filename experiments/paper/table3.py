@@ -21,6 +21,7 @@ COMPARED = (
 )
 ALL = "online, R=10%, G=4"
 UPPER, LOWER, RIGHT, AUROC = "eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "selector/auroc"
+EFFECTS = comparing.Paper(comparing.paper_values(PAPER, (UPPER, LOWER)))
 
 
 def _both(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
@@ -65,6 +66,7 @@ def main() -> None:
         CLAIMS,
         functools.partial(comparing.dots, results=results, columns=figure_columns, published=PAPER),
         size=(8.0, 5.0),
+        paper=EFFECTS,
     )
 
 
