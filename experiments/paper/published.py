@@ -174,7 +174,9 @@ OF_SAFETY = (
     *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
     *("online, R=10%, eq. (7)", "dynamic, eq. (7)"),
 )
-COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
+USED, USED_DATA = "eval/used_loss", "eval/used_data_loss"  # rows in use, and the same rows with the responses of the data
+IN_USE = {"rows in use": USED, "the same rows, as in the data": USED_DATA, "generated share of them": "eval/used_generated"}
+COLUMNS = runs.COLUMNS | IN_USE | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
 
 
 def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> runs.Cell:
