@@ -59,3 +59,19 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     differ = only_first + only_second
     p = float(scipy.stats.binomtest(only_first, differ).pvalue) if differ else 1.0
     return McNemar(only_first, only_second, p)
+
+
+class Share(NamedTuple):
+    """A difference of two shares of the same items, with its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_share(first: Sequence[bool], second: Sequence[bool]) -> Share:
+    """The difference of the shares of right answers to the same items, with Wald's interval for paired shares."""
+    only_first, only_second, _ = mcnemar(first, second)
+    n, differ, gain = len(first), only_first + only_second, only_first - only_second
+    half = scipy.stats.norm.ppf((1 + LEVEL) / 2) * (differ - gain**2 / n) ** 0.5 / n
+    return Share(gain / n, gain / n - half, gain / n + half)

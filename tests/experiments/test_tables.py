@@ -120,6 +120,9 @@ def test_mcnemar_by_hand():
     assert significance.mcnemar(first, first) == (0, 0, 1.0)
     with pytest.raises(ValueError, match="12 with 2"):
         significance.mcnemar(first, [True, False])
+    # 6 of 12 more are right; the variance of a difference in {1, 0, -1} is (8 - 6²/12) / 12.
+    half = 1.959963984540054 * math.sqrt((8 - 36 / 12) / 12 / 12)
+    assert significance.paired_share(first, second) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
 
 
 def test_the_effect_of_a_seed_is_removed():
