@@ -4,8 +4,8 @@
         --beside=table5 --out=experiments/results/accuracy.md
 
 BoolQ, PIQA, HellaSwag, WinoGrande and ARC-Easy come from `$BILEVEL_JAX_DATA/bench`. A run is evaluated once; the result is in its
-workdir. Names that are cells of Table 5 or 6 have the paper's accuracies beside them (`--beside`). The first line of the table is the
-base model of the first run.
+workdir. Names that are cells of Table 5 or 6 have the paper's accuracies beside them (`--beside`). The first line is the base model
+of the first run.
 """
 
 import importlib

@@ -45,6 +45,17 @@ def held_out(workdir: pathlib.Path) -> list[rows.Row]:
     return levels.load_level(config, "upper", tokenizer).eval_rows
 
 
+def write_prompts(run: comparing.Run, seed: int) -> pathlib.Path:
+    """The file with the held-out trusted rows of a seed, which all cells share."""
+    folder = run.workdir.parent.parent / f"held_out_{seed}"
+    prompts = folder / "prompts.jsonl"
+    if not prompts.exists():
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({"question": row.question, "response": row.response}) for row in held_out(run.workdir)]
+        files.write_atomically(prompts, "\n".join(lines) + "\n")
+    return prompts
+
+
 def answer(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
     """Returns the file of a run's answers; writes the answers of the base model to `base`."""
     config = read_config(run.workdir)
@@ -87,13 +98,8 @@ def main() -> None:
     results = tables.run("quality", [*PAPER, *CONTROLS])
     runs = [(seed, run) for by_seed in results.runs.values() for seed, run in by_seed.items()]
     for seed, run in tqdm.tqdm(runs, desc="answering", unit="run"):
-        folder = run.workdir.parent.parent / f"held_out_{seed}"  # the seed determines the rows: all cells share them
-        prompts = folder / "prompts.jsonl"
-        if not prompts.exists():
-            folder.mkdir(exist_ok=True)
-            lines = [json.dumps({"question": row.question, "response": row.response}) for row in held_out(run.workdir)]
-            files.write_atomically(prompts, "\n".join(lines) + "\n")
-        compare(run, prompts, folder / "base.jsonl")
+        prompts = write_prompts(run, seed)
+        compare(run, prompts, prompts.with_name("base.jsonl"))
     lines = comparing.rows(results, COLUMNS, PAPER, ("win rate",))
     columns = {heading: key for heading, key in COLUMNS.items() if key != "right_base"}
     draw = functools.partial(comparing.dots, results=results, columns=columns, published=PAPER)

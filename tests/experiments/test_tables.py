@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from bilevel_jax.data import rows
+from bilevel_jax.report import run_data
 from bilevel_jax.runtime import weight_table
 from experiments import comparing, measures, rejudge, runs, significance, tables
-from experiments.paper import published, table5
+from experiments.paper import accuracy, published, table5, table7, table9
 from experiments.paper.tasks import generated
 from experiments.selection import baselines
 from tests.experiments.commands import command_line
@@ -256,6 +257,67 @@ def test_pages_are_judged_again(written, tmp_path):
         assert page.read_text().replace(f" {rejudge.NOTE}", "") == text
     with pytest.raises(ValueError, match="has 2 tables of claims, its JSON file 1"):
         rejudge.rejudged(text, [["| claim |"]])
+
+
+def test_answers_side_by_side(write_tables, tmp_path):
+    assert not write_tables(["table7"], tmp_path / "runs", tmp_path)
+    page = (tmp_path / "table7.md").read_text()
+    assert page.count("**Human:** ") >= table7.EXAMPLES and "- *base model* [wrong]: ?" in page and "- *offline* [right]: " in page
+    record = json.loads((tmp_path / "table7.json").read_text())["cells"]["quality"]
+    assert record["online, R=10%"]["0"]["right"] == 1 > record["online, R=10%"]["0"]["right_base"]
+
+
+def test_examples_are_drawn_from_all_and_from_those_that_differ():
+    answers = {"base": ["a", "b", "c ", "d", "e", "f"], "tuned": ["a", "b", "c", "x", "y", "f"]}
+    drawn, differing = table7.choose(answers, 2)
+    assert len(set(drawn)) == 2 and set(differing) == {3, 4} - set(drawn)
+
+
+def test_lengths_by_difficulty(tmp_path, monkeypatch):
+    """Mean words of the data and of the last generated responses, by the field `difficulty`."""
+    texts = {"easy": ["a b", "a b c d"], "hard": ["a b c d e f"]}
+    given = {}
+    for level, responses in texts.items():
+        for i, text in enumerate(responses):
+            given[f"{level}{i}"] = rows.Row(f"{level}{i}", "", (("user", f"{i}?"),), text, None, "", {"difficulty": level}, i, "")
+    responses = [{"id": "easy1", "text": "an early one"}, {"id": "easy1", "text": "a late one indeed"}]
+    data = run_data.Run("", None, {}, [], {1: {"id": np.array(list(given))}}, responses, given, "")
+    monkeypatch.setattr(table9.run_data, "read", lambda workdir: data)
+    run = comparing.Run(tmp_path, {})
+    levels, generated = table9.measure(run)
+    assert run.values == {"words, data, easy": 3, "words, data, hard": 6, "words, generated, easy": 4}
+    lines = table9.examples(levels, generated)
+    assert lines == ["- **easy**: 1?", "  - *data*: a b c d", "  - *generated*: a late one indeed"]
+    with pytest.raises(ValueError, match="no row has a field difficulty"):
+        table9.by_level([rows.Row("x", "", (), "", None, "", {}, 0, "")])
+
+
+def test_accuracies_of_finished_runs(finished, tmp_path, monkeypatch):
+    """Two models on 12 items of each benchmark, one of them right in 6 more: pooled, 5 times the counts of one benchmark."""
+    right = {"base": [0] * 12, "mixing": [0] * 7 + [1] + [1, 0] * 2, "offline": [1] * 7 + [0] + [1, 0] * 2}
+
+    def once(file, module, *arguments):
+        name = "base" if any("--model=" in argument for argument in arguments) else file.parent.name
+        samples = [{"doc_id": i, "acc": float(acc)} for i, acc in enumerate(right[name])]
+        file.write_text(json.dumps({"samples": {task: samples[::-1] for task in accuracy.TASKS}}))
+        return file
+
+    monkeypatch.setattr(tables, "once", once)
+    monkeypatch.setattr(accuracy, "read_finished", lambda workdir, read=accuracy.read_finished: read(finished))
+    for name in ("mixing", "offline"):
+        (tmp_path / name).mkdir()
+    arguments = [f"--run=mixing={tmp_path}/mixing", f"--run=offline={tmp_path}/offline", f"--out={tmp_path}/page.md"]
+    with command_line("accuracy", arguments, accuracy.FLAGS):
+        accuracy.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "| offline | 0.863 | 0.798 | 0.689 | 0.703 | 0.804 | 0.750 |" in page  # the paper's cell of this name, then 9 of 12
+    record = json.loads((tmp_path / "page.json").read_text())
+    pooled = next(t for t in record["tests"] if (t["first"], t["second"], t["benchmark"]) == ("offline", "mixing", "all"))
+    assert (pooled["test"]["only_first"], pooled["test"]["only_second"]) == (35, 5)
+    assert pooled["test"]["p"] == pytest.approx(2 * sum(math.comb(40, k) for k in range(6)) / 2**40)
+    for flags_given, message in ((arguments[:1], "two runs or more"), (["--run=x"], "must be NAME=WORKDIR")):
+        with command_line("accuracy", flags_given, accuracy.FLAGS), pytest.raises(ValueError, match=message):
+            accuracy.main()
 
 
 def test_bad_rows_with_a_certain_label_are_ranked_separately(tmp_path, monkeypatch):
