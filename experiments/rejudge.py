@@ -56,7 +56,7 @@ def rejudged(page: str, tables_of_claims: Sequence[Sequence[str]]) -> str:
                 kept += tables_of_claims[found]
             found, inside = found + 1, True
         elif line.startswith(RULE_START):
-            kept.append(f"{comparing.RULE} {NOTE}")
+            kept.append(f"{comparing.RULE} {NOTE}" if NOTE in line or not line.startswith(comparing.RULE) else line)
         elif not (inside and line.startswith("|")):
             inside = False
             kept.append(line)
@@ -65,20 +65,30 @@ def rejudged(page: str, tables_of_claims: Sequence[Sequence[str]]) -> str:
     return "\n".join(kept)
 
 
+def judge_again(file: pathlib.Path, record: dict, results: Sequence[comparing.Results]) -> list[list[str]]:
+    """The tables of claims of a page, given its JSON file and what that holds."""
+    module = command_of(file)
+    paper = getattr(module, "EFFECTS", None)
+    return [comparing.verdicts(group, listed, paper) for group, listed in zip(results, claims_of(module, record, results))]
+
+
+def command_of(file: pathlib.Path):
+    """The module of the command that made a page."""
+    name = file.stem.partition("-")[0]
+    return importlib.import_module(f"experiments.{COMMANDS.get(name, name)}")
+
+
 def rejudge(file: pathlib.Path) -> bool:
     """Judges the claims of a page again, given its JSON file; returns whether it has any."""
     page, record = file.with_suffix(".md"), json.loads(file.read_text())
     if not page.exists() or HEAD not in page.read_text():
         return False
-    name = file.stem.partition("-")[0]
-    module = importlib.import_module(f"experiments.{COMMANDS.get(name, name)}")
-    paper = getattr(module, "EFFECTS", None)
     results = read_results(record)
-    claims = claims_of(module, record, results)
-    judged = [comparing.verdicts(group, listed, paper) for group, listed in zip(results, claims)]
-    files.write_atomically(page, rejudged(page.read_text(), judged))
+    files.write_atomically(page, rejudged(page.read_text(), judge_again(file, record, results)))
     if record["claims"]:
-        record["claims"] = tables.tested_claims(results[0], claims[0], paper)
+        module = command_of(file)
+        [claims] = claims_of(module, record, results)
+        record["claims"] = tables.tested_claims(results[0], claims, getattr(module, "EFFECTS", None))
         files.write_atomically(file, json.dumps(record, indent=1, allow_nan=True) + "\n")
     return True
 
