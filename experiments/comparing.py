@@ -12,8 +12,8 @@ from experiments import runs, significance
 
 SIGNIFICANT = 0.05
 RULE = (
-    "Claims: differences are paired over seeds, with their 95% interval by Student's t in brackets; p is that of the two- "
-    "sided paired t-test, corrected by Holm for all claims of the table. The paper's effect is that of its own cells, for "
+    "Claims: differences are paired over seeds, with their 95% interval by Student's t in brackets; p is that of the "
+    "two-sided paired t-test, corrected by Holm for all claims of the table. The paper's effect is that of its own cells, for "
     "losses and times as a share of the second cell's value. *Holds*: the sign is the claim's and p < 0.05; *smaller than the "
     "paper's*: the interval ends before the paper's effect; *reversed*: the other sign and p < 0.05. Else *excluded*: the "
     "interval ends before the paper's effect; *compatible*: it does not, and 0 is outside of it; *undecided*: neither, or the "
