@@ -196,7 +196,7 @@ def _check_parts(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
     try:
-        step.check_token_weights(configuration.to_objective(config), configuration.to_selector(config))
+        step.check_combination(configuration.to_objective(config), configuration.to_selector(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -308,6 +308,7 @@ def _check_selection(config: Config) -> None:
     if built.frozen:
         without_effect = {
             "selection.value_function=tracked": s.value_function != "zero",
+            "selection.order=paper": s.order != "joint",
             "selection.unit=domain": s.unit == "domain",
             "selection.parameterization=features": built.parameterization != "table",
         }

@@ -68,6 +68,9 @@ class Selection:
     value_function: str = "zero"  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
     weight_scale: str = "dataset"  # dataset: N·σ(ω), mean 1; literal: σ(ω)
     coefficient_at: str = "next"  # (cost=loss) a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
+    # joint (θ moves with σ(ω^k), then ω does), paper (rule=bmo as printed: ω from the losses at θ^k first, then θ with σ(ω^{k+1});
+    # needs cost=loss and coefficient_at=current, and takes a forward pass over the lower rows)
+    order: str = "joint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +260,7 @@ def to_selector(config: Config) -> selector.Selector:
         parameterization="features" if s.unit == "domain" else s.parameterization,
         ridge=s.ridge if s.unit != "domain" else 0.0,
         freeze=s.freeze,
+        order=s.order,
         token_learning_rate=s.token_learning_rate if s.unit == "token" else 0.0,
     )
 

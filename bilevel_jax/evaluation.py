@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import preferences, scoring, selector, sharding, step, token_weights
+from bilevel_jax import online, preferences, scoring, selector, sharding, step, token_weights
 from bilevel_jax.data import levels, packing, templates
 from bilevel_jax.errors import REMEDY, RunError
 from bilevel_jax.runtime import metrics
@@ -69,6 +69,34 @@ def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
             margin = (log_prob - rows.references[name]) @ [1, -1]
             values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
     return values
+
+
+def rows_in_use(
+    examples: Sequence[templates.Example], store: online.ResponseStore, chosen: np.ndarray, score: Callable, base, adapter
+) -> dict[str, float]:
+    """The loss of training rows with the responses in use, and with those of the data.
+
+    Returns:
+      `eval/used_loss`, the mean ℓ of the rows, where that of a question with generated responses is the mean over these;
+      `eval/used_data_loss`, of the same rows with the responses of the data; `eval/used_generated`, the share of the former kind.
+
+    Args:
+      examples: the training rows of the lower level.
+      store: the generated responses in use.
+      chosen: indices of the rows to measure.
+      score: from `scoring.make_scorer` with `greedy`.
+    """
+    generated = [(row, index) for row in chosen for index in store.by_row.get(int(row), ())]
+    segments = scoring.example_segments([examples[row] for row in chosen])
+    segments += [packing.Segment(examples[row].prompt, store.tokens[index]) for row, index in generated]
+    nll, length, _ = score(base, adapter, segments, "evaluating rows in use")
+    loss = nll / np.maximum(length, 1)
+    of_data, used = loss[: len(chosen)], loss[: len(chosen)].copy()
+    answered = np.array([row for row, _ in generated], int)
+    for row in np.unique(answered):
+        used[chosen == row] = loss[len(chosen) :][answered == row].mean()
+    share = float(np.isin(chosen, answered).mean())
+    return {"eval/used_loss": float(used.mean()), "eval/used_data_loss": float(of_data.mean()), "eval/used_generated": share}
 
 
 def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+ORDERS = ("joint", "paper")
 RULES = ("bds", "bmo", "metagradient", "uniform")
 OPTIMIZERS = ("adam", "sgd", "mirror")
 BASELINES = ("none", "batch", "running")
@@ -56,6 +57,7 @@ class Selector:
         without a ridge it ends up repeating the costs of single rows.
       token_learning_rate: of the parameters shared by the weights of all tokens, see `token_weights`; 0: equal weights of tokens.
       freeze: ω stays where it is, whatever the rule.
+      order: `joint`, θ moves with σ(ω^k), then ω; `paper`, of `bmo`: ω moves first, then θ with σ(ω^{k+1}), eqs. (46)-(48).
       b1, b2: decays of Adam's means. ω has a gradient at every step, so with a b2 near 1 rows drift long after their last visit.
     """
 
@@ -69,6 +71,7 @@ class Selector:
     ridge: float = 0.0
     token_learning_rate: float = 0.0
     freeze: bool = False
+    order: str = "joint"
     b1: float = 0.9
     b2: float = 0.999
 
@@ -79,6 +82,7 @@ class Selector:
             ("baseline", BASELINES),
             ("weight_scale", WEIGHT_SCALES),
             ("parameterization", PARAMETERIZATIONS),
+            ("order", ORDERS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"selection.{name}={getattr(self, name)!r} is not among {', '.join(allowed)}")

@@ -8,7 +8,8 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
     C_b    = ℓ_b at θ^{k+1} ("next", (10c)) or at θ^k ("current"); the plain mean over g, without r^g
 
 `make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `influence_costs` or
-`row_costs`, and `selector.update`. The losses that L0 and ℓ_b can be are in `objective`.
+`row_costs`, and `update_weights`. θ moves with σ(ω^k), then ω does; with `selector.order="paper"` ω moves first
+(`weights_before_policy`). The losses that L0 and ℓ_b can be are in `objective`.
 
 This is the gradient of the penalty, the rule of the paper. By default ω follows the gradient of L0 itself: C_b is then a cost made
 of the row's influence on the trusted loss and of its surprise, (I) and (C) in `influence`.
@@ -334,28 +335,58 @@ def row_costs(
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# ω
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def update_weights(
+    problem: Problem, state: selection.SelectorState, batch: packing.Batch, shares: Shares, cost_E, scales: Scales, features
+) -> selection.SelectorState:
+    """One move of ω by the costs of a batch.  (10b), (48)"""
+    selector = problem.selector
+    if batch.factor is not None and selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
+        cost_E = cost_E * batch.factor
+    return selection.update(selector, state, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features)
+
+
+def weights_before_policy(
+    problem: Problem, base, state: State, batch: packing.Batch, shares: Shares, scales: Scales, features
+) -> selection.SelectorState:
+    """ω^{k+1} from the losses at θ^k, before θ moves with σ(ω^{k+1}): the order of (46)-(48)."""
+    nll_E = forward.entry_nll(problem.model, base, state.policy.adapter, batch.packed, batch.num_lower_micro)
+    cost_E = entry_losses(problem.objective.lower, problem.objective, batch, nll_E)
+    return update_weights(problem, state.selector, batch, shares, cost_E, scales, features)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The step
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check_token_weights(objective: Objective, selector: selection.Selector) -> None:
-    """Refuses options that weights of tokens do not support.
+def check_combination(objective: Objective, selector: selection.Selector) -> None:
+    """Refuses options that weights of tokens, or the order of (46)-(48), do not support.
 
     Raises:
       ValueError: one line that names the key.
     """
-    required = {
-        "selection.rule": (selector.rule, "bds"),
-        "selection.cost": (objective.cost, "loss"),
-        "selection.coefficient_at": (objective.coefficient_at, "next"),
-        "selection.value_function": (objective.value_function, "zero"),
-        "loss.lower": (objective.lower, "sft"),
+    values = {
+        "selection.rule": selector.rule,
+        "selection.cost": objective.cost,
+        "selection.coefficient_at": objective.coefficient_at,
+        "selection.value_function": objective.value_function,
+        "loss.lower": objective.lower,
     }
-    for key, (value, supported) in required.items():
-        if selector.token_learning_rate and value != supported:
-            raise ValueError(
-                f"selection.unit=token follows (10b) at θ^{{k+1}} on losses of tokens: {key}={value} must be {supported}"
-            )
+    required: tuple[str, ...] = ()
+    cause = ""
+    if selector.token_learning_rate:
+        cause = "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens"
+        required = "bds", "loss", "next", "zero", "sft"
+    elif selector.order == "paper":  # (10a) and (10b) move θ first, as `joint` does
+        cause = "selection.order=paper moves ω before θ, by (48) at θ^k"
+        required = "bmo", "loss", "current", "zero"
+    for (key, value), supported in zip(values.items(), required):
+        if value != supported:
+            raise ValueError(f"{cause}: {key}={value} must be {supported}")
 
 
 def make_step(
@@ -382,13 +413,17 @@ def make_step(
       seed: of the adapter's dropout.
 
     Raises:
-      ValueError: options that weights of tokens do not support.
+      ValueError: options that do not go together, see `check_combination`.
     """
-    check_token_weights(objective, selector)
+    check_combination(objective, selector)
     problem = Problem(config, objective, selector, optimizer, seed)
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
         shares = entry_shares(problem, state.selector, batch)
+        weights_first = selector.order == "paper"
+        if weights_first:
+            state = state._replace(selector=weights_before_policy(problem, base, state, batch, shares, scales, features))
+            shares = entry_shares(problem, state.selector, batch)
         update = update_policy(problem, base, state, batch, shares, scales)
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:
@@ -399,17 +434,14 @@ def make_step(
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         surprise_E = entry_surprises(objective, batch, update.power_E, loss_E)
-        memory = state.influence
-        if memory is not None:
-            memory, harm_E, cost_E = influence_costs(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
-        else:
-            cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
-            harm_E = jnp.zeros_like(cost_E)  # not measured
-        if batch.factor is not None and selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
-            cost_E *= batch.factor
-        selector_state = selection.update(
-            selector, state.selector, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features
-        )
+        memory, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
+        selector_state = state.selector
+        if not weights_first:
+            if memory is not None:
+                memory, harm_E, cost_E = influence_costs(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
+            else:
+                cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
+            selector_state = update_weights(problem, state.selector, batch, shares, cost_E, scales, features)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
         selector_state = selection.record(selector_state, batch.row_index, of_data_E, surprise_E, harm_E)
         new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)

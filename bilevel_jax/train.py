@@ -23,6 +23,8 @@ from bilevel_jax.runtime import interruption, phases, response_log, response_met
 from bilevel_jax.runtime.workdir import open_workdir
 from bilevel_jax.startup import Progress, Run
 
+IN_USE = 5  # tag that separates the draw of measured rows from other random streams, see `online.MASK`
+
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
     """Trains θ and ω, writes adapter, weights, metrics and summary into `workdir`, and returns the summary.
@@ -206,6 +208,23 @@ def _measure(run: Run, state: step.State) -> dict[str, float]:
     return values
 
 
+def _measure_rows_in_use(run: Run, state: step.State, store: online.ResponseStore) -> dict[str, float]:
+    """The last loss of the rows that θ learned from, on as many of them as are held out.
+
+    They are drawn from the rows visited since the last refresh, as other masked questions have no stored response. Methods without
+    generation take the rows of the same steps, so that all methods with one seed measure the same rows.
+    """
+    config, steps, every = run.config, int(state.step), run.config.online.refresh_every
+    num_rows = len(run.setup.lower.rows)
+    visited = online.visited_rows(config.seed, num_rows, config.batch.size, (steps - 1) // every * every, steps)
+    order = np.random.default_rng((config.seed, IN_USE)).permutation(visited)
+    chosen = np.sort(order[: len(run.held_out.examples["lower"])])
+    with run.clock("eval"):
+        return evaluation.rows_in_use(
+            run.setup.lower.examples, store, chosen, run.program.score_greedy, run.setup.base, state.policy.adapter
+        )
+
+
 def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
     """Measures; at the end of an epoch, and of the run, also writes the table of weights."""
     values = _measure(run, progress.state)
@@ -250,6 +269,8 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
     if run.token_offsets is not None:
         with run.clock("eval"):
             measured |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
+    if run.held_out.examples["lower"] and run.config.loss.lower == "sft":
+        measured |= _measure_rows_in_use(run, state, progress.store)
     values: dict = {"steps": steps, "rows": len(run.setup.lower.rows)}
     values |= {"best_step": best.step} if best else {}
     for level in ("upper", "lower"):

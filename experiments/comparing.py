@@ -6,16 +6,18 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-import scipy.stats
 from matplotlib.figure import Figure
 
-from experiments import runs
+from experiments import runs, significance
 
-SIGNIFICANT, WEAK = 0.05, 0.2
+SIGNIFICANT = 0.05
 RULE = (
-    "Claims: differences are paired over seeds, p is that of Student's two-sided paired t-test, uncorrected. *Holds*: the sign is "
-    f"the claim's and p < {SIGNIFICANT}; *weakly*: the same with p < {WEAK}; *reversed*: the other sign and p < {SIGNIFICANT}; "
-    "else *not shown*."
+    "Claims: differences are paired over seeds, with their 95% interval by Student's t in brackets; p is that of the "
+    "two-sided paired t-test, corrected by Holm for all claims of the table. The paper's effect is that of its own cells, for "
+    "losses and times as a share of the second cell's value. *Holds*: the sign is the claim's and p < 0.05; *smaller than the "
+    "paper's*: the interval ends before the paper's effect; *reversed*: the other sign and p < 0.05. Else *excluded*: the "
+    "interval ends before the paper's effect; *compatible*: it does not, and 0 is outside of it; *undecided*: neither, or the "
+    "paper has no number."
 )
 
 
@@ -56,49 +58,96 @@ class Claim(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Paper(NamedTuple):
+    """The paper's values, by cell and key of a measure, which say how large an effect is expected."""
+
+    values: Mapping[str, Mapping[str, float]]
+    relative: bool = True  # effects are shares of the other cell's value; else differences
+
+    def effect(self, claim: Claim, other: float) -> float | None:
+        """The paper's difference, for an `other` cell of this mean here; None if the paper has no such claim."""
+        key = claim.than_key or claim.key
+        claimed, than = self.values.get(claim.cell, {}).get(claim.key), self.values.get(claim.than, {}).get(key)
+        if claimed is None or than is None:
+            return None
+        difference = claimed - than
+        if difference == 0 or (difference > 0) != claim.higher:
+            return None
+        return difference / than * other if self.relative else difference
+
+
+def paper_values(entries: Mapping[str, Sequence[str]], keys: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The first number of each of the paper's entries, by cell and key: 0.88 of `0.88 ± 0.010`."""
+    return {cell: {key: float(entry.split()[0]) for key, entry in zip(keys, row)} for cell, row in entries.items()}
+
+
 class Verdict(NamedTuple):
     difference: float  # mean over seeds of (claimed cell - other cell)
     spread: float  # its standard deviation
+    low: float  # its 95% interval
+    high: float
     agreeing: int  # seeds whose difference has the claimed sign
     seeds: int
     p: float
-    word: str  # holds, weakly, not shown, reversed, or untested
+    corrected: float  # p by Holm
+    effect: float | None  # the paper's
+    word: str  # holds, ..., smaller than the paper's, reversed, excluded, compatible, undecided, untested
 
 
-def paired_test(results: Results, claim: Claim) -> Verdict | None:
-    """The paired test of a claim; None if no seed has both measures."""
+def judge(results: Results, claims: Sequence[Claim], paper: Paper | None = None) -> list[Verdict | None]:
+    """A verdict for each claim of a page; None where no seed has both measures."""
+    measured = [_differences(results, claim) for claim in claims]
+    tests = [significance.paired(values) if values else None for values in measured]
+    corrected = significance.holm([test.p if test else float("nan") for test in tests])
+    verdicts: list[Verdict | None] = []
+    for claim, values, test, p in zip(claims, measured, tests, corrected):
+        if test is None:
+            verdicts.append(None)
+            continue
+        agreeing = sum((value > 0) if claim.higher else (value < 0) for value in values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        others = results.values(claim.than, claim.than_key or claim.key).values()
+        effect = paper.effect(claim, statistics.mean(others)) if paper else None
+        word = "untested" if math.isnan(test.p) and (len(values) < 2 or test.mean) else _word(claim, test, float(p), effect)
+        interval = (test.low, test.high) if len(values) > 1 else (float("nan"), float("nan"))
+        verdicts.append(Verdict(test.mean, spread, *interval, agreeing, len(values), test.p, float(p), effect, word))
+    return verdicts
+
+
+def _differences(results: Results, claim: Claim) -> list[float]:
+    """Of the seeds that have both measures; NaN stands for one that was not measured."""
     claimed, other = results.values(claim.cell, claim.key), results.values(claim.than, claim.than_key or claim.key)
     differences = [claimed[seed] - other[seed] for seed in sorted(claimed.keys() & other.keys())]
-    differences = [value for value in differences if not math.isnan(value)]  # NaN: not measured
-    if not differences:
-        return None
-    mean = statistics.mean(differences)
-    right = mean > 0 if claim.higher else mean < 0
-    agreeing = sum((value > 0) if claim.higher else (value < 0) for value in differences)
-    if len(differences) < 2 or len(set(differences)) == 1:  # no spread to test against
-        word = "untested" if len(differences) < 2 or mean else "not shown"
-        return Verdict(mean, 0.0, agreeing, len(differences), float("nan"), word)
-    p = float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
-    word = "not shown"
-    if p < SIGNIFICANT:
-        word = "holds" if right else "reversed"
-    elif p < WEAK and right:
-        word = "weakly"
-    return Verdict(mean, statistics.stdev(differences), agreeing, len(differences), p, word)
+    return [value for value in differences if not math.isnan(value)]
 
 
-def verdicts(results: Results, claims: Sequence[Claim]) -> list[str]:
+def _word(claim: Claim, test: significance.Difference, corrected: float, effect: float | None) -> str:
+    ends_before = effect is not None and (test.high < effect if effect > 0 else test.low > effect)
+    if corrected < SIGNIFICANT:
+        if (test.mean > 0) != claim.higher:
+            return "reversed"
+        return "holds, smaller than the paper's" if ends_before else "holds"
+    if effect is None:
+        return "undecided"
+    if ends_before:
+        return "excluded"
+    return "undecided" if test.low <= 0 <= test.high else "compatible"
+
+
+def verdicts(results: Results, claims: Sequence[Claim], paper: Paper | None = None) -> list[str]:
     """Lines of a Markdown table of claims."""
     rows = []
-    for claim in claims:
-        verdict = paired_test(results, claim)
+    for claim, verdict in zip(claims, judge(results, claims, paper)):
         if verdict is None:
-            rows.append([claim.text, "not measured", "", "", ""])
+            rows.append([claim.text, "not measured", "", "", "", ""])
             continue
-        p = "" if math.isnan(verdict.p) else f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001"
-        difference = f"{verdict.difference:+.4f} ± {verdict.spread:.4f}"
-        rows.append([claim.text, difference, f"{verdict.agreeing} of {verdict.seeds}", p, verdict.word])
-    return runs.markdown(["claim", "difference", "seeds that agree", "p", "verdict"], rows)
+        p = "" if math.isnan(verdict.corrected) else f"{verdict.corrected:.3f}" if verdict.corrected >= 0.001 else "< 0.001"
+        difference = f"{verdict.difference:+.4f}"
+        if not math.isnan(verdict.low):
+            difference += f" [{verdict.low:+.4f}, {verdict.high:+.4f}]"
+        effect = "" if verdict.effect is None else f"{verdict.effect:+.4f}"
+        rows.append([claim.text, difference, effect, f"{verdict.agreeing} of {verdict.seeds}", p, verdict.word])
+    return runs.markdown(["claim", "difference", "the paper's effect", "seeds that agree", "p (Holm)", "verdict"], rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -164,6 +164,7 @@ def write(
     draw: Callable[[Figure], None] | None = None,
     size: tuple[float, float] = (8.0, 3.6),
     command: str | None = None,
+    paper: comparing.Paper | None = None,
 ) -> None:
     """Writes the page, its JSON and its figure, and prints the page.
 
@@ -174,6 +175,7 @@ def write(
       claims: claims about a cell that --leave_out names are left out.
       draw: fills a figure of `size` inches.
       command: the command is `python -m experiments.COMMAND`.
+      paper: the paper's values, with whose effects the claims are compared.
 
     Raises:
       ValueError: some runs failed; the page, which lists them, is written first.
@@ -185,7 +187,7 @@ def write(
     claims = [claim for claim in claims if not {claim.cell, claim.than} & set(LEAVE_OUT.value)]
     page = [*_head(title, command_line, results), *lines, ""]
     if claims:
-        page += [comparing.RULE, "", *comparing.verdicts(results[0], claims), ""]
+        page += [comparing.RULE, "", *comparing.verdicts(results[0], claims, paper), ""]
     if draw:
         _save_figure(out.with_suffix(".svg"), name, draw, size)
         page += [f"![{title}]({out.with_suffix('.svg').name})", ""]
@@ -197,7 +199,7 @@ def write(
     page += ["```", ""]
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomically(out, "\n".join(page).rstrip() + "\n")
-    record = _record(command_line, results, claims)
+    record = _record(command_line, results, claims, paper)
     files.write_atomically(out.with_suffix(".json"), json.dumps(record, indent=1, allow_nan=True) + "\n")
     print("\n".join(page))
     if failures:
@@ -225,13 +227,8 @@ def _save_figure(file: pathlib.Path, name: str, draw: Callable[[Figure], None], 
         figure.savefig(file, metadata={"Date": None})
 
 
-def _record(command_line: str, results: Sequence[Results], claims: Sequence[Claim]) -> dict:
+def _record(command_line: str, results: Sequence[Results], claims: Sequence[Claim], paper: comparing.Paper | None) -> dict:
     """The JSON record: every value of every run, and the tested claims."""
-
-    def tested(claim: Claim) -> dict:
-        verdict = comparing.paired_test(results[0], claim)
-        return claim._asdict() | (verdict._asdict() if verdict else {})
-
     return {
         "command": command_line,
         "commits": _commits(results),
@@ -240,5 +237,11 @@ def _record(command_line: str, results: Sequence[Results], claims: Sequence[Clai
             group.task: {cell: {seed: run.values for seed, run in by_seed.items()} for cell, by_seed in group.runs.items()}
             for group in results
         },
-        "claims": [tested(claim) for claim in claims],
+        "claims": tested_claims(results[0], claims, paper),
     }
+
+
+def tested_claims(results: Results, claims: Sequence[Claim], paper: comparing.Paper | None) -> list[dict]:
+    """The claims of a page as JSON, each with its verdict."""
+    judged = zip(claims, comparing.judge(results, claims, paper))
+    return [claim._asdict() | (verdict._asdict() if verdict else {}) for claim, verdict in judged]

@@ -160,6 +160,13 @@ MIXING = {"method": "mixing"}
         (OFFLINE | TOKEN | {"loss.lower": "dpo"}, "loss.lower"),
         (TOKEN | {"method": "dynamic"}, "method=dynamic"),
         (OFFLINE | {"selection.value_function": "tracked"}, "selection.value_function"),
+        ({"selection.order": "reverse"}, "selection.order"),
+        (
+            OFFLINE | {"selection.order": "paper", "selection.cost": "loss", "selection.coefficient_at": "current"},
+            "selection.rule=bds",
+        ),
+        (OFFLINE | {"selection.order": "paper", "selection.rule": "bmo", "selection.cost": "loss"}, "selection.coefficient_at"),
+        (OFFLINE | {"selection.order": "paper", "selection.rule": "uniform"}, "selection.order=paper"),
         ({"method": "dynamic", "selection.rule": "metagradient"}, "selection.rule"),
         (OFFLINE | {"selection.rule": "metagradient", "loss.upper": "dpo"}, "selection.rule"),
         (OFFLINE | {"selection.outer_steps": 0}, "selection.outer_steps"),

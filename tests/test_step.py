@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -453,6 +454,68 @@ def test_weights_of_tokens(layout, reduction):
 def test_tokens_follow_one_rule(objective, selector, named):
     with pytest.raises(ValueError, match=named):
         step.make_step(LLAMA, objective, selector, SGD)
+
+
+BMO = {order: Selector("bmo", "sgd", ALPHA, tau=2.0, baseline="none", order=order) for order in ("joint", "paper")}
+AT_CURRENT = Objective(coefficient_at="current")
+
+
+def numpy_bmo_steps(loss_and_gradient, theta, omega, num_steps, order):
+    """(46)-(48) in float64 for one row of each level: `paper` as printed, ω first; `joint` θ first, with σ(ω^k).
+
+    Args:
+      loss_and_gradient: of θ, for the trusted row and for row `SAMPLES[0]` of the lower level.
+    """
+    row, omega = SAMPLES[0], omega.astype(np.float64)
+    for _ in range(num_steps):
+        (_, upper), (loss, lower) = loss_and_gradient(theta)
+        moved = omega.copy()
+        moved[row] -= ALPHA * (omega[row] + 2.0 * loss)  # (48), τ = 2
+        weights = N * softmax(moved if order == "paper" else omega)
+        theta = theta - RATE * (upper + GAMMA * weights[row] * lower)  # (46)
+        omega = moved
+    return theta, omega
+
+
+@pytest.mark.parametrize("order", ["joint", "paper"])
+def test_order_of_bmo(order):
+    """Two steps against a reference in float64; only losses and their gradients in θ come from the model."""
+    upper, lower = rows(tuple(UPPER_SIZES[:1]), tuple(LOWER_SIZES[:1]), SAMPLES[:1])
+    adapter, scales = model(LLAMA)[1], Scales(1.0, GAMMA)
+    flat, unflatten = jax.flatten_util.ravel_pytree(adapter)
+
+    def loss_and_gradient(theta):
+        at = unflatten(jnp.array(theta, jnp.float32))
+        for row in (upper[0], lower[0]):
+            loss, gradient = jax.value_and_grad(lambda x, row=row: row_loss(LLAMA, x, row))(at)
+            yield float(loss), np.asarray(jax.flatten_util.ravel_pytree(gradient)[0], np.float64)
+
+    start = np.asarray(flat, np.float64)
+    theta, omega = numpy_bmo_steps(loss_and_gradient, start, OMEGA, 2, order)
+    state, plain_sgd = begin(LLAMA, BMO[order]), optax.sgd(RATE)
+    state = state._replace(policy=step.Learner(state.policy.adapter, plain_sgd.init(state.policy.adapter)))
+    advance = jax.jit(step.make_step(LLAMA, AT_CURRENT, BMO[order], plain_sgd))
+    for _ in range(2):
+        state, _ = advance(model(LLAMA)[0], state, pack(upper, lower), scales)
+    np.testing.assert_allclose(state.selector.logits, omega, rtol=1e-5, atol=2e-5)
+    moved = np.asarray(jax.flatten_util.ravel_pytree(state.policy.adapter)[0]) - flat
+    np.testing.assert_allclose(moved, theta - start, rtol=1e-3, atol=2e-5)
+    other, _ = numpy_bmo_steps(loss_and_gradient, start, OMEGA, 2, "joint" if order == "paper" else "paper")
+    assert np.abs(other - theta).max() > 1e-3  # the orders can be told apart
+
+
+@pytest.mark.parametrize(
+    "objective, changes, named",
+    [
+        (AT_CURRENT, {"rule": "bds"}, "selection.order=paper moves ω before θ.*selection.rule=bds must be bmo"),
+        (PAPER, {}, "selection.coefficient_at=next must be current"),
+        (Objective(coefficient_at="current", value_function="tracked"), {}, "selection.value_function=tracked must be zero"),
+        (Objective(coefficient_at="current", cost="influence"), {}, "selection.cost=influence must be loss"),
+    ],
+)
+def test_order_belongs_to_bmo(objective, changes, named):
+    with pytest.raises(ValueError, match=named):
+        step.make_step(LLAMA, objective, dataclasses.replace(BMO["paper"], **changes), SGD)
 
 
 INFLUENCE = Objective(cost="influence")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -857,6 +858,32 @@ def test_recorded_log_probabilities(refined, neox, make_config):
         prompt = tokenizer(f"Human: {rows[row].question}\n\nAssistant: ")["input_ids"]
         expected = token_log_probs((model, base, None, Verbatim()), prompt, tokens, template="none", eos=False)
         assert line["logprob"] == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_loss_of_the_rows_in_use(refined, neox, make_config):
+    """Of some `HELD_OUT` rows of the last refresh interval, each response scored alone; which of them is left to the run."""
+    workdir, stores = refined({"method": "online"})
+    model, base, adapter, tokenizer = load(neox, workdir / "adapter")
+    loaded, plain = (model, base, adapter, tokenizer), (model, base, adapter, Verbatim())
+    rows = data_levels.load_level(make_config(REFINED), "lower", tokenizer).rows
+    visited = {int(row) for k in range(STEPS - EVERY, STEPS) for row in shuffle.lower_rows(0, NUM_ROWS, 4, k)}
+    losses = []
+    for index in sorted(visited):
+        row, answers = rows[index], [stores[-1].tokens[i] for i in stores[-1].by_row.get(index, ())]
+        of_data = -np.mean(token_log_probs(loaded, row.question, row.response))
+        prompt = tokenizer(f"Human: {row.question}\n\nAssistant: ")["input_ids"]
+        own = [-np.mean(token_log_probs(plain, prompt, answer, template="none", eos=False)) for answer in answers]
+        losses.append((np.mean(own) if own else of_data, of_data, bool(own)))
+    summary = summary_of(workdir)
+    found = [summary[f"eval/used_{key}"] for key in ("loss", "data_loss", "generated")]
+    means = [np.mean(four, axis=0) for four in itertools.combinations(losses, HELD_OUT)]
+    assert sum(np.allclose(mean, found, rtol=1e-5) for mean in means) == 1
+    assert found[2] > 0 and abs(found[0] - found[1]) > 0.01
+
+
+def test_without_generation_the_rows_in_use_are_those_of_the_data(finished):
+    summary = summary_of(finished)
+    assert summary["eval/used_loss"] == summary["eval/used_data_loss"] > 0 and summary["eval/used_generated"] == 0
 
 
 def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Figure 4: loss of the mixture of the quality task over epochs: by R, by G, against baselines and controls.
 
+The loss of held-out rows as they are, with right answers, and of the rows in use, masked ones with the model's own responses.
 `python -m experiments.figure4 --tier=tiny --seeds=4`. The paper prints no numbers for it.
 """
 
@@ -34,6 +35,7 @@ PANELS = {  # cell -> its label in the panel
 }
 LOWER, RIGHT = "eval/lower_loss", "eval/lower_clean_loss"
 MEASURES = {LOWER: "whole mixture", RIGHT: "right answers"}
+IN_TRAINING = "train/lower_loss"  # of the rows of a step before the step, with the responses in use
 COLORS = ("#8a93a0", "#2f6fb5", "#c04a2f", "#2e8264", "#7a4fa3")
 
 
@@ -57,7 +59,7 @@ CLAIMS = (
 
 
 def curves(results: comparing.Results, cell: str, key: str) -> tuple[list[float], list[float]]:
-    """Epochs, and the mean over seeds of a held-out loss after each."""
+    """Epochs, and the mean over seeds of a loss that is logged there."""
     logs = [run_data.events(run.workdir) for run in results.runs[cell].values()]
     lines = [dict(zip(*run_data.series(log, key))) for log in logs]
     epochs = sorted(set.intersection(*(set(line) for line in lines))) if lines else []
@@ -66,6 +68,7 @@ def curves(results: comparing.Results, cell: str, key: str) -> tuple[list[float]
 
 def draw(figure, results: comparing.Results) -> None:
     measures = {key: name for key, name in MEASURES.items() if any(results.values(cell, key) for cell in results.runs)}
+    measures[IN_TRAINING] = "rows in use, in training"
     axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
     last = len(measures) - 1
     for index, (row, (key, name)) in enumerate(zip(axes, measures.items())):
@@ -88,7 +91,7 @@ def main() -> None:
     results = tables.run("quality", list(dict.fromkeys(cell for lines in PANELS.values() for cell in lines)))
     lines = comparing.rows(results, published.COLUMNS)
     title = "Figure 4: the mixture's loss by R, by G, and against baselines"
-    tables.write("figure4", title, [results], lines, CLAIMS, lambda figure: draw(figure, results), (10.0, 5.0))
+    tables.write("figure4", title, [results], lines, CLAIMS, lambda figure: draw(figure, results), (10.0, 7.0))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,14 @@ def claims(first: str, online: str, last: int) -> tuple[comparing.Claim, ...]:
     )
 
 
+def claims_of(results: comparing.Results) -> tuple[comparing.Claim, ...]:
+    """The claims about the results of a task."""
+    epochs = (
+        key.rpartition(" ")[2] for runs in results.runs.values() for run in runs.values() for key in run.values if GROUPS[0] in key
+    )
+    return claims(*METHODS[results.task], max(map(int, epochs)))
+
+
 def draw(figure, groups: list[comparing.Results], last: int) -> None:
     methods = [(results, cell) for results in groups for cell in METHODS[results.task] if results.runs.get(cell)]
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
@@ -81,7 +89,7 @@ def main() -> None:
             *comparing.rows(results, columns),
             "",
         ]
-        lines += [*comparing.verdicts(results, claims(*METHODS[results.task], last)), ""]
+        lines += [*comparing.verdicts(results, claims_of(results)), ""]
     lines += [comparing.RULE]
     title = "Figure 5: length of the answers that weigh most"
     tables.write("figure5", title, groups, lines, draw=lambda figure: draw(figure, groups, last), size=(10.0, 3.0))

@@ -75,6 +75,10 @@ SELECTORS = {  # rules and optimizers of ω, offline
         "selection.baseline": "none",
     },
 }
+BMO_ORDERS = {  # of `experiments.bmo_order`: D7 of docs/paper.md
+    "bmo, θ first": {**SELECTORS["bmo, τ=1"], "selection.coefficient_at": "current"},
+    "bmo, ω first (as printed)": {**SELECTORS["bmo, τ=1"], "selection.coefficient_at": "current", "selection.order": "paper"},
+}
 FURTHER = {  # selectors that are not in the paper
     "tracked v(ω)": {"method": "offline", "selection.value_function": "tracked"},
     "features": {
@@ -164,13 +168,15 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (
     *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
     *("online, R=10%, eq. (7)", "dynamic, eq. (7)"),
 )
-COLUMNS = runs.COLUMNS | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
+USED, USED_DATA = "eval/used_loss", "eval/used_data_loss"  # rows in use, and the same rows with the responses of the data
+IN_USE = {"rows in use": USED, "the same rows, as in the data": USED_DATA, "generated share of them": "eval/used_generated"}
+COLUMNS = runs.COLUMNS | IN_USE | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
 
 
 def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> runs.Cell:

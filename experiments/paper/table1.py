@@ -15,6 +15,7 @@ PAPER = {  # Pythia-1B, Llama-3-8B
     "online, R=10%, G=5": ("1.32 ± 0.004", "0.76 ± 0.003"),
 }
 UPPER = "eval/upper_loss"
+EFFECTS = comparing.Paper(comparing.paper_values(PAPER, (UPPER,)))  # of Pythia-1B
 CLAIMS = (
     comparing.Claim("selection below mixing, ρ=0.5", "offline", "mixing, ρ=0.5", UPPER),
     comparing.Claim("selection below mixing, ρ=1", "offline", "mixing, ρ=1", UPPER),
@@ -41,6 +42,7 @@ def main() -> None:
         lines,
         CLAIMS,
         functools.partial(comparing.dots, results=results, columns=columns, published=PAPER),
+        paper=EFFECTS,
     )
 
 

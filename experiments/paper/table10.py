@@ -24,6 +24,7 @@ JUDGE = flags.DEFINE_string("judge", None, "Name of the judge model.", flag_valu
 
 PAPER = {"mixing, ρ=0.5": ("0.724",), "offline": ("0.787",), "online, R=10%": ("0.823",)}  # Llama-3-8B, judged by GPT-4 Turbo
 CONTROLS = ("mixing, ρ=1", "uniform ω, offline", "online, r ≡ 1", "online, stale", "bds, Adam 1e-4")
+EFFECTS = comparing.Paper(comparing.paper_values(PAPER, ("win_rate",)), relative=False)
 COLUMNS = {"win rate": "win_rate", "win rate, ties left out": "decided", "right": "right", "right, base model": "right_base"}
 CLAIMS = tuple(
     comparing.Claim(f"{cell} above {than}, {heading}", cell, than, key, higher=True)
@@ -42,6 +43,17 @@ def held_out(workdir: pathlib.Path) -> list[rows.Row]:
     config = read_config(workdir)
     tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
     return levels.load_level(config, "upper", tokenizer).eval_rows
+
+
+def write_prompts(run: comparing.Run, seed: int) -> pathlib.Path:
+    """The file with the held-out trusted rows of a seed, which all cells share."""
+    folder = run.workdir.parent.parent / f"held_out_{seed}"
+    prompts = folder / "prompts.jsonl"
+    if not prompts.exists():
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({"question": row.question, "response": row.response}) for row in held_out(run.workdir)]
+        files.write_atomically(prompts, "\n".join(lines) + "\n")
+    return prompts
 
 
 def answer(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> pathlib.Path:
@@ -86,17 +98,12 @@ def main() -> None:
     results = tables.run("quality", [*PAPER, *CONTROLS])
     runs = [(seed, run) for by_seed in results.runs.values() for seed, run in by_seed.items()]
     for seed, run in tqdm.tqdm(runs, desc="answering", unit="run"):
-        folder = run.workdir.parent.parent / f"held_out_{seed}"  # the seed determines the rows: all cells share them
-        prompts = folder / "prompts.jsonl"
-        if not prompts.exists():
-            folder.mkdir(exist_ok=True)
-            lines = [json.dumps({"question": row.question, "response": row.response}) for row in held_out(run.workdir)]
-            files.write_atomically(prompts, "\n".join(lines) + "\n")
-        compare(run, prompts, folder / "base.jsonl")
+        prompts = write_prompts(run, seed)
+        compare(run, prompts, prompts.with_name("base.jsonl"))
     lines = comparing.rows(results, COLUMNS, PAPER, ("win rate",))
     columns = {heading: key for heading, key in COLUMNS.items() if key != "right_base"}
     draw = functools.partial(comparing.dots, results=results, columns=columns, published=PAPER)
-    tables.write("table10", "Table 10: win rate over the base model", [results], lines, CLAIMS, draw, (8.0, 2.8))
+    tables.write("table10", "Table 10: win rate over the base model", [results], lines, CLAIMS, draw, (8.0, 2.8), paper=EFFECTS)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ PAPER = {  # Pythia-1B: OpenOrca (trusted), Alpaca-cleaned (the mixture)
 }
 OTHERS = ("offline", "bds, SGD 30", "uniform ω, offline")
 UPPER, LOWER, RIGHT, AUROC = "eval/upper_loss", "eval/lower_loss", "eval/lower_clean_loss", "selector/auroc"
+EFFECTS = comparing.Paper(comparing.paper_values(PAPER, (UPPER, LOWER)))
 CLAIMS = (
     comparing.Claim("BMO below BDS, trusted", "bmo, τ=1", "bds, Adam 1e-4", UPPER),
     comparing.Claim("BDS below BMO, mixture", "bds, Adam 1e-4", "bmo, τ=1", LOWER),
@@ -31,7 +32,7 @@ def main() -> None:
     lines = comparing.rows(results, published.COLUMNS, PAPER, ("OpenOrca", "Alpaca"))
     columns = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "AUROC": AUROC, "ESS/N": "selector/ess"}
     draw = functools.partial(comparing.dots, results=results, columns=columns, published=PAPER)
-    tables.write("table4", "Table 4: rules of selection", [results], lines, CLAIMS, draw, (8.0, 2.4))
+    tables.write("table4", "Table 4: rules of selection", [results], lines, CLAIMS, draw, (8.0, 2.4), paper=EFFECTS)
 
 
 if __name__ == "__main__":

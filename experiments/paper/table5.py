@@ -10,6 +10,7 @@ PAPER = {  # Llama-3-8B: BoolQ, PIQA, HellaSwag, WinoGrande, ARC-easy
     "offline": ("0.863", "0.798", "0.689", "0.703", "0.804"),
     "online, R=10%": ("0.871", "0.812", "0.692", "0.703", "0.814"),
 }
+EFFECTS = zero_shot.effects(PAPER)
 CONTROLS = ("uniform ω, offline", "online, r ≡ 1", "online, stale", "bds, Adam 1e-4")
 CLAIMS = (
     ("offline", "mixing, ρ=0.5"),
@@ -22,7 +23,7 @@ CLAIMS = (
 
 
 def main() -> None:
-    zero_shot.table("table5", "Table 5: accuracy after the quality task", "quality", PAPER, CONTROLS, CLAIMS)
+    zero_shot.table("table5", "Table 5: accuracy after the quality task", "quality", PAPER, CONTROLS, CLAIMS, EFFECTS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ PAPER = {  # Llama-3-8B: BoolQ, PIQA, HellaSwag, WinoGrande, ARC-easy
     "offline": ("0.849", "0.789", "0.673", "0.697", "0.781"),
     "dynamic": ("0.852", "0.789", "0.678", "0.708", "0.785"),
 }
+EFFECTS = zero_shot.effects(PAPER)
 CONTROLS = ("uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4")
 CLAIMS = (
     ("offline", "mixing, ρ=0.5"),
@@ -22,7 +23,7 @@ CLAIMS = (
 
 
 def main() -> None:
-    zero_shot.table("table6", "Table 6: accuracy after the safety task", "safety", PAPER, CONTROLS, CLAIMS)
+    zero_shot.table("table6", "Table 6: accuracy after the safety task", "safety", PAPER, CONTROLS, CLAIMS, EFFECTS)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def evaluate(run: comparing.Run, names: Sequence[str]) -> None:
     run.values["acc"] = statistics.mean(accuracies[name]["acc,none"] for name in names)
 
 
+def effects(published: Mapping[str, Sequence[str]]) -> comparing.Paper:
+    """The paper's mean accuracies."""
+    return comparing.Paper({cell: {"acc": statistics.mean(map(float, row))} for cell, row in published.items()}, relative=False)
+
+
 def table(
     name: str,
     title: str,
@@ -45,12 +50,14 @@ def table(
     published: Mapping[str, Sequence[str]],
     controls: Sequence[str],
     claims: Sequence[tuple[str, str]],
+    paper: comparing.Paper,
 ) -> None:
     """Trains, evaluates and writes a table.
 
     Args:
       published: cell -> the paper's accuracies.
       claims: pairs of cells, the first of which has the higher mean accuracy.
+      paper: its mean accuracies, from `effects`.
     """
     names = TASKS.get(tables.TIER.value, list(BENCHMARKS))
     results = tables.run(task, [*published, *controls])
@@ -69,4 +76,5 @@ def table(
         tested,
         functools.partial(comparing.dots, results=results, columns=columns, published=published),
         (10.0, 2.8),
+        paper=paper,
     )

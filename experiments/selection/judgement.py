@@ -9,6 +9,7 @@ import scipy.stats
 
 from bilevel_jax import files
 from experiments import runs, tables
+from experiments.significance import holm
 
 RESAMPLES = 2000
 
@@ -37,15 +38,6 @@ def reliability(measured_nx2: np.ndarray) -> float:
     """Reliability of the mean of two measurements: Spearman and Brown's 2r / (1 + r), r the correlation of the two."""
     r = float(np.corrcoef(measured_nx2.T)[0, 1])
     return 2 * r / (1 + r)
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's corrected p-values."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
-    return corrected
 
 
 def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, float]]]) -> list[str]:

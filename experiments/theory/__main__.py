@@ -19,9 +19,9 @@ about that limit."""
 
 def main() -> None:
     from experiments import statements
-    from experiments.theory import lemma6, lemma7, lemma8, lemma9, selection_rules, theorem1, theorem2, theorem3, theorem4
+    from experiments.theory import bmo, lemma6, lemma7, lemma8, lemma9, selection_rules, theorem1, theorem2, theorem3, theorem4
 
-    modules = lemma7, theorem1, theorem2, theorem3, theorem4, lemma6, lemma8, lemma9, selection_rules
+    modules = lemma7, theorem1, theorem2, theorem3, theorem4, lemma6, lemma8, lemma9, bmo, selection_rules
     statements.write(pathlib.Path(OUT.value), "experiments.theory", "The paper's statements on small problems", PROBLEMS, modules)
 
 

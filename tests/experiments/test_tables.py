@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from bilevel_jax.data import rows
+from bilevel_jax.report import run_data
 from bilevel_jax.runtime import weight_table
-from experiments import comparing, measures, runs, tables
-from experiments.paper import published
+from experiments import comparing, measures, rejudge, runs, significance, tables
+from experiments.paper import accuracy, published, table5, table7, table9
 from experiments.paper.tasks import generated
 from experiments.selection import baselines
 from tests.experiments.commands import command_line
@@ -35,38 +36,94 @@ def p_value(t: float) -> float:
     return 1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x))
 
 
+LOSS = comparing.Claim("", "a", "b", "loss")
+T_3 = 3.182446305284263  # the 97.5% quantile of Student's t with three degrees of freedom, from tables
+
+
 def test_paired_test_by_hand():
-    verdict = comparing.paired_test(results(a=[1, 1, 1, 1], b=[2, 3, 4, 3]), comparing.Claim("", "a", "b", "loss"))
+    [verdict] = comparing.judge(results(a=[1, 1, 1, 1], b=[2, 3, 4, 3]), [LOSS])
     # Differences -1, -2, -3, -2: mean -2, standard deviation √(2/3), t = -2 / (√(2/3) / 2).
     assert verdict.difference == -2 and verdict.spread == pytest.approx(math.sqrt(2 / 3))
-    assert verdict.p == pytest.approx(p_value(2 * 2 / math.sqrt(2 / 3)), rel=1e-9) and verdict.p < 0.05
+    assert verdict.p == verdict.corrected == pytest.approx(p_value(2 * 2 / math.sqrt(2 / 3)), rel=1e-9) and verdict.p < 0.05
+    assert (verdict.low, verdict.high) == pytest.approx((-2 - T_3 / math.sqrt(6), -2 + T_3 / math.sqrt(6)), rel=1e-9)
     assert (verdict.agreeing, verdict.seeds, verdict.word) == (4, 4, "holds")
 
 
 @pytest.mark.parametrize(
-    "claimed, other, higher, word",
+    "claimed, other, higher, effect, word",
     [
-        ([1, 1, 1, 1], [2, 3, 4, 3], False, "holds"),
-        ([1, 1, 1, 1], [2, 3, 4, 3], True, "reversed"),
-        ([1, 1, 1, 1], [0.5, 4, 4, 2], False, "weakly"),  # -1.625 ± 1.702, t = -1.91
-        ([1, 1, 1, 1], [0.5, 4, 4, 2], True, "not shown"),
-        ([1, 1, 1, 1], [0, 4, 4, 0], False, "not shown"),  # -1 ± 2.31, t = -0.87
-        ([1, 2, 3, 4], [1, 2, 3, 4], False, "not shown"),
-        ([1], [2], False, "untested"),
-        ([1, 2, float("nan")], [2, 4, 1], False, "not shown"),
+        ([1, 1, 1, 1], [2, 3, 4, 3], False, None, "holds"),  # -2 ± 1.30, the half width of the interval
+        ([1, 1, 1, 1], [2, 3, 4, 3], False, -3.0, "holds"),
+        ([1, 1, 1, 1], [2, 3, 4, 3], False, -3.4, "holds, smaller than the paper's"),
+        ([1, 1, 1, 1], [2, 3, 4, 3], True, None, "reversed"),
+        ([1, 1, 1, 1], [0, 4, 4, 0], False, None, "undecided"),  # -1 ± 3.67
+        ([1, 1, 1, 1], [0, 4, 4, 0], False, -4.5, "undecided"),
+        ([1, 1, 1, 1], [0, 4, 4, 0], False, -4.7, "excluded"),
+        ([1, 1, 1, 1], [0, 4, 4, 0], True, 2.6, "undecided"),
+        ([1, 1, 1, 1], [0, 4, 4, 0], True, 2.7, "excluded"),
+        ([1, 2, 3, 4], [1, 2, 3, 4], False, None, "undecided"),
+        ([1, 2, 3, 4], [1, 2, 3, 4], False, -0.1, "excluded"),
+        ([1], [2], False, -1.0, "untested"),
+        ([1, 2], [2, 3], False, -1.0, "untested"),  # without a spread
+        ([1, 2, float("nan")], [2, 4, 1], False, None, "undecided"),
     ],
 )
-def test_verdicts(claimed, other, higher, word):
-    verdict = comparing.paired_test(results(a=claimed, b=other), comparing.Claim("", "a", "b", "loss", higher))
-    assert verdict.word == word
-    if word == "weakly":
-        assert 0.05 < verdict.p == pytest.approx(p_value(1.625 * 2 / 1.7017148), rel=1e-5)
+def test_verdicts(claimed, other, higher, effect, word):
+    paper = comparing.Paper({"a": {"loss": 10.0 + (effect or 0.0)}, "b": {"loss": 10.0}}, relative=False)
+    assert comparing.judge(results(a=claimed, b=other), [LOSS._replace(higher=higher)], paper)[0].word == word
+
+
+def test_the_table_is_corrected_by_holm():
+    """Of three claims with p₁ < p₂ < p₃: 3p₁, 2p₂ and p₃. The second one's interval excludes 0, but 2p₂ > 0.05."""
+    cells = results(z=[0, 0, 0, 0], a=[-1, -2, -3, -2], b=[-2, -1, -4, -2], c=[1, -1, 1, -2])
+    claims = [comparing.Claim("", cell, "z", "loss") for cell in "bac"]
+    paper = comparing.Paper({"z": {"loss": 1.0}, "b": {"loss": 0.0}}, relative=False)
+    b, a, c = comparing.judge(cells, claims, paper)
+    p = {
+        "a": p_value(4 / math.sqrt(2 / 3)),
+        "b": p_value(2.25 * 2 / math.sqrt(4.75 / 3)),
+        "c": p_value(0.25 / math.sqrt(6.75 / 12)),
+    }
+    assert (
+        a.corrected == pytest.approx(3 * p["a"])
+        and b.corrected == pytest.approx(2 * p["b"])
+        and c.corrected == pytest.approx(p["c"])
+    )
+    assert b.high < 0 and 0.05 < b.corrected and b.p < 0.05
+    assert (a.word, b.word, c.word) == ("holds", "compatible", "undecided")
+
+
+def test_effects_of_the_paper():
+    """1.25 to 1.02 is 18.4% of the second cell, so 0.0184 of a loss of 0.1; nothing where the paper's sign is another."""
+    paper = comparing.Paper(comparing.paper_values({"a": ("0.5", "1.02 ± 0.006"), "b": ("0.4", "1.25 ± 0.005")}, ("up", "loss")))
+    assert paper.effect(LOSS, 0.1) == pytest.approx(-0.0184) and paper.effect(LOSS._replace(key="up"), 0.1) is None
+    assert paper.effect(LOSS._replace(cell="c"), 0.1) is None
+    assert paper._replace(relative=False).effect(LOSS, 0.1) == pytest.approx(-0.23)
+    accuracies = table5.EFFECTS.effect(table5_claim("online, R=10%", "offline"), 0.5)
+    assert accuracies == pytest.approx((0.871 + 0.812 + 0.692 + 0.703 + 0.814 - 0.863 - 0.798 - 0.689 - 0.703 - 0.804) / 5)
+
+
+def table5_claim(cell, than):
+    return comparing.Claim("", cell, than, "acc", higher=True)
 
 
 def test_only_shared_seeds_are_compared():
     unequal = results(a=[1.0, 5.0, 2.0], b=[2.0, 7.0])
-    assert comparing.paired_test(unequal, comparing.Claim("", "a", "b", "loss")).difference == -1.5
-    assert comparing.paired_test(unequal, comparing.Claim("", "a", "c", "loss")) is None
+    assert comparing.judge(unequal, [LOSS])[0].difference == -1.5
+    assert comparing.judge(unequal, [LOSS._replace(than="c")]) == [None]
+
+
+def test_mcnemar_by_hand():
+    """Of 12 items only the first model has 7 right, only the second one 1: p = 2 · (C(8,0) + C(8,1)) / 2⁸."""
+    first, second = [True] * 7 + [False] + [True, False] * 2, [False] * 7 + [True] + [True, False] * 2
+    assert significance.mcnemar(first, second) == (7, 1, pytest.approx(2 * (1 + 8) / 2**8))
+    assert significance.mcnemar(second, first) == (1, 7, pytest.approx(2 * (1 + 8) / 2**8))
+    assert significance.mcnemar(first, first) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="12 with 2"):
+        significance.mcnemar(first, [True, False])
+    # 6 of 12 more are right; the variance of a difference in {1, 0, -1} is (8 - 6²/12) / 12.
+    half = 1.959963984540054 * math.sqrt((8 - 36 / 12) / 12 / 12)
+    assert significance.paired_share(first, second) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
 
 
 def test_the_effect_of_a_seed_is_removed():
@@ -183,6 +240,84 @@ def test_claims_failures_and_further_measures(written):
     # The trained model gives only right answers, the base model two of them: two ties, all others are wins.
     assert rate["right"] == 1 and rate["right_base"] < 1
     assert rate["decided"] == 1 and rate["win_rate"] == pytest.approx(1 - rate["right_base"] / 2)
+
+
+def test_pages_are_judged_again(written, tmp_path):
+    """From the JSON file alone: the same table of claims, also where the page had another one; the rest of the page stays."""
+    directory, _ = written
+    for name in ("table4", "figure5"):
+        for suffix in (".md", ".json"):
+            shutil.copy(directory / (name + suffix), tmp_path)
+        page = tmp_path / f"{name}.md"
+        text = page.read_text()
+        of_claims = [line for line in text.split("\n") if line.startswith("| ") and line.endswith((" holds |", " undecided |"))]
+        assert of_claims
+        page.write_text(text.replace(" undecided |", " not shown |").replace(" holds |", " shown |"))
+        assert rejudge.rejudge(tmp_path / f"{name}.json")
+        assert page.read_text().replace(f" {rejudge.NOTE}", "") == text
+    with pytest.raises(ValueError, match="has 2 tables of claims, its JSON file 1"):
+        rejudge.rejudged(text, [["| claim |"]])
+
+
+def test_answers_side_by_side(write_tables, tmp_path):
+    assert not write_tables(["table7"], tmp_path / "runs", tmp_path)
+    page = (tmp_path / "table7.md").read_text()
+    assert page.count("**Human:** ") >= table7.EXAMPLES and "- *base model* [wrong]: ?" in page and "- *offline* [right]: " in page
+    record = json.loads((tmp_path / "table7.json").read_text())["cells"]["quality"]
+    assert record["online, R=10%"]["0"]["right"] == 1 > record["online, R=10%"]["0"]["right_base"]
+
+
+def test_examples_are_drawn_from_all_and_from_those_that_differ():
+    answers = {"base": ["a", "b", "c ", "d", "e", "f"], "tuned": ["a", "b", "c", "x", "y", "f"]}
+    drawn, differing = table7.choose(answers, 2)
+    assert len(set(drawn)) == 2 and set(differing) == {3, 4} - set(drawn)
+
+
+def test_lengths_by_difficulty(tmp_path, monkeypatch):
+    """Mean words of the data and of the last generated responses, by the field `difficulty`."""
+    texts = {"easy": ["a b", "a b c d"], "hard": ["a b c d e f"]}
+    given = {}
+    for level, responses in texts.items():
+        for i, text in enumerate(responses):
+            given[f"{level}{i}"] = rows.Row(f"{level}{i}", "", (("user", f"{i}?"),), text, None, "", {"difficulty": level}, i, "")
+    responses = [{"id": "easy1", "text": "an early one"}, {"id": "easy1", "text": "a late one indeed"}]
+    data = run_data.Run("", None, {}, [], {1: {"id": np.array(list(given))}}, responses, given, "")
+    monkeypatch.setattr(table9.run_data, "read", lambda workdir: data)
+    run = comparing.Run(tmp_path, {})
+    levels, generated = table9.measure(run)
+    assert run.values == {"words, data, easy": 3, "words, data, hard": 6, "words, generated, easy": 4}
+    lines = table9.examples(levels, generated)
+    assert lines == ["- **easy**: 1?", "  - *data*: a b c d", "  - *generated*: a late one indeed"]
+    with pytest.raises(ValueError, match="no row has a field difficulty"):
+        table9.by_level([rows.Row("x", "", (), "", None, "", {}, 0, "")])
+
+
+def test_accuracies_of_finished_runs(finished, tmp_path, monkeypatch):
+    """Two models on 12 items of each benchmark, one of them right in 6 more: pooled, 5 times the counts of one benchmark."""
+    right = {"base": [0] * 12, "mixing": [0] * 7 + [1] + [1, 0] * 2, "offline": [1] * 7 + [0] + [1, 0] * 2}
+
+    def once(file, module, *arguments):
+        name = "base" if any("--model=" in argument for argument in arguments) else file.parent.name
+        samples = [{"doc_id": i, "acc": float(acc)} for i, acc in enumerate(right[name])]
+        file.write_text(json.dumps({"samples": {task: samples[::-1] for task in accuracy.TASKS}}))
+        return file
+
+    monkeypatch.setattr(tables, "once", once)
+    monkeypatch.setattr(accuracy, "read_finished", lambda workdir, read=accuracy.read_finished: read(finished))
+    for name in ("mixing", "offline"):
+        (tmp_path / name).mkdir()
+    arguments = [f"--run=mixing={tmp_path}/mixing", f"--run=offline={tmp_path}/offline", f"--out={tmp_path}/page.md"]
+    with command_line("accuracy", arguments, accuracy.FLAGS):
+        accuracy.main()
+    page = (tmp_path / "page.md").read_text()
+    assert "| offline | 0.863 | 0.798 | 0.689 | 0.703 | 0.804 | 0.750 |" in page  # the paper's cell of this name, then 9 of 12
+    record = json.loads((tmp_path / "page.json").read_text())
+    pooled = next(t for t in record["tests"] if (t["first"], t["second"], t["benchmark"]) == ("offline", "mixing", "all"))
+    assert (pooled["test"]["only_first"], pooled["test"]["only_second"]) == (35, 5)
+    assert pooled["test"]["p"] == pytest.approx(2 * sum(math.comb(40, k) for k in range(6)) / 2**40)
+    for flags_given, message in ((arguments[:1], "two runs or more"), (["--run=x"], "must be NAME=WORKDIR")):
+        with command_line("accuracy", flags_given, accuracy.FLAGS), pytest.raises(ValueError, match=message):
+            accuracy.main()
 
 
 def test_bad_rows_with_a_certain_label_are_ranked_separately(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.theory import __main__ as command
-from experiments.theory import lemma6, lemma7, lemma8, lemma9, plates, selection_rules, theorem1, theorem2, theorem3, theorem4
+from experiments.theory import bmo, lemma6, lemma7, lemma8, lemma9, plates, selection_rules, theorem1, theorem2, theorem3, theorem4
 from tests.experiments.commands import command_line
 
 
@@ -14,7 +14,7 @@ from tests.experiments.commands import command_line
 def measured_once():
     """Every statement is measured once, for its tests and for the page."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (lemma6, lemma7, lemma8, lemma9, selection_rules, theorem1, theorem2, theorem3, theorem4):
+        for module in (bmo, lemma6, lemma7, lemma8, lemma9, selection_rules, theorem1, theorem2, theorem3, theorem4):
             patch.setattr(module, "measure", functools.cache(module.measure))
         yield
 
@@ -279,9 +279,42 @@ def test_selection_rules_a_separable_lower_level_is_flat_and_f_has_two_local_sol
     assert curve[9] < curve[10]  # at equal weights the way down leads to row 2
 
 
+def test_bmo_over_rows_ends_where_the_fixed_point_is():
+    """Problem c: λ_1 solves one equation. The trusted loss has no part in λ, so row 1, of the higher entropy, has below ½."""
+    p, q, gamma = np.array([0.6, 0.4]), np.array([0.9, 0.1]), bmo.GAMMA
+    assert gamma == pytest.approx(9)
+    for tau in bmo.TAUS:
+        theta, sigma = bmo.deterministic(selection_rules.TWO, tau)
+        m = selection_rules.softmax(theta)
+        np.testing.assert_allclose(m, (p + gamma * (sigma[0] * p + sigma[1] * q)) / (1 + gamma), atol=1e-6)
+        loss = -np.log(m)
+        assert sigma[0] == pytest.approx(np.exp(-tau * p @ loss) / (np.exp(-tau * p @ loss) + np.exp(-tau * q @ loss)), abs=1e-9)
+        assert sigma[0] == pytest.approx(bmo.fixed_point(p, q, tau, gamma), abs=1e-6) and sigma[0] < 0.5
+
+
+def test_bmo_descends_the_softmin():
+    """(42) is the gradient of L0 + γ·softmin: finite differences of -(γ/τ) log Σ exp(-τℓ)."""
+    losses, tau, step = selection_rules.PROBLEMS["f"].losses, 2.0, 1e-6
+    theta = np.array([0.3, -0.2])
+
+    def merit(theta):
+        loss = losses.loss(theta)
+        return loss[0] - 9 / tau * np.log(np.exp(-tau * loss[1:]).sum())
+
+    slope = [(merit(theta + move) - merit(theta - move)) / (2 * step) for move in step * np.eye(2)]
+    gradient = losses.gradient(theta)
+    np.testing.assert_allclose(gradient[0] + 9 * bmo.weights(losses, theta, tau) @ gradient[1:], slope, atol=1e-6)
+
+
+def test_stochastic_bmo_has_the_same_limit():
+    losses = selection_rules.TWO
+    _, sigma = bmo.stochastic(losses, 1.0, losses.start(), np.zeros(2))
+    assert sigma[0] == pytest.approx(bmo.fixed_point(*losses.answers[1:], 1.0, bmo.GAMMA), abs=0.005)
+
+
 def test_the_command_writes_a_page_with_its_figures(tmp_path):
     with command_line("theory", [f"--out={tmp_path}/theory"], command.FLAGS):
         command.main()
     page = (tmp_path / "theory.md").read_text()
     figures = sorted(file.name for file in (tmp_path / "theory").iterdir())
-    assert len(figures) == 9 and all(f"](theory/{name})" in page for name in figures)
+    assert len(figures) == 10 and all(f"](theory/{name})" in page for name in figures)

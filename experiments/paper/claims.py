@@ -1,0 +1,255 @@
+"""Writes the tables of the paper's claims in experiments/README.md from the JSON files of the pages.
+
+`python -m experiments.claims`. Every entry is a claim of a page, with its difference, 95% interval and verdict, so that no number
+of these tables is typed by hand.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from absl import flags
+
+from bilevel_jax import cli, files
+from experiments import runs
+
+FLAGS = flags.FlagValues()
+README = flags.DEFINE_string("readme", "experiments/README.md", "File with the tables.", flag_values=FLAGS)
+RESULTS = pathlib.Path("experiments/results")
+MARK = "<!-- claims: {}, written by python -m experiments.claims -->"
+END = "<!-- end of claims -->"
+
+
+class Entry(NamedTuple):
+    """A claim of a page."""
+
+    label: str  # what it is measured on or against
+    page: str  # the stem of its files
+    claim: str  # its text there
+
+
+class Row(NamedTuple):
+    """A claim of the paper."""
+
+    text: str
+    quality: Sequence[Entry]
+    safety: Sequence[Entry]
+    remark: str
+
+
+def _three(page: str, text: str) -> tuple[Entry, ...]:
+    """The three measures of a claim of Table 3."""
+    return tuple(Entry(rows, page, f"{text}: {rows}") for rows in ("trusted", "mixture", "right answers"))
+
+
+def _two(page: str, text: str) -> tuple[Entry, ...]:
+    """The two measures of a claim of Figure 4."""
+    return tuple(Entry(name, page, f"{text}: {key}") for name, key in (("mixture", "mixture, as it is"), ("right answers",) * 2))
+
+
+TINY = (
+    Row(
+        "selection has a lower trusted loss than mixing (Tables 1, 3)",
+        [
+            Entry("ρ=0.5", "table1", "selection below mixing, ρ=0.5"),
+            Entry("ρ=1", "table1", "selection below mixing, ρ=1"),
+            Entry("ρ=0.2, the best that was run", "table1", "control: selection below mixing, ρ=0.2"),
+        ],
+        [
+            Entry("ρ=0.5", "table3", "selection below mixing, ρ=0.5: trusted"),
+            Entry("ρ=0.1", "table3", "control: selection below mixing, ρ=0.1: trusted"),
+        ],
+        "Table 3 has dozens of claims, and 4 seeds are few for Holm's correction",
+    ),
+    Row(
+        "... because of the weights, not of the ρ-schedule (control)",
+        [Entry("uniform weights", "table1", "control: selection below uniform ω")],
+        [Entry("uniform weights", "table3", "control: selection below uniform ω: trusted")],
+        "",
+    ),
+    Row(
+        "... with the paper's Adam at 1e-4 (control)",
+        [Entry("uniform weights", "table1", "control: the paper's Adam on ω below uniform ω")],
+        [Entry("uniform weights", "table3", "control: the paper's Adam on ω below uniform ω: trusted")],
+        "of no size: the weights hardly move; β₂ = 0.999",
+    ),
+    Row(
+        "selection lowers the loss of the mixture (Figure 4, Table 3)",
+        _two("figure4", "(c) offline below mixing, ρ=0.5"),
+        [entry for entry in _three("table3", "selection below mixing, ρ=0.5") if entry.label != "trusted"],
+        "the whole mixture has bad rows, which selection does not learn",
+    ),
+    Row(
+        "online beats selection",
+        [Entry("trusted", "table1", "online, R=10%, below selection"), *_two("figure4", "(a) R=10% below offline")],
+        _three("table3", "online below selection"),
+        "an effect as large as the paper's is excluded where the paper has a number",
+    ),
+    Row(
+        "more responses help: G > 1 (Figure 4 b)",
+        [Entry("trusted, G=5", "table1", "G=5 below G=1"), *_two("figure4", "(b) G=5 below G=1")],
+        _three("table3", "G=2 below G=1"),
+        "likewise",
+    ),
+    Row("R=10% is the best ratio (Figure 4 a)", _two("figure4", "(a) R=10% below R=20%"), [], "the paper prints no numbers"),
+    Row(
+        "dynamic beats online (Table 3)",
+        [],
+        _three("table3", "dynamic below online"),
+        "the mixture is not 15% lower, as in the paper",
+    ),
+    Row("dynamic beats selection (Table 3)", [], _three("table3", "dynamic below selection"), "the mixture is not 18% lower"),
+    Row(
+        "... because responses are regenerated (control)",
+        [Entry("trusted, online", "table1", "control: online below stale answers")],
+        _three("table3", "control: dynamic below stale answers"),
+        "",
+    ),
+    Row(
+        "... because of the importance ratio (control)",
+        [Entry("trusted, online", "table1", "control: online below r ≡ 1")],
+        _three("table3", "control: dynamic below r ≡ 1"),
+        "",
+    ),
+    Row(
+        "a negative gradient helps self-refining: DPO on the best and the worst of G=4 by likelihood (Tajwar et al., Table 3)",
+        [],
+        [
+            Entry("right answers, all four", "table3", "a negative gradient (DPO) below learning from all G: right answers"),
+            Entry("right answers, the best", "table3", "a negative gradient (DPO) below learning from the best: right answers"),
+        ],
+        "",
+    ),
+    Row(
+        "BMO and BDS differ little (Table 4)",
+        [
+            Entry("trusted, BMO below BDS with Adam", "table4", "BMO below BDS, trusted"),
+            Entry("mixture, BDS below BMO", "table4", "BDS below BMO, mixture"),
+        ],
+        [],
+        "far more than in the paper: it depends on how far ω moves, not on the rule",
+    ),
+    Row(
+        "selection raises accuracy over mixing (Tables 5, 6)",
+        [Entry(rho, "table5", f"offline above mixing, {rho}, mean accuracy") for rho in ("ρ=0.5", "ρ=1")],
+        [Entry(rho, "table6", f"offline above mixing, {rho}, mean accuracy") for rho in ("ρ=0.5", "ρ=1")],
+        "generated questions",
+    ),
+    Row(
+        "... self-refining over selection",
+        [Entry("online", "table5", "online, R=10% above offline, mean accuracy")],
+        [Entry("dynamic", "table6", "dynamic above offline, mean accuracy")],
+        "400 questions a group cannot resolve smaller differences",
+    ),
+    Row(
+        "self-refining moves from easy to hard questions (Table 8)",
+        [Entry("share of hard ones", "table8", "online, R=10%: more hard questions on top in epoch 3 than in epoch 1")],
+        [],
+        "",
+    ),
+    Row(
+        "selection prefers hard questions (Table 8)",
+        [Entry("share of hard ones", "table8", "offline: more hard questions on top than among all in epoch 3")],
+        [],
+        "it prefers easy ones",
+    ),
+    Row(
+        "win rate over the base model rises from mixing to selection (Table 10)",
+        [Entry("ties half", "table10", "offline above mixing, ρ=0.5, win rate")],
+        [],
+        "the embedded model was trained on such tasks",
+    ),
+    Row(
+        "... from selection to online (Table 10)", [Entry("ties half", "table10", "online, R=10% above offline, win rate")], [], ""
+    ),
+    Row(
+        "G=1 costs little time (Table 2)",
+        [
+            Entry("selection over mixing", "table2", "selection takes longer than mixing"),
+            Entry("online over selection", "table2", "online, G=1, longer than selection"),
+        ],
+        [],
+        "in units of the time of mixing; costs less here than in the paper",
+    ),
+    Row("... and G=5 doubles it (Table 2)", [Entry("G=5 over G=1", "table2", "G=5 longer than G=1")], [], "costs less here"),
+)
+SMOLLM2 = (
+    Row(
+        "selection has a lower trusted loss than mixing",
+        [Entry(rho, "table1-smollm2", f"selection below mixing, {rho}") for rho in ("ρ=0.5", "ρ=1")],
+        [Entry("ρ=0.5", "table3-smollm2", "selection below mixing, ρ=0.5: trusted")],
+        "12 steps are too few to weigh this",
+    ),
+    Row(
+        "... because of the weights (control)",
+        [Entry("uniform weights", "table1-smollm2", "control: selection below uniform ω")],
+        [Entry("uniform weights", "table3-smollm2", "control: selection below uniform ω: trusted")],
+        "in 12 steps the ρ-schedule is the cause",
+    ),
+    Row(
+        "selection lowers the loss of the mixture",
+        [Entry("ρ=0.5", "figure4-smollm2", "(c) offline below mixing, ρ=0.5: mixture, as it is")],
+        [Entry("ρ=0.5", "table3-smollm2", "selection below mixing, ρ=0.5: mixture")],
+        "the signs are those of the tiny tier",
+    ),
+    Row(
+        "online beats selection",
+        [Entry("trusted", "table1-smollm2", "online, R=10%, below selection")],
+        [Entry("trusted", "table3-smollm2", "online below selection: trusted")],
+        "",
+    ),
+    Row("dynamic beats selection", [], [Entry("trusted", "table3-smollm2", "dynamic below selection: trusted")], ""),
+    Row("BMO and BDS differ little", [Entry("trusted", "table4-smollm2", "BMO below BDS, trusted")], [], "no difference was seen"),
+)
+TABLES = {"tiny": TINY, "smollm2": SMOLLM2}
+
+
+def entry_text(entry: Entry) -> str:
+    """Label, difference, interval and verdict.
+
+    Raises:
+      ValueError: the page has no such claim.
+    """
+    claims = {claim["text"]: claim for claim in json.loads((RESULTS / f"{entry.page}.json").read_text())["claims"]}
+    claim = claims.get(entry.claim)
+    if claim is None or "word" not in claim:
+        raise ValueError(f"{RESULTS / entry.page}.json has no verdict for {entry.claim!r}; run `python -m experiments.rejudge`")
+
+    def signed(value: float) -> str:
+        return f"{value:+.4f}".replace("-", "−")
+
+    interval = "" if math.isnan(claim["low"]) else f" [{signed(claim['low'])}, {signed(claim['high'])}]"
+    return f"{entry.label}: {signed(claim['difference'])}{interval}, [*{claim['word']}*](results/{entry.page}.md)"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of claims."""
+    body = [[row.text, "; ".join(map(entry_text, row.quality)), "; ".join(map(entry_text, row.safety)), row.remark] for row in rows]
+    return runs.markdown(["claim", "quality", "safety", "remark"], body)
+
+
+def rewritten(text: str) -> str:
+    """The text with its tables of claims written again.
+
+    Raises:
+      ValueError: a mark is missing.
+    """
+    for name, rows in TABLES.items():
+        mark = MARK.format(name)
+        before, found, rest = text.partition(mark + "\n")
+        _, closed, after = rest.partition(END)
+        if not found or not closed:
+            raise ValueError(f"the text has no {mark} with {END} after it")
+        text = before + found + "\n".join(["", *table(rows), "", ""]) + closed + after
+    return text
+
+
+def main() -> None:
+    file = pathlib.Path(README.value)
+    files.write_atomically(file, rewritten(file.read_text()))
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)
