@@ -18,7 +18,7 @@ and `alpaca` start with BOS if the tokenizer adds one; a chat template writes it
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -56,6 +56,13 @@ class Example:
     def size(self) -> int:
         """Number of tokens of question and response, P + R."""
         return len(self.prompt) + len(self.response)
+
+    @property
+    def token_bytes(self) -> bytes:
+        """All tokens as bytes, for fingerprints: each part that the example has, with -1 after it."""
+        earlier = np.ravel(self.earlier) if self.earlier else None
+        parts = (self.prompt, self.response, self.rejected, earlier)
+        return b"".join(np.append(part, -1).astype("<i4").tobytes() for part in parts if part is not None)
 
     @property
     def num_learned(self) -> int:
@@ -118,6 +125,20 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     Raises:
       ValueError: an unusable template (see `resolve`), a row that the chat template rejects, or `eos` for a tokenizer without EOS.
     """
+    encode_rows = make_encoder(tokenizer, template=template, eos=eos, learn=learn)
+    examples = []
+    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            examples += encode_rows(chunk)
+            bar.update(len(chunk))
+    return examples
+
+
+def make_encoder(
+    tokenizer, *, template: str | None, eos: bool = True, learn: str = "all"
+) -> Callable[[Sequence[Row]], list[Example]]:
+    """A function that tokenizes some rows at a time; arguments and errors as for `encode`."""
     template = resolve(template, tokenizer)
     if learn not in LEARN:
         raise ValueError(f"learn={learn!r} is not among {', '.join(LEARN)}")
@@ -126,14 +147,11 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     head = [tokenizer.bos_token_id] if template in ("human", "alpaca") and _adds_bos(tokenizer) else []
     form = _form(tokenizer, template)
     tail = [tokenizer.convert_tokens_to_ids(form.end) if form.end else tokenizer.eos_token_id] if eos else []
-    examples = []
-    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
-        for first in range(0, len(rows), CHUNK):
-            chunk = rows[first : first + CHUNK]
-            prompts = [_prompt(row, tokenizer, template, learn, form) for row in chunk]
-            examples += _encode(chunk, prompts, tokenizer, head, tail)
-            bar.update(len(chunk))
-    return examples
+
+    def encode_rows(rows: Sequence[Row]) -> list[Example]:
+        return _encode(rows, [_prompt(row, tokenizer, template, learn, form) for row in rows], tokenizer, head, tail)
+
+    return encode_rows
 
 
 def _encode(
@@ -296,30 +314,33 @@ def fit(
     """
     kept, fitted, notes = [], [], []
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
-        room = max_length - len(example.prompt)
-        responses = [example.response] if example.rejected is None else [example.response, example.rejected]
-        shorter, note = example, None
-        if example.reason:
-            note = example.reason
-        elif not len(example.prompt) or not all(len(response) for response in responses):
-            note = "question or response without a token"
-        elif example.rejected is not None:
-            length = sum(len(example.prompt) + len(response) for response in responses)
-            note = f"pair over {max_length} tokens" if length > max_length else None
-        elif room < 1:
-            shorter = _cut(example, max_length) if cut_turns else None
-            note = f"question over {max_length} tokens" if shorter is None else None
-        elif len(example.response) > room:
-            shorter = dataclasses.replace(example, response=example.response[:room])
-        if note is None:
-            if shorter is not example:
-                what = "conversation" if shorter.is_cut else "response"
-                notes.append(Rejection(row.line, f"{what} cut to {max_length} tokens"))
+        shorter, note = fit_one(example, max_length, cut_turns)
+        if note:
+            notes.append(Rejection(row.line, note))
+        if shorter is not None:
             kept.append(index)
             fitted.append(shorter)
-        else:
-            notes.append(Rejection(row.line, note))
     return kept, fitted, tally(notes)
+
+
+def fit_one(example: Example, max_length: int, cut_turns: bool = True) -> tuple[Example | None, str]:
+    """An example as `fit` leaves it, None if it is skipped, and the note on it; "" if it fits as it is."""
+    room = max_length - len(example.prompt)
+    responses = [example.response] if example.rejected is None else [example.response, example.rejected]
+    if example.reason:
+        return None, example.reason
+    if not len(example.prompt) or not all(len(response) for response in responses):
+        return None, "question or response without a token"
+    if example.rejected is not None:
+        length = sum(len(example.prompt) + len(response) for response in responses)
+        return (None, f"pair over {max_length} tokens") if length > max_length else (example, "")
+    if room < 1:
+        shorter = _cut(example, max_length) if cut_turns else None
+        note = f"question over {max_length} tokens" if shorter is None else f"conversation cut to {max_length} tokens"
+        return shorter, note
+    if len(example.response) > room:
+        return dataclasses.replace(example, response=example.response[:room]), f"response cut to {max_length} tokens"
+    return example, ""
 
 
 def _cut(example: Example, max_length: int) -> Example | None:
