@@ -237,8 +237,8 @@ def _begin(entry: pathlib.Path, source: Source) -> None:
 def _open(entry: pathlib.Path, source: Source) -> tuple[stored.Store, dict[str, Any]] | str:
     """The rows of an entry; or why it has none, "" if it was never finished."""
     try:
-        if (there := json.loads((entry / JOB).read_text())["version"]) != version():
-            return f"{entry}: it is of another version ({there})"
+        if json.loads((entry / JOB).read_text())["version"] != version():
+            return f"{entry}: it is of another version of the package or its libraries"
         summary = json.loads((entry / MANIFEST).read_text())
         shard_files = {name: stored.Shard(*numbers) for name, numbers in summary["shards"].items()}
         index = stored.Shard(*summary["index"])

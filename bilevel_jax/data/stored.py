@@ -4,6 +4,7 @@ A folder has shards (see `shards`), an index with the small columns of all rows,
 are mapped into memory. Pages that were read count as memory of this process, so they are given back now and then.
 """
 
+import contextlib
 import dataclasses
 import functools
 import mmap
@@ -92,9 +93,10 @@ class Store:
     def _open_shard(self, number: int) -> _Mapped:
         name, expected = self._files[number]
         if number not in self._checked:
-            problem = check_shard(self.folder / name, expected)
-            if problem:
-                raise DataError(f"{problem}; the next start prepares its rows again")
+            if problem := check_shard(self.folder / name, expected):
+                with contextlib.suppress(OSError):  # of others; `data.cache=off` goes on without the cache
+                    (self.folder / name).unlink()
+                raise DataError(f"{problem}; start again: its rows are then prepared again")
             self._checked.add(number)
         mapped = _Mapped(self.folder / name)
         self._open.add(mapped)
@@ -160,7 +162,7 @@ class Store:
 
 
 def check_shard(path: pathlib.Path, expected: Shard) -> str:
-    """Why a file is not the shard that was written, in which case it is removed; "" if it is."""
+    """Why a file is not the one that was written; "" if it is."""
     try:
         with open(path, "rb") as file:
             size, checksum = 0, 0
@@ -168,14 +170,9 @@ def check_shard(path: pathlib.Path, expected: Shard) -> str:
                 size, checksum = size + len(part), zlib.crc32(part, checksum)
     except FileNotFoundError:
         return f"{path}: it is missing"
-    if (size, checksum) == (expected.size, expected.checksum):
-        return ""
-    problem = f"{path}: it is damaged" if size == expected.size else f"{path}: {size} bytes in place of {expected.size}"
-    try:
-        path.unlink()
-    except OSError as error:
-        return f"{problem}, and cannot be removed ({error.strerror}); remove it"
-    return f"{problem}, and is removed"
+    if size != expected.size:
+        return f"{path}: {size} bytes in place of {expected.size}"
+    return "" if checksum == expected.checksum else f"{path}: it is damaged"
 
 
 # --------------------------------------------------------------------------------------------------------------------
