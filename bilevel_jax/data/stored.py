@@ -90,15 +90,33 @@ class Store:
     def __len__(self) -> int:
         return len(self.index["line"])
 
-    def _open_shard(self, number: int) -> _Mapped:
+    @property
+    def num_bytes(self) -> int:
+        """The size of the shards."""
+        return sum(shard.size for _, shard in self._files)
+
+    def verify(self) -> None:
+        """Compares all shards with their checksums.
+
+        Raises:
+          DataError: a shard is damaged; it is removed.
+        """
+        for number in tqdm.trange(len(self._files), desc="checking", unit="shard", delay=2, leave=False, disable=None):
+            self._check(number)
+
+    def _check(self, number: int) -> None:
         name, expected = self._files[number]
-        if number not in self._checked:
-            if problem := check_shard(self.folder / name, expected):
-                with contextlib.suppress(OSError):  # of others; `data.cache=off` goes on without the cache
-                    (self.folder / name).unlink()
-                raise DataError(f"{problem}; start again: its rows are then prepared again")
-            self._checked.add(number)
-        mapped = _Mapped(self.folder / name)
+        if number in self._checked:
+            return
+        if problem := check_shard(self.folder / name, expected):
+            with contextlib.suppress(OSError):  # of others; `data.cache=off` goes on without the cache
+                (self.folder / name).unlink()
+            raise DataError(f"{problem}; start again: its rows are then prepared again")
+        self._checked.add(number)
+
+    def _open_shard(self, number: int) -> _Mapped:
+        self._check(number)
+        mapped = _Mapped(self.folder / self._files[number][0])
         self._open.add(mapped)
         return mapped
 

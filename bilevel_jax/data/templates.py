@@ -17,6 +17,7 @@ and `alpaca` start with BOS if the tokenizer adds one; a chat template writes it
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -149,7 +150,9 @@ def make_encoder(
     tail = [tokenizer.convert_tokens_to_ids(form.end) if form.end else tokenizer.eos_token_id] if eos else []
 
     def encode_rows(rows: Sequence[Row]) -> list[Example]:
-        return _encode(rows, [_prompt(row, tokenizer, template, learn, form) for row in rows], tokenizer, head, tail)
+        with limits.many():
+            prompts = [_prompt(row, tokenizer, template, learn, form) for row in rows]
+        return _encode(rows, prompts, tokenizer, head, tail)
 
     return encode_rows
 
@@ -160,8 +163,8 @@ def _encode(
     """The examples of rows with their prompts, or with the reasons why they have none."""
     usable = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if isinstance(prompt, turns.Prompt)]
     encoded = turns.tokenize([prompt for _, prompt in usable], tokenizer) if usable else iter(())
-    responses = iter(_ids_of([response_text(row, tokenizer) for row, _ in usable], tokenizer))
-    rejected = iter(_ids_of([row.rejected for row, _ in usable if row.rejected is not None], tokenizer))
+    responses = iter(limits.token_ids(tokenizer, [response_text(row, tokenizer) for row, _ in usable]))
+    rejected = iter(limits.token_ids(tokenizer, [row.rejected for row, _ in usable if row.rejected is not None]))
 
     def example(row: Row, prompt: turns.Prompt | str) -> Example:
         if isinstance(prompt, str):
@@ -389,10 +392,5 @@ def _adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _ids_of(texts: Sequence[str], tokenizer) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    return limits.tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-
-
 def _ids(*parts: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.asarray(part, np.int32) for part in (*parts, ())])
+    return np.array(list(itertools.chain(*parts)), np.int32)

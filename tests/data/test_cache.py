@@ -1,4 +1,4 @@
-"""The cache of prepared rows: what names an entry, interruptions, damage, several processes, and directories that cannot be used."""
+"""The cache of prepared rows: what names an entry, interruptions, damage, several processes, unusable directories."""
 
 import errno
 import json
