@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "train": "trains a model and weighs the rows of a mixture",
+    "prepare": "reads and tokenizes the rows of a run ahead of it",
     "report": "writes the report of a run again",
     "export": "writes the kept rows, or adapter and base as one model",
     "score": "losses of the responses of rows",

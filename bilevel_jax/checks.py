@@ -173,6 +173,7 @@ def _check_values(config: Config) -> None:
         _require(not wrong, wrong)
     for key in ("data.upper", "data.lower"):
         _require(bool(_value(config, key).strip()), f"{key} is empty; name files, folders, a hub data set or a recipe")
+    _require(bool(config.data.cache.strip()), "data.cache is empty; name a directory, or take auto or off")
     _require(bool(config.model.path.strip()), "model.path is empty; name a model directory or a hub id")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")
     _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")

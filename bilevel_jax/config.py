@@ -151,6 +151,9 @@ class Data:
     learn: str = "all"  # answers of a conversation that are learned: all, last; of preferences and generated responses the last one
     template: str = "auto"  # auto (the tokenizer's chat template, else human), chat, human, alpaca, none
     max_length: int = 2048  # tokens of question and response together; also the length of a packed sequence
+    # Where prepared rows and tokens are stored for the next start: a directory; auto (~/.cache/bilevel_jax/rows, for sources over
+    # 4 MB); off (they are prepared in memory at every start)
+    cache: str = "auto"
     num_upper: int = 0  # size of a seeded random subset; 0: all
     num_lower: int = 0  # the same, of the lower level
     bad_fraction: float = 0.15  # of synthetic:lower and synthetic:tokens

@@ -45,7 +45,8 @@ def load(config: configuration.Config) -> Setup:
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):
         upper, lower = levels.load_levels(config, tokenizer)
-    token_ids.check((one for level in (upper, lower) for one in level.all_examples), tokenizer, model.vocab_size)
+    for level in (upper, lower):
+        token_ids.check(level.all_examples, tokenizer, model.vocab_size)
     checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)

@@ -245,8 +245,8 @@ def _identify(
       RunError: the checkpoint is of another config, other data or another model.
     """
     both = setup.upper, setup.lower
-    data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
-    model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
+    data = checkpoint.fingerprint(row_id for level in both for row_id in level.all_ids)
+    model = checkpoint.fingerprint_model(setup.base, *(level.all_examples for level in both))
     counters = checkpoints.counters(start) if start else {}
     if start:  # earlier versions stored no settings
         refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)

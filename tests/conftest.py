@@ -69,6 +69,14 @@ def quick_compilation(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rows_cache(tmp_path_factory):
+    """Prepared rows are not stored in the home directory."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("BILEVEL_JAX_ROWS", str(tmp_path_factory.mktemp("cache") / "rows"))
+        yield
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Rows
 # --------------------------------------------------------------------------------------------------------------------

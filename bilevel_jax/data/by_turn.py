@@ -19,8 +19,8 @@ def rows_of(row: Row, of_last: Collection[str] = ()) -> list[Row]:
       row: of any schema.
       of_last: fields that say something about the last answer, which the others do not get.
     """
-    turns = [i for i, (role, content) in enumerate(row.messages) if role == "assistant" and content.strip()]
-    if row.rejected is not None or not turns:
+    turns = _earlier_answers(row)
+    if not turns:
         return [row]
     earlier = [
         dataclasses.replace(
@@ -35,6 +35,18 @@ def rows_of(row: Row, of_last: Collection[str] = ()) -> list[Row]:
         for number, i in enumerate(turns, 1)
     ]
     return [*earlier, dataclasses.replace(row, id=f"{row.id}.{len(turns) + 1}")]
+
+
+def num_rows(row: Row) -> int:
+    """The number of rows of `rows_of`."""
+    return len(_earlier_answers(row)) + 1
+
+
+def _earlier_answers(row: Row) -> list[int]:
+    """The messages before the response that are answers; none of preferences."""
+    if row.rejected is not None:
+        return []
+    return [i for i, (role, content) in enumerate(row.messages) if role == "assistant" and content.strip()]
 
 
 def split(

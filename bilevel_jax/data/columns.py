@@ -83,6 +83,15 @@ class Columns:
                 value = _renamed(value, self.names)
             yield line, value
 
+    def state(self) -> tuple[list[str], list[str]]:
+        """The columns that no object had so far, and names of columns that were seen."""
+        return list(self._missing), [str(name) for name in self._seen]
+
+    def add(self, missing: Iterable[str], seen: Iterable[str]) -> None:
+        """Adds what `state` gave for some objects of the same source."""
+        self._missing = {column: None for column in self._missing if column in set(missing)}
+        self._seen |= dict.fromkeys(seen)
+
     def check(self, path: str) -> None:
         """Raises a DataError if no object had one of the columns; it names the source `path` and the nearest column."""
         if not (self._missing and self._seen):

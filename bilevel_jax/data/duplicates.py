@@ -22,9 +22,10 @@ NUM_HASHES = 128
 
 def clusters(rows: Sequence[Row], mode: str) -> np.ndarray:
     """The cluster of each row, [n] int64: the index of the first row with the same content (nearly the same for `near`)."""
-    first: dict[str, int] = {}
-    exact = np.array([first.setdefault(content_of(row.id), i) for i, row in enumerate(rows)], np.int64)
-    return _join(exact, _near_pairs(rows, sorted(first.values()))) if mode == "near" else exact
+    content = rows.contents if hasattr(rows, "contents") else [content_of(row.id) for row in rows]
+    _, first, inverse = np.unique(content, return_index=True, return_inverse=True)
+    exact = first[inverse].astype(np.int64)
+    return _join(exact, _near_pairs(rows, np.sort(first).tolist())) if mode == "near" else exact
 
 
 def sizes(cluster: np.ndarray) -> dict[int, int]:

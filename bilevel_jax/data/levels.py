@@ -1,11 +1,13 @@
 """Loads the two levels: reads, tokenizes and compares their rows, and splits them into training and held-out rows."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
+from bilevel_jax.data import by_turn, cache, duplicates, rows, sources, stored, templates
 from bilevel_jax.data.columns import Columns
 from bilevel_jax.text import say
 
@@ -17,16 +19,26 @@ GENERATING = ("online", "dynamic")  # methods whose responses answer the last qu
 class Level:
     """Training and held-out rows, with their token ids."""
 
-    rows: list[rows.Row]
-    examples: list[templates.Example]
-    eval_rows: list[rows.Row]
-    eval_examples: list[templates.Example]
+    rows: Sequence[rows.Row]
+    examples: Sequence[templates.Example]
+    eval_rows: Sequence[rows.Row]
+    eval_examples: Sequence[templates.Example]
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
     counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
 
+    @functools.cached_property
+    def ids(self) -> Sequence[str]:
+        """Those of the training rows."""
+        return rows.ids(self.rows)
+
     @property
-    def all_examples(self) -> list[templates.Example]:
-        return self.examples + self.eval_examples
+    def all_ids(self) -> Iterator[str]:
+        """The ids of the training rows and of the held-out rows."""
+        return itertools.chain(self.ids, rows.ids(self.eval_rows))
+
+    @property
+    def all_examples(self) -> Sequence[templates.Example]:
+        return _joined(self.examples, self.eval_examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,36 +47,53 @@ class _Read:
 
     level: str
     source: str
-    rows: list[rows.Row]
-    examples: list[templates.Example]
+    rows: Sequence[rows.Row]
+    examples: Sequence[templates.Example]
     counts: Mapping[str, object]
 
-    def pick(self, indices: Sequence[int]) -> tuple[list[rows.Row], list[templates.Example]]:
-        return [self.rows[i] for i in indices], [self.examples[i] for i in indices]
+    def pick(self, indices: np.ndarray) -> tuple[Sequence[rows.Row], Sequence[templates.Example]]:
+        return _pick(self.rows, indices), _pick(self.examples, indices)
 
-    def only(self, keep: Sequence[int], **counts: object) -> "_Read":
+    def only(self, keep: np.ndarray, **counts: object) -> "_Read":
         kept_rows, examples = self.pick(keep)
         return dataclasses.replace(self, rows=kept_rows, examples=examples, counts={**self.counts, **counts})
 
 
-def usable(config, source: str, all_rows: list[rows.Row], report, tokenizer) -> tuple[list[rows.Row], list[templates.Example]]:
+def _pick(items: Sequence, indices: np.ndarray) -> Sequence:
+    return items.take(indices) if isinstance(items, stored.Stored) else [items[i] for i in indices]
+
+
+def _joined(first: Sequence, second: Sequence) -> Sequence:
+    return first + second if isinstance(first, stored.Stored) else [*first, *second]
+
+
+def usable(
+    config, source: str, all_rows: Sequence[rows.Row], report, tokenizer
+) -> tuple[Sequence[rows.Row], Sequence[templates.Example]]:
     """Returns the rows that fit into `data.max_length` tokens, with their token ids. Prints the report and the rows left out.
 
     Raises:
       DataError: no row fits.
     """
     say("\n".join(report.summary()))
-    learn = getattr(config.data, "learn", "last")  # earlier runs have no such key
-    encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=learn)
     cut_turns = config.method not in GENERATING
-    kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
+    if isinstance(all_rows, stored.StoredRows):
+        encoded = all_rows.store.examples()
+        kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
+    else:
+        encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=_learn(config))
+        kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
     for reason, (count, line) in counts.items():
         say(f"  {count}: {reason} (first: {rows.location(source, line)})")
-    if not kept:
+    if not len(kept):
         if len(counts) == 1 and encoded[0].reason:
             raise rows.DataError(f"{rows.location(source, all_rows[0].line)}: {encoded[0].reason}; no row can be used")
         raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
-    return [all_rows[i] for i in kept], examples
+    return _pick(all_rows, kept), examples
+
+
+def _learn(config) -> str:
+    return getattr(config.data, "learn", "last")  # earlier runs have no such key
 
 
 def load_level(config, level: str, tokenizer) -> Level:
@@ -96,7 +125,8 @@ def _weighs_turns(config) -> bool:
 
 def _by_turn(config, level: Level) -> Level:
     """The level with a training row for every answer; held-out rows stay whole."""
-    turn_rows, examples = by_turn.split(level.rows, level.examples, of_last=[config.data.truth])
+    split = stored.split_turns if isinstance(level.rows, stored.StoredRows) else by_turn.split
+    turn_rows, examples = split(level.rows, level.examples, of_last=[config.data.truth])
     say(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
     return dataclasses.replace(level, rows=turn_rows, examples=examples)
 
@@ -107,15 +137,8 @@ def _columns(config) -> Columns:
 
 def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     """Reads and tokenizes one level, and removes duplicates as `data.deduplicate` says."""
-    source, limit = getattr(config.data, level), getattr(config.data, f"num_{level}")
-    all_rows, report = sources.open_source(
-        source,
-        seed=config.seed,
-        num_rows=limit,
-        bad_fraction=config.data.bad_fraction,
-        preference=getattr(config.loss, level) != "sft",
-        columns=columns,
-    )
+    source = getattr(config.data, level)
+    all_rows, report = _open(config, level, tokenizer, columns)
     read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={})
     mode = getattr(config.data, "deduplicate", "off")
     cluster = duplicates.clusters(read.rows, mode)
@@ -132,28 +155,51 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     return read.only(keep, duplicates=copies, duplicate_clusters=clusters)
 
 
+def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[rows.Row], rows.Report]:
+    """All rows of a level: prepared ones, or rows in memory."""
+    source, limit, preference = (
+        getattr(config.data, level),
+        getattr(config.data, f"num_{level}"),
+        getattr(config.loss, level) != "sft",
+    )
+    options = cache.Options(
+        template=config.data.template,
+        learn=_learn(config),
+        preference=preference,
+        columns=getattr(config.data, "columns", ""),
+        num_rows=limit,
+        seed=config.seed,
+        label=config.data.label,
+    )
+    prepared = cache.open_rows(getattr(config.data, "cache", cache.AUTO), source, tokenizer, options, columns)
+    if prepared:
+        return prepared[0].rows(), prepared[1]
+    return sources.open_source(
+        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference, columns=columns
+    )
+
+
 def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:
     """The lower level, without the rows of the upper one if `data.overlap=drop`.
 
     Raises:
       DataError: rows are on both levels and `data.overlap=refuse`.
     """
-    trusted = {rows.content_of(row.id) for row in upper.rows}
-    both = [i for i, row in enumerate(lower.rows) if rows.content_of(row.id) in trusted]
-    if not both:
+    is_both = np.isin(rows.contents(lower.rows), rows.contents(upper.rows))
+    both = np.flatnonzero(is_both)
+    if not len(both):
         return lower
-    where = rows.location(lower.source, lower.rows[both[0]].line)
+    where = rows.location(lower.source, lower.rows[int(both[0])].line)
     what = f"{len(both)} of {len(lower.rows)} rows of data.lower are also in data.upper (first: {where})"
     if config.data.overlap == "refuse":
         raise rows.DataError(f"{what}; remove them, or take data.overlap=drop or warn")
     if config.data.overlap == "warn":
         say(f"warning: {what}; data.overlap=drop leaves them out of the lower level")
-        return lower.only(range(len(lower.rows)), overlap=len(both))
+        return dataclasses.replace(lower, counts={**lower.counts, "overlap": len(both)})
     say(f"{what}; left out of the lower level")
     if len(both) == len(lower.rows):
         raise rows.DataError(f"data.overlap=drop leaves no row of {lower.source}: all are also in {upper.source}")
-    left = set(range(len(lower.rows))).difference(both)
-    return lower.only(sorted(left), overlap=len(both))
+    return lower.only(np.flatnonzero(~is_both), overlap=len(both))
 
 
 def _split(config, read: Sequence[_Read]) -> list[Level]:
@@ -165,17 +211,17 @@ def _split(config, read: Sequence[_Read]) -> list[Level]:
             what = f"eval.num_{one.level}={num_eval} leaves no row for training: {one.source} has {len(one.rows)} usable rows"
             raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{one.level}=0.1")
         splits.append(sources.split(one.rows, num_eval, config.seed))
-    held = {rows.content_of(one.rows[i].id) for one, (_, held_out) in zip(read, splits) for i in held_out}
+    held = np.concatenate([rows.contents(_pick(one.rows, held_out)) for one, (_, held_out) in zip(read, splits)])
     return [_level(one, train, held_out, held) for one, (train, held_out) in zip(read, splits)]
 
 
-def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Collection[str]) -> Level:
-    free = [i for i in train if rows.content_of(read.rows[i].id) not in held]
+def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: np.ndarray) -> Level:
+    free = train[~np.isin(rows.contents(_pick(read.rows, train)), held)]
     counts = dict(read.counts)
     if len(free) < len(train):
         counts["held_out_copies"] = len(train) - len(free)
         say(f"{len(train) - len(free)} rows of data.{read.level} are copies of held-out rows and are not trained on")
-    if not free:
+    if not len(free):
         raise rows.DataError(f"{read.source}: no row is left for training, all are also held out; hold out fewer (eval.num_*)")
     return Level(*read.pick(free), *read.pick(held_out), counts=counts)
 
@@ -214,7 +260,13 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
     Raises:
       DataError: all rows have the same source, or none has a source.
     """
-    names, domain_of_row = np.unique([row.source for row in level.rows], return_inverse=True)
+    if isinstance(level.rows, stored.StoredRows):
+        sources_of_rows = level.rows.sources()
+        used, codes = np.unique(sources_of_rows.indices.to_numpy(), return_inverse=True)
+        names, rank = np.unique(np.array(sources_of_rows.dictionary.to_pylist())[used], return_inverse=True)
+        domain_of_row = rank[codes]
+    else:
+        names, domain_of_row = np.unique([row.source for row in level.rows], return_inverse=True)
     if len(names) < 2:
         problem = f"all rows have source '{names[0]}'" if names[0] else "no row has a field 'source'"
         raise rows.DataError(f"{source}: {problem}; selection.unit=domain needs several sources")
@@ -223,11 +275,16 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
 
 def labels(level: Level, field: str) -> np.ndarray | None:
     """Whether each training row is marked bad, [n] bool, for measurement; None if no row has the field."""
+    if isinstance(level.rows, stored.StoredRows):
+        stored_marks = level.rows.marks(field)
+        return stored_marks > 0 if (stored_marks >= 0).any() else None
     marks = [rows.mark(row, field) for row in level.rows]
     return np.array([bool(mark) for mark in marks]) if any(mark is not None for mark in marks) else None
 
 
-def truths(level: Level, field: str) -> list[str | None]:
+def truths(level: Level, field: str) -> Sequence[str | None]:
     """The right response of every training row, for measurement; None if the row has none."""
+    if isinstance(level.rows, stored.StoredRows):
+        return level.rows.fields(field)
     values = (row.fields.get(field) for row in level.rows)
     return [value if isinstance(value, str) else None for value in values]

@@ -39,34 +39,72 @@ def limited(seconds: float | None = None) -> Iterator[None]:
       LimitError: after `seconds`, by default SECONDS.
       MemoryError: where the process would grow by more than MEMORY.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with many(seconds), _Timer():
+        yield
+
+
+@contextlib.contextmanager
+def many(seconds: float | None = None) -> Iterator[None]:
+    """Sets up `limited` once for many calls of `render`, since that takes as long as a call. Each has time and memory to itself."""
+    global _limits
+    if threading.current_thread() is not threading.main_thread() or _limits is not None:
         yield
         return
-    seconds = SECONDS if seconds is None else seconds
 
     def stop(number, frame):
-        raise LimitError(f"it takes more than {seconds:g} seconds")
+        raise LimitError(f"it takes more than {limit:g} seconds")
 
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    memory = _limit_memory()
+    limit = SECONDS if seconds is None else seconds
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, 0)
+    memory = resource.getrlimit(resource.RLIMIT_AS)
     try:
+        _limits = _Limits(limit, memory)
+        _limits.renew()
         yield
     finally:
+        _limits = None
         resource.setrlimit(resource.RLIMIT_AS, memory)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def _limit_memory() -> tuple[int, int]:
-    """Limits the growth of this process to MEMORY bytes. Returns the previous limits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux":
-        with open("/proc/self/statm", encoding="ascii") as file:
-            size = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
-        if soft == resource.RLIM_INFINITY or size < soft:
-            resource.setrlimit(resource.RLIMIT_AS, (size, hard))
-    return soft, hard
+class _Limits:
+    """The limits that are in force."""
+
+    def __init__(self, seconds: float, memory: tuple[int, int]):
+        self.seconds, self._memory, self._written = seconds, memory, 0
+
+    def renew(self) -> None:
+        """Limits the growth of this process from now on to MEMORY bytes."""
+        soft, hard = self._memory
+        if sys.platform == "linux":
+            with open("/proc/self/statm", encoding="ascii") as file:
+                size = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+            is_lower = soft == resource.RLIM_INFINITY or size < soft
+            resource.setrlimit(resource.RLIMIT_AS, (size if is_lower else soft, hard))
+
+    def count(self, text: str) -> None:
+        """Notes a text that was written, so that what earlier ones take is not counted to the next ones."""
+        self._written += len(text)
+        if self._written > MEMORY >> 7:
+            self._written = 0
+            self.renew()
+
+
+_limits: _Limits | None = None  # of this process, in its main thread
+
+
+class _Timer:
+    """Limits the time of a computation, where `many` is in force."""
+
+    def __enter__(self) -> None:
+        self._is_on = _limits is not None and threading.current_thread() is threading.main_thread()
+        if _limits and self._is_on:
+            signal.setitimer(signal.ITIMER_REAL, _limits.seconds)
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_on:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
@@ -76,8 +114,10 @@ def render(tokenizer, messages: list[dict], **options) -> str:
       LimitError: it takes too long, or the text is too long.
       Exception: whatever the template raises.
     """
-    with limited():
+    with _Timer() if _limits else limited():
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    if _limits:
+        _limits.count(text)
     if len(text) > MAX_TEXT:
         raise LimitError(f"it writes {len(text)} characters, more than {MAX_TEXT}")
     text.encode()  # a template may write half a surrogate pair, which cannot be encoded
@@ -95,8 +135,35 @@ def tokenize(tokenizer, texts: list[str], **options):
     Raises:
       ValueError: its code, which is in Rust, failed; one line. The error of Rust is no `Exception`, so nothing else would catch it.
     """
-    try:
+    with _one_line(tokenizer, texts):
         return tokenizer(texts, verbose=False, **options)
+
+
+def token_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens; errors as for `tokenize`.
+
+    A tokenizer of the library `tokenizers` is called directly, without offsets of the tokens.
+    """
+    import transformers
+
+    direct = getattr(transformers.PreTrainedTokenizerFast, "_encode_plus", None)
+    if not texts:
+        return []
+    if direct is None or getattr(type(tokenizer), "_encode_plus", None) is not direct:  # it has code of its own
+        return tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    with _one_line(tokenizer, texts):
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextlib.contextmanager
+def _one_line(tokenizer, texts: list[str]) -> Iterator[None]:
+    """Turns an error of Rust into one of Python."""
+    try:
+        yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

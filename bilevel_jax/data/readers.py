@@ -34,6 +34,12 @@ def read_objects(name: str) -> Iterator[tuple[int, Any]]:
     Raises:
       DataError: the source cannot be read.
     """
+    for line, value in read_encoded(name):
+        yield line, decode(line, value)
+
+
+def read_encoded(name: str) -> Iterator[tuple[int, Any]]:
+    """`read_objects` without parsing JSON Lines, whose objects are bytes; `decode` gives the objects. Arguments as there."""
     found = parts.resolve(name)
     for part in found:
         for line, value in _read_part(part.path):
@@ -41,6 +47,11 @@ def read_objects(name: str) -> Iterator[tuple[int, Any]]:
                 line = Line(line, part.path, part.source)
                 value = Rejection(line, value.reason) if isinstance(value, Rejection) else value
             yield line, value
+
+
+def decode(line: int, value: Any) -> Any:
+    """The object of a line of `read_encoded`, or a Rejection."""
+    return _loads(line, value) if isinstance(value, bytes) else value
 
 
 def _read_part(path: str) -> Iterator[tuple[int, Any]]:
@@ -180,7 +191,7 @@ def _read_jsonl(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     ):  # bytes: only \n ends a line, and a line that is not UTF-8 does not affect the others
         text = text.removeprefix(BOM) if line == 1 else text
         if text.strip():
-            yield line, _loads(line, text)
+            yield line, text
 
 
 def _read_json(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:

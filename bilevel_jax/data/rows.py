@@ -13,6 +13,8 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bilevel_jax.data import in_memory, readers, schemas
 from bilevel_jax.data.columns import Columns, suggestion
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
@@ -20,6 +22,7 @@ from bilevel_jax.text import one_line
 
 MAX_REASONS = 20  # lines of a report on rows that are left out
 MAX_REASON = 200  # characters of a reason, which may quote the row
+CUT = "turns after the last answer left out"
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
 
@@ -94,6 +97,16 @@ def content_id(content: schemas.Content) -> str:
 def content_of(row_id: str) -> str:
     """The id without the number of a copy: equal for rows of equal content."""
     return row_id.partition("-")[0]
+
+
+def ids(rows: Sequence[Row]) -> Sequence[str]:
+    """The id of each row."""
+    return rows.ids if hasattr(rows, "ids") else [row.id for row in rows]
+
+
+def contents(rows: Sequence[Row]) -> np.ndarray:
+    """The content of each row as a number, [n] uint64: `content_of` its id."""
+    return rows.contents if hasattr(rows, "contents") else np.array([int(content_of(row.id), 16) for row in rows], np.uint64)
 
 
 def _make_row(line: int, value: Any, preference: bool, questions_only: bool, named: Collection[str]) -> Row:
@@ -198,18 +211,23 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
     rows, rejections = [], []
     for item in items:
         (rejections if isinstance(item, Rejection) else rows).append(item)
-    if not rows and not rejections:
-        raise DataError(f"{path}: no rows in it")
     if not rows:
-        names, first = ", ".join(schema.name for schema in schemas.SCHEMAS), rejections[0]
-        raise DataError(
-            f"{location(path, first.line)}: {first.reason}; none of the {len(rejections)} rows can be "
-            f"used{suggestion(first.reason, first.columns)} (known schemas: {names})"
-        )
+        raise unusable(path, rejections[0] if rejections else None, len(rejections))
     counts = collections.Counter(row.schema for row in rows)
-    cut = tuple(Rejection(row.line, "turns after the last answer left out") for row in rows if row.is_cut)
+    cut = tuple(Rejection(row.line, CUT) for row in rows if row.is_cut)
     not_read = collections.Counter(name for row in rows for name in row.not_read)
     return rows, Report(path, dict(counts), len(rows), tuple(rejections), cut=cut, not_read=dict(not_read))
+
+
+def unusable(path: str, first: Rejection | None, number: int) -> DataError:
+    """The error of a source without a usable row; `first` of its rejections, and their `number`."""
+    if first is None:
+        return DataError(f"{path}: no rows in it")
+    names = ", ".join(schema.name for schema in schemas.SCHEMAS)
+    return DataError(
+        f"{location(path, first.line)}: {first.reason}; none of the {number} rows can be "
+        f"used{suggestion(first.reason, first.columns)} (known schemas: {names})"
+    )
 
 
 def read_rows(path: str, **options) -> tuple[list[Row], Report]:

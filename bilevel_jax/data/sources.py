@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: floa
     return (pairs if preference else generators)[part](num_rows, seed)
 
 
-def _subset_indices(size: int, num_rows: int, seed: int) -> np.ndarray:
+def subset_indices(size: int, num_rows: int, seed: int) -> np.ndarray:
     """Indices of a random subset of `num_rows` rows in stored order; all rows if `num_rows` is 0 or at least `size`."""
     if not 0 < num_rows < size:
         return np.arange(size)
@@ -105,7 +106,7 @@ def _subset_indices(size: int, num_rows: int, seed: int) -> np.ndarray:
 
 
 def _subset(stored: list[Row], report: Report, num_rows: int, seed: int) -> tuple[list[Row], Report]:
-    kept = [stored[i] for i in _subset_indices(len(stored), num_rows, seed)]
+    kept = [stored[i] for i in subset_indices(len(stored), num_rows, seed)]
     return kept, report if len(kept) == len(stored) else dataclasses.replace(report, num_kept=len(kept))
 
 
@@ -114,15 +115,19 @@ def _read(name: str, num_rows: int, seed: int, preference: bool, columns: Column
 
     Of a single data set with millions of rows, row numbers are drawn before reading. Unusable rows reduce the size of that subset.
     """
-    is_drawn = bool(num_rows) and readers.is_indexed(name)
-    if is_drawn:
-        dataset = readers.open_indexed(name)
-        objects = ((int(i) + 1, dataset[int(i)]) for i in _subset_indices(len(dataset), num_rows, seed))
-    else:
-        objects = readers.read_objects(name)
+    of_subset = drawn(name, num_rows, seed)
+    objects = readers.read_objects(name) if of_subset is None else of_subset
     try:
         stored, report = rows.collect(rows.parse_columns(objects, columns, preference=preference), name)
     except DataError:
         columns.check(name)  # a missing column explains why no row can be used
         raise
-    return (stored, report) if is_drawn else _subset(stored, report, num_rows, seed)
+    return _subset(stored, report, num_rows, seed) if of_subset is None else (stored, report)
+
+
+def drawn(name: str, num_rows: int, seed: int) -> Iterator[tuple[int, Any]] | None:
+    """The numbered objects of a random subset that is drawn before reading; None if all objects are to be read."""
+    if not num_rows or not readers.is_indexed(name):
+        return None
+    dataset = readers.open_indexed(name)
+    return ((int(i) + 1, dataset[int(i)]) for i in subset_indices(len(dataset), num_rows, seed))

@@ -17,8 +17,9 @@ and `alpaca` start with BOS if the tokenizer adds one; a chat template writes it
 """
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -56,6 +57,13 @@ class Example:
     def size(self) -> int:
         """Number of tokens of question and response, P + R."""
         return len(self.prompt) + len(self.response)
+
+    @property
+    def token_bytes(self) -> bytes:
+        """All tokens as bytes, for fingerprints: each part that the example has, with -1 after it."""
+        earlier = np.ravel(self.earlier) if self.earlier else None
+        parts = (self.prompt, self.response, self.rejected, earlier)
+        return b"".join(np.append(part, -1).astype("<i4").tobytes() for part in parts if part is not None)
 
     @property
     def num_learned(self) -> int:
@@ -118,6 +126,20 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     Raises:
       ValueError: an unusable template (see `resolve`), a row that the chat template rejects, or `eos` for a tokenizer without EOS.
     """
+    encode_rows = make_encoder(tokenizer, template=template, eos=eos, learn=learn)
+    examples = []
+    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            examples += encode_rows(chunk)
+            bar.update(len(chunk))
+    return examples
+
+
+def make_encoder(
+    tokenizer, *, template: str | None, eos: bool = True, learn: str = "all"
+) -> Callable[[Sequence[Row]], list[Example]]:
+    """A function that tokenizes some rows at a time; arguments and errors as for `encode`."""
     template = resolve(template, tokenizer)
     if learn not in LEARN:
         raise ValueError(f"learn={learn!r} is not among {', '.join(LEARN)}")
@@ -126,14 +148,13 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     head = [tokenizer.bos_token_id] if template in ("human", "alpaca") and _adds_bos(tokenizer) else []
     form = _form(tokenizer, template)
     tail = [tokenizer.convert_tokens_to_ids(form.end) if form.end else tokenizer.eos_token_id] if eos else []
-    examples = []
-    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
-        for first in range(0, len(rows), CHUNK):
-            chunk = rows[first : first + CHUNK]
-            prompts = [_prompt(row, tokenizer, template, learn, form) for row in chunk]
-            examples += _encode(chunk, prompts, tokenizer, head, tail)
-            bar.update(len(chunk))
-    return examples
+
+    def encode_rows(rows: Sequence[Row]) -> list[Example]:
+        with limits.many():
+            prompts = [_prompt(row, tokenizer, template, learn, form) for row in rows]
+        return _encode(rows, prompts, tokenizer, head, tail)
+
+    return encode_rows
 
 
 def _encode(
@@ -142,8 +163,8 @@ def _encode(
     """The examples of rows with their prompts, or with the reasons why they have none."""
     usable = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if isinstance(prompt, turns.Prompt)]
     encoded = turns.tokenize([prompt for _, prompt in usable], tokenizer) if usable else iter(())
-    responses = iter(_ids_of([response_text(row, tokenizer) for row, _ in usable], tokenizer))
-    rejected = iter(_ids_of([row.rejected for row, _ in usable if row.rejected is not None], tokenizer))
+    responses = iter(limits.token_ids(tokenizer, [response_text(row, tokenizer) for row, _ in usable]))
+    rejected = iter(limits.token_ids(tokenizer, [row.rejected for row, _ in usable if row.rejected is not None]))
 
     def example(row: Row, prompt: turns.Prompt | str) -> Example:
         if isinstance(prompt, str):
@@ -296,30 +317,33 @@ def fit(
     """
     kept, fitted, notes = [], [], []
     for index, (example, row) in enumerate(zip(examples, rows, strict=True)):
-        room = max_length - len(example.prompt)
-        responses = [example.response] if example.rejected is None else [example.response, example.rejected]
-        shorter, note = example, None
-        if example.reason:
-            note = example.reason
-        elif not len(example.prompt) or not all(len(response) for response in responses):
-            note = "question or response without a token"
-        elif example.rejected is not None:
-            length = sum(len(example.prompt) + len(response) for response in responses)
-            note = f"pair over {max_length} tokens" if length > max_length else None
-        elif room < 1:
-            shorter = _cut(example, max_length) if cut_turns else None
-            note = f"question over {max_length} tokens" if shorter is None else None
-        elif len(example.response) > room:
-            shorter = dataclasses.replace(example, response=example.response[:room])
-        if note is None:
-            if shorter is not example:
-                what = "conversation" if shorter.is_cut else "response"
-                notes.append(Rejection(row.line, f"{what} cut to {max_length} tokens"))
+        shorter, note = fit_one(example, max_length, cut_turns)
+        if note:
+            notes.append(Rejection(row.line, note))
+        if shorter is not None:
             kept.append(index)
             fitted.append(shorter)
-        else:
-            notes.append(Rejection(row.line, note))
     return kept, fitted, tally(notes)
+
+
+def fit_one(example: Example, max_length: int, cut_turns: bool = True) -> tuple[Example | None, str]:
+    """An example as `fit` leaves it, None if it is skipped, and the note on it; "" if it fits as it is."""
+    room = max_length - len(example.prompt)
+    responses = [example.response] if example.rejected is None else [example.response, example.rejected]
+    if example.reason:
+        return None, example.reason
+    if not len(example.prompt) or not all(len(response) for response in responses):
+        return None, "question or response without a token"
+    if example.rejected is not None:
+        length = sum(len(example.prompt) + len(response) for response in responses)
+        return (None, f"pair over {max_length} tokens") if length > max_length else (example, "")
+    if room < 1:
+        shorter = _cut(example, max_length) if cut_turns else None
+        note = f"question over {max_length} tokens" if shorter is None else f"conversation cut to {max_length} tokens"
+        return shorter, note
+    if len(example.response) > room:
+        return dataclasses.replace(example, response=example.response[:room]), f"response cut to {max_length} tokens"
+    return example, ""
 
 
 def _cut(example: Example, max_length: int) -> Example | None:
@@ -368,10 +392,5 @@ def _adds_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _ids_of(texts: Sequence[str], tokenizer) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    return limits.tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
-
-
 def _ids(*parts: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.asarray(part, np.int32) for part in (*parts, ())])
+    return np.array(list(itertools.chain(*parts)), np.int32)

@@ -146,37 +146,38 @@ def tokenize(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], 
     same tokens before it as when the model gives it. A tokenizer that writes a space before every text, such as that of Llama 2,
     would write one at each of these positions. Its prompts are tokenized whole, unless a token would reach over such a position.
     """
-    writes_space = _ids(["\na"], tokenizer)[0] != sum(_ids(["\n", "a"], tokenizer), [])
+    writes_space = limits.token_ids(tokenizer, ["\na"])[0] != sum(limits.token_ids(tokenizer, ["\n", "a"]), [])
     whole = iter(_whole([prompt for prompt in prompts if writes_space or not prompt.answers], tokenizer))
+    texts = [part for prompt in prompts if prompt.answers and not writes_space for part in _parts(prompt)]
+    tokens = iter(limits.token_ids(tokenizer, texts))
     for prompt in prompts:
         ids, spans = next(whole) if writes_space or not prompt.answers else ([], None)
         if spans is None:
-            bounds = [0, *(bound for answer in prompt.answers for bound in answer), len(prompt.text)]
-            parts = _ids([prompt.text[start:stop] for start, stop in zip(bounds, bounds[1:])], tokenizer)
+            number = 2 * len(prompt.answers) + 1
+            parts = limits.token_ids(tokenizer, _parts(prompt)) if writes_space else list(itertools.islice(tokens, number))
             ends = [0, *itertools.accumulate(map(len, parts))]
             ids, spans = sum(parts, []), tuple(zip(ends[1::2], ends[2::2]))
         yield ids, spans
 
 
-def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
-    return _encode(texts, tokenizer)["input_ids"]
-
-
-def _encode(texts: Sequence[str], tokenizer, **options):
-    return limits.tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False, **options)
+def _parts(prompt: Prompt) -> list[str]:
+    """The texts between the starts and ends of answers, with those of the answers."""
+    bounds = [0, *(bound for answer in prompt.answers for bound in answer), len(prompt.text)]
+    return [prompt.text[start:stop] for start, stop in zip(bounds, bounds[1:])]
 
 
 def _whole(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], Spans | None]]:
     """The ids and answers of prompts that are tokenized whole; None in place of answers that no tokens have to themselves."""
     if not prompts:
         return
-    with_offsets = tokenizer.is_fast and any(prompt.answers for prompt in prompts)
-    encoded = _encode([prompt.text for prompt in prompts], tokenizer, return_offsets_mapping=with_offsets)
-    for i, prompt in enumerate(prompts):
-        spans: Spans | None = ()
-        if prompt.answers:
-            spans = _token_spans(encoded["offset_mapping"][i], prompt.answers) if with_offsets else None
-        yield encoded["input_ids"][i], spans
+    texts = [prompt.text for prompt in prompts]
+    if not tokenizer.is_fast or not any(prompt.answers for prompt in prompts):
+        for prompt, ids in zip(prompts, limits.token_ids(tokenizer, texts)):
+            yield ids, None if prompt.answers else ()
+        return
+    encoded = limits.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
+    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"]):
+        yield ids, _token_spans(offsets, prompt.answers) if prompt.answers else ()
 
 
 def _token_spans(offsets: Sequence[tuple[int, int]], answers: Spans) -> Spans | None:

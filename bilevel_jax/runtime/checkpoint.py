@@ -22,12 +22,12 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from bilevel_jax import files, online
 from bilevel_jax.data import templates
+from bilevel_jax.data.stored import StoredExamples
 from bilevel_jax.errors import RunError
 from bilevel_jax.text import say
 
@@ -64,17 +64,16 @@ def _array_checksums(arrays: list[jax.Array]) -> list[jax.Array]:
     return checksums
 
 
-def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
+def fingerprint_model(base, *examples: Iterable[templates.Example]) -> str:
     """Identifies a base model by its weights, and a tokenizer by the tokens of the rows."""
     digest = hashlib.sha256()
     arrays = jax.tree.leaves(base)
     for array, checksum in zip(arrays, jax.device_get(_array_checksums(arrays)), strict=True):
         digest.update(f"{array.shape} {array.dtype} {checksum}\n".encode())
-    for example in examples:
-        earlier = np.ravel(example.earlier) if example.earlier else None
-        for tokens in (example.prompt, example.response, example.rejected, earlier):
-            if tokens is not None:
-                digest.update(np.append(tokens, -1).astype("<i4").tobytes())
+    for some in examples:
+        blocks = some.token_blocks() if isinstance(some, StoredExamples) else (example.token_bytes for example in some)
+        for block in blocks:
+            digest.update(block)
     return digest.hexdigest()[:16]
 
 

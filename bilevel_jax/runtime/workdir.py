@@ -25,8 +25,8 @@ OPENED = (  # what a run opens in its workdir; other files are replaced, which f
     *("metrics.jsonl", "responses.jsonl", "adapter", "adapters", "checkpoints", "inputs", "profile", "tensorboard", "wandb"),
     "weights",
 )
-NO_RESULT = ("log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
-RESUMABLE = ("checkpoint.*", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
+NO_RESULT = ("data.cache", "log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
+RESUMABLE = ("checkpoint.*", "data.cache", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
 REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
 PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values

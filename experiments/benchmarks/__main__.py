@@ -9,6 +9,7 @@ breakdown time of the training step by part, from a trace (--config=configs/qual
 dtype     training step in bfloat16 against float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection against a step of direct mixing
 padding   packed sequences against padded rows (for real rows, --config=configs/quality.py:smollm2)
+rows      first and later start with many rows, against TRL's way (--config=configs/quality.py:smollm2 --rows=10000,100000)
 """
 
 import pathlib
@@ -20,12 +21,13 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding", "rows")
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
 SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.", flag_values=FLAGS)
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1, flag_values=FLAGS)
+ROWS = flags.DEFINE_list("rows", ["10000", "100000"], "Numbers of rows of the suite rows.", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", None, "Markdown file to write besides standard output.", flag_values=FLAGS)
 
 
@@ -35,10 +37,12 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, selector_cost, train_step
+    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, rows, selector_cost, train_step
 
     if suite == "selector":
         return selector_cost.measure(rounds)
+    if suite == "rows":
+        return rows.measure(config, [int(number) for number in ROWS.value], rounds)
     if suite == "memory":
         return memory.measure(config)
     directory = str(huggingface.locate(config.model.path))

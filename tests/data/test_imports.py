@@ -1,4 +1,4 @@
-"""`data/` imports nothing of the package outside `data/` but `text`: no model, and nothing of `runtime/`."""
+"""`data/` imports nothing of the package outside `data/` but `text` and `files`: no model, and nothing of `runtime/`."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ def test_data_imports_only_itself():
         import bilevel_jax.data
         for module in pkgutil.walk_packages(bilevel_jax.data.__path__, "bilevel_jax.data."):
             __import__(module.name)
-        print([name for name in sys.modules if name.startswith("bilevel_jax.") and not name.startswith("bilevel_jax.data")])
+        print(sorted(name for name in sys.modules if name.startswith("bilevel_jax.") and not name.startswith("bilevel_jax.data")))
     """
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        == "['bilevel_jax.text']\n"
+        == "['bilevel_jax.errors', 'bilevel_jax.files', 'bilevel_jax.text']\n"
     )
