@@ -7,8 +7,7 @@ As printed, ω moves by (48) from the losses at θ^k, and θ then moves with σ(
 import functools
 
 from bilevel_jax import cli
-from experiments import comparing, tables
-from experiments.paper import published
+from experiments import comparing, runs, tables
 
 PRINTED = "bmo, ω first (as printed)"
 OTHERS = ("bmo, θ first", "bmo, τ=1")
@@ -24,7 +23,7 @@ def main() -> None:
     results = tables.run("quality", [PRINTED, *OTHERS])
     columns = {"trusted rows": UPPER, "mixture, right answers": RIGHT, "AUROC": AUROC, "ESS/N": "selector/ess"}
     draw = functools.partial(comparing.dots, results=results, columns=columns, published=(PRINTED,))
-    lines = [" ".join(__doc__.split("\n\n")[1].split()), "", *comparing.rows(results, published.COLUMNS)]
+    lines = [" ".join(__doc__.split("\n\n")[1].split()), "", *comparing.rows(results, runs.COLUMNS | {"ESS/N": "selector/ess"})]
     tables.write("bmo_order", "The order of BMO", [results], lines, CLAIMS, draw, (8.0, 1.8))
 
 

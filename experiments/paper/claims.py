@@ -18,7 +18,7 @@ from experiments import runs
 FLAGS = flags.FlagValues()
 README = flags.DEFINE_string("readme", "experiments/README.md", "File with the tables.", flag_values=FLAGS)
 RESULTS = pathlib.Path("experiments/results")
-MARK = "<!-- claims: {}, by experiments.claims -->"
+MARK = "<!-- claims: {}, written by experiments/paper/claims.py -->"
 END = "<!-- end of claims -->"
 
 
