@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax.data import by_turn, cache, duplicates, rows, sources, stored, templates
 from bilevel_jax.data.columns import Columns
@@ -260,17 +261,23 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
     Raises:
       DataError: all rows have the same source, or none has a source.
     """
-    if isinstance(level.rows, stored.StoredRows):
-        sources_of_rows = level.rows.sources()
-        used, codes = np.unique(sources_of_rows.indices.to_numpy(), return_inverse=True)
-        names, rank = np.unique(np.array(sources_of_rows.dictionary.to_pylist())[used], return_inverse=True)
-        domain_of_row = rank[codes]
-    else:
-        names, domain_of_row = np.unique([row.source for row in level.rows], return_inverse=True)
+    sources_of_rows = source_names(level)
+    used, codes = np.unique(sources_of_rows.indices.to_numpy(), return_inverse=True)
+    names, rank = np.unique(np.array(sources_of_rows.dictionary.to_pylist())[used], return_inverse=True)
+    domain_of_row = rank[codes]
     if len(names) < 2:
         problem = f"all rows have source '{names[0]}'" if names[0] else "no row has a field 'source'"
         raise rows.DataError(f"{source}: {problem}; selection.unit=domain needs several sources")
     return [str(name) for name in names], domain_of_row.astype(np.int32)
+
+
+def source_names(level: Level) -> pa.DictionaryArray:
+    """The source of each training row, [n]."""
+    if isinstance(level.rows, stored.StoredRows):
+        return level.rows.sources()
+    index: dict[str, int] = {}
+    codes = np.fromiter((index.setdefault(row.source, len(index)) for row in level.rows), np.int32, len(level.rows))
+    return pa.DictionaryArray.from_arrays(codes, pa.array(list(index), pa.string()))
 
 
 def labels(level: Level, field: str) -> np.ndarray | None:

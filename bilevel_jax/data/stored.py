@@ -335,6 +335,17 @@ class StoredExamples(Stored):
         """A bound of all tokens."""
         return self.store.largest_token
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
+        prompt, response, rejected = (self.store.index[name][self.index] for name in ("prompt", "response", "rejected"))
+        sizes = prompt + response + np.where(rejected >= 0, prompt + rejected, 0)
+        if self.max_length:
+            sizes = np.where(rejected >= 0, sizes, np.minimum(sizes, self.max_length))
+            for i in np.flatnonzero(prompt >= self.max_length):
+                sizes[i] = self[i].size
+        return sizes if self.start is None or self.stop is None else np.where(self.start >= 0, self.stop, sizes)
+
     def _get(self, i: int) -> templates.Example:
         example = self.store.example(self.index[i])
         if self.max_length:
