@@ -79,7 +79,7 @@ def usable(
     say("\n".join(report.summary()))
     cut_turns = config.method not in GENERATING
     if isinstance(all_rows, stored.StoredRows):
-        encoded = all_rows.store.examples()
+        encoded = all_rows.examples()
         kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
     else:
         encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=_learn(config))
@@ -158,17 +158,14 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
 
 def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[rows.Row], rows.Report]:
     """All rows of a level: prepared ones, or rows in memory."""
-    source, limit, preference = (
-        getattr(config.data, level),
-        getattr(config.data, f"num_{level}"),
-        getattr(config.loss, level) != "sft",
-    )
+    source, num_rows = getattr(config.data, level), getattr(config.data, f"num_{level}")
+    preference = getattr(config.loss, level) != "sft"
     options = cache.Options(
         template=config.data.template,
         learn=_learn(config),
         preference=preference,
         columns=getattr(config.data, "columns", ""),
-        num_rows=limit,
+        num_rows=num_rows,
         seed=config.seed,
         label=config.data.label,
     )
@@ -176,7 +173,12 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
     if prepared:
         return prepared[0].rows(), prepared[1]
     return sources.open_source(
-        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference, columns=columns
+        source,
+        seed=config.seed,
+        num_rows=num_rows,
+        bad_fraction=config.data.bad_fraction,
+        preference=preference,
+        columns=columns,
     )
 
 

@@ -175,9 +175,6 @@ class Store:
     def rows(self) -> "StoredRows":
         return StoredRows(self, np.arange(len(self)))
 
-    def examples(self) -> "StoredExamples":
-        return StoredExamples(self, np.arange(len(self)))
-
 
 def check_shard(path: pathlib.Path, expected: Shard) -> str:
     """Why a file is not the one that was written; "" if it is."""
@@ -253,6 +250,10 @@ class StoredRows(Stored):
         row = self.store.row(self.index[i])
         is_whole = self.turn is None or self.turn[i] < 0
         return row if is_whole else by_turn.rows_of(row, self.of_last)[int(self.turn[i])]
+
+    def examples(self) -> "StoredExamples":
+        """The tokens of the rows as they are in the source; not those of single answers."""
+        return StoredExamples(self.store, self.index)
 
     @property
     def ids(self) -> "StoredIds":

@@ -360,7 +360,7 @@ def test_several_processes(tmp_path, source, saved_tokenizer, monkeypatch, made)
         assert (one / name).read_bytes() == (two / name).read_bytes()
     saved_tokenizer.chat_template += "!"
     store, _ = open_rows(tmp_path / "two", source, saved_tokenizer)
-    assert made == SHARDS and saved_tokenizer.decode(store.example(0).prompt).endswith("!")
+    assert made == SHARDS and saved_tokenizer.decode(store.rows().examples()[0].prompt).endswith("!")
 
 
 def test_a_process_that_fails(tmp_path, source, saved_tokenizer, monkeypatch):
