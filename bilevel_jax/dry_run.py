@@ -4,6 +4,7 @@ Rows, model and step are the real ones. Only the times are extrapolated, from tw
 """
 
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, rendering, templates
+from bilevel_jax.data import levels, rendering, stored, templates
 from bilevel_jax.data.rejections import location
 from bilevel_jax.runtime import disk, workdir
 
@@ -93,6 +94,8 @@ def _levels(setup: setups.Setup) -> dict[str, levels.Level]:
 
 def sizes(examples: Sequence[templates.Example]) -> np.ndarray:
     """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
+    if isinstance(examples, stored.StoredExamples):
+        return examples.sizes
     extra = [0 if one.rejected is None else len(one.prompt) + len(one.rejected) for one in examples]
     return np.array([one.size for one in examples], int) + np.array(extra, int)
 
@@ -102,7 +105,7 @@ def data_text(setup: setups.Setup) -> str:
     lines = []
     for name, level in _levels(setup).items():
         numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {level.counts.get('duplicates', 0)} copies"
-        median, most, longest = np.quantile(sizes([*level.examples, *level.eval_examples]), QUANTILES)
+        median, most, longest = np.quantile(sizes(level.all_examples), QUANTILES)
         lines.append(f"{name}: {numbers}; tokens a row: median {median:.0f}, 95% below {most:.0f}, longest {longest:.0f}")
     return "\n".join([*lines, f"rows on both levels: {setup.lower.counts.get('overlap', 0)}"])
 
@@ -118,7 +121,7 @@ def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
     lines = [f"template: {template} ({why}); one row of each schema, learned tokens between {marks}"]
     for name, level in _levels(setup).items():
         source = getattr(config.data, name)
-        shown = rendering.one_of_each_schema([*level.rows, *level.eval_rows], [*level.examples, *level.eval_examples])
+        shown = rendering.one_of_each_schema(itertools.chain(level.rows, level.eval_rows), level.all_examples)
         for row, example in shown:
             learned = example.num_learned + (0 if example.rejected is None else len(example.rejected))
             what = f"{learned} of {sizes([example])[0]} tokens learned"

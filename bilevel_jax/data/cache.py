@@ -82,7 +82,7 @@ def _digest(path: str) -> str:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if parts.is_saved(folder):
+    if folder and parts.is_saved(folder):
         inside = sorted(file for file in pathlib.Path(folder).rglob("*") if file.is_file())
         return " ".join([path.removeprefix(folder), *(f"{file.relative_to(folder)} {_digest(str(file))}" for file in inside)])
     return readers.open_indexed(path)._fingerprint  # of the hub: of its files and the code that reads them

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax.data import by_turn, cache, duplicates, rows, sources, stored, templates
 from bilevel_jax.data.columns import Columns
@@ -78,7 +79,7 @@ def usable(
     say("\n".join(report.summary()))
     cut_turns = config.method not in GENERATING
     if isinstance(all_rows, stored.StoredRows):
-        encoded = all_rows.store.examples()
+        encoded = all_rows.examples()
         kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
     else:
         encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=_learn(config))
@@ -157,17 +158,14 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
 
 def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[rows.Row], rows.Report]:
     """All rows of a level: prepared ones, or rows in memory."""
-    source, limit, preference = (
-        getattr(config.data, level),
-        getattr(config.data, f"num_{level}"),
-        getattr(config.loss, level) != "sft",
-    )
+    source, num_rows = getattr(config.data, level), getattr(config.data, f"num_{level}")
+    preference = getattr(config.loss, level) != "sft"
     options = cache.Options(
         template=config.data.template,
         learn=_learn(config),
         preference=preference,
         columns=getattr(config.data, "columns", ""),
-        num_rows=limit,
+        num_rows=num_rows,
         seed=config.seed,
         label=config.data.label,
     )
@@ -175,7 +173,12 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
     if prepared:
         return prepared[0].rows(), prepared[1]
     return sources.open_source(
-        source, seed=config.seed, num_rows=limit, bad_fraction=config.data.bad_fraction, preference=preference, columns=columns
+        source,
+        seed=config.seed,
+        num_rows=num_rows,
+        bad_fraction=config.data.bad_fraction,
+        preference=preference,
+        columns=columns,
     )
 
 
@@ -260,17 +263,23 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
     Raises:
       DataError: all rows have the same source, or none has a source.
     """
-    if isinstance(level.rows, stored.StoredRows):
-        sources_of_rows = level.rows.sources()
-        used, codes = np.unique(sources_of_rows.indices.to_numpy(), return_inverse=True)
-        names, rank = np.unique(np.array(sources_of_rows.dictionary.to_pylist())[used], return_inverse=True)
-        domain_of_row = rank[codes]
-    else:
-        names, domain_of_row = np.unique([row.source for row in level.rows], return_inverse=True)
+    sources_of_rows = source_names(level)
+    used, codes = np.unique(sources_of_rows.indices.to_numpy(), return_inverse=True)
+    names, rank = np.unique(np.array(sources_of_rows.dictionary.to_pylist())[used], return_inverse=True)
+    domain_of_row = rank[codes]
     if len(names) < 2:
         problem = f"all rows have source '{names[0]}'" if names[0] else "no row has a field 'source'"
         raise rows.DataError(f"{source}: {problem}; selection.unit=domain needs several sources")
     return [str(name) for name in names], domain_of_row.astype(np.int32)
+
+
+def source_names(level: Level) -> pa.DictionaryArray:
+    """The source of each training row, [n]."""
+    if isinstance(level.rows, stored.StoredRows):
+        return level.rows.sources()
+    index: dict[str, int] = {}
+    codes = np.fromiter((index.setdefault(row.source, len(index)) for row in level.rows), np.int32, len(level.rows))
+    return pa.DictionaryArray.from_arrays(codes, pa.array(list(index), pa.string()))
 
 
 def labels(level: Level, field: str) -> np.ndarray | None:

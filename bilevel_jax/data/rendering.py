@@ -1,6 +1,6 @@
 """Shows rows as the model sees them: rendered by the template, with the learned tokens marked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bilevel_jax.data import rows, templates
 from bilevel_jax.text import visible
@@ -46,7 +46,7 @@ def template_notice(template: str | None, tokenizer, examples: Sequence[template
 
 
 def one_of_each_schema(
-    all_rows: Sequence[rows.Row], examples: Sequence[templates.Example]
+    all_rows: Iterable[rows.Row], examples: Iterable[templates.Example]
 ) -> list[tuple[rows.Row, templates.Example]]:
     """The first row of each schema, with its tokens; of conversations, the first with one and with several learned answers."""
     first: dict[tuple[str, bool], tuple[rows.Row, templates.Example]] = {}

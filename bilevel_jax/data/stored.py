@@ -175,9 +175,6 @@ class Store:
     def rows(self) -> "StoredRows":
         return StoredRows(self, np.arange(len(self)))
 
-    def examples(self) -> "StoredExamples":
-        return StoredExamples(self, np.arange(len(self)))
-
 
 def check_shard(path: pathlib.Path, expected: Shard) -> str:
     """Why a file is not the one that was written; "" if it is."""
@@ -253,6 +250,10 @@ class StoredRows(Stored):
         row = self.store.row(self.index[i])
         is_whole = self.turn is None or self.turn[i] < 0
         return row if is_whole else by_turn.rows_of(row, self.of_last)[int(self.turn[i])]
+
+    def examples(self) -> "StoredExamples":
+        """The tokens of the rows as they are in the source; not those of single answers."""
+        return StoredExamples(self.store, self.index)
 
     @property
     def ids(self) -> "StoredIds":
@@ -334,6 +335,17 @@ class StoredExamples(Stored):
     def largest_token(self) -> int:
         """A bound of all tokens."""
         return self.store.largest_token
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
+        prompt, response, rejected = (self.store.index[name][self.index] for name in ("prompt", "response", "rejected"))
+        sizes = prompt + response + np.where(rejected >= 0, prompt + rejected, 0)
+        if self.max_length:
+            sizes = np.where(rejected >= 0, sizes, np.minimum(sizes, self.max_length))
+            for i in np.flatnonzero(prompt >= self.max_length):
+                sizes[i] = self[i].size
+        return sizes if self.start is None or self.stop is None else np.where(self.start >= 0, self.stop, sizes)
 
     def _get(self, i: int) -> templates.Example:
         example = self.store.example(self.index[i])

@@ -153,20 +153,21 @@ def in_order(tasks: Iterable[Task | Shard], number: int) -> Iterator[Any]:
 
     Args:
       tasks: are read a few ahead.
-      number: of processes.
+      number: of processes, at most; each is started when there is a task for it.
     """
     with contextlib.ExitStack() as stack:
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(number))
-        for _ in range(number):
-            worker = _Worker()
-            stack.callback(worker.end)  # before the threads end, which may wait for it
-            free.put(worker)
+        started: list[_Worker] = []
+        stack.callback(lambda: [worker.end() for worker in started])  # before the threads end, which may wait for them
 
         def do(task: Task | Shard) -> Any:
             if not isinstance(task, Task):
                 return task
-            worker = free.get()
+            try:
+                worker = free.get_nowait()
+            except queue.Empty:
+                started.append(worker := _Worker())
             try:
                 return worker.run(task)
             finally:

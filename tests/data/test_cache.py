@@ -15,10 +15,11 @@ import types
 import numpy as np
 import pytest
 
+from bilevel_jax import errors, train
 from bilevel_jax.data import cache, preparation, rows, shards, stored, templates, workers
 from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rejections import DataError
-from tests.conftest import make_rows, write_jsonl
+from tests.conftest import EVERYTHING, TRAINED, make_rows, stop_at, write_jsonl
 from tests.data.test_templates import CHATTING, PLAIN, make_tokenizer
 
 OPTIONS = cache.Options(template="auto", learn="all", preference=False, columns="", num_rows=0, seed=0, label="bad")
@@ -359,7 +360,7 @@ def test_several_processes(tmp_path, source, saved_tokenizer, monkeypatch, made)
         assert (one / name).read_bytes() == (two / name).read_bytes()
     saved_tokenizer.chat_template += "!"
     store, _ = open_rows(tmp_path / "two", source, saved_tokenizer)
-    assert made == SHARDS and saved_tokenizer.decode(store.example(0).prompt).endswith("!")
+    assert made == SHARDS and saved_tokenizer.decode(store.rows().examples()[0].prompt).endswith("!")
 
 
 def test_a_process_that_fails(tmp_path, source, saved_tokenizer, monkeypatch):
@@ -406,3 +407,16 @@ def test_numbers_of_copies():
     contents = np.array([3, 5, 3, 9, 5, 3], np.uint64)
     assert preparation._copies(contents).tolist() == [1, 1, 2, 1, 2, 3]
     assert preparation._copies(contents[:0]).tolist() == []
+
+
+def test_a_run_of_prepared_rows(make_config, finished, tmp_path, monkeypatch):
+    """It is interrupted, and goes on with rows in memory: the same bits as a run that had them in memory from the start."""
+    prepared = {"data.cache": str(tmp_path / "cache")}
+    with monkeypatch.context() as stopped:
+        stop_at(stopped, 5)
+        with pytest.raises(errors.Interrupted):
+            train.run(make_config(EVERYTHING | prepared), tmp_path / "run")
+    assert len(entries(tmp_path / "cache")) == 2
+    train.run(make_config(EVERYTHING | {"data.cache": "off"}), tmp_path / "run")
+    for name in TRAINED:
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()

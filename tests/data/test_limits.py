@@ -60,6 +60,23 @@ def test_a_time_limit_leaves_other_timers_alone():
     assert (signal.getsignal(signal.SIGALRM), limits.resource.getrlimit(limits.resource.RLIMIT_AS)) == before
 
 
+def test_each_of_many_renderings_has_the_time_and_memory_to_itself(monkeypatch):
+    """Together they take more than one may; what they wrote before does not count."""
+    monkeypatch.setattr(limits, "SECONDS", 1.0)
+    monkeypatch.setattr(limits, "MEMORY", 1 << 28)
+
+    class Tokenizer:
+        def apply_chat_template(self, messages, tokenize):
+            time.sleep(messages)
+            return "x" * (1 << 23)
+
+    with limits.many():
+        texts = [limits.render(Tokenizer(), seconds) for seconds in (0.3, 0.3, 0.3, 0.3, *[0] * 36)]  # 320 MB
+        assert len(texts) == 40 and signal.getitimer(signal.ITIMER_REAL) == (0, 0)  # no limit between them
+        with pytest.raises(limits.LimitError, match="more than 1 seconds"):
+            limits.render(Tokenizer(), 60)
+
+
 def test_other_threads_have_no_limit():
     thread = threading.Thread(target=lambda: limits.limited(0.0).__enter__())
     thread.start()
@@ -169,3 +186,14 @@ def test_a_pipe_or_device_as_data(tmp_path, name):
     (tmp_path / name).symlink_to("/dev/zero")
     with pytest.raises(rows.DataError, match="not a regular file"):
         count(tmp_path / name)
+
+
+def test_token_ids(neox):
+    """The direct call of the library gives what the tokenizer gives, whatever an earlier call has set."""
+    tokenizer = copy.copy(load(neox)[3])
+    texts = ["Grüße ☃ nothing", "", "12 and 13 make 25<|end|>", " a"]
+    expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokenizer(texts, truncation=True, max_length=2)
+    assert limits.token_ids(tokenizer, texts) == expected and limits.token_ids(tokenizer, []) == []
+    tokenizer.split_special_tokens = True
+    assert limits.token_ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] != expected
