@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax import config as configuration
 from bilevel_jax import (
@@ -48,6 +50,7 @@ class Run:
     held_out: evaluation.HeldOut
     start: int  # steps taken before this process
     epoch_steps: int
+    sources: pa.DictionaryArray  # of the training rows
     bad: np.ndarray | None  # labels of the training rows, for measurement only
     truths: Sequence[str | None]  # their right responses, for measurement only
     checkpoints: checkpoint.Checkpoints
@@ -133,6 +136,7 @@ def prepare(
         held_out=_held_out(config, setup, program, clock),
         start=start,
         epoch_steps=num_steps // config.num_epochs,
+        sources=levels.source_names(lower),
         bad=levels.labels(lower, config.data.label),
         truths=truths,
         checkpoints=checkpoints,
@@ -245,8 +249,10 @@ def _identify(
       RunError: the checkpoint is of another config, other data or another model.
     """
     both = setup.upper, setup.lower
-    data = checkpoint.fingerprint(row.id for level in both for row in level.rows + level.eval_rows)
-    model = checkpoint.fingerprint_model(setup.base, (one for level in both for one in level.examples + level.eval_examples))
+    ids = (part for level in both for part in (level.ids, [row.id for row in level.eval_rows]))
+    examples = (part for level in both for part in (level.examples, level.eval_examples))
+    data = checkpoint.fingerprint(itertools.chain.from_iterable(ids))
+    model = checkpoint.fingerprint_model(setup.base, itertools.chain.from_iterable(examples))
     counters = checkpoints.counters(start) if start else {}
     if start:  # earlier versions stored no settings
         refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)

@@ -1,9 +1,11 @@
 """Loads the two levels: reads, tokenizes and compares their rows, and splits them into training and held-out rows."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
@@ -23,6 +25,11 @@ class Level:
     eval_examples: list[templates.Example]
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
     counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
+
+    @functools.cached_property
+    def ids(self) -> Sequence[str]:
+        """Those of the training rows."""
+        return [row.id for row in self.rows]
 
     @property
     def all_examples(self) -> list[templates.Example]:
@@ -219,6 +226,13 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
         problem = f"all rows have source '{names[0]}'" if names[0] else "no row has a field 'source'"
         raise rows.DataError(f"{source}: {problem}; selection.unit=domain needs several sources")
     return [str(name) for name in names], domain_of_row.astype(np.int32)
+
+
+def source_names(level: Level) -> pa.DictionaryArray:
+    """The source of each training row, [n]."""
+    index: dict[str, int] = {}
+    codes = np.fromiter((index.setdefault(row.source, len(index)) for row in level.rows), np.int32, len(level.rows))
+    return pa.DictionaryArray.from_arrays(codes, pa.array(list(index), pa.string()))
 
 
 def labels(level: Level, field: str) -> np.ndarray | None:

@@ -8,17 +8,19 @@ happens later. `manifest.json` therefore holds a checksum of every file, and is 
 all its files match their checksums.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
 NOT_IN_MANIFEST = (MANIFEST, "commit_success.txt")  # written after the checksums; the second has no content that is read
 OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
 METADATA_TIMEOUT = 60.0  # seconds
+CHUNK = 4096  # rows of which the digest takes the bytes at once
 
 
 def num_bytes(state) -> int:
@@ -45,9 +48,9 @@ def num_bytes(state) -> int:
 
 def fingerprint(ids: Iterable[str]) -> str:
     """Identifies a sequence of rows by their content."""
-    digest = hashlib.sha256()
-    for row_id in ids:
-        digest.update(row_id.encode() + b"\n")
+    digest, ids = hashlib.sha256(), iter(ids)
+    while chunk := list(itertools.islice(ids, CHUNK)):
+        digest.update("\n".join([*chunk, ""]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -70,12 +73,22 @@ def fingerprint_model(base, examples: Iterable[templates.Example]) -> str:
     arrays = jax.tree.leaves(base)
     for array, checksum in zip(arrays, jax.device_get(_array_checksums(arrays)), strict=True):
         digest.update(f"{array.shape} {array.dtype} {checksum}\n".encode())
-    for example in examples:
-        earlier = np.ravel(example.earlier) if example.earlier else None
-        for tokens in (example.prompt, example.response, example.rejected, earlier):
-            if tokens is not None:
-                digest.update(np.append(tokens, -1).astype("<i4").tobytes())
+    examples = iter(examples)
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        digest.update(_tokens_of(chunk).astype("<i4").tobytes())
     return digest.hexdigest()[:16]
+
+
+def _tokens_of(examples: Sequence[templates.Example]) -> np.ndarray:
+    """Prompts, responses and positions of learned answers of rows, with -1 after each."""
+    parts, end = [], np.array([-1])
+    for example in examples:
+        for tokens in (example.prompt, example.response, example.rejected):
+            if tokens is not None:
+                parts += tokens, end
+        if example.earlier:
+            parts += np.ravel(example.earlier), end
+    return np.concatenate(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -178,7 +191,8 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         self._directory, self._keep = directory.resolve(), keep
         self._saving_step: int | None = None
-        self._response: ocp.AsyncResponse | None = None  # of the save in progress
+        self._response: ocp.AsyncResponse | concurrent.futures.Future | None = None  # of the save in progress
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._newest: int | None = None  # intact, or being written
         self._written: int | None = None  # the newest one that is completely written
         self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
@@ -241,11 +255,11 @@ class Checkpoints:
         return self._newest
 
     def save(self, step: int, state, store: online.ResponseStore, counters: dict, best=None) -> None:
-        """Starts to write a checkpoint, and returns when the arrays are copied. A step that is already saved is skipped.
+        """Starts to write a checkpoint, and returns before it is written. A step that is already saved is skipped.
 
         Args:
           step: the number of steps taken.
-          state: a tree of arrays.
+          state: a tree of arrays. It is copied, because the next step donates its buffers.
           store: the generated responses in use.
           counters: a JSON object.
           best: the adapter of `early_stopping.Best`, if the run keeps it.
@@ -255,7 +269,7 @@ class Checkpoints:
         """
         if self._newest == step:
             return
-        tree = {"state": state, "responses": store.arrays()} | ({} if best is None else {"best": best})
+        tree = {"state": jax.tree.map(jnp.copy, state), "responses": store.arrays()} | ({} if best is None else {"best": best})
         needed = num_bytes(tree)
         with self._save_errors():
             if self._response:
@@ -265,7 +279,10 @@ class Checkpoints:
             checkpointer, free = self._checkpointer, shutil.disk_usage(self._directory).free
             if needed > free:  # checked here because Orbax's threads print long tracebacks if the disk fills while they write
                 raise OSError(f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
-            self._response = checkpointer.save_checkpointables_async(step, tree, custom_metadata=copy.deepcopy(counters))
+            start = functools.partial(checkpointer.save_checkpointables_async, step, tree, custom_metadata=copy.deepcopy(counters))
+            # Orbax makes directories and plans its files before it returns, which would hold up the loop. Several processes wait
+            # for each other meanwhile, in the order of their steps, so that there only the writing is in the background.
+            self._response = start() if jax.process_count() > 1 else self._worker.submit(lambda: start().result())
         self._newest = step
 
     def counters(self, step: int) -> dict:
@@ -300,4 +317,5 @@ class Checkpoints:
                     if self._response:
                         self._response.result()  # also ends its thread, which nothing else does
                 finally:
+                    self._worker.shutdown()
                     self._checkpointer.close()
