@@ -51,17 +51,16 @@ def make_batch(
         indexed = indexed or [(-1, segment) for segment in row_segments(lower, i, share, group, row_index=i)]
         segments += [segment for _, segment in indexed]
         store_index += [index for index, _ in indexed]
-        ids += [lower.rows[i].id] * len(indexed)
+        ids += [lower.ids[i]] * len(indexed)
     upper_rows = shuffle.upper_rows(config.seed, len(upper.rows), size, k) if "upper" in used else ()
     for group, j in enumerate(upper_rows):
         of_row = row_segments(upper, j, 1 / len(upper_rows), group)
         segments += of_row
-        ids += [upper.rows[j].id] * len(of_row)
+        ids += [upper.ids[j]] * len(of_row)
     store_index += [-1] * (len(segments) - len(store_index))
     batch = packing.pack_step(segments, len(lower.rows), len(lower_rows), layout)
     if config.method in configuration.ONLINE and config.online.normalization == "eq7":
-        factors = np.append(online.row_factors(store.masked), np.float32(1))  # the last one is of upper rows and padding
-        batch = batch._replace(factor=factors[batch.row_index])
+        batch = batch._replace(factor=store.factors[batch.row_index])
     return StepBatch(batch, ids, np.array(store_index), sum(segment.size for segment in segments))
 
 

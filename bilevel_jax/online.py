@@ -40,10 +40,17 @@ def masked_rows(logits_N: np.ndarray | None, num_rows: int, ratio: float, seed: 
     number = num_masked(num_rows, ratio)
     if logits_N is not None and number < num_rows and (logits_N == logits_N[0]).all():
         number = 0
+    if not number:
+        return np.zeros(0, np.int64)
     shuffled = np.random.default_rng((seed, MASK)).permutation(num_rows)
-    if logits_N is not None:
-        shuffled = shuffled[np.argsort(logits_N[shuffled], kind="stable")]
-    return np.sort(shuffled[:number])
+    return np.sort(shuffled[:number] if logits_N is None else shuffled[smallest(logits_N[shuffled], number)])
+
+
+def smallest(values: np.ndarray, number: int) -> np.ndarray:
+    """Indices of the `number` smallest values, in any order; of equal ones the first. Linear in the number of values."""
+    bound = np.partition(values, number - 1)[number - 1]
+    below = np.flatnonzero(values < bound)
+    return np.concatenate([below, np.flatnonzero(values == bound)[: number - len(below)]])
 
 
 def row_factors(masked: np.ndarray) -> np.ndarray:
@@ -86,6 +93,11 @@ class ResponseStore:
     log_ratio: np.ndarray  # [n] float64, log r when last used; NaN before that
     reward: np.ndarray | None = None  # [n] float64; None without a reward function
     reference: np.ndarray | None = None  # [n] float64, log-probability under the reference model; None without pairs
+
+    @functools.cached_property
+    def factors(self) -> np.ndarray:
+        """`row_factors` of all rows, and at the end 1, for upper rows and padding: [N + 1] float32."""
+        return np.append(row_factors(self.masked), np.float32(1))
 
     @functools.cached_property
     def by_row(self) -> dict[int, list[int]]:

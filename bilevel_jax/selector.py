@@ -212,13 +212,17 @@ def record(state: SelectorState, row_index_E, part_E, surprise_E, harm_E) -> Sel
     Args:
       part_E: each entry's part of its row; 0 for padding and for generated responses, which say nothing about those of the data.
     """
+    of_data_E = jnp.where(part_E > 0, row_index_E, state.visits.shape[0])  # out of range: dropped
 
-    def per_row(value_E):
-        return jnp.zeros_like(state.visits).at[row_index_E].add(part_E * value_E, mode="drop")
+    def add(array_N, value_E):
+        return array_N.at[of_data_E].add(part_E * value_E, mode="drop")
 
-    visited_N = per_row(jnp.ones_like(part_E))
-    surprise_N = jnp.where(visited_N > 0, per_row(surprise_E), state.surprise)
-    return state._replace(data_visits=state.data_visits + visited_N, surprise=surprise_N, harm=state.harm + per_row(harm_E))
+    emptied_N = state.surprise.at[of_data_E].set(0.0, mode="drop")  # a sum: a row may have several entries
+    return state._replace(
+        data_visits=add(state.data_visits, jnp.ones_like(part_E)),
+        surprise=add(emptied_N, surprise_E),
+        harm=add(state.harm, harm_E),
+    )
 
 
 def update(

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -241,6 +241,19 @@ def compile_program(
     return Program(train_step, score, score_greedy, batch_of, values, layout)
 
 
+class Prompts(Sequence):
+    """The prompts of rows, each read when it is used."""
+
+    def __init__(self, examples: Sequence[templates.Example]):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i):
+        return self._examples[i].prompt
+
+
 def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
@@ -251,8 +264,8 @@ def build_refresh(config: configuration.Config, setup: Setup, score: Callable, r
         sample,
         score,
         setup.detokenize,
-        [row.id for row in setup.lower.rows],
-        [example.prompt for example in setup.lower.examples],
+        setup.lower.ids,
+        Prompts(setup.lower.examples),
         config.seed,
         config.online.num_samples,
         config.online.generate,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax import config as configuration
 from bilevel_jax import (
@@ -48,6 +49,7 @@ class Run:
     held_out: evaluation.HeldOut
     start: int  # steps taken before this process
     epoch_steps: int
+    sources: pa.DictionaryArray  # of the training rows
     bad: np.ndarray | None  # labels of the training rows, for measurement only
     truths: Sequence[str | None]  # their right responses, for measurement only
     checkpoints: checkpoint.Checkpoints
@@ -133,6 +135,7 @@ def prepare(
         held_out=_held_out(config, setup, program, clock),
         start=start,
         epoch_steps=num_steps // config.num_epochs,
+        sources=levels.source_names(lower),
         bad=levels.labels(lower, config.data.label),
         truths=truths,
         checkpoints=checkpoints,

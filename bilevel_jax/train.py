@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
@@ -150,8 +149,7 @@ def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.R
         return lambda store: None
     log = response_log.ResponseLog(run.workdir / "responses.jsonl", run.start, run.config.online.refresh_every)
     stack.enter_context(contextlib.closing(log))
-    ids = [row.id for row in run.setup.lower.rows]
-    return lambda store: log.write(store, ids, run.setup.detokenize, run.setup.eos)
+    return lambda store: log.write(store, run.setup.lower.ids, run.setup.detokenize, run.setup.eos)
 
 
 def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs) -> step.State:
@@ -242,8 +240,9 @@ def _write_weights(run: Run, progress: Progress, epoch: int) -> None:
     parts = s.logits, s.visits, s.data_visits, s.surprise, s.harm
     logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
-    table = weight_table.table(run.setup.lower.rows, logits, visits, progress.store.masked, surprise, useful)
-    weight_table.write(run.workdir / "weights" / f"epoch_{epoch}.parquet", table)
+    ids, masked = run.setup.lower.ids, progress.store.masked
+    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful)
+    weight_table.write_blocks(run.workdir / "weights" / f"epoch_{epoch}.parquet", blocks)
 
 
 def _save(run: Run, progress: Progress, k: int) -> None:
@@ -254,8 +253,7 @@ def _save(run: Run, progress: Progress, k: int) -> None:
         counters = run.identity | {"seconds": run.clock.elapsed()}
         counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps, "step": k}
         counters |= {"best": best.counters()} if best else {}
-        # A copy: the next step donates its buffers while the checkpoint is still being written.
-        run.checkpoints.save(k, jax.tree.map(jnp.copy, state), progress.store, counters, best and best.adapter)
+        run.checkpoints.save(k, state, progress.store, counters, best and best.adapter)
 
 
 def _finish(run: Run, progress: Progress) -> dict[str, float]:

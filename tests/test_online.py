@@ -147,6 +147,15 @@ def test_rows_of_equal_weight_are_taken_at_random():
     assert [*map(list, masks)] == [*map(list, again)]
 
 
+@pytest.mark.parametrize("kinds", [2, 5, 1000])
+def test_the_smallest_are_the_first_of_a_stable_sort(kinds):
+    """With many ties, with few, and at every number."""
+    values = np.random.default_rng(kinds).integers(kinds, size=60).astype(np.float32)
+    for number in range(1, 61):
+        expected = sorted(range(60), key=lambda i: (values[i], i))[:number]
+        assert sorted(online.smallest(values, number)) == sorted(expected)
+
+
 def test_nothing_is_masked_while_all_weights_are_equal():
     """But for R = 1, where no row is chosen before another, and from the first difference on."""
     for value in (0.0, 1.5):

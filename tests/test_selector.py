@@ -208,6 +208,17 @@ def test_groups_are_features_that_name_the_group(rule, optimizer):
     assert np.ptp(named.feature_params - PHI[:3]) > 1e-3
 
 
+def test_record_by_hand():
+    """Row 3 has its response of the data, row 0 two halves of one, row 1 a generated response, and the last entry is padding."""
+    state = begin(Selector())._replace(surprise=jnp.arange(10.0, 10.0 + N), harm=jnp.ones(N), data_visits=jnp.full(N, 2.0))
+    row, part = jnp.array([3, 0, 1, 0, N]), jnp.array([1.0, 0.5, 0.0, 0.5, 0.0])
+    surprise, harm = jnp.array([7.0, 4.0, 99.0, 6.0, 99.0]), jnp.array([0.25, -1.0, 99.0, 0.5, 99.0])
+    after = selection.record(state, row, part, surprise, harm)
+    assert after.surprise.tolist() == [5.0, 11.0, 12.0, 7.0, *range(14, 10 + N)]
+    assert after.harm.tolist() == [0.75, 1.0, 1.0, 1.25, *[1.0] * (N - 4)]
+    assert after.data_visits.tolist() == [3.0, 2.0, 2.0, 3.0, *[2.0] * (N - 4)]
+
+
 @pytest.mark.parametrize("rule", ["bds", "bmo"])
 def test_mirror_touches_visited_logits_alone(rule):
     selector = Selector(rule, "mirror", baseline="running")

@@ -452,6 +452,36 @@ def make_pairs(directory) -> str:
     return str(write_jsonl(directory / "upper.jsonl", rows))
 
 
+class Counted(list):
+    """A list that notes which of its elements are read."""
+
+    def __init__(self, values):
+        super().__init__(values)
+        self.read = set()
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def test_a_batch_reads_its_own_rows_alone(levels):
+    """So that a step costs the same however many rows there are; their ids are known before."""
+    config, level = levels({})
+    counted = {
+        name: dataclasses.replace(one, rows=Counted(one.rows), examples=Counted(one.examples)) for name, one in level.items()
+    }
+    for one in counted.values():
+        assert len(one.ids) == len(one.rows)
+        one.rows.read.clear()
+    batches.make_batch(config, counted["upper"], counted["lower"], packing.Layout(2, 96, 8), 1, online.empty(NUM_ROWS))
+    draws = {"lower": shuffle.lower_rows, "upper": shuffle.upper_rows}
+    for name, one in counted.items():
+        assert one.examples.read == {int(i) for i in draws[name](config.seed, len(one.rows), 4, 1)} and not one.rows.read
+
+
 def test_a_batch_with_responses_of_the_models_own(levels, tmp_path):
     """Beside preference pairs, whose numbers are not those of questions. The third row of four was answered once, the first
     three times; the second is masked, but has no answer."""

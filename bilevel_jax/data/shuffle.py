@@ -7,9 +7,15 @@ import numpy as np
 LOWER, UPPER = 0, 1  # tags of the two levels' random streams
 
 
+# Two caches: a batch may take many passes over a small upper level, which must not displace the order of a large lower one.
+@functools.lru_cache(maxsize=2)
+def _lower_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, LOWER, epoch)).permutation(size)
+
+
 @functools.lru_cache(maxsize=4)
-def _permutation(seed: int, tag: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, tag, epoch)).permutation(size)
+def _upper_pass(seed: int, number: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, UPPER, number)).permutation(size)
 
 
 def steps_per_epoch(size: int, batch: int) -> int:
@@ -20,12 +26,12 @@ def steps_per_epoch(size: int, batch: int) -> int:
 def lower_rows(seed: int, size: int, batch: int, step: int) -> np.ndarray:
     """Row indices of the lower level in `step`: every row once per epoch."""
     epoch, step_in_epoch = divmod(step, steps_per_epoch(size, batch))
-    return _permutation(seed, LOWER, epoch, size)[step_in_epoch * batch :][:batch]
+    return _lower_order(seed, epoch, size)[step_in_epoch * batch :][:batch]
 
 
 def upper_rows(seed: int, size: int, batch: int, step: int) -> np.ndarray:
     """Row indices of the upper level in `step`: shuffled passes, concatenated and cut into batches of equal size."""
     first = step * batch
     passes = range(first // size, (first + batch - 1) // size + 1)
-    rows = np.concatenate([_permutation(seed, UPPER, number, size) for number in passes])
+    rows = np.concatenate([_upper_pass(seed, number, size) for number in passes])
     return rows[first % size :][:batch]

@@ -8,11 +8,13 @@ happens later. `manifest.json` therefore holds a checksum of every file, and is 
 all its files match their checksums.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -36,6 +38,7 @@ METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
 NOT_IN_MANIFEST = (MANIFEST, "commit_success.txt")  # written after the checksums; the second has no content that is read
 OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
 METADATA_TIMEOUT = 60.0  # seconds
+CHUNK = 4096  # rows of which the digest takes the bytes at once
 
 
 def num_bytes(state) -> int:
@@ -45,9 +48,9 @@ def num_bytes(state) -> int:
 
 def fingerprint(ids: Iterable[str]) -> str:
     """Identifies a sequence of rows by their content."""
-    digest = hashlib.sha256()
-    for row_id in ids:
-        digest.update(row_id.encode() + b"\n")
+    digest, ids = hashlib.sha256(), iter(ids)
+    while chunk := list(itertools.islice(ids, CHUNK)):
+        digest.update("\n".join([*chunk, ""]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -177,7 +180,8 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int):
         self._directory, self._keep = directory.resolve(), keep
         self._saving_step: int | None = None
-        self._response: ocp.AsyncResponse | None = None  # of the save in progress
+        self._response: ocp.AsyncResponse | concurrent.futures.Future | None = None  # of the save in progress
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._newest: int | None = None  # intact, or being written
         self._written: int | None = None  # the newest one that is completely written
         self._damaged: dict[int, str] = {}  # step -> description; steps after the newest intact one
@@ -240,11 +244,11 @@ class Checkpoints:
         return self._newest
 
     def save(self, step: int, state, store: online.ResponseStore, counters: dict, best=None) -> None:
-        """Starts to write a checkpoint, and returns when the arrays are copied. A step that is already saved is skipped.
+        """Starts to write a checkpoint, and returns before it is written. A step that is already saved is skipped.
 
         Args:
           step: the number of steps taken.
-          state: a tree of arrays.
+          state: a tree of arrays. It is copied, because the next step donates its buffers.
           store: the generated responses in use.
           counters: a JSON object.
           best: the adapter of `early_stopping.Best`, if the run keeps it.
@@ -254,7 +258,7 @@ class Checkpoints:
         """
         if self._newest == step:
             return
-        tree = {"state": state, "responses": store.arrays()} | ({} if best is None else {"best": best})
+        tree = {"state": jax.tree.map(jnp.copy, state), "responses": store.arrays()} | ({} if best is None else {"best": best})
         needed = num_bytes(tree)
         with self._save_errors():
             if self._response:
@@ -264,7 +268,10 @@ class Checkpoints:
             checkpointer, free = self._checkpointer, shutil.disk_usage(self._directory).free
             if needed > free:  # checked here because Orbax's threads print long tracebacks if the disk fills while they write
                 raise OSError(f"{os.strerror(errno.ENOSPC)}: {needed / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free")
-            self._response = checkpointer.save_checkpointables_async(step, tree, custom_metadata=copy.deepcopy(counters))
+            start = functools.partial(checkpointer.save_checkpointables_async, step, tree, custom_metadata=copy.deepcopy(counters))
+            # Orbax makes directories and plans its files before it returns, which would hold up the loop. Several processes wait
+            # for each other meanwhile, in the order of their steps, so that there only the writing is in the background.
+            self._response = start() if jax.process_count() > 1 else self._worker.submit(lambda: start().result())
         self._newest = step
 
     def counters(self, step: int) -> dict:
@@ -299,4 +306,5 @@ class Checkpoints:
                     if self._response:
                         self._response.result()  # also ends its thread, which nothing else does
                 finally:
+                    self._worker.shutdown()
                     self._checkpointer.close()

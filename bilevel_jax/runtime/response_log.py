@@ -21,8 +21,8 @@ class ResponseLog:
 
     def __init__(self, file: pathlib.Path, start: int, refresh_every: int):
         if file.exists():
-            lines = [line for line in file.read_bytes().split(b"\n") if self._is_older(line, start - refresh_every)]
-            files.write_atomically(file, "".join(line.decode() + "\n" for line in lines))
+            with open(file, "rb") as lines, files.replacing(file) as kept:
+                kept.writelines(line.rstrip(b"\n") + b"\n" for line in lines if self._is_older(line, start - refresh_every))
         self._file = open(file, "a", encoding="utf-8")
 
     @staticmethod

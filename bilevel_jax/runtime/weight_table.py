@@ -4,10 +4,11 @@ If tokens have weights (`selection.unit=token`), a second table is written at th
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from bilevel_jax import files
@@ -31,6 +32,7 @@ MEASURES = {  # null where they are not known, and in tables of earlier versions
     "plausible": "how likely the model finds the response, its least likely tokens above all, from 0 to 1",
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
 }
+BLOCK = 1 << 17  # rows that are made and written at once
 TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
 TOKENS_SCHEMA = pa.schema(
     {"id": pa.string(), "weight": pa.list_(pa.float32()), "start": pa.list_(pa.int32()), "stop": pa.list_(pa.int32())}
@@ -45,7 +47,21 @@ def table(
     surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
 ) -> pa.Table:
-    """One line for each row.
+    """One line for each row, see `blocks`; `rows` are the training rows."""
+    sources = pa.array([row.source for row in rows], pa.string())
+    return pa.concat_tables(blocks([row.id for row in rows], sources, logits, visits, masked, surprise, useful))
+
+
+def blocks(
+    ids: Sequence[str],
+    sources: pa.Array,
+    logits: np.ndarray,
+    visits: np.ndarray,
+    masked: np.ndarray,
+    surprise: np.ndarray | None = None,
+    useful: np.ndarray | None = None,
+) -> Iterator[pa.Table]:
+    """Yields the table of weights, at most `BLOCK` rows at a time. It has one line for each row.
 
         weight      N·σ(ω), mean 1
         rank        1 is the largest weight
@@ -56,41 +72,48 @@ def table(
     Both are about the response of the data, and null for rows that were only visited with generated ones.
 
     Args:
-      rows: training rows, N.
+      ids, sources: of the training rows, N; sources are texts or a dictionary of them.
       logits: ω, [N].
       visits: number of steps that used each row, [N].
       masked: whether the model answers the row's question, [N].
       surprise: s at the last visit, `losses.surprises`, [N], nats; NaN for rows that were never visited.
       useful: [N]; NaN where it is not known; None if costs are losses.
     """
-    surprise, useful = (np.full(len(rows), np.nan) if x is None else np.asarray(x, np.float64) for x in (surprise, useful))
-    logits = np.asarray(logits, np.float64)
+    unknown = np.broadcast_to(np.nan, len(ids))
+    surprise, useful = (unknown if x is None else np.asarray(x) for x in (surprise, useful))
+    logits, masked = np.asarray(logits, np.float64), np.asarray(masked, bool)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
     ranks = np.empty(len(logits), np.int64)
     ranks[metrics.keep_order(logits)] = np.arange(1, len(logits) + 1)
-    return pa.table(
-        {
-            "id": [row.id for row in rows],
-            "weight": weights,
-            "logit": logits.astype(np.float32),
-            "rank": ranks,
-            "plausible": pa.array(np.exp(-surprise).astype(np.float32), mask=np.isnan(surprise)),
-            "useful": pa.array(useful.astype(np.float32), mask=np.isnan(useful)),
-            "visits": np.rint(visits).astype(np.int64),
-            "masked": np.asarray(masked, bool),
-            "source": [row.source for row in rows],
-        },
-        schema=SCHEMA,
-    )
+    for first in range(0, len(ids), BLOCK):
+        part = slice(first, first + BLOCK)
+        s, u = surprise[part].astype(np.float64), useful[part].astype(np.float64)
+        columns = {
+            "id": [*ids[part]],
+            "weight": weights[part],
+            "logit": logits[part].astype(np.float32),
+            "rank": ranks[part],
+            "plausible": pa.array(np.exp(-s).astype(np.float32), mask=np.isnan(s)),
+            "useful": pa.array(u.astype(np.float32), mask=np.isnan(u)),
+            "visits": np.rint(visits[part]).astype(np.int64),
+            "masked": masked[part],
+            "source": sources[part].cast(pa.string()),
+        }
+        yield pa.table(columns, schema=SCHEMA)
 
 
 def write(path: pathlib.Path, weights: pa.Table) -> None:
     """Writes a table to a Parquet file."""
+    write_blocks(path, [weights], weights.schema)
+
+
+def write_blocks(path: pathlib.Path, tables: Iterable[pa.Table], schema: pa.Schema = SCHEMA) -> None:
+    """Writes the parts of a table to one Parquet file, as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(weights, buffer)
-    files.write_atomically(path, buffer.getvalue().to_pybytes())
+    with files.replacing(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for part in tables:
+            writer.write_table(part)
 
 
 def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
@@ -133,7 +156,7 @@ def _check_values(path: pathlib.Path, weights: pa.Table) -> None:
             raise data_rows.DataError(f"{what}, which is not valid; restore the file, or run again")
     if "rank" in weights.column_names and not np.array_equal(np.sort(weights["rank"]), np.arange(1, len(weights) + 1)):
         raise data_rows.DataError(f"{path}: the ranks are not 1 to {len(weights)}; restore the file, or run again")
-    if len(set(weights["id"].to_pylist())) < len(weights):
+    if pc.count_distinct(weights["id"]).as_py() < len(weights):
         raise data_rows.DataError(f"{path}: an id occurs twice; restore the file, or run again")
     if not len(weights):
         raise data_rows.DataError(f"{path}: the table of weights has no rows; restore the file, or run again")

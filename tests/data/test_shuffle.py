@@ -36,10 +36,20 @@ def test_upper_rows_are_concatenated_passes(size, batch):
 @pytest.mark.parametrize("draw", [shuffle.lower_rows, shuffle.upper_rows])
 def test_steps_are_independent(draw):
     forwards = [draw(5, 23, 4, k) for k in range(30)]
-    shuffle._permutation.cache_clear()
+    shuffle._lower_order.cache_clear()
+    shuffle._upper_pass.cache_clear()
     backwards = [draw(5, 23, 4, k) for k in reversed(range(30))][::-1]
     for first, second in zip(forwards, backwards, strict=True):
         np.testing.assert_array_equal(first, second)
+
+
+def test_a_small_upper_level_does_not_displace_the_order_of_the_lower_one():
+    """Nine passes over five rows in a batch."""
+    shuffle._lower_order.cache_clear()
+    for k in range(20):
+        shuffle.lower_rows(5, 1000, 45, k)
+        shuffle.upper_rows(5, 5, 45, k)
+    assert shuffle._lower_order.cache_info().misses == 1
 
 
 def test_seeds_epochs_and_levels_have_different_orders():

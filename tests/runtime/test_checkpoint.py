@@ -1,10 +1,12 @@
 """Checkpoints: restored values equal the saved ones to the bit, and damage is detected."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import struct
 import threading
 import time
 
@@ -174,6 +176,20 @@ def test_fingerprint_of_a_model():
 )
 def test_fingerprint(ids, same):
     assert (checkpoint.fingerprint(ids) == checkpoint.fingerprint(iter(["ab", "c"]))) == same
+
+
+def test_fingerprints_by_hand(monkeypatch):
+    """SHA-256 of the ids as lines, and of the tokens as little-endian numbers with -1 after each part; chunks change nothing."""
+    ids, of_ids = [f"{i:x}" for i in range(5)], hashlib.sha256(b"0\n1\n2\n3\n4\n").hexdigest()[:16]
+    one, pair = np.array([1, 2], np.int32), np.array([3], np.int32)
+    examples = [templates.Example(one, pair, rejected) for rejected in (None, pair)]
+    examples.append(templates.Example(one, pair, None, earlier=((0, 1),)))
+    numbers = [1, 2, -1, 3, -1, 1, 2, -1, 3, -1, 3, -1, 1, 2, -1, 3, -1, 0, 1, -1]
+    expected = hashlib.sha256(struct.pack(f"<{len(numbers)}i", *numbers)).hexdigest()[:16]
+    for size in (4096, 2, 1):
+        monkeypatch.setattr(checkpoint, "CHUNK", size)
+        assert checkpoint.fingerprint(iter(ids)) == of_ids
+        assert checkpoint.fingerprint_model({}, examples) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------

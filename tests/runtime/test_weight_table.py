@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
@@ -58,6 +59,25 @@ def test_measures(rows, tmp_path):
     assert table["useful"].to_pylist() == [1.5, -2, 0, 0, 1] and weight_table.known_measures(table) == ["plausible", "useful"]
     table = weight_table.table(rows, LOGITS, zeros, zeros, loss)
     assert table["useful"].null_count == 5 and weight_table.known_measures(table) == ["plausible"]
+
+
+def test_blocks_are_parts_of_one_table(rows, tmp_path, monkeypatch):
+    """The last block is smaller; ids and sources are given apart, as a run has them."""
+    whole = weight_table.table(rows, LOGITS, np.arange(5), np.array([0, 0, 1, 0, 0]), np.array([1, np.nan, 0, 2, 3]))
+    monkeypatch.setattr(weight_table, "BLOCK", 2)
+    ids, sources = tuple(row.id for row in rows), pa.array([row.source for row in rows]).dictionary_encode()
+    surprise = np.array([1, np.nan, 0, 2, 3], np.float32)
+    blocks = [*weight_table.blocks(ids, sources, LOGITS, np.arange(5), np.array([0, 0, 1, 0, 0]), surprise)]
+    assert [len(block) for block in blocks] == [2, 2, 1] and pa.concat_tables(blocks).equals(whole)
+    weight_table.write_blocks(tmp_path / "weights" / "epoch_1.parquet", blocks)
+    assert weight_table.latest(tmp_path).equals(whole)
+
+
+def test_a_table_of_one_block_is_one_row_group(rows, tmp_path):
+    """The file is what `pyarrow` writes for a table."""
+    weight_table.write(tmp_path / "a.parquet", make(rows))
+    pyarrow.parquet.write_table(make(rows), tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
 def test_tables_of_earlier_versions(rows, tmp_path):
