@@ -11,12 +11,14 @@ from bilevel_jax import config as configuration
 from bilevel_jax import near_names, objective, online, optimizer, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
+from bilevel_jax.models import quantization
 
 CHOICES = {
     "method": configuration.METHODS,
     "optimizer.name": optimizer.OPTIMIZERS,
     "optimizer.schedule": optimizer.SCHEDULES,
     "model.dtype": configuration.DTYPES,
+    "model.quantization": quantization.KINDS,
     "selection.unit": configuration.UNITS,
     "data.learn": templates.LEARN,
     "data.template": templates.TEMPLATES,
@@ -214,6 +216,10 @@ def _check_learned(config: Config) -> None:
         of_adapters = {"lora.init": bool(section.init), "lora.dropout": section.dropout > 0, "lora.rslora": section.rslora}
         for key, is_set in of_adapters.items():
             _require(not is_set, f"{key} is an option of adapters: with lora.rank=0 there is none; take lora.rank=16")
+        kind = config.model.quantization
+        _require(
+            kind == "none", f"model.quantization={kind} freezes the weights that lora.rank=0 learns; take lora.rank=16 or none"
+        )
     metagradient = config.method != "mixing" and config.selection.rule == "metagradient"
     for setting, disturbs in (
         (f"method={config.method}, which compares the policy with itself when it answered", config.method in configuration.ONLINE),

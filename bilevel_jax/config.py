@@ -135,6 +135,8 @@ class Model:
     path: str = "bilevel_jax/tiny"  # directory, hub id, or the model that comes with the package
     # Of base weights, and of activations except on a CPU: float32, bfloat16, auto (bfloat16 on accelerators, float32 on a CPU)
     dtype: str = "float32"
+    # Of the base's linear layers: none, nf4 (QLoRA: 4.1 bits a weight), int8. Embeddings, norms and head keep model.dtype
+    quantization: str = "none"
     remat: bool = False  # recompute whole layers in the backward pass: a third more time, far less memory
 
 

@@ -1,6 +1,7 @@
 """Decoding of S slots on the device: the state of responses in progress, and the functions that fill and advance it."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -159,16 +160,32 @@ def window_size(longest: int, cache_length: int) -> int:
 
 
 def merges_adapter(config: decoder.ModelConfig) -> bool:
-    """Whether decoding merges the adapter into the weights. This is faster, and exact enough in float32. In half precision,
-    rounding W + ΔW would lose small updates, so the adapter stays separate."""
-    return config.dtype == "float32"
+    """Whether decoding reads a copy of the weights, by layer and with the adapter merged into it.
+
+    This is faster, and exact enough in float32. In half precision, rounding W + ΔW would lose small updates, so the adapter stays
+    separate and there is no copy: decoding reads the arrays of the training step. So it does where they are quantised.
+    """
+    return config.dtype == "float32" and config.quantization == "none"
 
 
-def weights_by_layer(config: decoder.ModelConfig, mesh: jax.sharding.Mesh, base, adapter):
-    """The weights in the layout of `decoder.decode`, with unchanged sharding."""
-    base, adapter = lora.in_use(config, base, adapter)
-    if adapter is not None and merges_adapter(config):
-        base, adapter = lora.merge_adapter(config, base, adapter), None
-    base = decoder.split_layers(base, config)
-    base = jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
-    return base, adapter if adapter is None else decoder.split_layers(adapter, config)
+def make_weights(config: decoder.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """Builds `(base, adapter) -> (params, adapter)`, the weights for `decoder.decode`.
+
+    They are a copy only where adapters are merged into it, or where all weights are learned, in float32, and must be rounded.
+    """
+
+    @jax.jit
+    def merged(base, adapter):
+        base = decoder.split_layers(lora.merge_adapter(config, base, adapter), config)
+        return jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
+
+    @jax.jit
+    def rounded(adapter):
+        return lora.in_use(config, None, adapter)[0]
+
+    def weights(base, adapter):
+        if merges_adapter(config):
+            return merged(base, adapter), None
+        return (rounded(adapter), None) if lora.is_full(adapter) else (base, adapter)
+
+    return weights

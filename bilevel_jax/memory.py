@@ -61,12 +61,17 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
 
+def bits(dtype) -> int:
+    """Bits of an element. JAX counts a byte for those of four bits, which XLA packs."""
+    return 4 if dtype == jnp.uint4 else 8 * dtype.itemsize
+
+
 def size_of(tree, shardings=None) -> int:
     """Bytes of a tree of shapes on one device, with a tree of shardings; replicated without one."""
 
     def size(leaf, leaf_sharding=None):
         shape = leaf_sharding.shard_shape(leaf.shape) if leaf_sharding else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
+        return math.prod(shape) * bits(leaf.dtype) // 8
 
     return sum(jax.tree.leaves(jax.tree.map(size, tree, *([shardings] if shardings else []))))
 
@@ -165,7 +170,7 @@ def make_plan(config, num_rows: int | None = None) -> Plan:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     directory = huggingface.locate(config.model.path, ("config.json",))
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
-    model = huggingface.read_config(directory, dtype, activations=dtype)
+    model = huggingface.read_config(directory, dtype, activations=dtype, quantization=config.model.quantization)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     model = dataclasses.replace(model, remat=config.model.remat)
     assumed = num_rows is None and not config.data.num_lower
@@ -179,7 +184,8 @@ def make_plan(config, num_rows: int | None = None) -> Plan:
     items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, adapter)
     if config.method in configuration.ONLINE:
         items += _refresh_items(config, model, mesh, num_rows, base)
-    num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base))
+    dense = base_shapes(dataclasses.replace(model, quantization="none"))
+    num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense))
     return Plan(model, mesh, num_parameters, num_rows, assumed, tuple(items))
 
 
@@ -254,8 +260,9 @@ def _refresh_items(config: configuration.Config, model: decoder.ModelConfig, mes
     slots = jax.eval_shape(lambda: decoding.init_slots(model, config.online.slots, length, max_new_tokens))
     shardings = decoding.slot_shardings(mesh, slots)
     cache = size_of(slots.cache, shardings.cache)
-    return [
-        Item("base by layer, a copy", size_of(base, sharding.weight_shardings(mesh, base)), SAMPLING),
+    is_copied = decoding.merges_adapter(model) or not config.lora.rank
+    copy = [Item("base for decoding, a copy", size_of(base, sharding.weight_shardings(mesh, base)), SAMPLING)] if is_copied else []
+    return copy + [
         Item("KV cache", cache, SAMPLING),
         Item("KV cache, copy of the decoding window", cache, SAMPLING, "formula: the full cache"),
         Item("responses in progress", size_of(slots, shardings) - cache, SAMPLING),
@@ -272,8 +279,9 @@ def table(config, plan: Plan) -> str:
     model, shape = plan.model, plan.mesh.shape
     mesh = " × ".join(f"{axis} {shape[axis]}" for axis in sharding.AXES)
     parts = sharding.num_parts(plan.mesh, "rows")
+    quantised = "" if model.quantization == "none" else f", linear layers in {model.quantization}"
     lines = [
-        f"{config.model.path}: {model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters in {model.dtype}",
+        f"{config.model.path}: {model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters in {model.dtype}{quantised}",
         f"mesh: {mesh} = {math.prod(shape.values())} devices",
         f"each: {config.batch.micro_size // parts} of {config.batch.micro_size} sequences of {config.data.max_length} tokens, "
         f"{config.online.slots // parts} of {config.online.slots} decoding slots",

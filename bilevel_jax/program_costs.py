@@ -113,7 +113,8 @@ def array_bytes(text: str) -> list[int]:
     """Bytes of each array of a type in HLO, such as `(f32[2,3]{1,0}, bf16[])`."""
     return [
         math.prod(int(size) for size in shape.split(",") if size)
-        * (1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) // 8)
+        * (8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]))
+        // 8
         for dtype, shape in _ARRAY.findall(text)
     ]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, features, memory, sampling, scoring, sharding
+from bilevel_jax import batches, decoding, features, memory, sampling, scoring, sharding
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle
@@ -106,18 +106,19 @@ def sampling_programs(config: configuration.Config, shapes: Shapes, mesh, other:
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
     sampler = sampling.jit_functions(shapes.model, settings, EOS, config.online.slots, length, mesh)
     slots = sharded(jax.eval_shape(sampler.init), sampler.shardings)
-    by_layer, adapter = jax.eval_shape(sampler.by_layer, shapes.base, shapes.adapter)
-    by_layer = sharded(by_layer, sharding.weight_shardings(mesh, by_layer))
+    params, adapter = jax.eval_shape(sampler.weights, shapes.base, shapes.adapter)
+    params = sharded(params, sharding.weight_shardings(mesh, params))
     adapter = None if adapter is None else replicated(adapter, mesh)
+    is_copy = decoding.merges_adapter(shapes.model) or lora.is_full(shapes.adapter)
     window = attention.cache_window(length)
     tokens = np.zeros((max(1, sampling.PREFILL_TOKENS // window), window), np.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh), weak_type=True)
     prefill = shapes.base, shapes.adapter, replicated(tokens, mesh)
-    decode = window // attention.CACHE_BLOCK, by_layer, adapter, slots, number, number
-    weights = device_bytes((by_layer, adapter))
-    resident = device_bytes((shapes.base, shapes.adapter)) + other
+    decode = window // attention.CACHE_BLOCK, params, adapter, slots, number, number
+    copy = device_bytes(params) if is_copy else 0
+    resident = other + (device_bytes((shapes.base, shapes.adapter)) if is_copy else 0)
     return [
-        Program("prefill", sampler.prefill, prefill, other + weights + device_bytes(slots), memory.SAMPLING, "a batch of prompts"),
+        Program("prefill", sampler.prefill, prefill, other + copy + device_bytes(slots), memory.SAMPLING, "a batch of prompts"),
         Program("decoding", sampler.decode, decode, resident, memory.SAMPLING, "a token of every slot"),
     ]
 

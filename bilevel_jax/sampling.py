@@ -95,7 +95,7 @@ class Sampler:
     shardings: Slots
     detokenize: Callable[[Sequence[int]], str] | None
     init: Callable  # () -> Slots
-    by_layer: Callable  # (base, adapter) -> weights of `decode`
+    weights: Callable  # (base, adapter) -> weights of `decode`
     prefill: Callable  # (base, adapter, tokens) -> prefilled
     fill: Callable  # (Slots, prefilled, Starts) -> Slots
     decode: Callable  # (num_blocks, base, adapter, Slots, min_free, steps) -> Slots
@@ -229,7 +229,7 @@ def _sample(
     total = len(prompts) * num_samples
     bar = tqdm.tqdm(total=total, desc=description, unit="response", delay=2, leave=False, disable=None)
     with bar, jax.set_mesh(sampler.mesh):
-        weights, state = sampler.by_layer(base, adapter), sampler.init()
+        weights, state = sampler.weights(base, adapter), sampler.init()
         while schedule.running or schedule.has_queue:
             state = _fill_free_slots(sampler, schedule, base, adapter, state)
             state = _decode_some(sampler, schedule, weights, state)
@@ -299,7 +299,7 @@ def jit_functions(
         shardings=shardings,
         detokenize=detokenize,
         init=jax.jit(init, out_shardings=shardings),
-        by_layer=jax.jit(functools.partial(decoding.weights_by_layer, config, mesh)),
+        weights=decoding.make_weights(config, mesh),
         prefill=jax.jit(functools.partial(decoding.prefill, config)),
         fill=jax.jit(decoding.fill, donate_argnums=0, out_shardings=shardings),
         decode=jax.jit(decode, static_argnums=0, donate_argnums=3, out_shardings=shardings),

@@ -40,7 +40,8 @@ def load(config: configuration.Config) -> Setup:
     """Reads model and data, and checks that they fit together."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     directory = huggingface.locate(config.model.path)
-    model = layer_settings.for_length(huggingface.read_config(directory, config.model.dtype), config.data.max_length)
+    model = huggingface.read_config(directory, config.model.dtype, quantization=config.model.quantization)
+    model = layer_settings.for_length(model, config.data.max_length)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):

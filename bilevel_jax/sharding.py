@@ -99,10 +99,24 @@ def shardings(mesh, tree, *names: str | None):
 
 def weight_sharding(mesh, path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of a weight of the base, by its path and shape, with or without a leading stack of layers."""
-    module, parameter = ("", *path)[-2:]
+    outer, module, parameter = ("", "", *path)[-3:]
     names = WEIGHTS.get(parameter) or WEIGHTS.get(module, ())
+    if module == "kernel":  # a part of a quantised one
+        names = _part_names(outer, parameter)
     names = names[-1:] if parameter == "bias" else names
     return NamedSharding(mesh, spec(mesh, shape, (None,) * (len(shape) - len(names)) + names))
+
+
+def _part_names(layer: str, part: str) -> tuple[str, ...]:
+    """The last dimensions of a part of a quantised kernel, see `quantization.shapes`. The scales of groups are replicated."""
+    inputs, outputs = WEIGHTS[layer]
+    return {"codes": (inputs, outputs), "magnitude_codes": (inputs, outputs), "magnitude": (outputs,)}.get(part, ())
+
+
+def gather_kernel(layer: str, kernel: dict) -> dict:
+    """A quantised kernel of one layer, gathered over `fsdp`: its codes are a quarter of what its weights would be."""
+    names = {part: [None if name == "hidden" else name for name in _part_names(layer, part)] for part in kernel}
+    return {part: constrain(array, *names[part]) for part, array in kernel.items()}
 
 
 def weight_shardings(mesh, base):

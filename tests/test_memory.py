@@ -243,6 +243,37 @@ def test_command(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+LINEAR_8B = NUM_8B - 2 * 128256 * 4096 - NORMS_8B
+REST_8B = 2 * (NUM_8B - LINEAR_8B)
+
+
+@pytest.mark.parametrize(
+    "kind, bytes_of_layers",
+    [
+        ("nf4", LINEAR_8B / 2 + LINEAR_8B / 64 + LINEAR_8B / 64 / 256 * 4 + 7 * 32 * 4),
+        ("int8", LINEAR_8B + 32 * 4 * (2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)),
+    ],
+)
+def test_quantised_base(planned, kind, bytes_of_layers):
+    """Four bits a weight, a byte for 64 and a float for 64 · 256 of them, a mean a matrix; or a byte, and a float an output."""
+    plan, items = planned(EIGHT, (1, 1, 1), {"model.quantization": kind})
+    assert items["base parameters"] == REST_8B + bytes_of_layers and plan.num_parameters == NUM_8B
+
+
+def test_a_refresh_copies_the_base_in_float32_alone(planned):
+    name = "base for decoding, a copy"
+    items = {dtype: planned(EIGHT, (1, 1, 1), {"model.dtype": dtype})[1] for dtype in ("bfloat16", "float32")}
+    assert name not in items["bfloat16"] and items["float32"][name] == 4 * NUM_8B
+
+
+def test_llama_8b_fits(planned):
+    """The published model on one device: online with 16 slots in bfloat16, and trained in NF4."""
+    plan, _ = planned(EIGHT, (1, 1, 1), {"method": "online", "batch.micro_size": 2})
+    assert plan.total(memory.SAMPLING) < 32e9
+    small = {"method": "offline", "batch.micro_size": 1, "model.remat": True, "model.quantization": "nf4"}
+    assert planned(EIGHT, (1, 1, 1), small)[0].peak < 12e9
+
+
 def test_an_assumed_number_of_rows_is_printed():
     config = presets.get("")
     assert "lower-level rows: 100000 (assumed: data.num_lower=0" in memory.table(config, memory.make_plan(config))

@@ -449,7 +449,7 @@ def test_no_distribution_is_stored_for_every_token(intermediate_shapes):
     slots, max_new_tokens = 3, 37
     state = decoding.init_slots(config, slots, 64, max_new_tokens)
     decode = functools.partial(decoding.decode_steps, config, WARM, EOS, 1)
-    weights = decoding.weights_by_layer(config, sharding.make_mesh(1), params, None)
+    weights = decoding.make_weights(config, sharding.make_mesh(1))(params, None)
     shapes = intermediate_shapes(decode, *weights, state, slots, 5)
     assert (slots, 53) in shapes and (slots, max_new_tokens) in shapes
     assert not any({53, max_new_tokens} <= set(shape) for shape in shapes)

@@ -3,7 +3,7 @@
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import early_stopping, errors, scoring, sharding, train
+from bilevel_jax import early_stopping, errors, files, scoring, sharding, train
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
@@ -128,6 +128,33 @@ def test_all_weights_are_learned(make_config, tmp_path):
     assert scoring.mean_loss(nll, length) == pytest.approx(summary["eval/upper_loss"], rel=1e-5)
     with pytest.raises(ValueError, match="learned all weights .*model is that model already"):
         run_command("export", [f"--workdir={workdir}", f"--merged={tmp_path / 'merged'}"])
+
+
+def test_a_quantised_base(make_config, tmp_path):
+    """Online: the adapter that is left gives the held-out loss of the run with the quantised base, and it alone; the run goes on
+    only with this quantisation. PEFT's adapter names the base."""
+    changes = {"model.quantization": "int8", "method": "online", "online.ratio": 0.5, "online.refresh_every": 6, "num_epochs": 1}
+    config, workdir = make_config(changes | {"online.max_new_tokens": 6, "online.slots": 4}), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted):
+        stop_at(patch, 3)
+        train.run(config, workdir)
+    other = config.copy_and_resolve_references()
+    other.model.quantization = "none"
+    with pytest.raises(errors.RunError, match="model.quantization: 'int8' there, 'none' now"):
+        train.run(other, workdir)
+    train.run(config, workdir)
+    summary = summary_of(workdir)
+    tokenizer = templates.load_tokenizer(config.model.path)
+    segments = scoring.example_segments(data_levels.load_level(config, "upper", tokenizer).eval_examples)
+    losses = {}
+    for kind in ("int8", "none"):
+        model, base = huggingface.load_model(config.model.path, "float32", kind)
+        model, adapter = huggingface.load_adapter(workdir / "adapter", model)
+        score = scoring.make_scorer(model, 2, 96, sharding.make_mesh(1))
+        losses[kind] = scoring.mean_loss(*score(base, adapter, segments, "held-out rows"))
+    assert losses["int8"] == pytest.approx(summary["eval/upper_loss"], rel=1e-5)
+    assert losses["none"] != pytest.approx(summary["eval/upper_loss"], rel=1e-5)
+    assert files.read_json(workdir / "adapter" / "adapter_config.json")["base_model_name_or_path"] == config.model.path
 
 
 def test_continues_an_adapter(finished, make_config, tmp_path):

@@ -41,6 +41,13 @@ DTYPE = flags.DEFINE_enum(
     "Type of weights and activations; by default that of the run, or float32.",
     flag_values=FLAGS,
 )
+QUANTIZATION = flags.DEFINE_enum(
+    "quantization",
+    None,
+    ["none", "nf4", "int8"],
+    "Of the base's linear layers; by default that of the run, or none.",
+    flag_values=FLAGS,
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences per forward pass.", lower_bound=1, flag_values=FLAGS)
 
 LOCAL_TASKS = pathlib.Path(__file__).parent / "tasks"
@@ -52,6 +59,7 @@ class EvaluatedModel(NamedTuple):
     model: str
     adapter: str | None
     dtype: str
+    quantization: str
     out: pathlib.Path | None
 
 
@@ -63,14 +71,15 @@ def model_from_flags() -> EvaluatedModel:
         raise ValueError("give either --workdir or --model")
     if MODEL.value is not None:
         out = OUT.value and pathlib.Path(OUT.value)
-        return EvaluatedModel(MODEL.value, ADAPTER.value, DTYPE.value or "float32", out)
+        return EvaluatedModel(MODEL.value, ADAPTER.value, DTYPE.value or "float32", QUANTIZATION.value or "none", out)
     if ADAPTER.value is not None:
         raise ValueError("--adapter goes with --model; a --workdir has an adapter")
     workdir = pathlib.Path(WORKDIR.value)
     config = read_finished(workdir)
     out = pathlib.Path(OUT.value or workdir / "lm_eval.json")
     path, adapter = learned(workdir, config)
-    return EvaluatedModel(path, adapter and str(adapter), DTYPE.value or config.model.dtype, out)
+    quantization = QUANTIZATION.value or config.model.get("quantization", "none")
+    return EvaluatedModel(path, adapter and str(adapter), DTYPE.value or config.model.dtype, quantization, out)
 
 
 def load_tasks(names: list[str], include_path: str | None = None):
@@ -116,7 +125,8 @@ def load_lm(evaluated: EvaluatedModel):
     from bilevel_jax.models import huggingface
 
     directory = huggingface.locate(evaluated.model)
-    model = huggingface.read_config(directory, evaluated.dtype)  # before the tokenizer: the reason why a model cannot be used
+    # Before the tokenizer: the reason why a model cannot be used.
+    model = huggingface.read_config(directory, evaluated.dtype, quantization=evaluated.quantization)
     tokenizer = templates.load_tokenizer(str(directory))
     if CHAT_TEMPLATE.value and not tokenizer.chat_template:
         raise ValueError(f"--chat_template: the tokenizer of {evaluated.model} has none")
@@ -150,6 +160,7 @@ def main() -> None:
         apply_chat_template=CHAT_TEMPLATE.value,
     )
     results["config"] |= {"model": evaluated.model, "adapter": evaluated.adapter, "dtype": evaluated.dtype}
+    results["config"] |= {"quantization": evaluated.quantization}
     say(utils.make_table(results))
     if results.get("groups"):
         say(utils.make_table(results, "groups"))

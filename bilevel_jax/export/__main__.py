@@ -119,7 +119,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
         return rows, weight_table.table(rows, logits_of_sources(workdir, file, rows), visits=zeros, masked=zeros)
     encoder, _ = features.read(workdir / features.FILE)
     phi = features.read_params(workdir / features.PARAMS_FILE)
-    model, base = huggingface.load_model(str(directory), config.model.dtype)
+    model, base = huggingface.load_model(str(directory), config.model.dtype, config.model.get("quantization", "none"))
     model = layer_settings.for_length(model, config.data.max_length)
     token_ids.check(examples, tokenizer, model.vocab_size)
     mesh = sharding.make_mesh(1)

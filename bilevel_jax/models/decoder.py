@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, attention, layer_settings, rotary
+from bilevel_jax.models import architectures, attention, layer_settings, quantization, rotary
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -70,6 +70,7 @@ class ModelConfig:
     attention_cap: float | None = None  # soft cap of attention scores, see `attention.soft_cap`
     logit_cap: float | None = None  # soft cap of logits
     embedding_scale: float = 1.0  # multiplies embeddings on their way in
+    quantization: str = "none"  # of the base's linear layers, see `quantization`
 
     @property
     def record(self) -> architectures.Architecture:
@@ -122,7 +123,10 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Projection(nn.Module):
-    """y = x W + b + scale · (x A) B. The last term needs A [I, r] and B [r, O] in the collection `adapter`."""
+    """y = x W + b + scale · (x A) B. The last term needs A [I, r] and B [r, O] in the collection `adapter`.
+
+    A quantised W is dequantised here, so that only one layer has it in full at a time.
+    """
 
     features: int
     use_bias: bool
@@ -131,7 +135,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x_TxI: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x_TxI.shape[-1], self.features), dtype)
+        kernel = self._kernel(x_TxI.shape[-1], dtype)
         product = matmul_plain if self.config.second_order else matmul
         y = product(x_TxI, kernel)
         if self.use_bias:
@@ -142,6 +146,14 @@ class Projection(nn.Module):
             low_rank = attention.save(product(self._dropped(x_TxI), a))
             y = y + product(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
         return attention.save(y)
+
+    def _kernel(self, width: int, dtype) -> jax.Array:
+        """W [I, O]."""
+        kind = self.config.quantization
+        if kind == "none":
+            return self.param("kernel", nn.initializers.normal(0.02), (width, self.features), dtype)
+        kernel = self.param("kernel", functools.partial(quantization.random, kind), width, self.features)
+        return quantization.dequantize(sharding.gather_kernel(self.name, kernel), dtype)
 
     def _dropped(self, x_TxI: jax.Array) -> jax.Array:
         """The input of LoRA, with dropout where the caller gives a key for it."""
@@ -327,10 +339,7 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
 
 
 def split_layers(tree, config: ModelConfig):
-    """Base or adapter with a list of layers instead of the stack.
-
-    Decoding reads all weights for each token. A scan would first copy the weights of each layer out of the stack.
-    """
+    """Base or adapter with a list of layers instead of the stack."""
     return tree | {"layers": [jax.tree.map(lambda stack, i=i: stack[i], tree["layers"]) for i in range(config.num_layers)]}
 
 
@@ -355,11 +364,22 @@ def prefill(config: ModelConfig, params, adapter, tokens_SxL: jax.Array) -> list
     return [{config.record.attention: {"key": key, "value": value}} for key, value in layers]
 
 
+def _layer(layers, i: int, zero: jax.Array):
+    """Layer i of a list, or of a stack.
+
+    Decoding is a loop, and a slice at a fixed index is the same in each turn: XLA would take the slices of all layers before the
+    loop, which are a copy of all weights. So the index contains a `zero` that XLA cannot know before the turn.
+    """
+    if isinstance(layers, list):
+        return layers[i]
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, i + zero, keepdims=False), layers)
+
+
 def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array, position_S: jax.Array):
     """Decodes one token per row.
 
     Args:
-      params, adapter: by layer, from `split_layers`; `adapter` may be None.
+      params, adapter: stacked, or by layer from `split_layers`; `adapter` may be None.
       cache: from `init_cache`, filled at all positions before `position_S`.
       position_S: the position of each token in its row.
 
@@ -370,9 +390,10 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
     table, new_cache = layer_settings.rotary_table(position_S[:, None], config), []
     *_, num_blocks, size, _ = cache[0][config.record.attention]["value"].shape
     settings = layer_settings.settings(config, num_blocks * size)
+    zero, _ = jax.lax.optimization_barrier((jnp.int32(0), token_S))
     for i in range(config.num_layers):
-        variables = {"params": params["layers"][i], "cache": cache[i]}
-        variables |= {"adapter": adapter["layers"][i]} if adapter is not None else {}
+        variables = {"params": _layer(params["layers"], i, zero), "cache": cache[i]}
+        variables |= {"adapter": _layer(adapter["layers"], i, zero)} if adapter is not None else {}
         of_layer = {name: values[i] for name, values in settings.items()}
         (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, of_layer, position_S, mutable=["cache"])
         new_cache.append(state["cache"])

@@ -59,6 +59,7 @@ def _array_checksums(arrays: list[jax.Array]) -> list[jax.Array]:
     """A uint32 for each array that changes if any single value changes. Integer sums are the same on every mesh."""
     checksums = []
     for array in arrays:
+        array = array.astype(jnp.uint8) if array.dtype == jnp.uint4 else array
         bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
         flat_index = jnp.zeros(array.shape, jnp.uint32)
         for axis, size in enumerate(array.shape):

@@ -23,6 +23,7 @@ class _Sample(types.ModuleType):
         stop=(),
         template="auto",
         dtype="auto",
+        quantization="none",
         batch_size=16,
         columns="",
     ) -> list[dict]:
@@ -42,6 +43,7 @@ class _Sample(types.ModuleType):
           stop: texts before which a response ends.
           template: of the prompt: `auto` (the tokenizer's chat template, else `human`), `chat`, `human`, `alpaca` or `none`.
           dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
+          quantization: of the model's linear layers: `none`, `nf4` or `int8`.
           batch_size: responses generated in parallel.
           columns: other names of columns, such as `question:query,response:answer`.
 
@@ -65,7 +67,7 @@ class _Sample(types.ModuleType):
                 temperature, top_k, top_p, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)
             )
             options = {"num_samples": num_samples, "seed": seed, "template": template, "dtype": dtype, "batch_size": batch_size}
-            options["columns"] = columns
+            options |= {"columns": columns, "quantization": quantization}
             return sampler.sample(prompts, model or inputs.EMBEDDED, adapter, settings, **options)
 
 

@@ -43,6 +43,7 @@ SEED = flags.DEFINE_integer(
 STOP = flags.DEFINE_multi_string("stop", [], "Stop string: the response ends before it. May be repeated.", flag_values=FLAGS)
 TEMPLATE = flags.DEFINE_enum("template", "auto", templates.TEMPLATES, "Prompt template.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=FLAGS)
+QUANTIZATION = flags.DEFINE_enum("quantization", "none", ["none", "nf4", "int8"], "Of the base's linear layers.", flag_values=FLAGS)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Responses generated in parallel; memory grows with it.", lower_bound=1, flag_values=FLAGS
 )
@@ -74,6 +75,7 @@ def main() -> None:
     check_out(out)
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
     options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
+    options["quantization"] = QUANTIZATION.value
     results = sampler.sample(PROMPTS.value, MODEL.value, ADAPTER.value, settings, **options)
     files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     responses = [result for result in results if result["sample"] is not None]

@@ -12,7 +12,18 @@ from bilevel_jax.text import say
 
 
 def sample(
-    source, model: str, adapter, settings, *, num_samples=1, seed=0, template="auto", dtype="float32", batch_size=16, columns=""
+    source,
+    model: str,
+    adapter,
+    settings,
+    *,
+    num_samples=1,
+    seed=0,
+    template="auto",
+    dtype="float32",
+    quantization="none",
+    batch_size=16,
+    columns="",
 ) -> list[dict]:
     """Reads prompts and a model, and generates responses; see `sample_prompts`. Prints notes on rows and template.
 
@@ -20,7 +31,7 @@ def sample(
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`; they need no responses.
       model, adapter: directories or hub ids; no adapter: None.
       settings: `sampling.Settings`.
-      num_samples, seed, template, dtype, batch_size, columns: as the flags of the command.
+      num_samples, seed, template, dtype, quantization, batch_size, columns: as the flags of the command.
 
     Raises:
       DataError: no prompt can be used.
@@ -31,7 +42,8 @@ def sample(
     usable, report = rows.collect(items, name)  # raises if no row is usable
     say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
-    config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
+    # Before the tokenizer: the reason why a model cannot be used.
+    config = huggingface.read_config(directory, dtype, quantization=quantization)
     tokenizer = templates.load_tokenizer(str(directory))
     if notice := rendering.template_notice(
         template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=False, learn="last")

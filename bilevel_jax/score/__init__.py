@@ -9,7 +9,18 @@ import types
 
 class _Score(types.ModuleType):
     def __call__(
-        self, rows, model=None, adapter=None, *, template="auto", eos=True, learn="all", dtype="auto", batch_size=8, columns=""
+        self,
+        rows,
+        model=None,
+        adapter=None,
+        *,
+        template="auto",
+        eos=True,
+        learn="all",
+        dtype="auto",
+        quantization="none",
+        batch_size=8,
+        columns="",
     ) -> list[dict]:
         """The loss of the response of every row, under a model.
 
@@ -22,6 +33,7 @@ class _Score(types.ModuleType):
           eos: whether the EOS after the response counts.
           learn: which answers of a conversation are scored: `all`, or the `last` one.
           dtype: of the weights: `float32`, `bfloat16`, or `auto`, which is bfloat16 on accelerators and float32 on a CPU.
+          quantization: of the model's linear layers: `none`, `nf4` or `int8`.
           batch_size: packed sequences per forward pass.
           columns: other names of columns, such as `question:query,response:answer`.
 
@@ -37,6 +49,7 @@ class _Score(types.ModuleType):
         from bilevel_jax import api
 
         options = {"template": template, "eos": eos, "learn": learn, "dtype": dtype, "batch_size": batch_size, "columns": columns}
+        options["quantization"] = quantization
         with api.started():
             from bilevel_jax import inputs
             from bilevel_jax.score import scorer

@@ -30,6 +30,7 @@ LEARN = flags.DEFINE_enum(
 )
 EOS = flags.DEFINE_bool("eos", True, "Score the EOS after the response.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of weights and activations.", flag_values=FLAGS)
+QUANTIZATION = flags.DEFINE_enum("quantization", "none", ["none", "nf4", "int8"], "Of the base's linear layers.", flag_values=FLAGS)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward pass.", lower_bound=1, flag_values=FLAGS)
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out={out} is a directory; name a file")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
+    options["quantization"] = QUANTIZATION.value
     results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
     files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
     scored = [result["loss"] for result in results if result["loss"] is not None]

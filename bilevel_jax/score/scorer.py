@@ -9,14 +9,24 @@ from bilevel_jax.text import say
 
 
 def score(
-    source, model: str, adapter=None, *, template="auto", eos=True, learn="all", dtype="float32", batch_size=8, columns=""
+    source,
+    model: str,
+    adapter=None,
+    *,
+    template="auto",
+    eos=True,
+    learn="all",
+    dtype="float32",
+    quantization="none",
+    batch_size=8,
+    columns="",
 ) -> list[dict]:
     """Reads rows and a model, and scores the responses; see `score_rows`. Prints notes on rows and template.
 
     Args:
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`.
       model, adapter: directories or hub ids; no adapter: None.
-      template, eos, learn, dtype, batch_size, columns: as the flags of the command.
+      template, eos, learn, dtype, quantization, batch_size, columns: as the flags of the command.
 
     Raises:
       DataError: no row is usable.
@@ -26,7 +36,8 @@ def score(
     usable, report = rows.collect(items, in_memory.name(source))  # raises if no row is usable
     say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
-    config = huggingface.read_config(directory, dtype)  # before the tokenizer: the reason why a model cannot be used
+    # Before the tokenizer: the reason why a model cannot be used.
+    config = huggingface.read_config(directory, dtype, quantization=quantization)
     tokenizer = templates.load_tokenizer(str(directory))
     base = huggingface.load_params(directory, config)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)

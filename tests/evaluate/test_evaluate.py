@@ -370,7 +370,7 @@ def test_the_model_is_looked_at_before_its_tokenizer(tmp_path):
     """The directory has no tokenizer."""
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):
-        __main__.load_lm(__main__.EvaluatedModel(str(tmp_path), None, "float32", None))
+        __main__.load_lm(__main__.EvaluatedModel(str(tmp_path), None, "float32", "none", None))
 
 
 def test_command_refuses_an_unfinished_run(command, tmp_path):

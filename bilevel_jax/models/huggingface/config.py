@@ -7,6 +7,7 @@ import jax
 from bilevel_jax.models import architectures, decoder
 from bilevel_jax.models.huggingface.directory import ModelError, positive, read_json
 from bilevel_jax.models.huggingface.rope import GLOBAL, LOCAL, read_rope, read_scaling
+from bilevel_jax.models.quantization import BLOCK
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -19,7 +20,9 @@ MAX_LAYERS = 10_000
 SWITCHES = ("parallel_residual", "attention_bias", "mlp_bias", "tie_embeddings")  # fields of the config and of the record
 
 
-def read_config(directory: pathlib.Path, dtype: str = "float32", activations: str | None = None) -> decoder.ModelConfig:
+def read_config(
+    directory: pathlib.Path, dtype: str = "float32", activations: str | None = None, quantization: str = "none"
+) -> decoder.ModelConfig:
     """The shape of the decoder from `config.json`.
 
     Args:
@@ -27,6 +30,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
       dtype: of the base weights, the cache and the factors of products; `auto` is float32 on a CPU and bfloat16 elsewhere.
       activations: dtype of the activations; by default `dtype`, but float32 on a CPU. There XLA has no arithmetic in half
         precision except products with float32 sums, so it would convert before and after each operation.
+      quantization: of the linear layers, see `models.quantization`.
 
     Raises:
       ModelError: an architecture, activation, rope type or quantisation that is not supported, or a missing or invalid key.
@@ -44,7 +48,7 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
         sizes = {field: positive(file, key, raw[key], is_integer=True) for field, key in SIZES.items()}
         sizes |= _read_heads(raw, record, sizes, rope.fraction, file)
         max_positions = positive(file, "max_position_embeddings", raw.get("max_position_embeddings", 2048), is_integer=True)
-        return decoder.ModelConfig(
+        config = decoder.ModelConfig(
             architecture=record.model_type,
             **sizes,
             **_read_switches(raw, record, file),
@@ -58,9 +62,22 @@ def read_config(directory: pathlib.Path, dtype: str = "float32", activations: st
             local_rope_theta=rope.local_theta,
             dtype=dtype,
             activations=activations or ("float32" if jax.default_backend() == "cpu" else dtype),
+            quantization=quantization,
         )
     except KeyError as error:
         raise ModelError(f"{file}: key {error} is missing") from error
+    if quantization == "nf4":
+        _check_blocks(config, file)
+    return config
+
+
+def _check_blocks(config: decoder.ModelConfig, file: pathlib.Path) -> None:
+    """Refuses input widths that blocks of NF4 do not divide."""
+    for name, (_, linear) in config.record.projections.items():
+        width = config.width(linear.inputs)
+        if width % BLOCK:
+            what = f"{file}: model.quantization=nf4 has blocks of {BLOCK} inputs, which do not divide the {width} of {name}"
+            raise ModelError(f"{what}; take int8")
 
 
 def _read_architecture(raw: dict, file: pathlib.Path) -> architectures.Architecture:

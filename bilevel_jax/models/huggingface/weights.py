@@ -4,6 +4,7 @@ Names follow one rule: our weight `layers/mlp/up_proj/kernel`, stacked over laye
 Hugging Face's format, transposed. The record of the architecture lists the prefix and the tensors outside the layers.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -17,6 +18,7 @@ import tqdm
 
 from bilevel_jax import sharding
 from bilevel_jax.models import decoder
+from bilevel_jax.models import quantization as quantizing
 from bilevel_jax.models.huggingface.config import read_config
 from bilevel_jax.models.huggingface.directory import ModelError, locate, read_json
 
@@ -133,13 +135,14 @@ def _insert(stack, tensor, layer, stack_sharding):
 def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.sharding.Mesh | None = None):
     """Base weights in `config.dtype`, stacked over layers and sharded over the mesh; without a mesh, on the first device.
 
-    Tensors are read, cast and put on the devices one at a time. In addition to the weights, the host holds at most one stack, and
-    a device holds at most its shard of it.
+    Tensors are read, cast or quantised, and put on the devices one at a time. In addition to the weights, the host holds at most
+    one tensor, and a device holds at most its shard of it.
     """
     mesh = mesh or sharding.make_mesh(1)
     directory = pathlib.Path(directory)
     reader = TensorReader(directory)
-    shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
+    dense = dataclasses.replace(config, quantization="none")
+    shapes = jax.eval_shape(lambda: decoder.init_params(dense, jax.random.key(0)))
     params = {}
     for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
         if path[0] == "layers":
@@ -148,25 +151,34 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
             name, transposed = hf_name(path, config)
             tensor = reader.read(name, leaf.shape, transposed, directory, leaf.dtype)
             array = sharding.device_put(tensor, sharding.weight_sharding(mesh, path, leaf.shape))
-        params[path] = array.block_until_ready()
+        params[path] = jax.block_until_ready(array)
     return _unflatten(params)
 
 
-def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, mesh, directory: pathlib.Path) -> jax.Array:
-    """One parameter of all layers."""
+def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, mesh, directory: pathlib.Path):
+    """One parameter of all layers: an array, or the arrays of a quantised kernel."""
     name, transposed = hf_name(path, config)
     shape = leaf.shape[1:]
     for i in (0, config.num_layers - 1):  # fails before memory is allocated for a wrong number of layers
         reader.read(name.format(i), shape, transposed, directory)
-    stack_sharding, layer_sharding = (sharding.weight_sharding(mesh, path, x) for x in (leaf.shape, shape))
-    stack = jnp.zeros(leaf.shape, leaf.dtype, device=stack_sharding)
+    is_quantised = config.quantization != "none" and path[-1] == "kernel"
+    parts = quantizing.shapes(config.quantization, *shape) if is_quantised else {"": (shape, leaf.dtype)}
+    shardings = {
+        part: [sharding.weight_sharding(mesh, (*path, part) if part else path, x) for x in ((config.num_layers, *size), size)]
+        for part, (size, _) in parts.items()
+    }
+    stacks = {
+        part: jnp.zeros((config.num_layers, *size), dtype, device=shardings[part][0]) for part, (size, dtype) in parts.items()
+    }
     for i in range(config.num_layers):
-        tensor = reader.read(name.format(i), shape, transposed, directory, leaf.dtype)
-        stack = _insert(stack, sharding.device_put(tensor, layer_sharding), i, stack_sharding)
-    return stack
+        tensor = reader.read(name.format(i), shape, transposed, directory, np.float32 if is_quantised else leaf.dtype)
+        arrays = quantizing.quantize(config.quantization, tensor) if is_quantised else {"": tensor}
+        for part, (of_stack, of_layer) in shardings.items():
+            stacks[part] = _insert(stacks[part], sharding.device_put(arrays[part], of_layer), i, of_stack)
+    return stacks if is_quantised else stacks[""]
 
 
-def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, dict]:
+def load_model(path: str, dtype: str = "float32", quantization: str = "none") -> tuple[decoder.ModelConfig, dict]:
     """Config and base weights of a model directory or hub id, on the first device.
 
     Raises:
@@ -175,7 +187,7 @@ def load_model(path: str, dtype: str = "float32") -> tuple[decoder.ModelConfig, 
     if dtype not in ("float32", "bfloat16", "float16", "auto"):
         raise ModelError(f"model.dtype '{dtype}' is not among float32, bfloat16, float16, auto")
     directory = locate(path)
-    config = read_config(directory, dtype)
+    config = read_config(directory, dtype, quantization=quantization)
     return config, load_params(directory, config)
 
 
