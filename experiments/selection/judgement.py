@@ -51,7 +51,7 @@ def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, f
         rows.append([text, interval(difference), f"{(difference < 0).sum()} of {len(seeds)}"])
     corrected = holm(p)
     words = ["< 0.001" if value < 0.001 else f"{value:.3f}" for value in corrected]
-    verdict = ["holds" if value < 0.01 else "weakly" if value < 0.05 else "not shown" for value in corrected]
+    verdict = ["holds" if value < 0.01 else "weakly" if value < 0.05 else "undecided" for value in corrected]
     return runs.markdown(
         ["claim", "difference", "seeds that agree", "p (Holm)", "verdict"],
         [[*row, *rest] for row, *rest in zip(rows, words, verdict)],
