@@ -30,7 +30,8 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, rendering, stored, templates
+from bilevel_jax.data import levels, rendering, templates
+from bilevel_jax.data.prepared import stored
 from bilevel_jax.data.rejections import location
 from bilevel_jax.runtime import disk, workdir
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax.data import by_turn, cache, duplicates, rows, sources, stored, templates
+from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
+from bilevel_jax.data.prepared import cache, stored
 from bilevel_jax.text import say
 
 OVERLAP = ("warn", "drop", "refuse")

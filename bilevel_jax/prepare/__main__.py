@@ -25,7 +25,8 @@ def main() -> None:
     """Runs the command."""
     from bilevel_jax import checks
     from bilevel_jax.config import ConfigError
-    from bilevel_jax.data import cache, levels, stored, templates
+    from bilevel_jax.data import levels, templates
+    from bilevel_jax.data.prepared import cache, stored
     from bilevel_jax.models import huggingface
 
     config = checks.build(CONFIG.value)

@@ -39,7 +39,7 @@ def write_rows(file: pathlib.Path, number: int) -> None:
 
 def measure(config, sizes: list[int], rounds: int) -> list[str]:
     """Markdown lines: medians of seconds, tokens per second, and MB."""
-    from bilevel_jax.data import preparation
+    from bilevel_jax.data.prepared import preparation
     from bilevel_jax.models import huggingface
 
     directory = str(huggingface.locate(config.model.path))
@@ -95,7 +95,8 @@ def _settings(file: str, cache: str) -> types.SimpleNamespace:
 
 
 def _ours(tokenizer, file: str, cache: str) -> int:
-    from bilevel_jax.data import levels, stored
+    from bilevel_jax.data import levels
+    from bilevel_jax.data.prepared import stored
 
     level = levels.load_level(_settings(file, cache), "lower", tokenizer)
     examples = level.all_examples
@@ -119,7 +120,8 @@ def main(name: str, directory: str, file: str, cache: str) -> None:
     """Prints the numbers of one variant as JSON."""
     import datasets  # noqa: F401, so that its import is not timed
 
-    from bilevel_jax.data import levels, preparation, templates  # noqa: F401
+    from bilevel_jax.data import levels, templates  # noqa: F401
+    from bilevel_jax.data.prepared import preparation  # noqa: F401
 
     tokenizer = templates.load_tokenizer(directory)
     began = time.perf_counter()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from bilevel_jax import errors, train
-from bilevel_jax.data import cache, preparation, rows, shards, stored, templates, workers
+from bilevel_jax.data import rows, templates
 from bilevel_jax.data.columns import Columns
+from bilevel_jax.data.prepared import cache, preparation, shards, stored, workers
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import EVERYTHING, TRAINED, make_rows, stop_at, write_jsonl
 from tests.data.test_templates import CHATTING, PLAIN, make_tokenizer
@@ -397,7 +398,7 @@ def test_a_process_that_is_killed(tmp_path, source, saved_tokenizer, monkeypatch
 
 
 def test_processes_import_no_jax():
-    program = "import sys; from bilevel_jax.data import workers; import transformers; print('jax' in sys.modules)"
+    program = "import sys; from bilevel_jax.data.prepared import workers; import transformers; print('jax' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(workers.ROOT)}
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment).stdout
     assert printed == "False\n"

@@ -13,7 +13,8 @@ import pytest
 
 from bilevel_jax import checks, dry_run
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, preparation, shards, stored, templates
+from bilevel_jax.data import levels, templates
+from bilevel_jax.data.prepared import preparation, shards, stored
 from bilevel_jax.runtime import checkpoint
 from tests.conftest import make_rows, write_jsonl
 from tests.data.test_by_turn import FORMS, TALK

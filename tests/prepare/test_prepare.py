@@ -2,7 +2,7 @@
 
 import pytest
 
-from bilevel_jax.data import preparation, workers
+from bilevel_jax.data.prepared import preparation, workers
 from bilevel_jax.data.rejections import DataError
 from bilevel_jax.prepare import __main__ as command
 from tests.conftest import make_rows, write_jsonl

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bilevel_jax import files
-from bilevel_jax.data import parts, preparation, readers, shards, stored, templates, workers
+from bilevel_jax.data import parts, readers, templates
 from bilevel_jax.data.columns import Columns
-from bilevel_jax.data.preparation import Source
+from bilevel_jax.data.prepared import preparation, shards, stored, workers
+from bilevel_jax.data.prepared.preparation import Source
 from bilevel_jax.data.rejections import DataError, suffix_of
 from bilevel_jax.data.rows import Report
 from bilevel_jax.text import say
@@ -65,7 +66,7 @@ def directory(setting: str) -> pathlib.Path:
 def version() -> str:
     """Identifies the code that prepares rows: that of this package and of its libraries."""
     code = hashlib.sha256()
-    for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
     installed = " ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     return f"{code.hexdigest()[:16]}, {installed}"

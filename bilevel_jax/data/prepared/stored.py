@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import tqdm
 
-from bilevel_jax.data import by_turn, rows, shards, templates
+from bilevel_jax.data import by_turn, rows, templates
 from bilevel_jax.data.parts import Part
+from bilevel_jax.data.prepared import shards
 from bilevel_jax.data.rejections import DataError, Line
 from bilevel_jax.data.rows import Row
 

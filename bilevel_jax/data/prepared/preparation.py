@@ -16,8 +16,9 @@ import pyarrow.compute
 import tqdm
 
 from bilevel_jax import files
-from bilevel_jax.data import limits, parts, readers, rows, shards, sources, stored, workers
+from bilevel_jax.data import limits, parts, readers, rows, sources
 from bilevel_jax.data.columns import MAX_SEEN, Columns
+from bilevel_jax.data.prepared import shards, stored, workers
 from bilevel_jax.data.rejections import Line, Rejection, suffix_of
 from bilevel_jax.data.rows import Report
 from bilevel_jax.text import say

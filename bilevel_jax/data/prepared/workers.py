@@ -1,4 +1,4 @@
-"""Prepares shards in processes of their own: `python -m bilevel_jax.data.workers` is one of them.
+"""Prepares shards in processes of their own: `python -m bilevel_jax.data.prepared.workers` is one of them.
 
 They import no JAX, start no threads of tokenizers, and never run the main module of this process again, as `multiprocessing` would.
 A task goes in by standard input and its result comes back by standard output, both as pickles between these two processes.
@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevel_jax import files
-from bilevel_jax.data import shards, templates
+from bilevel_jax.data import templates
+from bilevel_jax.data.prepared import shards
+from bilevel_jax.data.prepared.stored import Shard
 from bilevel_jax.data.rejections import DataError
-from bilevel_jax.data.stored import Shard
 
 ROOT = pathlib.Path(__file__).parents[2]  # from which the package is imported
 
@@ -120,7 +121,7 @@ class _Worker:
     def __init__(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, "-m", "bilevel_jax.data.workers"]
+        command = [sys.executable, "-m", "bilevel_jax.data.prepared.workers"]
         self._process = subprocess.Popen(command, stdin=-1, stdout=-1, env={**os.environ, **variables})
 
     def run(self, task: Task) -> Any:
@@ -184,6 +185,6 @@ def in_order(tasks: Iterable[Task | Shard], number: int) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    from bilevel_jax.data import workers  # so that its classes have the same name in both processes
+    from bilevel_jax.data.prepared import workers  # so that its classes have the same name in both processes
 
     workers.serve()
