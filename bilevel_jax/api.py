@@ -146,19 +146,19 @@ class Run:
           FileNotFoundError: the run has no weights: no epoch is finished, or `method="mixing"`.
           DataError: the rows of the run are no longer there, or are others.
         """
-        from bilevel_jax.data import levels, rows
+        from bilevel_jax.data import matching, streaming
         from bilevel_jax.runtime import weight_table
 
         with started():
             table = weight_table.latest(self.workdir)
             if table is None:
                 raise FileNotFoundError(f"{self.workdir} has no weights: no epoch is finished, or the method is direct mixing")
-            candidates = levels.reopen(self.config)
-            training = [candidates[i] for i in rows.select(candidates, table["id"].to_pylist())]
+            texts: list = [None] * len(table)
+            for index, row in matching.match(streaming.reopen(self.config), table["id"]):
+                texts[index] = int(row.line) - 1, row.question, row.response
             frame = table.to_pandas()
-            frame["question"] = [row.question for row in training]
-            frame["response"] = [row.response for row in training]
-            frame.index = [int(row.line) - 1 for row in training]
+            lines, frame["question"], frame["response"] = zip(*texts)
+            frame.index = list(lines)
             return frame.rename_axis("row")
 
     def kept(self, share: float = 0.8, *, drop_implausible: float = 0.0, refined: bool = False, format: str = "auto"):
@@ -195,8 +195,12 @@ class Run:
             options = {"drop_implausible": drop_implausible, "refined": refined, "form": format}
             records = kept_rows.collect(self.workdir, self.config, keep=share, **options).records
             names = dict.fromkeys(name for record in records for name in record)
+            columns: dict[str, list] = {name: [] for name in names}
+            for record in records:
+                for name, values in columns.items():
+                    values.append(record.get(name))
             try:
-                return datasets.Dataset.from_dict({name: [record.get(name) for record in records] for name in names})
+                return datasets.Dataset.from_dict(columns)
             except pyarrow.ArrowException as error:
                 raise ValueError(f"a field has values of several types, which a Dataset cannot hold ({error})") from error
 

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from bilevel_jax import checks, cli, errors, sampling
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows, templates
-from bilevel_jax.export import selected_rows
+from bilevel_jax.export import records, selected_rows
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import run_data
 from bilevel_jax.runtime import metrics, response_log, weight_table
@@ -146,7 +146,7 @@ def check_counts(path, number: int, at) -> None:
         lost = sum(count for reason, (count, _) in changes.items() if "cut to" not in reason)
         assert len(usable) == len(fitting) == len(kept) - lost
         written = at.directory / "kept.jsonl"
-        selected_rows.write(written, [dict(row.fields) for row in kept])
+        records.write(written, [dict(row.fields) for row in kept])
         assert len([json.loads(line) for line in written.read_bytes().splitlines()]) == len(kept)
 
 

@@ -129,32 +129,37 @@ def rank_new(workdir: pathlib.Path, config, file: str):
 
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
     """Writes the kept rows and their card, and prints what was written."""
+    import numpy as np
+
     from bilevel_jax import files
-    from bilevel_jax.export import cards, kept_rows
+    from bilevel_jax.export import cards, kept_rows, records
 
     new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
     options = {"drop_implausible": DROP_IMPLAUSIBLE.value, "refined": REFINED.value, "form": FORMAT.value}
     selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, weight=not RESAMPLED.value, new=new)
-    kept, refined_columns, num_left_out = selection.kept, selection.refined_columns, selection.num_left_out
-    copies = selected_rows.resample([one.weight for one in kept], SEED.value) if RESAMPLED.value else range(len(kept))
-    late = selected_rows.write(out, [selection.records[i] for i in copies])
-    is_new, were_masked = bool(new), set() if new else selected_rows.replaced(workdir)
-    num_replaced = sum(
-        one.row.id in were_masked and not more.get("refined", False) for one, more in zip(kept, refined_columns, strict=True)
-    )
+    kept, num_kept, num_left_out = selection.kept, int(selection.kept.sum()), selection.num_left_out
+    repeated, num_different = selection.records, None
+    if RESAMPLED.value:
+        copies = selected_rows.resample(selection.table["weight"].to_numpy()[selection.order], SEED.value)
+        times = np.bincount(copies, minlength=num_kept)
+        repeated, num_different = records.Repeated(selection.records, times), int((times > 0).sum())
+    late = records.write(out, repeated)
+    is_new, num_replaced = bool(new), 0
+    if not is_new:
+        replaced = kept & selected_rows.replaced(workdir, selection.table["id"])
+        num_replaced = int((replaced if selection.refined is None else replaced & ~selection.refined).sum())
     provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
-    num_different = len(set(copies)) if RESAMPLED.value else None
     numbers = {"num_replaced": num_replaced, "num_different": num_different}
     text = cards.data_card(provenance, out, selection, is_new=is_new, **numbers)
     files.write_atomically(card, text)
 
-    say(f"{out}: {len(kept)} of {selection.table.num_rows} rows kept")
+    say(f"{out}: {num_kept} of {selection.table.num_rows} rows kept")
     if num_different is not None:
         say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     if num_left_out:
         say(f"  {num_left_out} of the others are left out as implausible")
     if REFINED.value:
-        masked, refined = sum(one.masked for one in kept), sum(more["refined"] for more in refined_columns)
+        masked, refined = (selection.masked & kept).sum(), selection.refined.sum()
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         say(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")
     if num_replaced:

@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from bilevel_jax import files, selector
-from bilevel_jax.data import rows as data_rows
 from bilevel_jax.export import kept_rows
 from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.text import visible
@@ -88,13 +88,8 @@ def data_card(
       num_replaced: kept rows with the response of the data that were masked in the run.
       num_different: different rows in a file that repeats rows by weight; None if it does not.
     """
-    records, kept = selection.table.to_pylist(), selection.kept
-    ids = {one.row.id for one in kept}
-    groups = {
-        "all": records,
-        "kept": [record for record in records if record["id"] in ids],
-        "dropped": [record for record in records if record["id"] not in ids],
-    }
+    kept, num_kept = selection.kept, int(selection.kept.sum())
+    groups = {"all": np.ones(len(kept), bool), "kept": kept, "dropped": ~kept}
     head = _front_matter(
         pretty_name=f"Rows kept by {provenance.workdir.name}",
         license="unknown",
@@ -109,20 +104,20 @@ def data_card(
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
         *([f"Rows with the smallest `plausible` were left out first: {left_out}."] if left_out else []),
-        *([] if num_different is None else [_repeated(num_different, len(kept))]),
+        *([] if num_different is None else [_repeated(num_different, num_kept)]),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),
         "",
         *provenance.table(),
         *_columns(selection, is_new, has_weight=num_different is None),
         *("", "## Counts", "", *_counts(groups), ""),
-        *(*_by_source(groups), *_bad_rows(groups, selection.candidates, provenance)),
+        *(*_by_source(selection.table["source"], kept), *_bad_rows(groups, selection.labels, provenance)),
     ]
-    if selection.refined_columns[0]:
-        masked, refined = sum(one.masked for one in kept), sum(columns["refined"] for columns in selection.refined_columns)
+    if selection.refined is not None:
+        masked, refined = (selection.masked & kept).sum(), selection.refined.sum()
         lines += ["", f"{masked} of the kept rows are masked; {refined} of them have a response that the model generated."]
     if num_replaced:
         lines += ["", f"{num_replaced} of the kept rows were masked in the run. {REPLACED}"]
-    lines += ["", "## Weights", "", *_weights(groups), "", "## Licence", "", LICENCE]
+    lines += ["", "## Weights", "", *_weights(groups, selection.table["weight"].to_numpy()), "", "## Licence", "", LICENCE]
     return head + "\n".join(lines) + "\n"
 
 
@@ -130,7 +125,8 @@ def _columns(selection: kept_rows.Selection, is_new: bool, has_weight: bool) -> 
     """What the columns of the file are."""
     columns = ["id", *(["weight"] if has_weight else []), "rank", *([] if is_new else ["masked"])]
     columns += weight_table.known_measures(selection.table)
-    columns += [*(["prompt", "completion"] if selection.form in ("chat", "text") else []), *selection.refined_columns[0]]
+    columns += ["prompt", "completion"] if selection.form in ("chat", "text") else []
+    columns += [] if selection.refined is None else ["refined", "original_response"]
     lines = ["", "## Columns", "", f"The fields of the data, and {_and(f'`{name}` ({COLUMNS[name]})' for name in columns)}."]
     if selection.renamed:
         lines.append(f"Renamed fields: {_and(f'`{name}` as `original_{name}`' for name in selection.renamed)}.")
@@ -201,13 +197,20 @@ def _repeated(num_different: int, number: int) -> str:
     )
 
 
-def _counts(groups) -> list[str]:
-    return _table(("", "rows"), [(name, len(records)) for name, records in groups.items()])
+Groups = Mapping[str, np.ndarray]  # name -> which rows of the table are in it, [N] bool
 
 
-def _by_source(groups) -> list[str]:
+def _counts(groups: Groups) -> list[str]:
+    return _table(("", "rows"), [(name, is_in.sum()) for name, is_in in groups.items()])
+
+
+def _by_source(sources: pa.ChunkedArray, is_kept: np.ndarray) -> list[str]:
     """Rows of each source, the largest first."""
-    totals, kept = (collections.Counter(record["source"] for record in groups[name]) for name in ("all", "kept"))
+    coded = sources.combine_chunks().dictionary_encode()
+    index, names = coded.indices.to_numpy(), coded.dictionary.to_pylist()
+    totals, kept = (
+        collections.Counter(dict(zip(names, np.bincount(part, minlength=len(names)).tolist()))) for part in (index, index[is_kept])
+    )
     order = [source for source, _ in totals.most_common()]
     counts = [((source or "(none)"), totals[source], kept[source]) for source in order[:MAX_SOURCES]]
     if order[MAX_SOURCES:]:
@@ -217,19 +220,17 @@ def _by_source(groups) -> list[str]:
     return _table(("source", "rows", "kept", "dropped", "share kept"), cells)
 
 
-def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
+def _bad_rows(groups: Groups, labels: np.ndarray, provenance: Provenance) -> list[str]:
     """A section on the rows that the data mark as bad; empty without labels. Training never reads the labels."""
-    label, records = provenance.config["data"]["label"], groups["all"]
-    labels = {row.id: data_rows.mark(row, label) for row in rows}
-    if all(labels[record["id"]] is None for record in records):
+    label, bad = provenance.config["data"]["label"], labels == 1
+    if (labels == kept_rows.UNLABELLED).all():
         return []
-    shares = {name: np.mean([bool(labels[record["id"]]) for record in group]) for name, group in groups.items() if group}
+    shares = {name: bad[is_in].mean() for name, is_in in groups.items() if is_in.any()}
     sentence = ", ".join(f"{share:.1%} of {'all' if name == 'all' else f'the {name}'} rows" for name, share in shares.items())
-    bad = np.array([bool(labels[record["id"]]) for record in records])
-    num_bad, bad_kept = bad.sum(), sum(bool(labels[record["id"]]) for record in groups["kept"])
+    num_bad, bad_kept = bad.sum(), bad[groups["kept"]].sum()
     kept_shares = {
         "bad rows that are kept, of all bad": bad_kept / num_bad if num_bad else np.nan,
-        "kept rows that are bad": bad_kept / len(groups["kept"]),
+        "kept rows that are bad": bad_kept / groups["kept"].sum(),
     }
     return [
         "",
@@ -241,13 +242,13 @@ def _bad_rows(groups, rows, provenance: Provenance) -> list[str]:
     ]
 
 
-def _weights(groups) -> list[str]:
+def _weights(groups: Groups, weight: np.ndarray) -> list[str]:
     """Percentiles and ESS/N of the weights."""
     header = ("rows", *(f"p{p}" if 0 < p < 100 else ("min", "max")[p // 100] for p in PERCENTILES), "ESS/N")
     cells = []
-    for name, records in groups.items():
-        if records:
-            weights = np.array([record["weight"] for record in records])
+    for name, is_in in groups.items():
+        if is_in.any():
+            weights = weight[is_in]
             spread = [f"{value:.3g}" for value in np.percentile(weights, PERCENTILES)]
             cells.append((name, *spread, f"{selector.effective_sample_size(weights / weights.sum()):.4f}"))
     return _table(header, cells)

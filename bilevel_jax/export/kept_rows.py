@@ -2,28 +2,71 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import tqdm
 
-from bilevel_jax.data import levels, rows, templates
+from bilevel_jax.data import matching, rows, streaming, templates
 from bilevel_jax.export import selected_rows
+from bilevel_jax.export.records import Records
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import weight_table
+
+UNLABELLED = -1
+UNTIL_ANOTHER = ("original", "as is")  # forms that `auto` takes as long as all rows are of one kind
+BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Kept rows, and what their card says about them."""
+    """Kept rows, and what their card says about them. Arrays are of all N rows of the table, in its order."""
 
-    records: list[dict]  # a row each: its fields and the columns of `selected_rows`
-    kept: Sequence[selected_rows.Kept]
-    refined_columns: Sequence[dict]  # of `selected_rows.refine`; empty ones without it
-    candidates: list[rows.Row]
+    records: Records  # a row each: its fields and the columns of `selected_rows`
+    order: np.ndarray  # [records] index of each record in the table
+    kept: np.ndarray  # [N] bool
+    refined: np.ndarray | None  # [N] bool, whether a row has the model's response; None without `refined`
+    labels: np.ndarray  # [N] int8, whether the data mark the row as bad; UNLABELLED where they do not say
     table: pa.Table  # the weights of all candidates
     form: str  # of `selected_rows.resolve_format`
     renamed: list[str]  # fields that are now called original_NAME
     num_left_out: int  # implausible rows
+
+    @property
+    def masked(self) -> np.ndarray:
+        """Whether the model answered a row's question itself at the end of the run, [N] bool."""
+        return self.table["masked"].to_numpy()
+
+
+class _Writer(NamedTuple):
+    """How kept rows get their columns."""
+
+    asked: str  # form of `collect`
+    template: str | None
+    tokenizer: object
+    names: list[str]  # fields of `Kept` that are columns
+    responses: Mapping[str, str] | None  # generated ones by id; None for those of the data
+    label: str  # field of the labels
+
+    def form(self, traits: selected_rows.Traits) -> str:
+        """The form for rows with these traits."""
+        return selected_rows.resolve_format(self.asked, traits, self.template)
+
+    def columns(self, one: selected_rows.Kept, more: Mapping, form: str) -> dict:
+        rendered = selected_rows.prompt_columns(one.row, form, self.tokenizer, self.template)
+        return {"id": one.row.id} | {name: getattr(one, name) for name in self.names} | dict(more) | rendered
+
+
+class _Gathered(NamedTuple):
+    """Kept rows before the names of their fields are final; for the fields see `Selection`."""
+
+    records: Records
+    order: list[int]
+    refined: np.ndarray
+    labels: np.ndarray
+    traits: selected_rows.Traits
 
 
 def collect(
@@ -63,26 +106,54 @@ def collect(
         )
     if refined and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
-    candidates = candidates or levels.reopen(config)
     left_out = selected_rows.implausible(table, drop_implausible)
-    kept = selected_rows.select(candidates, table, keep, left_out)
-    refined_columns = [{} for _ in kept]
-    if refined:
-        kept, refined_columns = zip(*selected_rows.refine(kept, selected_rows.latest_responses(responses)))
-    kept_rows = [one.row for one in kept]
+    kept = selected_rows.heaviest(table, keep, left_out)
+    names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
+    writer = _writer(config, form, names, selected_rows.latest_responses(responses) if refined else None)
+    form = writer.form(selected_rows.Traits())
+    while True:  # `auto` follows from all rows, which are read again if one is unlike those before it
+        gathered = _gather(candidates or streaming.reopen(config), table, kept, writer, form)
+        if form not in UNTIL_ANOTHER or writer.form(gathered.traits) == form:
+            break
+        form = writer.form(gathered.traits)
+    return Selection(
+        records=gathered.records,
+        order=np.array(gathered.order),
+        kept=kept,
+        refined=gathered.refined if refined else None,
+        labels=gathered.labels,
+        table=table,
+        form=form,
+        renamed=gathered.records.rename(selected_rows.misread(form, gathered.traits)),
+        num_left_out=int(left_out.sum()),
+    )
 
+
+def _writer(config, form: str, names: list[str], responses: Mapping[str, str] | None) -> _Writer:
     tokenizer, template = None, None
     if form in ("auto", "text"):
         tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
         template = templates.resolve(config.data.template, tokenizer)
-    form = selected_rows.resolve_format(form, kept_rows, template)
-    names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
-    columns = [
-        {"id": one.row.id}
-        | {name: getattr(one, name) for name in names}
-        | more
-        | selected_rows.prompt_columns(one.row, form, tokenizer, template)
-        for one, more in zip(kept, refined_columns)
-    ]
-    records, renamed = selected_rows.join(kept_rows, columns, selected_rows.misread(form, kept_rows))
-    return Selection(records, kept, refined_columns, candidates, table, form, renamed, len(left_out))
+    return _Writer(form, template, tokenizer, names, responses, config.data.label)
+
+
+def _gather(candidates: Iterable[rows.Row], table: pa.Table, kept: np.ndarray, writer: _Writer, form: str) -> _Gathered:
+    """Reads the candidates once. Ends early at a kept row that calls for another form."""
+    refined, labels = np.zeros(len(kept), bool), np.full(len(kept), UNLABELLED, np.int8)
+    gathered = _Gathered(Records(), [], refined, labels, selected_rows.Traits())
+    numbers = selected_rows.numbers(table)
+    for index, row in matching.match(tqdm.tqdm(candidates, **BAR), table["id"]):
+        mark = rows.mark(row, writer.label)
+        labels[index] = UNLABELLED if mark is None else mark
+        if not kept[index]:
+            continue
+        one, more = selected_rows.with_weights(row, numbers, index), {}
+        if writer.responses is not None:
+            one, more = selected_rows.refine(one, writer.responses)
+            refined[index] = more["refined"]
+        gathered.traits.add(one.row)
+        if form in UNTIL_ANOTHER and writer.form(gathered.traits) != form:
+            break
+        gathered.order.append(index)
+        gathered.records.add(row.line, one.row.fields, writer.columns(one, more, form))
+    return gathered

@@ -1,4 +1,4 @@
-"""The rows that a run keeps, as a file: which rows, with which responses, in which columns.
+"""The rows that a run keeps: which rows, with which responses, in which columns.
 
 Rows keep their fields and get these columns:
 
@@ -22,13 +22,14 @@ merges with the next word.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from bilevel_jax import files
-from bilevel_jax.data import messages, rows, templates
+from bilevel_jax.data import matching, messages, rows, templates
 from bilevel_jax.runtime import weight_table
 
 FORMATS = {
@@ -42,7 +43,6 @@ READ_BY_TRL = (  # field names that SFTTrainer 1.16 interprets
     *("seq_lengths", "tools", "chat_template_kwargs", "image", "images"),
 )
 RESPONSE_FIELDS = {"question/response": "response", "instruction/input/output": "output", "prompt/completion": "completion"}
-INFERENCE_BYTES = 10 << 20  # bytes of a JSONL file from which `datasets` infers the fields
 
 
 class Kept(NamedTuple):
@@ -56,8 +56,8 @@ class Kept(NamedTuple):
     useful: float | None = None
 
 
-def implausible(table, share: float) -> set[str]:
-    """Ids of the rows with the smallest `plausible`: the `share` of all rows; of equal rows the lighter ones come first.
+def implausible(table, share: float) -> np.ndarray:
+    """Which rows have the smallest `plausible`, [n] bool: the `share` of all rows; of equal rows the lighter ones come first.
 
     A row that no step used has no `plausible`, and is never among them.
 
@@ -65,33 +65,58 @@ def implausible(table, share: float) -> set[str]:
       table: a `weight_table.table`.
       share: in [0, 1).
     """
-    records = [record for record in table.to_pylist() if record["plausible"] is not None]
-    records.sort(key=lambda record: (record["plausible"], -record["rank"]))
-    return {record["id"] for record in records[: round(share * len(table))]}
+    plausible, chosen = table["plausible"].to_numpy(), np.zeros(len(table), bool)
+    known = np.flatnonzero(~np.isnan(plausible))
+    order = known[np.lexsort((-table["rank"].to_numpy()[known], plausible[known]))]
+    chosen[order[: round(share * len(table))]] = True
+    return chosen
 
 
-def select(candidates: Sequence[rows.Row], table, keep: float, left_out: Collection[str] = ()) -> list[Kept]:
-    """The rows with the largest weights, in stored order: a share `keep` of all rows of the table, or all that are not left out.
+def heaviest(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray:
+    """Which rows have the largest weights, [n] bool: a share `keep` of all rows, or all that are not left out.
+
+    Args:
+      table: a `weight_table.table`.
+      keep: in (0, 1].
+      left_out: [n] bool, rows that are not kept, whatever their weight.
+
+    Raises:
+      DataError: no row is kept.
+    """
+    by_rank = np.argsort(table["rank"].to_numpy())
+    if left_out is not None:
+        by_rank = by_rank[~left_out[by_rank]]
+    kept = np.zeros(len(table), bool)
+    kept[by_rank[: round(keep * len(table))]] = True
+    if not kept.any():
+        number = 0 if left_out is None else int(left_out.sum())
+        without = f" without the {number} implausible ones" if number else ""
+        raise rows.DataError(f"--keep={keep} keeps none of {len(table)} rows{without}")
+    return kept
+
+
+def with_weights(row: rows.Row, columns: Mapping[str, np.ndarray], index: int) -> Kept:
+    """A row with what the table, as columns of `numbers`, says about it."""
+    values = {name: array[index].item() for name, array in columns.items()}
+    return Kept(row, **{name: None if value != value else value for name, value in values.items()})
+
+
+def numbers(table) -> dict[str, np.ndarray]:
+    """The columns of a `weight_table.table` that a kept row has; NaN where a number is not known."""
+    return {name: table[name].to_numpy() for name in Kept._fields if name != "row"}
+
+
+def select(candidates: Iterable[rows.Row], table, keep: float, left_out: np.ndarray | None = None) -> list[Kept]:
+    """The rows of `heaviest` with their weights, in stored order; arguments as there.
 
     Args:
       candidates: rows of the lower level, at least all rows of the table.
-      table: a `weight_table.table`.
-      keep: in (0, 1].
-      left_out: ids that are not kept, whatever their weight.
 
     Raises:
       DataError: the table is of other rows, or no row is kept.
     """
-    records = {record["id"]: record for record in table.to_pylist()}
-    rows.select(candidates, records)  # also the rows that are dropped: the card counts them
-    by_rank = sorted(records.keys() - set(left_out), key=lambda row_id: records[row_id]["rank"])
-    ids = by_rank[: round(keep * len(records))]
-    if not ids:
-        without = f" without the {len(left_out)} implausible ones" if left_out else ""
-        raise rows.DataError(f"--keep={keep} keeps none of {len(records)} rows{without}")
-    names = [name for name in Kept._fields if name != "row"]
-    kept = (candidates[i] for i in sorted(rows.select(candidates, ids)))
-    return [Kept(row, **{name: records[row.id][name] for name in names}) for row in kept]
+    kept, columns = heaviest(table, keep, left_out), numbers(table)
+    return [with_weights(row, columns, index) for index, row in matching.match(candidates, table["id"]) if kept[index]]
 
 
 def resample(weights: Sequence[float], seed: int) -> np.ndarray:
@@ -133,16 +158,17 @@ def _read_responses(file: pathlib.Path) -> Iterator[dict]:
             yield response
 
 
-def replaced(workdir: pathlib.Path) -> set[str]:
-    """Ids of the rows that were masked in the run: at the end of an epoch, or with a generated response that a step used."""
-    ids: set[str] = set()
+def replaced(workdir: pathlib.Path, ids: pa.ChunkedArray) -> np.ndarray:
+    """Which rows were masked in the run, [n] bool: at the end of an epoch, or with a generated response that a step used."""
+    masked = pa.chunked_array([], pa.string())
     for file in weight_table.epoch_files(workdir).values():
         table = weight_table.read(file)
-        ids.update(table.filter(table["masked"])["id"].to_pylist())
+        masked = pa.chunked_array([*masked.chunks, *table.filter(table["masked"])["id"].chunks], pa.string())
     responses = workdir / "responses.jsonl"
     if responses.exists():
-        ids.update(response["id"] for response in _read_responses(responses) if response.get("ratio") is not None)
-    return ids
+        used = {response["id"] for response in _read_responses(responses) if response.get("ratio") is not None}
+        masked = pa.chunked_array([*masked.chunks, pa.array([*used], pa.string())])
+    return pc.is_in(ids, value_set=masked.combine_chunks()).to_numpy()
 
 
 def latest_responses(file: pathlib.Path) -> dict[str, str]:
@@ -181,14 +207,11 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
     return dataclasses.replace(row, response=response, fields={**row.fields, **changed})
 
 
-def refine(kept: Sequence[Kept], responses: Mapping[str, str]) -> list[tuple[Kept, dict]]:
-    """Each row with its columns `refined` and `original_response`. Masked rows get their generated response, if there is one."""
-    refined = []
-    for one in kept:
-        response = responses.get(one.row.id) if one.masked else None
-        columns = {"refined": response is not None, "original_response": one.row.response}
-        refined.append((one if response is None else one._replace(row=with_response(one.row, response)), columns))
-    return refined
+def refine(one: Kept, responses: Mapping[str, str]) -> tuple[Kept, dict]:
+    """A row with its columns `refined` and `original_response`. A masked row gets its generated response, if there is one."""
+    response = responses.get(one.row.id) if one.masked else None
+    columns = {"refined": response is not None, "original_response": one.row.response}
+    return one if response is None else one._replace(row=with_response(one.row, response)), columns
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -196,13 +219,30 @@ def refine(kept: Sequence[Kept], responses: Mapping[str, str]) -> list[tuple[Kep
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_format(form: str, kept_rows: Sequence[rows.Row], template: str) -> str:
+@dataclasses.dataclass
+class Traits:
+    """What all rows have in common."""
+
+    pairs: bool = True
+    prompt_completion: bool = True  # the schema
+    messages: bool = True  # the schema
+    tools_used: bool = True  # rows with a field `tools` have tools
+
+    def add(self, row: rows.Row) -> None:
+        """Takes one more row into account."""
+        self.pairs &= row.rejected is not None
+        self.prompt_completion &= row.schema == "prompt/completion"
+        self.messages &= row.schema == "messages"
+        self.tools_used &= bool(row.tools) or not row.fields.get("tools")
+
+
+def resolve_format(form: str, traits: Traits, template: str) -> str:
     """`chat`, `text`, `original`, or `as is`: no new columns, but fields that SFTTrainer interprets are renamed."""
     if form != "auto":
         return form
-    if all(row.rejected is not None for row in kept_rows):
+    if traits.pairs:
         return "original"  # pairs stay pairs
-    if all(row.schema == "prompt/completion" for row in kept_rows):
+    if traits.prompt_completion:
         return "as is"
     return "chat" if template == "chat" else "text"
 
@@ -219,76 +259,13 @@ def prompt_columns(row: rows.Row, form: str, tokenizer, template: str) -> dict:
     return {}
 
 
-def misread(form: str, kept_rows: Sequence[rows.Row]) -> set[str]:
+def misread(form: str, traits: Traits) -> set[str]:
     """Names of fields that SFTTrainer would misinterpret."""
     if form == "original":
         return set()
     harmless = set()
-    if form == "chat" and all(row.schema == "messages" for row in kept_rows):
+    if form == "chat" and traits.messages:
         harmless.add("messages")
-    if form == "chat" and all(row.tools for row in kept_rows if row.fields.get("tools")):
+    if form == "chat" and traits.tools_used:
         harmless.add("tools")
     return set(READ_BY_TRL) - harmless
-
-
-def join(kept_rows: Sequence[rows.Row], columns: Sequence[Mapping], reserved: Collection[str]) -> tuple[list[dict], list[str]]:
-    """Joins the fields of each row with its columns. Also returns the names of fields that are renamed `original_NAME`.
-
-    A field is renamed, in all rows, if its name is reserved or if a column has the name and another value. Nulls do not count.
-
-    Raises:
-      DataError: a new name exists already.
-    """
-    renamed = set()
-    for row, row_columns in zip(kept_rows, columns, strict=True):
-        for name, value in row.fields.items():
-            if value is not None and (name in reserved or name in row_columns and row_columns[name] != value):
-                renamed.add(name)
-    joined = []
-    for row, row_columns in zip(kept_rows, columns, strict=True):
-        fields = {}
-        for name, value in row.fields.items():
-            new = f"original_{name}" if name in renamed else name
-            if new != name and (new in row.fields or new in row_columns):
-                raise rows.DataError(f"line {row.line}: '{name}' would be renamed '{new}', which is taken; rename one in the data")
-            fields[new] = value
-        joined.append(fields | row_columns)
-    return joined, sorted(renamed)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def write(out: pathlib.Path, records: Sequence[dict]) -> list[str]:
-    """Writes rows, which may have different fields, to a JSONL or Parquet file.
-
-    Returns:
-      Fields with no value in the first INFERENCE_BYTES of a JSONL file. `datasets.load_dataset` fails on them.
-
-    Raises:
-      ValueError: a field has values of several types, which Parquet cannot store.
-    """
-    names, late = dict.fromkeys(name for record in records for name in record), []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(out) as file:
-        if out.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            try:
-                table = pyarrow.table({name: [record.get(name) for record in records] for name in names})
-            except pyarrow.ArrowException as error:
-                raise ValueError(f"{out}: a field has values of several types ({error}); write .jsonl") from error
-            pyarrow.parquet.write_table(table, file)
-            return []
-        seen = set()
-        for record in records:
-            new = {name for name, value in record.items() if value is not None} - seen
-            if new and file.tell() > INFERENCE_BYTES:
-                late += sorted(new)
-            seen |= new
-            line = files.to_json(record, ensure_ascii=False, default=str) + "\n"
-            file.write(line.encode(errors="backslashreplace"))  # lone surrogates as JSON escapes
-    return late

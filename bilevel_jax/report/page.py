@@ -13,16 +13,14 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from bilevel_jax import files, selector
+from bilevel_jax import files
 from bilevel_jax.data import rendering
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.report import corners, plots, run_data
+from bilevel_jax.report import corners, plots, run_data, shown_rows
 from bilevel_jax.report.run_data import Run
 from bilevel_jax.runtime import weight_table
 from bilevel_jax.text import one_line, say, visible
 
-NUM_EXTREMES = 5  # rows shown from each end of an epoch's ranking
-NUM_TOKEN_WEIGHTED = 8  # responses shown with the weights of their words
 NUM_TINTS = 5  # tints from a weight of 1 to a weight of 0
 NUM_COMPARED = 8  # generated responses shown next to those of the data
 SHORT, LONG = 160, 2000  # characters of a text, folded and unfolded
@@ -89,15 +87,14 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
 def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
     """The heaviest rows of an epoch, heaviest first, and the lightest rows, lightest first."""
     table = run.tables[epoch]
-    order = np.argsort(table["rank"])
-    number = min(NUM_EXTREMES, len(order) // 2)
-    return [row_cells(run, table, i) for i in order[:number]], [row_cells(run, table, i) for i in order[::-1][:number]]
+    first, last = shown_rows.extremes(table)
+    return [row_cells(run, table, i) for i in first], [row_cells(run, table, i) for i in last]
 
 
 def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
-    split = corners.split(table, run_data.labels(run, table), run_data.in_data(run, table))
+    split = corners.split(table, run_data.labels(run), run_data.in_data(run))
     return [(corner, [row_cells(run, table, i) for i in corner.examples]) for corner in split]
 
 
@@ -121,12 +118,12 @@ def token_weighted_responses(run: Run) -> list[dict]:
     if run.tokens is None:
         return []
     table, weights = run.tables[max(run.tables)], run.tokens["weight"].to_numpy()
-    ess = np.array([selector.effective_sample_size(w / w.sum()) if len(w) and w.any() else 0.0 for w in weights])
+    ess = shown_rows.token_ess(run.tokens)
     index_of = {row_id: i for i, row_id in enumerate(table["id"])}
     ids = run.tokens["id"].to_pylist()
     order = [i for i in np.argsort(ess, kind="stable") if len(weights[i]) > 1 and ids[i] in run.rows and ids[i] in index_of]
     responses = []
-    for i in order[:NUM_TOKEN_WEIGHTED]:
+    for i in order[: shown_rows.NUM_TOKEN_WEIGHTED]:
         pieces = _tinted_pieces(run.rows[ids[i]].response, run.tokens.slice(i, 1).to_pylist()[0])
         responses.append(row_cells(run, table, index_of[ids[i]]) | {"pieces": pieces, "ess": float(ess[i])})
     return responses
@@ -271,7 +268,7 @@ def weight_panels(run: Run) -> Panels:
         title = "Histogram of the weights by epoch"
         panels.append((title, plots.histogram(title, {f"epoch {epoch}": run.tables[epoch]["weight"] for epoch in shown})))
         last = run.tables[epochs[-1]]
-        if kinds := _kinds(run, run_data.labels(run, last), last["weight"]):
+        if kinds := _kinds(run, run_data.labels(run), last["weight"]):
             title = "Final weights of marked rows and of other rows"
             panels.append((title, plots.histogram(title, kinds, kinds=True)))
     return panels
@@ -283,7 +280,7 @@ def corner_panels(run: Run) -> Panels:
     if not table or not corners.measures(table):
         return []
     has_useful = "useful" in corners.measures(table)
-    rows, bad = corners.known_rows(table), run_data.labels(run, table)
+    rows, bad = corners.known_rows(table), run_data.labels(run)
     lines = float(np.median(table["plausible"][rows])), 0.0 if has_useful else None
     rows = corners.sample(rows)
     dots = np.stack([table["plausible"][rows], table["useful" if has_useful else "weight"][rows]], axis=1).astype(float)
@@ -340,7 +337,7 @@ def empty_reasons(run: Run, compared: list[dict]) -> dict[str, str]:
     else:
         if len(np.unique(run.tables[max(run.tables)]["source"])) < 2:
             reasons["sources"] = "All rows have the same source."
-        if not run.rows:
+        if not run_data.in_data(run).any():
             reasons["lengths"] = run.notice
     if run.tables and not corners.measures(run.tables[max(run.tables)]):
         reasons["corners"] = "The tables of weights do not have these numbers, which earlier versions did not write."
@@ -387,6 +384,7 @@ def render(run: Run) -> str:
         lengths=lengths,
         token_weighted=token_weighted_responses(run) if run.tables else [],
         compared=compared,
+        num_compared=shown_rows.ROWS if run.tables and len(run.labels) > shown_rows.ALL else 0,
         seconds=run_data.time_split(run),
         settings=json.loads(run.config.to_json()),
         visible=visible,

@@ -4,20 +4,24 @@ import collections
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 import pyarrow as pa
+import tqdm
 
 from bilevel_jax import files, selector
-from bilevel_jax.data import levels, shuffle
+from bilevel_jax.data import matching, shuffle, streaming
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.report import shown_rows
 from bilevel_jax.runtime import metrics, stored, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 NUM_MISSING = 10  # ids shown of rows that are no longer in the data
+UNLABELLED, MISSING = -1, -2
+BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files
@@ -33,7 +37,9 @@ class Run(NamedTuple):
     events: list[dict]  # of metrics.jsonl
     tables: dict[int, dict[str, np.ndarray]]  # epoch -> columns of its weight table
     responses: list[dict]  # of responses.jsonl, in the order of steps
-    rows: dict[str, data_rows.Row]  # by id; incomplete where the data changed since the run
+    rows: dict[str, data_rows.Row]  # by id, those that may be shown; incomplete where the data changed since the run
+    labels: np.ndarray  # [N] int8, whether the data mark each row of a table as bad; UNLABELLED, or MISSING from the data
+    words: np.ndarray  # [N] words of the response of the data; NaN where the row is missing
     notice: str  # why rows are missing, or ""
     tokens: pa.Table | None = None  # weights of tokens, or None
 
@@ -48,15 +54,25 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
       FileNotFoundError: the directory holds no run.
     """
     config = read_config(workdir)
-    tables = {epoch: _columns(weight_table.read(file)) for epoch, file in weight_table.epoch_files(workdir).items()}
-    _check_same_rows(workdir, tables)
-    by_id, notice = {}, ""
+    tables, ids = _tables(workdir)
+    responses = _read_lines(workdir / "responses.jsonl", step=int, id=str, text=str)
+    tokens = weight_table.read_tokens(workdir)
+    by_id, labels, words, notice = {}, np.full(len(ids), MISSING, np.int8), np.full(len(ids), np.nan), ""
     if tables:
+        needed = shown_rows.rows(tables, {one["id"] for one in responses}, tokens)
         try:
-            ids = dict.fromkeys(tables[max(tables)]["id"])  # in their order
-            by_id = {row.id: row for row in (levels.reopen(config) if rows is None else rows) if row.id in ids}
-            notice = _missing_rows([row_id for row_id in ids if row_id not in by_id], len(ids), config.data.lower)
+            candidates = streaming.reopen(config) if rows is None else rows
+            for i, row in matching.match(tqdm.tqdm(candidates, **BAR), ids, strict=False):
+                mark = data_rows.mark(row, config.data.label)
+                labels[i] = UNLABELLED if mark is None else mark
+                words[i] = len(row.response.split())
+                if needed[i]:
+                    by_id[row.id] = row
+            missing = np.flatnonzero(labels == MISSING)
+            named = [ids[int(i)].as_py() for i in missing[:NUM_MISSING]]
+            notice = _missing_rows(named, len(missing), len(ids), config.data.lower)
         except (ValueError, OSError) as error:
+            by_id, labels[:], words[:] = {}, MISSING, np.nan
             notice = f"The rows cannot be read, so their ids are shown instead of their texts ({error})."
     return Run(
         name=workdir.resolve().name,
@@ -64,36 +80,51 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         summary=stored.read_summary(workdir) if (workdir / "summary.json").exists() else {},
         events=events(workdir),
         tables=tables,
-        responses=_read_lines(workdir / "responses.jsonl", step=int, id=str, text=str),
+        responses=responses,
         rows=by_id,
+        labels=labels,
+        words=words,
         notice=notice,
-        tokens=weight_table.read_tokens(workdir),
+        tokens=tokens,
     )
 
 
-def _check_same_rows(workdir: pathlib.Path, tables: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-    """Refuses tables of different rows: those of a run have the same ones in each epoch, in the same order."""
-    for epoch, table in tables.items():
-        if not np.array_equal(table["id"], tables[min(tables)]["id"]):
+def _tables(workdir: pathlib.Path) -> tuple[dict[int, dict[str, np.ndarray]], pa.ChunkedArray]:
+    """The columns of the tables by epoch, which share their texts, and the ids of their rows.
+
+    Raises:
+      DataError: the tables have different rows. Those of a run have the same ones in each epoch, in the same order.
+    """
+    tables: dict[int, dict[str, np.ndarray]] = {}
+    ids, texts = pa.chunked_array([], pa.string()), {}
+    for epoch, file in weight_table.epoch_files(workdir).items():
+        table = weight_table.read(file)
+        if not tables:
+            ids, texts = table["id"], {name: _texts(table[name]) for name in ("id", "source")}
+        elif not table["id"].equals(ids):
             raise data_rows.DataError(
                 f"{workdir}/weights: the tables of epochs {min(tables)} and {epoch} have other rows; remove those of another run"
             )
+        tables[epoch] = {name: texts[name] if name in texts else table[name].to_numpy() for name in table.column_names}
+    return tables, ids
 
 
-def _missing_rows(missing: Sequence[str], number: int, source: str) -> str:
+def _texts(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of texts as objects, equal ones of which are the same."""
+    coded = column.combine_chunks().dictionary_encode()
+    return np.array(coded.dictionary.to_pylist(), object)[coded.indices.to_numpy()]
+
+
+def _missing_rows(examples: Sequence[str], num_missing: int, number: int, source: str) -> str:
     """Which rows of the run are not in its data any more, and what that means for the report; "" for none."""
-    if not missing:
+    if not num_missing:
         return ""
-    shown = ", ".join(missing[:NUM_MISSING]) + (", …" if len(missing) > NUM_MISSING else "")
-    are = "row is" if len(missing) == 1 else "rows are"
+    named = ", ".join(examples) + (", …" if num_missing > len(examples) else "")
+    are = "row is" if num_missing == 1 else "rows are"
     return (
-        f"{len(missing)} of {number} {are} no longer in {source}: {shown}. Their ids are shown instead of their texts. Generated "
+        f"{num_missing} of {number} {are} no longer in {source}: {named}. Their ids are shown instead of their texts. Generated "
         "responses to them are not shown, and numbers that need labels are those of the other rows."
     )
-
-
-def _columns(table: pa.Table) -> dict[str, np.ndarray]:
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def events(workdir: pathlib.Path) -> list[dict]:
@@ -132,16 +163,14 @@ def has_ranking(run: Run) -> bool:
     return any(np.ptp(table["weight"]) > 0 for table in run.tables.values())
 
 
-def labels(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Which rows of a table are marked bad in the data; None if no row has the label."""
-    field = run.config.data.label
-    values = [data_rows.mark(run.rows[row_id], field) if row_id in run.rows else None for row_id in table["id"]]
-    return np.array([bool(value) for value in values]) if any(value is not None for value in values) else None
+def labels(run: Run) -> np.ndarray | None:
+    """Which rows of the tables are marked bad in the data, [N] bool; None if no row has the label."""
+    return run.labels == 1 if (run.labels >= 0).any() else None
 
 
-def in_data(run: Run, table: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which rows of a table are in the data, [n] bool."""
-    return np.array([row_id in run.rows for row_id in table["id"]], bool)
+def in_data(run: Run) -> np.ndarray:
+    """Which rows of the tables are in the data, [N] bool."""
+    return run.labels != MISSING
 
 
 def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
@@ -150,7 +179,7 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
     `bad_kept` is the share of the bad rows that are kept; `bad_among_kept` is the share of the kept rows that are bad.
     """
     table = run.tables[epoch]
-    weight, bad = table["weight"], labels(run, table)
+    weight, bad = table["weight"], labels(run)
     values = {
         "ess": selector.effective_sample_size(weight / weight.sum()),
         "low": weight.min(),
@@ -158,7 +187,7 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
         "high": weight.max(),
         "masked": table["masked"].mean() if "masked" in table else 0.0,
     }
-    known = in_data(run, table)  # a row that is missing is not a good one
+    known = in_data(run)  # a row that is missing is not a good one
     if bad is not None and bad[known].any() and not bad[known].all():
         scores, bad = -table["rank"][known], bad[known]
         values["auroc"] = metrics.auroc(-weight[known], bad)
@@ -224,11 +253,15 @@ def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:
 def response_lengths(run: Run, share: float = 0.1) -> dict[str, list[float]]:
     """Mean words of the responses in use, by epoch: of the `share` heaviest rows, of all rows, of the `share` lightest rows."""
     means = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
-    of_data = {row_id: float(len(row.response.split())) for row_id, row in run.rows.items()}
+    answered = {response["id"] for response in run.responses}
+    ids = run.tables[min(run.tables)]["id"]
+    index_of = {row_id: i for i, row_id in enumerate(ids) if row_id in answered}
     for epoch, table in run.tables.items():
         in_use = responses_in_use(run, epoch)
-        generated = {row_id: float(np.mean([len(text.split()) for text in texts])) for row_id, texts in in_use.items()}
-        length = np.array([generated.get(row_id, of_data.get(row_id, np.nan)) for row_id in table["id"]])
+        length = run.words.copy()
+        for row_id, texts in in_use.items():
+            if row_id in index_of:
+                length[index_of[row_id]] = np.mean([len(text.split()) for text in texts])
         length = length[np.argsort(table["rank"])]
         number = max(1, round(share * len(length)))
         for name, part in zip(means, (length[:number], length, length[-number:])):

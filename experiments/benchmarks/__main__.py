@@ -8,6 +8,7 @@ all       the four above
 breakdown time of the training step by part, from a trace (--config=configs/quality.py:smollm2 --rounds=3)
 dtype     training step in bfloat16 against float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection against a step of direct mixing
+large     what grows with the number of rows, at 10^6 of them: step, checkpoint, export, report (--rounds=10)
 padding   packed sequences against padded rows (for real rows, --config=configs/quality.py:smollm2)
 rows      first and later start with many rows, against TRL's way (--config=configs/quality.py:smollm2 --rows=10000,100000)
 """
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "padding", "rows")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "large", "padding", "rows")
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
@@ -37,10 +38,12 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import breakdown, cost, decode, dtypes, memory, padding, rows, selector_cost, train_step
+    from experiments.benchmarks import breakdown, cost, decode, dtypes, large, memory, padding, rows, selector_cost, train_step
 
     if suite == "selector":
         return selector_cost.measure(rounds)
+    if suite == "large":
+        return large.measure(config, rounds)
     if suite == "rows":
         return rows.measure(config, [int(number) for number in ROWS.value], rounds)
     if suite == "memory":

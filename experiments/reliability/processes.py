@@ -72,7 +72,12 @@ def environment(directory: pathlib.Path) -> dict[str, str]:
 
 
 def train(
-    workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | None = None, measured: bool = False, process: tuple = ()
+    workdir: pathlib.Path,
+    settings: dict,
+    kill: tuple[str, int, float] | None = None,
+    measured: bool = False,
+    process: tuple = (),
+    first: str = "",
 ) -> Ended:
     """One attempt of a run.
 
@@ -82,11 +87,12 @@ def train(
       kill: the moment of the SIGKILL: an activity, how often it has started before, and a delay in seconds.
       measured: whether the run reports memory and files after each event.
       process: coordinator address, number of processes, index of this process; empty for a single process.
+      first: code that the process runs before.
     """
     read_end, write_end = os.pipe()
     changes = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ["--config", str(ROOT / "configs" / "safety.py"), *changes, *(["--measured"] if measured else [])]
-    command = [sys.executable, "-u", "-c", WRAPPER, str(write_end), str(workdir), *config]
+    command = [sys.executable, "-u", "-c", first + WRAPPER, str(write_end), str(workdir), *config]
     log = workdir.with_name("_".join([workdir.name, *process[2:]]) + ".log")
     environ = environment(workdir.parent) | dict(zip(PROCESS, process))
     with log.open("ab") as output, open(read_end, encoding="utf-8") as pipe:

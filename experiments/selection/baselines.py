@@ -21,7 +21,7 @@ from absl import flags
 from bilevel_jax import cli, features, scoring
 from bilevel_jax import setup as setups
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.export import selected_rows
+from bilevel_jax.export import records, selected_rows
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
@@ -158,7 +158,7 @@ def write_ranking(file: pathlib.Path, values: np.ndarray, rows: list[data_rows.R
     weight_table.write(file, table)
     for share in shares:
         kept[share] = file.with_name(f"{file.stem}_{100 * share:g}.jsonl")
-        selected_rows.write(kept[share], [item.row.fields for item in selected_rows.select(rows, table, share)])
+        records.write(kept[share], [item.row.fields for item in selected_rows.select(rows, table, share)])
     return kept
 
 

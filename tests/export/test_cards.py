@@ -9,7 +9,7 @@ import yaml
 
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows
-from bilevel_jax.export import cards, kept_rows, selected_rows
+from bilevel_jax.export import cards, kept_rows, records, selected_rows
 from bilevel_jax.runtime import weight_table
 
 
@@ -28,9 +28,13 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     ones = np.ones(len(parsed))
     table = weight_table.table(parsed, np.log(np.arange(1, len(parsed) + 1)), ones, 0 * ones, **measures)
     left_out = selected_rows.implausible(table, share)
-    kept = selected_rows.select(parsed, table, keep, left_out)
+    kept = selected_rows.heaviest(table, keep, left_out)
     out = provenance.workdir / "a.jsonl"
-    selection = kept_rows.Selection([], kept, [{} for _ in kept], parsed, table, "original", list(renamed), len(left_out))
+    marks = [rows.mark(row, "bad") for row in parsed]
+    labels = np.array([kept_rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)
+    selection = kept_rows.Selection(
+        records.Records(), np.flatnonzero(kept), kept, None, labels, table, "original", list(renamed), int(left_out.sum())
+    )
     return cards.data_card(provenance, out, selection)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.data import rows, templates
+from bilevel_jax.export import records as exported
 from bilevel_jax.export import selected_rows
 from bilevel_jax.runtime import weight_table
 from tests.conftest import HELD_OUT, NUM_LOWER, load, write_jsonl
@@ -29,6 +30,22 @@ MIXED = [
 
 def parse(objects):
     return list(rows.parse(enumerate(objects, 1)))
+
+
+def traits(parsed):
+    found = selected_rows.Traits()
+    for row in parsed:
+        found.add(row)
+    return found
+
+
+def join(parsed, columns, reserved):
+    """The rows with their columns, and the names of the renamed fields."""
+    joined = exported.Records()
+    for row, more in zip(parsed, columns, strict=True):
+        joined.add(row.line, row.fields, more)
+    renamed = joined.rename(reserved)
+    return [*joined], renamed
 
 
 def read(file, tmp_path):
@@ -178,7 +195,7 @@ def test_refine_replaces_masked_responses_in_their_own_field():
     parsed = parse(MIXED)
     responses = {row.id: f"own {row.line}" for row in parsed if row.line != 3}
     kept = [selected_rows.Kept(row, 1.0, row.line, masked=row.line != 2) for row in parsed]
-    refined, columns = zip(*selected_rows.refine(kept, responses))
+    refined, columns = zip(*(selected_rows.refine(one, responses) for one in kept))
     assert (
         [one.row.fields for one in refined]
         == [
@@ -199,7 +216,7 @@ def test_refine_replaces_masked_responses_in_their_own_field():
 def test_refine_refuses_preferences():
     (row,) = parse([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(rows.DataError, match="line 1: --refined"):
-        selected_rows.refine([selected_rows.Kept(row, 1.0, 1, True)], {row.id: "x"})
+        selected_rows.refine(selected_rows.Kept(row, 1.0, 1, True), {row.id: "x"})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,14 +230,14 @@ def test_refine_refuses_preferences():
 )
 def test_resolve_format(indices, template, expected):
     parsed = parse([MIXED[i] for i in indices])
-    assert selected_rows.resolve_format("auto", parsed, template) == expected
-    assert selected_rows.resolve_format("original", parsed, template) == "original"
+    assert selected_rows.resolve_format("auto", traits(parsed), template) == expected
+    assert selected_rows.resolve_format("original", traits(parsed), template) == "original"
 
 
 def test_pairs_stay_pairs():
     pairs = list(rows.parse([(1, {"prompt": "a", "chosen": "b", "rejected": "c"})], preference=True))
-    assert selected_rows.resolve_format("auto", pairs, "chat") == "original"
-    assert selected_rows.resolve_format("chat", pairs, "chat") == "chat"
+    assert selected_rows.resolve_format("auto", traits(pairs), "chat") == "original"
+    assert selected_rows.resolve_format("chat", traits(pairs), "chat") == "chat"
 
 
 def test_chats():
@@ -246,7 +263,7 @@ def test_texts_are_those_of_a_run(neox, template):
 def test_join_renames_conflicting_fields():
     objects = [{"question": "a", "response": "b", "weight": 3, "text": "t", "labels": None}, {"question": "c", "response": "d"}]
     columns = [{"weight": 0.5, "prompt": "a"}, {"weight": 1.5, "prompt": "c"}]
-    joined, renamed = selected_rows.join(parse(objects), columns, {"text", "labels"})
+    joined, renamed = join(parse(objects), columns, {"text", "labels"})
     assert renamed == ["text", "weight"]
     assert joined == [
         {"question": "a", "response": "b", "labels": None, "original_weight": 3, "original_text": "t"} | columns[0],
@@ -255,7 +272,7 @@ def test_join_renames_conflicting_fields():
 
 
 def test_join_keeps_equal_values():
-    joined, renamed = selected_rows.join(parse([MIXED[2]]), [{"prompt": "c ", "completion": "d", "rank": 1}], ())
+    joined, renamed = join(parse([MIXED[2]]), [{"prompt": "c ", "completion": "d", "rank": 1}], ())
     assert joined == [MIXED[2] | {"rank": 1}] and not renamed
 
 
@@ -263,11 +280,11 @@ def test_join_keeps_equal_values():
 def test_join_refuses_to_lose_a_field(other):
     parsed = parse([{"question": "a", "response": "b", "rank": 9} | other])
     with pytest.raises(rows.DataError, match="line 1: .* taken"):
-        selected_rows.join(parsed, [{"rank": 1, "original_response": "b"}], {"response"})
+        join(parsed, [{"rank": 1, "original_response": "b"}], {"response"})
 
 
 def test_misread():
-    chats, mixed = parse([MIXED[3]]), parse(MIXED)
+    chats, mixed = traits(parse([MIXED[3]])), traits(parse(MIXED))
     assert "messages" not in selected_rows.misread("chat", chats) and "text" in selected_rows.misread("chat", chats)
     assert "messages" in selected_rows.misread("text", chats) and "messages" in selected_rows.misread("chat", mixed)
     assert not selected_rows.misread("original", mixed)
@@ -289,8 +306,8 @@ def test_exported_chats_are_read_again(tmp_path, name, only_columns):
     for value in FORMS:
         parsed = parse([value])
         columns = [{"weight": 1.0} | selected_rows.prompt_columns(row, "chat", None, None) for row in parsed]
-        records, _ = selected_rows.join(parsed, columns, selected_rows.misread("chat", parsed))
-        selected_rows.write(tmp_path / name, columns if only_columns else records)
+        records, _ = join(parsed, columns, selected_rows.misread("chat", traits(parsed)))
+        exported.write(tmp_path / name, columns if only_columns else records)
         usable, report = rows.read_rows(tmp_path / name)
         assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
 
@@ -311,8 +328,8 @@ def test_refine_replaces_the_answer_of_every_form():
 def test_datasets_reads_rows_of_every_schema(name, tmp_path):
     parsed = parse(MIXED)
     columns = [{"weight": 1.0, "rank": row.line} | selected_rows.prompt_columns(row, "chat", None, None) for row in parsed]
-    records, _ = selected_rows.join(parsed, columns, selected_rows.misread("chat", parsed))
-    assert selected_rows.write(tmp_path / name, records) == []
+    records, _ = join(parsed, columns, selected_rows.misread("chat", traits(parsed)))
+    assert exported.write(tmp_path / name, records) == []
     assert [file.name for file in (tmp_path / name).parent.glob("kept*")] == [(tmp_path / name).name]
     loaded = read(tmp_path / name, tmp_path)
     absent = dict.fromkeys(key for record in records for key in record)
@@ -324,20 +341,20 @@ def test_datasets_reads_rows_of_every_schema(name, tmp_path):
 
 def test_parquet_refuses_a_field_of_two_types(tmp_path):
     with pytest.raises(ValueError, match="jsonl"):
-        selected_rows.write(tmp_path / "kept.parquet", [{"bad": True}, {"bad": "yes"}])
+        exported.write(tmp_path / "kept.parquet", [{"bad": True}, {"bad": "yes"}])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     (tmp_path / "kept.jsonl").write_text("before")
     with pytest.raises(TypeError):
-        selected_rows.write(tmp_path / "kept.jsonl", [{"a": "b"}, {"a": {("no", "key"): "of JSON"}}])
+        exported.write(tmp_path / "kept.jsonl", [{"a": "b"}, {"a": {("no", "key"): "of JSON"}}])
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
 
 
 def test_lone_surrogates_are_written_as_json_escapes(tmp_path):
     """JSON can spell it, UTF-8 cannot."""
-    selected_rows.write(tmp_path / "kept.jsonl", [{"a": "☃\ud800"}])
+    exported.write(tmp_path / "kept.jsonl", [{"a": "☃\ud800"}])
     assert (tmp_path / "kept.jsonl").read_bytes() == b'{"a": "' + "☃".encode() + b'\\ud800"}\n'
 
 
@@ -345,13 +362,13 @@ def test_lone_surrogates_are_written_as_json_escapes(tmp_path):
 def test_fields_that_datasets_would_miss_are_reported(tmp_path, index, late):
     """With `note` in the eleventh megabyte, `datasets` infers fields without it and fails."""
     records = [{"text": "x" * 10**6, **({"note": "here"} if i == index else {})} for i in range(12)]
-    assert selected_rows.write(tmp_path / "kept.jsonl", records) == late
+    assert exported.write(tmp_path / "kept.jsonl", records) == late
     if late:
         with pytest.raises(datasets.exceptions.DatasetGenerationError):
             read(tmp_path / "kept.jsonl", tmp_path)
     else:
         assert read(tmp_path / "kept.jsonl", tmp_path)[0]["note"] == "here"
-    selected_rows.write(tmp_path / "kept.parquet", records)
+    exported.write(tmp_path / "kept.parquet", records)
     assert read(tmp_path / "kept.parquet", tmp_path)[index]["note"] == "here"
 
 

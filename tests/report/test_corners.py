@@ -38,7 +38,7 @@ def words_of(found, section="corners"):
 
 def test_corners_by_hand(tmp_path):
     run = run_data.read(make(tmp_path / "run", BOTH))
-    found = corners.split(run.tables[2], run_data.labels(run, run.tables[2]))
+    found = corners.split(run.tables[2], run_data.labels(run))
     assert [corner.name for corner in found] == list(CORNERS)
     for corner, (number, weight, bad, examples) in zip(found, CORNERS.values()):
         assert (corner.number, corner.share, corner.examples.tolist()) == (number, number / N, examples)
@@ -48,7 +48,7 @@ def test_corners_by_hand(tmp_path):
 def test_rows_without_a_label_are_not_good(tmp_path):
     """Without rows 0 and 5, one of the four other rows of the last corner is bad."""
     run = run_data.read(make(tmp_path / "run", BOTH))
-    bad, known = run_data.labels(run, run.tables[2]), ~np.isin(np.arange(N), (0, 5))
+    bad, known = run_data.labels(run), ~np.isin(np.arange(N), (0, 5))
     *_, last = corners.split(run.tables[2], bad, known)
     assert last.number == 6 and last.bad == pytest.approx(1 / 4)
 

@@ -19,7 +19,7 @@ from bilevel_jax import finish, train
 from bilevel_jax.data import levels
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.errors import RunError
-from bilevel_jax.report import page, plots, run_data, screenshot
+from bilevel_jax.report import page, plots, run_data, screenshot, shown_rows
 from bilevel_jax.runtime import summary_table, weight_table
 from bilevel_jax.runtime.workdir import read_config
 from bilevel_jax.text import one_line, visible
@@ -311,6 +311,17 @@ def test_without_its_rows_a_report_shows_ids(run_dir, tmp_path):
     found = page.render(run_data.read(run_dir, rows=[]))
     ids = pyarrow.parquet.read_table(run_dir / "weights" / "epoch_2.parquet")["id"].to_pylist()
     assert ids[0] in found and "Question 0?" not in found
+
+
+def test_a_report_of_many_rows_shows_the_same(run_dir, monkeypatch):
+    """Only the texts that are shown are kept: each end of the ranking has two rows here, and both masked rows are compared."""
+    monkeypatch.setattr(shown_rows, "NUM_EXTREMES", 2)
+    expected = page.render(run_data.read(run_dir))
+    monkeypatch.setattr(shown_rows, "ALL", N - 1)
+    run = run_data.read(run_dir)
+    assert 2 <= len(run.rows) < N / 2
+    note = f" Of so many rows only {shown_rows.ROWS:,} with a\ngenerated response, drawn at random, are compared."
+    assert page.render(run).replace(note, "") == expected
 
 
 def test_rows_that_are_missing_are_named(run_dir, tmp_path):

@@ -1,0 +1,39 @@
+"""Finds the rows of a table among the rows of the data, by their ids, in blocks and without a dictionary of all ids."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from bilevel_jax.data.rejections import DataError
+from bilevel_jax.data.rows import Row
+
+BLOCK = 1 << 12  # rows whose ids are looked up at once
+
+
+def match(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True) -> Iterator[tuple[int, Row]]:
+    """Yields the candidates whose ids are among `ids`, each with the index of its id, in the order of the candidates.
+
+    Args:
+      candidates: rows; no two have the same id.
+      ids: texts, at least one, all different.
+      strict: whether every id must match a candidate.
+
+    Raises:
+      DataError: at the end, if one does not: the ids are from other data.
+    """
+    stored = np.concatenate([np.array([one.encode() for one in chunk.to_pylist()]) for chunk in ids.chunks if len(chunk)])
+    order = np.argsort(stored, kind="stable")
+    stored, matched, candidates = stored[order], np.zeros(len(ids), bool), iter(candidates)
+    while block := list(itertools.islice(candidates, BLOCK)):
+        asked = np.array([row.id.encode() for row in block])
+        position = np.minimum(np.searchsorted(stored, asked), len(stored) - 1)
+        for row, index, is_equal in zip(block, order[position].tolist(), (stored[position] == asked).tolist()):
+            if is_equal:
+                matched[index] = True
+                yield index, row
+    if strict and not matched.all():
+        first = ids[int(np.argmin(matched))].as_py()
+        what = f"{int((~matched).sum())} of {len(ids)} ids match no row (first: {first})"
+        raise DataError(f"{what}; the ids are from other data")

@@ -1,0 +1,30 @@
+"""The rows of a run's lower level again, one at a time, for commands that need each of them once."""
+
+from collections.abc import Iterator
+
+from bilevel_jax.data import by_turn, levels, readers, rows
+from bilevel_jax.data.columns import Columns
+from bilevel_jax.data.rows import Row
+
+
+def reopen(config) -> Iterator[Row]:
+    """Yields the rows of `levels.reopen`, in the same order. Of files and data sets only one row is in memory at a time.
+
+    Generated rows, recipes and random subsets (`data.num_lower`) are read as a whole.
+
+    Raises:
+      DataError: the source no longer exists, or has no usable row.
+    """
+    if config.data.num_lower or config.data.lower.partition(":")[0] in ("recipe", "synthetic"):
+        yield from levels.reopen(config)
+        return
+    # Earlier runs have no keys loss.lower, selection.unit and data.columns.
+    preference = config.loss.get("lower", "sft") != "sft"
+    by_answer = config.method != "mixing" and config.selection.get("unit", "sample") == "turn"
+    columns, number = Columns(config.data.get("columns", ""), "data.columns"), 0
+    for item in rows.parse_columns(readers.read_objects(config.data.lower), columns, preference=preference):
+        if isinstance(item, Row):
+            number += 1
+            yield from by_turn.rows_of(item, of_last=[config.data.truth]) if by_answer else (item,)
+    if not number:
+        levels.reopen(config)  # raises and says why

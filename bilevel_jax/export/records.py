@@ -1,0 +1,135 @@
+"""Exported rows on disk: collected one by one, renamed in all rows where a name clashes in one, and written to a file."""
+
+import itertools
+import pathlib
+import pickle
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from bilevel_jax import files
+from bilevel_jax.data import rows
+
+INFERENCE_BYTES = 10 << 20  # bytes of a JSONL file from which `datasets` infers the fields
+BLOCK = 1 << 14  # rows of a Parquet file that are in memory at once
+ORIGINAL = "original_"
+
+
+class Records:
+    """Rows with their columns, in a temporary file until they are read.
+
+    A field is renamed `original_NAME`, in all rows, if its name is reserved or if a column has the name and another value. Nulls do
+    not count. Iterating yields the rows, as often as needed, in the order in which they were added.
+    """
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()
+        self._number = 0
+        self._present: set[str] = set()  # fields with a value
+        self._clashing: set[str] = set()  # of these, fields with the name of a column and another value
+        self._taken: dict[str, tuple[int, int]] = {}  # field -> (record, line) of the first row where its new name is taken
+        self._renamed: set[str] = set()
+
+    def add(self, line: int, fields: Mapping, columns: Mapping) -> None:
+        """Adds a row of the data with its new columns."""
+        for name, value in fields.items():
+            if value is not None:
+                self._present.add(name)
+                if name in columns and columns[name] != value:
+                    self._clashing.add(name)
+            new = f"{ORIGINAL}{name}"
+            if name not in self._taken and (new in fields or new in columns):
+                self._taken[name] = self._number, line
+        pickle.dump((dict(fields), dict(columns)), self._file, pickle.HIGHEST_PROTOCOL)
+        self._number += 1
+
+    def rename(self, reserved: Collection[str]) -> list[str]:
+        """Renames the fields that clash, and returns their names.
+
+        Raises:
+          DataError: a new name exists already.
+        """
+        self._renamed = self._clashing | self._present.intersection(reserved)
+        taken = [(*self._taken[name], name) for name in self._renamed if name in self._taken]
+        if taken:
+            _, line, name = min(taken)
+            what = f"'{name}' would be renamed '{ORIGINAL}{name}', which is taken; rename one in the data"
+            raise rows.DataError(f"line {line}: {what}")
+        return sorted(self._renamed)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __iter__(self) -> Iterator[dict]:
+        self._file.seek(0)
+        for _ in range(self._number):
+            fields, columns = pickle.load(self._file)
+            yield {f"{ORIGINAL}{name}" if name in self._renamed else name: value for name, value in fields.items()} | columns
+
+
+class Repeated:
+    """Records, each as often as `times` [records] says."""
+
+    def __init__(self, records: Records, times: np.ndarray):
+        self._records, self._times = records, times
+
+    def __iter__(self) -> Iterator[dict]:
+        for record, number in zip(self._records, self._times, strict=True):
+            yield from itertools.repeat(record, number)
+
+
+def write(out: pathlib.Path, records: Iterable[dict]) -> list[str]:
+    """Writes rows, which may have different fields, to a JSONL or Parquet file.
+
+    Args:
+      records: can be iterated more than once.
+
+    Returns:
+      Fields with no value in the first INFERENCE_BYTES of a JSONL file. `datasets.load_dataset` fails on them.
+
+    Raises:
+      ValueError: a field has values of several types, which Parquet cannot store.
+    """
+    late: list[str] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(out) as file:
+        if out.suffix == ".parquet":
+            _write_parquet(out, file, records)
+            return []
+        seen = set()
+        for record in records:
+            new = {name for name, value in record.items() if value is not None} - seen
+            if new and file.tell() > INFERENCE_BYTES:
+                late += sorted(new)
+            seen |= new
+            line = files.to_json(record, ensure_ascii=False, default=str) + "\n"
+            file.write(line.encode(errors="backslashreplace"))  # lone surrogates as JSON escapes
+    return late
+
+
+def _blocks(records: Iterable[dict]) -> Iterator[list[dict]]:
+    iterator = iter(records)
+    while block := list(itertools.islice(iterator, BLOCK)):
+        yield block
+
+
+def _write_parquet(out: pathlib.Path, file, records: Iterable[dict]) -> None:
+    """Writes block by block, with the types that all blocks share: the first pass collects them."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        schema = pa.schema([])
+        for block in _blocks(records):
+            schema = pa.unify_schemas([schema, _table(pa, block).schema], promote_options="permissive")
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            for block in _blocks(records):
+                writer.write_table(_table(pa, block, schema))
+    except pa.ArrowException as error:
+        raise ValueError(f"{out}: a field has values of several types ({error}); write .jsonl") from error
+
+
+def _table(pa, block: list[dict], schema=None):
+    names = schema.names if schema else dict.fromkeys(name for record in block for name in record)
+    return pa.table({name: [record.get(name) for record in block] for name in names}, schema=schema)
