@@ -146,14 +146,14 @@ def test_a_quantised_base(make_config, tmp_path):
     summary = summary_of(workdir)
     tokenizer = templates.load_tokenizer(config.model.path)
     segments = scoring.example_segments(data_levels.load_level(config, "upper", tokenizer).eval_examples)
-    losses = {}
+    errors_of = {}
     for kind in ("int8", "none"):
         model, base = huggingface.load_model(config.model.path, "float32", kind)
         model, adapter = huggingface.load_adapter(workdir / "adapter", model)
         score = scoring.make_scorer(model, 2, 96, sharding.make_mesh(1))
-        losses[kind] = scoring.mean_loss(*score(base, adapter, segments, "held-out rows"))
-    assert losses["int8"] == pytest.approx(summary["eval/upper_loss"], rel=1e-5)
-    assert losses["none"] != pytest.approx(summary["eval/upper_loss"], rel=1e-5)
+        loss = scoring.mean_loss(*score(base, adapter, segments, "held-out rows"))
+        errors_of[kind] = abs(loss - summary["eval/upper_loss"])
+    assert errors_of["int8"] < 3e-6 < errors_of["none"]  # a loss of 5.7
     assert files.read_json(workdir / "adapter" / "adapter_config.json")["base_model_name_or_path"] == config.model.path
 
 

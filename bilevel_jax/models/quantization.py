@@ -136,6 +136,16 @@ def _look_up(values: np.ndarray, code: jax.Array) -> jax.Array:
     return candidates[0]
 
 
+def gather_magnitudes(codes: jax.Array) -> jax.Array:
+    """Values of `dynamic_map`, from memory."""
+    return jnp.asarray(dynamic_map())[codes]
+
+
+def select_magnitudes(codes: jax.Array) -> jax.Array:
+    """Values of `dynamic_map`, as a sum over all of them in which one is not 0. A TPU gathers far more slowly."""
+    return jnp.where(codes[..., None] == jnp.arange(256), jnp.asarray(dynamic_map()), 0.0).sum(axis=-1)
+
+
 def dequantize(kernel: dict[str, jax.Array], dtype) -> jax.Array:
     """The weights [I, O], computed in float32 and rounded once."""
     codes_IxO = kernel["codes"]
@@ -143,7 +153,8 @@ def dequantize(kernel: dict[str, jax.Array], dtype) -> jax.Array:
         return (codes_IxO.astype(jnp.float32) * kernel["magnitude"] * np.float32(1 / 127)).astype(dtype)
     blocks, outputs = kernel["magnitude_codes"].shape
     scale_BxO = jnp.repeat(kernel["magnitude_scale"], GROUP)[: blocks * outputs].reshape(outputs, blocks).T
-    centred_BxO = jnp.asarray(dynamic_map())[kernel["magnitude_codes"]] * scale_BxO
+    codes_BxO = kernel["magnitude_codes"].astype(jnp.int32)
+    centred_BxO = jax.lax.platform_dependent(codes_BxO, tpu=select_magnitudes, default=gather_magnitudes) * scale_BxO
     # The maximum changes no value. It keeps a compiler from rounding product and sum once, as one operation.
     magnitude_BxO = jnp.maximum(centred_BxO, jnp.finfo(jnp.float32).min) + kernel["magnitude_mean"]
     weight = _look_up(NF4, codes_IxO.astype(jnp.int32)).reshape(blocks, BLOCK, outputs) * magnitude_BxO[:, None]

@@ -51,6 +51,12 @@ def test_values_of_magnitudes():
         np.testing.assert_allclose(inside, 10.0 ** (i - 6) * (0.1 + 0.9 * (np.arange(2**i) + 0.5) / 2**i), rtol=1e-5)
 
 
+def test_magnitudes_are_looked_up_alike():
+    codes = np.arange(256).reshape(2, 128)
+    for look_up in (quantization.gather_magnitudes, quantization.select_magnitudes):
+        np.testing.assert_array_equal(jax.jit(look_up)(codes), quantization.dynamic_map()[codes])
+
+
 def test_codes_of_nf4():
     """Every weight has the nearest value of its block of 64 inputs."""
     weights = kernel()
