@@ -1,7 +1,7 @@
 """A dry run: `python -m bilevel_jax.main --config=... --check` reads, compiles and times what a run would.
 
-It writes nothing but the caches of compiled programs and of prepared rows. Rows, model and step are the real ones. Only the times are
-extrapolated, from two steps and from a few held-out rows.
+It writes nothing but the caches of compiled programs and of prepared rows. Rows, model and step are the real ones. Only the times
+are extrapolated, from two steps and from a few held-out rows.
 """
 
 import dataclasses
