@@ -11,7 +11,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax import near_names, objective, online, optimizer, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
-from bilevel_jax.models import quantization
+from bilevel_jax.models import decoder, fused_attention, quantization
 
 CHOICES = {
     "method": configuration.METHODS,
@@ -19,6 +19,7 @@ CHOICES = {
     "optimizer.schedule": optimizer.SCHEDULES,
     "model.dtype": configuration.DTYPES,
     "model.quantization": quantization.KINDS,
+    "model.attention": fused_attention.KINDS,
     "selection.unit": configuration.UNITS,
     "data.learn": templates.LEARN,
     "data.template": templates.TEMPLATES,
@@ -349,6 +350,29 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
     for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
         if number % num_parts:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
+
+
+def attention(config: Config, model: decoder.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
+    """What `model.attention` is on these devices, `xla` or `fused`, and why `auto` is `xla` on a TPU, or an empty text.
+
+    Args:
+      config: of the run.
+      model: its model.
+      platform: the name that JAX has for the kind of device, such as `tpu`.
+      tensor: length of the axis of the mesh that splits heads.
+
+    Raises:
+      ConfigError: `fused`, which this platform or these shapes do not allow; one line that names the key.
+    """
+    setting, is_tpu = config.model.attention, platform == "tpu"
+    if setting == "xla" or setting == "auto" and not is_tpu:
+        return "xla", ""
+    problem, change = f"the kernel is for a TPU, and this run is for a {platform.upper()}", ""
+    if is_tpu:
+        problem, change = fused_attention.problem(config.data.max_length, model.head_dim, model.num_kv_heads, tensor)
+    if setting == "fused" and problem:
+        raise ConfigError(f"model.attention=fused: {problem}; set {change + ' or ' if change else ''}model.attention=xla")
+    return ("xla", problem) if problem else ("fused", "")
 
 
 def check_masks(config: Config, num_steps: int) -> None:

@@ -108,7 +108,7 @@ def compile_run(config: ml_collections.ConfigDict, target: targets.Target) -> It
     config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, targets.devices(target))
     config.mesh.data = mesh.shape["data"]
-    plan = memory.make_plan(config)
+    plan = memory.make_plan(config, platform=target.platform)
     yield header(plan, target)
     with jax.set_mesh(mesh):
         todo = programs.of_run(checks.build(config), plan, mesh)

@@ -137,6 +137,9 @@ class Model:
     dtype: str = "float32"
     # Of the base's linear layers: none, nf4 (QLoRA: 4.1 bits a weight), int8. Embeddings, norms and head keep model.dtype
     quantization: str = "none"
+    # Of packed sequences: xla, fused (one kernel, on a TPU: scores never leave the core), auto (fused on a TPU where it takes the
+    # model and data.max_length, else xla)
+    attention: str = "auto"
     remat: bool = False  # recompute whole layers in the backward pass: a third more time, far less memory
 
 

@@ -156,12 +156,13 @@ def activations(model: decoder.ModelConfig, rank: int, targets, sequences: int, 
     return kept(model.num_layers) + recomputed
 
 
-def make_plan(config, num_rows: int | None = None) -> Plan:
+def make_plan(config, num_rows: int | None = None, platform: str | None = None) -> Plan:
     """The memory plan of a run.
 
     Args:
       config: a `ConfigDict`, as for a run.
       num_rows: the lower-level rows N to train on; None takes `data.num_lower` without the held-out rows, or `ASSUMED_ROWS`.
+      platform: of the devices; by default that of this machine, or a TPU where the config has what only a TPU can do.
 
     Raises:
       ConfigError, ModelError: as in the run itself, as far as they can be detected without weights and rows.
@@ -172,7 +173,9 @@ def make_plan(config, num_rows: int | None = None) -> Plan:
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
     model = huggingface.read_config(directory, dtype, activations=dtype, quantization=config.model.quantization)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
-    model = dataclasses.replace(model, remat=config.model.remat)
+    platform = platform or ("tpu" if config.model.attention == "fused" else jax.default_backend())
+    attention, _ = checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
+    model = dataclasses.replace(model, remat=config.model.remat, attention=attention)
     assumed = num_rows is None and not config.data.num_lower
     if num_rows is None:
         num_lower = config.data.num_lower

@@ -3,6 +3,8 @@
 XLA counts the body of every loop once, also that of the loop over layers. `products` counts the matrix products of the traced
 program with each loop of known length multiplied out, and without that; the ratio scales XLA's counts. The body of a loop of
 unknown length is counted once: a micro-batch, a chunk of logits, a token of every slot.
+
+XLA counts no FLOPs of a Pallas kernel, and each of its operands and results once. `kernel_flops` has its products.
 """
 
 import collections
@@ -38,7 +40,7 @@ class Cost(NamedTuple):
 
 
 def products(jaxpr, unroll: bool = True) -> Cost:
-    """The matrix products of a jaxpr on all devices together, with operands and results as bytes.
+    """The matrix products of a jaxpr on all devices together, with operands and results as bytes; without those of kernels.
 
     Args:
       jaxpr: an open one.
@@ -51,11 +53,30 @@ def products(jaxpr, unroll: bool = True) -> Cost:
         elif equation.primitive.name == "cond":
             branches = [products(branch.jaxpr, unroll) for branch in equation.params["branches"]]
             total += Cost(max(one.flops for one in branches), max(one.bytes for one in branches))
-        else:
-            turns = equation.params["length"] if unroll and equation.primitive.name == "scan" else 1
+        elif equation.primitive.name != "pallas_call":
             for inner in _inner(equation.params):
-                total += products(inner, unroll).times(turns)
+                total += products(inner, unroll).times(_turns(equation, unroll))
     return total
+
+
+def kernel_flops(jaxpr) -> float:
+    """FLOPs of the products of Pallas kernels on all devices together: of all blocks, also those that a kernel skips."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            total += products(equation.params["jaxpr"]).flops * math.prod(equation.params["grid_mapping"].grid)
+        elif equation.primitive.name == "cond":
+            total += max(kernel_flops(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            total += _turns(equation) * sum(kernel_flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _turns(equation, unroll: bool = True) -> int:
+    """How often the jaxprs of an equation run: the turns of a scan, or once on each device of a `shard_map`."""
+    if equation.primitive.name == "shard_map":
+        return equation.params["mesh"].size
+    return equation.params["length"] if unroll and equation.primitive.name == "scan" else 1
 
 
 def _product(equation) -> Cost:
@@ -83,11 +104,11 @@ def of_device(counted: dict | None, jaxpr, num_devices: int) -> tuple[Cost, bool
       jaxpr: of the traced program.
       num_devices: that the program runs on.
     """
-    full, once = products(jaxpr), products(jaxpr, unroll=False)
+    full, once, kernels = products(jaxpr), products(jaxpr, unroll=False), kernel_flops(jaxpr) / num_devices
     if not counted or not counted.get("flops", 0) > 0:
-        return Cost(full.flops / num_devices, math.nan), False
+        return Cost(full.flops / num_devices + kernels, math.nan), False
     scale = [whole / part if part else 1 for whole, part in zip(full, once)]
-    return Cost(counted["flops"] * scale[0], counted["bytes accessed"] * scale[1]), True
+    return Cost(counted["flops"] * scale[0] + kernels, counted["bytes accessed"] * scale[1]), True
 
 
 def least_seconds(cost: Cost, flops_per_second: float, bytes_per_second: float) -> tuple[float, float]:

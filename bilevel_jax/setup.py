@@ -43,6 +43,10 @@ def load(config: configuration.Config) -> Setup:
     model = huggingface.read_config(directory, config.model.dtype, quantization=config.model.quantization)
     model = layer_settings.for_length(model, config.data.max_length)
     checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    attention, reason = checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
+    if reason:
+        say(f"model.attention=auto takes xla and not fused: {reason}")
+    model = dataclasses.replace(model, attention=attention)
     tokenizer = templates.load_tokenizer(str(directory))
     with phases.phase("loading rows"):
         upper, lower = levels.load_levels(config, tokenizer)

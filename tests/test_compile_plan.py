@@ -140,6 +140,16 @@ def test_sizes_of_tpu_programs(compiled):
 
 
 @pytest.mark.slow
+def test_tpu_programs_take_the_kernel(compiled):
+    """`auto`, with rows and heads split over the devices; FLOPs of both products of attention by hand."""
+    program = compiled["scoring"].program
+    assert program.arguments[0].attention == "fused"
+    with jax.set_mesh(program.arguments[3].tokens.sharding.mesh):
+        flops = program_costs.kernel_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
+    assert flops == 3 * 4 * 4 * 512 * 512 * 4 * 64  # layers, FLOPs of a query and a key, sequences, positions, heads, width
+
+
+@pytest.mark.slow
 def test_flops_of_tpu_programs(compiled):
     """Scoring: 2 FLOPs for each weight of the layers and token, and attention. A step: at least twice that."""
     tokens = 4 * 512 / 4  # of four sequences, on one of four devices that split rows; two split heads and columns

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 
 from bilevel_jax import program_costs
 from bilevel_jax.program_costs import Collective, Cost
@@ -79,6 +80,29 @@ def test_products_agree_with_xla():
     arguments = jnp.ones((64, 32)), jnp.ones((32, 16))
     xla = jax.jit(jnp.matmul).lower(*arguments).compile().cost_analysis()
     assert counted(jnp.matmul, *arguments)[0] == Cost(xla["flops"], xla["bytes accessed"])
+
+
+def test_products_of_a_kernel():
+    """Six blocks of [8, 16] x [16, 128], counted apart from the product outside, which XLA counts; twice in a scan of two."""
+    grid = {
+        "grid": (2, 3),
+        "in_specs": [pallas.BlockSpec((8, 16), lambda i, j: (i, 0)), pallas.BlockSpec((16, 128), lambda i, j: (0, j))],
+    }
+
+    def kernel(x, w, out):
+        out[...] = jnp.dot(x[...], w[...])
+
+    def multiply(x, w):
+        out = jax.ShapeDtypeStruct((16, 384), jnp.float32)
+        return pallas.pallas_call(kernel, out, out_specs=pallas.BlockSpec((8, 128), lambda i, j: (i, j)), **grid)(x, w)
+
+    def twice(x, w):
+        return jax.lax.scan(lambda c, _: (c, multiply(x @ x.T @ x, w)), 0, None, length=2)
+
+    jaxpr = jax.make_jaxpr(twice)(jnp.ones((16, 16)), jnp.ones((16, 384))).jaxpr
+    assert program_costs.products(jaxpr).flops == 2 * 2 * (2 * 16**3)
+    assert program_costs.kernel_flops(jaxpr) == 2 * (2 * 16 * 16 * 384)
+    assert program_costs.of_device({"flops": 100.0, "bytes accessed": 10.0}, jaxpr, 4)[0].flops == 200 + 2 * 2 * 16 * 16 * 384 / 4
 
 
 def test_least_time():

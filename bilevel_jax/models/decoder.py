@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, attention, layer_settings, quantization, rotary
+from bilevel_jax.models import architectures, attention, fused_attention, layer_settings, quantization, rotary
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -71,6 +71,7 @@ class ModelConfig:
     logit_cap: float | None = None  # soft cap of logits
     embedding_scale: float = 1.0  # multiplies embeddings on their way in
     quantization: str = "none"  # of the base's linear layers, see `quantization`
+    attention: str = "xla"  # of packed sequences; fused: one kernel where it takes the shapes, see `fused_attention`
 
     @property
     def record(self) -> architectures.Architecture:
@@ -203,6 +204,16 @@ class Attention(nn.Module):
         x = x_SxLxHxC.reshape(S, L, -1) if self.config.record.norm_over_heads else x_SxLxHxC
         return _norm(self.config, name)(x).reshape(shape)
 
+    def _attend(self, q, k, v, segments_SxL, window):
+        """Attention within the segments of a packed batch."""
+        c = self.config
+        if c.second_order:
+            return attention.attend_plain(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
+        if c.attention == "fused" and fused_attention.fits(q, k):
+            windows = layer_settings.distinct_windows(c, q.shape[1])
+            return fused_attention.attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap, windows)
+        return attention.attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
+
     @nn.compact
     def __call__(self, x_TxD, table, segments_SxL=None, position_S=None, window=None):
         c, record = self.config, self.config.record
@@ -222,8 +233,7 @@ class Attention(nn.Module):
         else:
             for name, array in (("key", k), ("value", v)):
                 self.sow("prefilled", name, array, reduce_fn=lambda _, last: last, init_fn=lambda: None)
-            attend = attention.attend_plain if c.second_order else attention.attend
-            attended = attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
+            attended = self._attend(q, k, v, segments_SxL, window)
         return _linear(c, record.attention_output)(attended.reshape(S * L, -1))
 
 

@@ -43,6 +43,11 @@ def settings(config: ModelConfig, length: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+def distinct_windows(config: ModelConfig, length: int) -> tuple[int, ...]:
+    """All values that `window` of `settings` has; none if it has no `window`."""
+    return tuple(sorted({int(window) for window in settings(config, length).get("window", ())}))
+
+
 def rotary_table(positions_SxL: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """`rotary.table` of the positions; a stack of tables if layers differ. A layer without rotary positions has angles of 0."""
     tables = []

@@ -1,0 +1,143 @@
+"""The kernel of fused attention, interpreted, against the XLA path; and when it is chosen."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel_jax import checks
+from bilevel_jax import config as configuration
+from bilevel_jax.models import attention, decoder, fused_attention, layer_settings
+
+LENGTH = 256
+SEGMENTS = np.array([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 2, 3], [10, 200, 46])], np.int32)  # 0: padding
+TINY = decoder.ModelConfig(
+    architecture="llama",
+    vocab_size=11,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    rotary_dim=8,
+    max_positions=256,
+    activation="silu",
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(20, 0),
+)
+
+
+def arrays(key_heads, heads, width, dtype=np.float32):
+    """q, k, v and the cotangent of the result."""
+    rng = np.random.default_rng(0)
+    q, c = rng.normal(size=(2, 2, LENGTH, heads, width))
+    k, v = rng.normal(size=(2, 2, LENGTH, key_heads, width))
+    return [jnp.asarray(x, dtype) for x in (2 * q, k, v, c)]
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def with_gradients(q, k, v, c, window, cap, windows):
+    """Results and gradients of the kernel, and those of the XLA path."""
+
+    def run(function):
+        result, pull = jax.vjp(function, q, k, v)
+        return result, *pull(c)
+
+    fused = functools.partial(fused_attention.attend, windows=windows, interpret=True)
+    return [run(lambda *qkv, f=f: f(*qkv, SEGMENTS, None, window, cap)) for f in (fused, attention.attend)]
+
+
+@pytest.mark.parametrize(
+    "shape, window, cap, windows",
+    [((2, 6, 24), None, None, ()), ((1, 2, 64), 70, 0.8, (70,)), ((2, 2, 8), 40, None, (40, layer_settings.EVERYTHING))],
+    ids=["grouped", "window-cap", "windows"],
+)
+def test_the_kernel_equals_the_xla_path(shape, window, cap, windows):
+    """Also with the other window of the same compiled function, and exact zeros where a gradient crosses segments."""
+    *qkv, c = arrays(*shape)
+    fused, xla = with_gradients(*qkv, c, window and jnp.int32(window), cap, windows)
+    for ours, expected in zip(fused, xla):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+    of_one = c * (SEGMENTS == 2)[:, :, None, None]
+    gradients = with_gradients(*qkv, of_one, window and jnp.int32(window), cap, windows)[0][1:]
+    for gradient in map(np.asarray, gradients):
+        assert not gradient[SEGMENTS != 2].any() and gradient[SEGMENTS == 2].any()
+    if len(windows) == 2:
+        fused, xla = with_gradients(*qkv, c, jnp.int32(windows[1]), cap, windows)
+        for ours, expected in zip(fused, xla):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+
+
+def test_the_kernel_equals_the_xla_path_in_bfloat16():
+    """A rounding of bfloat16 is 2^-9 of a value; both paths round factors and results."""
+    fused, xla = with_gradients(*arrays(1, 2, 64, jnp.bfloat16), None, None, ())
+    for ours, expected in zip(fused, xla):
+        assert ours.dtype == expected.dtype == jnp.bfloat16
+        ours, expected = (np.asarray(x, np.float32) for x in (ours, expected))
+        assert np.linalg.norm(ours - expected) < 2**-7 * np.linalg.norm(expected)
+
+
+def decoder_gradients(config, length):
+    """A function of the weights of a decoder: the gradients of a sum over its hidden states. And such weights."""
+    shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), shapes)
+    tokens = np.arange(2 * length).reshape(2, length) % 11
+    segments = np.where(np.arange(length) < length // 3, 1, 2) * np.ones_like(tokens)
+
+    def total(params):
+        return jnp.sum(jnp.sin(3 * decoder.Decoder(config).apply({"params": params}, tokens, tokens, segments)))
+
+    return jax.grad(total), params
+
+
+def test_a_decoder_with_the_kernel(monkeypatch):
+    """Layers with and without a window, scanned and rematerialised."""
+    monkeypatch.setattr(fused_attention, "attend", functools.partial(fused_attention.attend, interpret=True))
+    fused, xla = (dataclasses.replace(TINY, attention=kind) for kind in ("fused", "xla"))
+    (fused, params), (xla, _) = decoder_gradients(fused, 128), decoder_gradients(xla, 128)
+    for ours, expected in zip(*map(jax.tree.leaves, (jax.jit(fused)(params), jax.jit(xla)(params)))):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("length, second_order, takes_kernel", [(128, False, True), (50, False, False), (128, True, False)])
+def test_other_lengths_and_second_derivatives_take_the_xla_path(length, second_order, takes_kernel):
+    config = dataclasses.replace(TINY, attention="fused", second_order=second_order)
+    gradients, params = decoder_gradients(config, length)
+    assert ("pallas_call" in str(jax.make_jaxpr(gradients)(params))) == takes_kernel
+
+
+@pytest.mark.parametrize(
+    "setting, platform, length, change, tensor, expected",
+    [
+        ("auto", "tpu", 2048, {}, 1, "fused"),
+        ("fused", "tpu", 384, {}, 1, "fused"),
+        ("xla", "tpu", 2048, {}, 1, "xla"),
+        ("auto", "cpu", 2048, {}, 1, "xla"),
+        ("auto", "gpu", 2048, {}, 1, "xla"),
+        ("auto", "tpu", 1000, {}, 1, "xla"),
+        ("auto", "tpu", 2048, {}, 2, "xla"),
+        ("auto", "tpu", 2048, {"head_dim": 512}, 1, "xla"),
+        ("fused", "gpu", 2048, {}, 1, "the kernel is for a TPU, and this run is for a GPU; set model.attention=xla"),
+        ("fused", "tpu", 1000, {}, 1, "128 positions, and rows have 1000; set data.max_length=896 or model.attention=xla"),
+        ("fused", "tpu", 2048, {}, 2, "mesh.tensor=2 does not divide the 1 key heads of this model; set mesh.tensor=1 or"),
+        ("fused", "tpu", 2048, {"head_dim": 512}, 1, "heads up to 256 wide, and those of this model are 512 wide"),
+    ],
+)
+def test_choice(setting, platform, length, change, tensor, expected):
+    config = configuration.Config(
+        model=configuration.Model(attention=setting), data=dataclasses.replace(configuration.Data(), max_length=length)
+    )
+    arguments = config, dataclasses.replace(TINY, **change), platform, tensor
+    if expected in fused_attention.KINDS:
+        kind, reason = checks.attention(*arguments)
+        assert kind == expected and bool(reason) == (kind == "xla" and (setting, platform) == ("auto", "tpu"))
+        return
+    with pytest.raises(configuration.ConfigError) as error:
+        checks.attention(*arguments)
+    assert str(error.value).startswith("model.attention=fused: ") and expected in str(error.value)
