@@ -66,7 +66,7 @@ MIXING = {"method": "mixing"}
         ({"lora.rank": 0, "lora.rslora": True}, "lora.rslora is an option of adapters"),
         ({"lora.rank": 0, "model.quantization": "nf4"}, "model.quantization=nf4 freezes the weights that lora.rank=0 learns"),
         ({"model.attention": "flash"}, "'flash' is not among auto, xla, fused"),
-        ({"model.quantization": "nf5"}, "'nf5' is not among none, nf4, int8 (did you mean nf4?)"),
+        ({"model.quantization": "nf5"}, "'nf5' is not among none, nf4, int8"),
         ({"lora.dropout": 1.0}, "lora.dropout=1.0 must be in"),
         ({"method": "online", "lora.dropout": 0.1}, "lora.dropout=0.1 disturbs method=online"),
         ({"optimizer.schedule": "step"}, "optimizer.schedule='step' is not among constant, cosine, linear"),
