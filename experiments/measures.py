@@ -38,6 +38,11 @@ def all_runs(results: comparing.Results) -> Iterator[comparing.Run]:
         yield from by_seed.values()
 
 
+def rows_of(workdir: pathlib.Path) -> dict[str, data_rows.Row]:
+    """The rows of the lower level of a run by id, those that were held out among them."""
+    return {row.id: row for row in levels.reopen(read_config(workdir))}
+
+
 def column(table: pa.Table, name: str, rows: Sequence[data_rows.Row]) -> np.ndarray:
     """A column of a table of weights, in the order of the rows."""
     by_id = dict(zip(table["id"].to_pylist(), table[name].to_pylist()))

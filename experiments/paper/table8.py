@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel_jax import cli
 from bilevel_jax.report import run_data
-from experiments import comparing, tables
+from experiments import comparing, measures, tables
 
 METHODS = ("offline", "online, R=10%")
 CONTROLS = ("bds, Adam 1e-4", "bmo, τ=1", "online, r ≡ 1", "online, stale")
@@ -26,12 +26,12 @@ def tenths(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def measure(run: comparing.Run) -> dict[tuple[str, int], list[str]]:
     """Adds shares of easy and hard questions to the run's values, and returns examples by group and epoch."""
-    data = run_data.read(run.workdir)
+    by_id, tables_of_epochs = measures.rows_of(run.workdir), run_data.read(run.workdir).tables
     examples = {}
-    for epoch in (min(data.tables), max(data.tables)):
-        table = data.tables[epoch]
+    for epoch in (min(tables_of_epochs), max(tables_of_epochs)):
+        table = tables_of_epochs[epoch]
         for group, indices in tenths(table).items():
-            rows = [data.rows[row_id] for row_id in table["id"][indices] if row_id in data.rows]
+            rows = [by_id[row_id] for row_id in table["id"][indices]]
             difficulty = [row.fields["difficulty"] for row in rows if "difficulty" in row.fields]
             for level in ("easy", "hard") if difficulty else ():
                 run.values[f"{group} {level}, epoch {epoch}"] = difficulty.count(level) / len(difficulty)

@@ -13,7 +13,7 @@ import numpy as np
 from bilevel_jax import cli
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import run_data
-from experiments import comparing, tables
+from experiments import comparing, measures, tables
 from experiments.paper.table7 import shown
 
 METHODS = ("offline", "online, R=10%")
@@ -54,7 +54,8 @@ def measure(run: comparing.Run) -> tuple[dict[str, list[data_rows.Row]], dict[st
     """Adds the mean lengths to the values of a run; returns its training rows by difficulty and the generated responses by id."""
     data = run_data.read(run.workdir)
     generated = {response["id"]: response["text"] for response in data.responses}
-    levels = by_level([data.rows[row_id] for row_id in data.tables[max(data.tables)]["id"]])
+    by_id = measures.rows_of(run.workdir)
+    levels = by_level([by_id[row_id] for row_id in data.tables[max(data.tables)]["id"]])
     for level, rows in levels.items():
         answered = [generated[row.id] for row in rows if row.id in generated]
         for name, texts in ((DATA, [row.response for row in rows]), (GENERATED, answered)):
