@@ -20,7 +20,7 @@ class Records:
     """Rows with their columns, in a temporary file until they are read.
 
     A field is renamed `original_NAME`, in all rows, if its name is reserved or if a column has the name and another value. Nulls do
-    not count. Iterating yields the rows, as often as needed, in the order in which they were added.
+    not count. Iterating yields the rows in the order in which they were added, as often as needed, one iteration after the other.
     """
 
     def __init__(self):
