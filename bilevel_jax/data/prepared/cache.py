@@ -166,7 +166,7 @@ def open_rows(setting: str, source: str, tokenizer, options: Options, columns: C
 
 
 def _is_readable(path: str) -> bool:
-    return os.path.isfile(path) and os.access(path, os.R_OK) if os.path.exists(path) and not os.path.isdir(path) else True
+    return os.access(path, os.R_OK) if os.path.isfile(path) else readers.is_indexed(path)
 
 
 class _Unwritable(ValueError):
