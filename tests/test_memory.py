@@ -238,7 +238,7 @@ def test_command(tmp_path):
     arguments = ["--config=configs/safety.py:llama3-8b", "--plan", f"--workdir={tmp_path / 'run'}", *changes]
     done = subprocess.run([sys.executable, "-m", "bilevel_jax.main", *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for shown in ("70.55e9 parameters in bfloat16", "data 1 × fsdp 8 × tensor 1 = 8 devices", "17.64", "fits devices of 64 GB"):
+    for shown in ("70.55e9 parameters in bfloat16", "data 1 × fsdp 8 × tensor 1 = 8 devices", "17.64", "fits devices of 48 GB"):
         assert shown in done.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
