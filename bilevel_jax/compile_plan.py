@@ -130,7 +130,8 @@ def header(plan: memory.Plan, target: targets.Target) -> str:
     chip, shape = target.chip, plan.mesh.shape
     axes = " × ".join(f"{axis} {shape[axis]}" for axis in sharding.AXES)
     chips = f"{chip.flops / 1e12:g} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:g} GB/s, {chip.memory / 1e9:g} GB"
-    return f"{plan.model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters, for {target}: {axes}; each device has {chips}"
+    model = f"{plan.model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters, attention {plan.model.attention}"
+    return f"{model}, for {target}: {axes}; each device has {chips}"
 
 
 def seconds(value: float) -> str:
