@@ -49,6 +49,7 @@ WITHOUT = flags.DEFINE_bool("without", True, "Trains without each kind of rows."
 
 NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 160, 480, 1500, 2000
 ORDERS = (0, 1)
+DRAWN = 64  # mixtures
 UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
 IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
@@ -104,10 +105,10 @@ def mixtures(seed: int, number: int, kind_of_row: np.ndarray) -> np.ndarray:
     """Random subsets with another share of each kind of rows, bool [number, N].
 
     A share is uniform in (0, 1), and each row of the kind is in the subset with this probability."""
-    rng = np.random.default_rng([seed, 32])
+    rng, drawn = np.random.default_rng([seed, 32]), max(number, DRAWN)  # fewer mixtures are the first ones of these
     _, kind_N = np.unique(kind_of_row, return_inverse=True)
-    share_nxK = rng.random((number, kind_N.max() + 1))
-    return rng.random((number, len(kind_N))) < share_nxK[:, kind_N]
+    share_nxK = rng.random((drawn, kind_N.max() + 1))
+    return (rng.random((drawn, len(kind_N))) < share_nxK[:, kind_N])[:number]
 
 
 def measure_subsets(bed: Bed, record: Record, masks: np.ndarray, name: str) -> np.ndarray:
