@@ -48,7 +48,7 @@ local/smollm2/model.safetensors: | install
 	$(BIN)/python -m third_party.smollm2 --out=local/smollm2
 
 parity: .venv-parity/installed local/smollm2/model.safetensors
-	.venv-parity/bin/python -m pytest -m parity tests/parity
+	.venv-parity/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m parity tests/parity
 
 .venv-parity/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-parity
