@@ -204,7 +204,7 @@ OWNERS = {
     "metrics": (metrics.MetricsWriter, "write"),
     "checkpoint": (checkpoint.Checkpoints, "save"),
     "responses": (response_log.ResponseLog, "write"),
-    "weights": (weight_table, "write"),
+    "weights": (weight_table, "write_blocks"),
     "adapter": (huggingface, "save_adapter"),
 }
 outcomes = {}
