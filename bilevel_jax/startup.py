@@ -121,8 +121,7 @@ def prepare(
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if not start:
-        if row_features.encoder:
-            features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+        _write_features(workdir, row_features)
         progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, clock))
     run = Run(
         config=config,
@@ -145,10 +144,16 @@ def prepare(
         at_start=dict(counters.get("at_start", {})),
         refresh_counts=dict(counters.get("refreshed", {})),
     )
-    if start:
-        return run, progress
-    _measure_start(run, progress.state)
-    return run, progress._replace(best=early_stopping.start(config, run.at_start, progress.state.policy.adapter))
+    if not start:
+        _measure_start(run, progress.state)
+        progress = progress._replace(best=early_stopping.start(config, run.at_start, progress.state.policy.adapter))
+    return run, progress
+
+
+def _write_features(workdir: pathlib.Path, row_features: setups.RowFeatures) -> None:
+    """Writes what a resumed run reads again, if the encoder was fitted."""
+    if row_features.encoder:
+        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
 
 
 def _held_out(

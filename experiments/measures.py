@@ -59,7 +59,7 @@ def add_certain_auroc(results: comparing.Results) -> None:
     for run in all_runs(results):
         if AUROC not in run.values:
             continue
-        tiers = {row.id: row.fields.get(TIER) for row in levels.reopen(read_config(run.workdir))}
+        tiers = {row_id: row.fields.get(TIER) for row_id, row in rows_of(run.workdir).items()}
         table = weight_table.latest(run.workdir)
         certain = np.array([tiers.get(row_id) in CERTAIN for row_id in table["id"].to_pylist()])
         if certain.any():
@@ -132,7 +132,7 @@ def add_source_weights(results: comparing.Results) -> None:
     right = {name: 1 - share for name, share in synthetic.SUPPLIERS.items()}
     for run in all_runs(results):
         table = weight_table.latest(run.workdir)
-        bad = {row.id: row.fields["bad"] for row in levels.reopen(read_config(run.workdir))}
+        bad = {row_id: row.fields["bad"] for row_id, row in rows_of(run.workdir).items()}
         weight, source = table["weight"].to_numpy(), np.array(table["source"].to_pylist())
         mean = {name: float(weight[source == name].mean()) for name in right}
         run.values.update({f"{WEIGHT}{name}": value for name, value in mean.items()})
@@ -155,7 +155,7 @@ def add_token_aurocs(results: comparing.Results) -> None:
     for runs in by_seed.values():
         offsets = next(table for _, table in runs if table is not None)
         config = read_config(runs[0][0].workdir)
-        by_id = {row.id: row for row in levels.reopen(config)}
+        by_id = rows_of(runs[0][0].workdir)
         ordered = [by_id[row_id] for row_id in offsets["id"].to_pylist()]
         for run, table in runs:
             inside = [np.array(weights) for weights in (offsets if table is None else table)["weight"].to_pylist()]

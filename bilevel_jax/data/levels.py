@@ -104,7 +104,7 @@ def load_level(config, level: str, tokenizer) -> Level:
     Raises:
       DataError: the source cannot be used, or too few rows remain for training.
     """
-    (loaded,) = _split(config, [_read(config, level, tokenizer, _columns(config))])
+    (loaded,) = _split(config, [_read(config, level, tokenizer, columns_of(config))])
     return loaded
 
 
@@ -114,14 +114,15 @@ def load_levels(config, tokenizer) -> tuple[Level, Level]:
     Raises:
       DataError: a source cannot be used, too few rows remain for training, or `data.overlap=refuse` and rows are on both levels.
     """
-    columns = _columns(config)
+    columns = columns_of(config)
     upper, lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
     columns.check(f"{upper.source} and {lower.source}")
     upper, lower = _split(config, [upper, _without_overlap(config, upper, lower)])
-    return upper, _by_turn(config, lower) if _weighs_turns(config) else lower
+    return upper, _by_turn(config, lower) if weighs_turns(config) else lower
 
 
-def _weighs_turns(config) -> bool:
+def weighs_turns(config) -> bool:
+    """Whether every answer of a conversation has a weight of its own."""
     return config.method != "mixing" and getattr(config.selection, "unit", "sample") == "turn"  # earlier runs have no such key
 
 
@@ -133,7 +134,8 @@ def _by_turn(config, level: Level) -> Level:
     return dataclasses.replace(level, rows=turn_rows, examples=examples)
 
 
-def _columns(config) -> Columns:
+def columns_of(config) -> Columns:
+    """Other names of columns, of a run that may be an earlier one."""
     return Columns(getattr(config.data, "columns", ""), "data.columns")  # earlier runs have no such key
 
 
@@ -230,6 +232,11 @@ def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: np.ndarra
     return Level(*read.pick(free), *read.pick(held_out), counts=counts)
 
 
+def prefers(config) -> bool:
+    """Whether the lower level has preference rows, of a run that may be an earlier one."""
+    return config.loss.get("lower", "sft") != "sft"  # earlier runs have no such key
+
+
 def reopen(config) -> list[rows.Row]:
     """Reads the lower level's rows of a run again, including the held-out rows; with `selection.unit=turn`, those of all answers.
 
@@ -241,10 +248,10 @@ def reopen(config) -> list[rows.Row]:
         seed=config.seed,
         num_rows=config.data.num_lower,
         bad_fraction=config.data.bad_fraction,
-        preference=config.loss.get("lower", "sft") != "sft",  # earlier runs have no such key
-        columns=_columns(config),
+        preference=prefers(config),
+        columns=columns_of(config),
     )
-    if _weighs_turns(config):
+    if weighs_turns(config):
         return [part for row in lower_rows for part in by_turn.rows_of(row, of_last=[config.data.truth])]
     return lower_rows
 

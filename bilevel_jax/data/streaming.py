@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from bilevel_jax.data import by_turn, levels, readers, rows
-from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rows import Row
 
 
@@ -18,11 +17,8 @@ def reopen(config) -> Iterator[Row]:
     if config.data.num_lower or config.data.lower.partition(":")[0] in ("recipe", "synthetic"):
         yield from levels.reopen(config)
         return
-    # Earlier runs have no keys loss.lower, selection.unit and data.columns.
-    preference = config.loss.get("lower", "sft") != "sft"
-    by_answer = config.method != "mixing" and config.selection.get("unit", "sample") == "turn"
-    columns, number = Columns(config.data.get("columns", ""), "data.columns"), 0
-    for item in rows.parse_columns(readers.read_objects(config.data.lower), columns, preference=preference):
+    by_answer, columns, number = levels.weighs_turns(config), levels.columns_of(config), 0
+    for item in rows.parse_columns(readers.read_objects(config.data.lower), columns, preference=levels.prefers(config)):
         if isinstance(item, Row):
             number += 1
             yield from by_turn.rows_of(item, of_last=[config.data.truth]) if by_answer else (item,)

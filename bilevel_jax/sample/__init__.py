@@ -63,9 +63,8 @@ class _Sample(types.ModuleType):
             from bilevel_jax import inputs, sampling
             from bilevel_jax.sample import sampler
 
-            settings = sampling.Settings(
-                temperature, top_k, top_p, max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop)
-            )
+            ends = (stop,) if isinstance(stop, str) else tuple(stop)
+            settings = sampling.Settings(temperature, top_k, top_p, max_new_tokens, ends)
             options = {"num_samples": num_samples, "seed": seed, "template": template, "dtype": dtype, "batch_size": batch_size}
             options |= {"columns": columns, "quantization": quantization}
             return sampler.sample(prompts, model or inputs.EMBEDDED, adapter, settings, **options)

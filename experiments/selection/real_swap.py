@@ -21,6 +21,7 @@ from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import metrics
 from experiments import runs
 from experiments.selection import candidates, counterfactual, judgement
+from experiments.selection import swap as swap_test
 from experiments.selection.retraining import Bed
 
 FLAGS = flags.FlagValues()
@@ -92,10 +93,7 @@ def make_bed(upper: list[dict], mixture: list[dict], folder: pathlib.Path, seed:
     config.num_epochs, config.batch.size, config.data.max_length = EPOCHS.value, 16, MAX_LENGTH
     config.optimizer.learning_rate, config.lora.rank = RATE.value, 8
     config.eval.num_upper = config.eval.num_lower = 0
-    for name, rows in (("upper", upper), ("lower", mixture)):
-        file = folder / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        setattr(config.data, name, str(file))
+    swap_test.set_rows(config, upper, mixture, folder)
     return Bed(config)
 
 

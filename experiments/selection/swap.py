@@ -77,14 +77,19 @@ def make_rows(
     return upper, mixture
 
 
-def make_bed(base: str, upper: list[dict], mixture: list[dict], folder: pathlib.Path, seed: int) -> Bed:
-    config = counterfactual.bed_config(seed)
-    config.model.path = f"bilevel_jax/{base}"
-    config.optimizer.learning_rate = 2e-3 if base == "tiny" else config.optimizer.learning_rate
+def set_rows(config, upper: list[dict], mixture: list[dict], folder: pathlib.Path) -> None:
+    """Writes both levels into files, and names them in the config."""
     for name, rows in (("upper", upper), ("lower", mixture)):
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         setattr(config.data, name, str(file))
+
+
+def make_bed(base: str, upper: list[dict], mixture: list[dict], folder: pathlib.Path, seed: int) -> Bed:
+    config = counterfactual.bed_config(seed)
+    config.model.path = f"bilevel_jax/{base}"
+    config.optimizer.learning_rate = 2e-3 if base == "tiny" else config.optimizer.learning_rate
+    set_rows(config, upper, mixture, folder)
     config.data.num_upper = config.data.num_lower = config.eval.num_upper = config.eval.num_lower = 0
     return Bed(config)
 

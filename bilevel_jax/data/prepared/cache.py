@@ -276,15 +276,15 @@ def _locked(path: pathlib.Path, source: str) -> Iterator[None]:
     """Locks an entry. Waits for the process that prepares it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        said = False
+        announced = False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not said:
+                if not announced:
                     say(f"{source}: waiting for another process, which prepares its rows", flush=True)
-                said = True
+                announced = True
                 time.sleep(WAIT)
             except OSError as error:
                 say(f"{path} cannot be locked ({error.strerror}): make sure that no other process prepares the same rows")
