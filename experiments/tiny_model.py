@@ -35,6 +35,8 @@ RECIPE = flags.DEFINE_enum("recipe", "tasks", ["tasks", "text"], "what the model
 OUT = flags.DEFINE_string("out", "bilevel_jax/tiny", "directory to write", flag_values=FLAGS)
 STEPS = flags.DEFINE_integer("steps", 3000, "training steps", flag_values=FLAGS)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak of the cosine schedule", lower_bound=0, flag_values=FLAGS)
+WIDTH = flags.DEFINE_integer("width", 128, "size of the hidden states, a multiple of 32", lower_bound=32, flag_values=FLAGS)
+LAYERS = flags.DEFINE_integer("layers", 4, "number of layers", lower_bound=1, flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of weights and rows", flag_values=FLAGS)
 TRAIN = flags.DEFINE_bool("train", True, "train the model; --notrain only evaluates the existing one", flag_values=FLAGS)
 
@@ -281,7 +283,7 @@ README = """# {name}
 A language model of {size:.2f} M parameters, trained from scratch by one command
 (seed {seed}, {minutes:.0f} minutes on two CPU cores):
 
-    python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --steps={steps}
+    python -m experiments.tiny_model {arguments} --steps={steps}
 
 It takes the place of a pretrained, unaligned model, so that the default run needs no download. It has no other use.
 
@@ -302,10 +304,16 @@ DATA = {
 
 MEASURED = """## Measured
 
-    python -m experiments.tiny_model --recipe={recipe} --out=bilevel_jax/{name} --notrain
+    python -m experiments.tiny_model --recipe={recipe} --out={out} --notrain
 
 {report}
 """
+
+
+def _arguments(out: pathlib.Path) -> str:
+    """The flags of the command that are not those of the embedded models."""
+    sizes = [f"--{flag.name}={flag.value}" for flag in (WIDTH, LAYERS) if flag.value != flag.default]
+    return " ".join([f"--recipe={RECIPE.value}", f"--out={out}", *sizes])
 
 
 def make(out: pathlib.Path) -> str:
@@ -316,13 +324,19 @@ def make(out: pathlib.Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     (out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    size = {
+        "hidden_size": WIDTH.value,
+        "intermediate_size": 4 * WIDTH.value,
+        "num_hidden_layers": LAYERS.value,
+        "num_attention_heads": WIDTH.value // 32,
+    }
+    (out / "config.json").write_text(json.dumps(CONFIG | size, indent=2) + "\n")
     config = huggingface.read_config(out, "float32")
     params = train(config, training_batches(tokenizer, rng, ROWS[RECIPE.value]), STEPS.value, LEARNING_RATE.value, SEED.value)
     huggingface.save_params(out, config, params, "float16")
     return README.format(
         name=out.name,
-        recipe=RECIPE.value,
+        arguments=_arguments(out),
         data=DATA[RECIPE.value],
         size=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         seed=SEED.value,
@@ -342,7 +356,7 @@ def main() -> None:
     measure = {"tasks": evaluate, "text": evaluate_text}[RECIPE.value]
     report = measure(config, params, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")))
     print(report)
-    readme.write_text(head + MEASURED.format(report=report, recipe=RECIPE.value, name=out.name))
+    readme.write_text(head + MEASURED.format(report=report, recipe=RECIPE.value, out=out))
 
 
 if __name__ == "__main__":

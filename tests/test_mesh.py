@@ -23,7 +23,7 @@ from tests.runtime.test_distributed import free_address
 
 SINGLE = (1, 1, 1)
 QUICK_MESH, MORE_MESHES = (2, 2, 2), [(8, 1, 1), (2, 4, 1), (1, 2, 4)]
-MESHES = [QUICK_MESH, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE_MESHES)]
+MESHES = [QUICK_MESH, *(pytest.param(shape, marks=pytest.mark.long) for shape in MORE_MESHES)]
 NAMES = {shape: "x".join(map(str, shape)) for shape in [SINGLE, QUICK_MESH, *MORE_MESHES]}
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = NAMES[SINGLE]
@@ -197,8 +197,8 @@ def directory(make_config, llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def under_way(directory):
-    """The process of all other runs on eight devices, and two processes that share a run meanwhile."""
-    alone = start_on_eight_devices(directory, f"run_on_meshes(d, {MORE_MESHES}); run_llamas(d); run_moved(d)")
+    """The process of the other runs on eight devices, and two processes that share a run meanwhile."""
+    alone = start_on_eight_devices(directory, "run_llamas(d); run_moved(d)")
     pair = start_pair(directory, "pair")
     yield alone, pair
     for process in (alone, *pair):
@@ -207,9 +207,15 @@ def under_way(directory):
 
 @pytest.fixture(scope="module")
 def all_runs(directory, under_way):
-    """The directory, when all runs on eight devices are in it."""
+    """The directory, when the runs of `under_way` on eight devices are in it."""
     wait(under_way[0])
     return directory
+
+
+@pytest.fixture(scope="module")
+def more_meshes(directory):
+    """Runs on `MORE_MESHES`."""
+    wait(start_on_eight_devices(directory, f"run_on_meshes(d, {MORE_MESHES})"))
 
 
 @pytest.fixture
@@ -218,7 +224,7 @@ def run_of(directory, request):
 
     def workdir(shape):
         if shape in MORE_MESHES:
-            request.getfixturevalue("all_runs")
+            request.getfixturevalue("more_meshes")
         return directory / NAMES[shape]
 
     return workdir

@@ -24,7 +24,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def shrink(book) -> None:
-    """Fewer rows and epochs, and the embedded model for the one of the hub; everything else stays as it is."""
+    """Fewer rows and epochs, short sequences, and the embedded model for the one of the hub; everything else stays as it is."""
     (first,) = [cell for cell in book.cells if 'workdir="runs/notebook"' in cell.source]
     first.source = first.source.replace(
         '    data={"num_upper": 2200, "num_lower": 2200, "max_length": 256},\n', f"    **{SMALLER},\n"
@@ -34,7 +34,7 @@ def shrink(book) -> None:
     model.source = model.source.replace(MODEL, "bilevel_jax/tiny")
     own = [cell for cell in book.cells if "lower=mixture" in cell.source]
     for cell in own:
-        cell.source = cell.source.replace("lower=mixture", "lower=mixture, num_epochs=1")
+        cell.source = cell.source.replace("lower=mixture", 'lower=mixture, num_epochs=1, data={"max_length": 128}')
     assert str(SMALLER) in first.source and '"refresh_every": 2,' in first.source and len(own) == 2
 
 
