@@ -17,7 +17,7 @@ from experiments import comparing, tables
 FLAGS = flags.FlagValues()
 RESULTS = flags.DEFINE_string("results", "experiments/results", "Directory of the pages.", flag_values=FLAGS)
 
-COMMANDS = {"rivals": "baselines"}  # pages whose command has another name
+COMMANDS = {"rivals": "baselines", "table3-bed": "bed"}  # pages whose command has another name
 HEAD = "| claim | difference |"
 RULE_START = "Claims: differences are paired over seeds"
 NOTE = "Verdicts from the stored values, by `python -m experiments.rejudge`."
@@ -74,7 +74,7 @@ def judge_again(file: pathlib.Path, record: dict, results: Sequence[comparing.Re
 
 def command_of(file: pathlib.Path):
     """The module of the command that made a page."""
-    name = file.stem.partition("-")[0]
+    name = file.stem if file.stem in COMMANDS else file.stem.partition("-")[0]
     return importlib.import_module(f"experiments.{COMMANDS.get(name, name)}")
 
 

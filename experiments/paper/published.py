@@ -9,7 +9,8 @@ import pathlib
 from experiments import runs
 
 CONFIGS = {"quality": "configs/quality.py", "safety": "configs/safety.py"}
-TIERS = ("tiny", "smollm2", "pythia-1b", "llama3-8b")
+BED = "bed"  # the safety task on the rows and base model of `configs/safety.py`: the tables of the paper have others at tier tiny
+TIERS = ("tiny", BED, "smollm2", "pythia-1b", "llama3-8b")
 
 
 def _online(ratio: float, num_samples: int = 1, **more) -> dict:
@@ -88,7 +89,6 @@ FURTHER = {  # selectors that are not in the paper
         "selection.optimizer": "adam",
         "selection.learning_rate": 1e-2,
     },
-    "influence": {"method": "offline", "selection.cost": "influence"},
 }
 
 
@@ -168,7 +168,14 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
         for passes in (1, 4)
     },
 }
-CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | SOURCES | WORDS | COMPARED | LENGTHS
+DEFAULT = {"selection.cost": "influence"}
+DEFAULTS = {  # the default selector
+    "default, offline": {"method": "offline", **DEFAULT},
+    "default, online, R=10%": _online(0.1, **DEFAULT),
+    "default, dynamic, R=10%": _dynamic(**DEFAULT),
+    "default, dynamic, R=30%": _dynamic(**DEFAULT) | {"online.ratio": 0.3},
+}
+CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | DEFAULTS | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (
     *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
@@ -190,7 +197,7 @@ def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes
       seed: of the run.
       changes: config keys and values that override those of the cell.
     """
-    config = CONFIGS[task] + ("" if tier == "tiny" else f":{tier}")
+    config = CONFIGS[task] + ("" if tier in ("tiny", BED) else f":{tier}")
     workdir = root / tier / task / runs.slug(cell) / f"seed_{seed}"
     paper = {"selection.cost": "loss"}  # (10b), which is not the default
     if tier == "tiny" and task == "safety":  # the rows of these tables; the config's own are those of the test bed
