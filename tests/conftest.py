@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import signal
 import sys
 
@@ -35,6 +36,30 @@ def _shapes(jaxpr):
 def intermediate_shapes():
     """`f(function, *args)` -> the shapes of all arrays that it computes, inside of loops and calls too."""
     return lambda function, *args: set(_shapes(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Order
+# --------------------------------------------------------------------------------------------------------------------
+
+LONGEST = [  # files, longest first
+    "test_train.py",
+    "parity/test_evaluate.py",
+    "test_mesh.py",
+    "parity/test_sampling.py",
+    "test_step.py",
+    "test_metagradient.py",
+    "experiments/test_notebook.py",
+    "test_memory.py",
+    "test_training_options.py",
+    "experiments/test_swap.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the files that take longest: workers take a file each (`--dist loadfile`), and end at about the same time."""
+    places = {str(pathlib.Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
