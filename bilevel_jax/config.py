@@ -16,7 +16,6 @@ from bilevel_jax import objective, optimizer, preferences, selector
 ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
 DTYPES = ("float32", "bfloat16", "auto")
-EPS_ROOT = 1e-10  # of Adam where its derivative is needed, which is infinite where no gradient has been
 UNITS = ("sample", "turn", "domain", "token")
 
 
@@ -273,14 +272,14 @@ def to_selector(config: Config) -> selector.Selector:
     )
 
 
-def to_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of θ for a run of `num_steps` steps.
+def to_optimizer(config: Config, num_steps: int, eps_root: float = 0.0) -> optax.GradientTransformation:
+    """The optimizer of θ for a run of `num_steps` steps; `eps_root` is of Adam.
 
     Raises:
       ConfigError: the warmup is as long as the run.
     """
     try:
-        return optimizer.make(optimizer_settings(config), num_steps)
+        return optimizer.make(dataclasses.replace(optimizer_settings(config), eps_root=eps_root), num_steps)
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
 
@@ -291,8 +290,7 @@ def optimizer_settings(config: Config) -> optimizer.Settings:
     Raises:
       ValueError: a value out of range; the message starts with its name.
     """
-    eps_root = EPS_ROOT if to_selector(config).rule == "metagradient" else 0.0
-    return optimizer.Settings(**dataclasses.asdict(config.optimizer), eps_root=eps_root)
+    return optimizer.Settings(**dataclasses.asdict(config.optimizer))
 
 
 def to_objective(config: Config) -> objective.Objective:

@@ -8,6 +8,10 @@ the second part steers,
 and the third part stops: where its loss after training rose, the weights before are taken. Every iteration has an order of the
 rows of its own. The run itself follows, with the weights found, beside all trusted rows. An iteration costs about four runs. Each
 is written to the workdir as it ends, so an interrupted search goes on with the next one.
+
+The derivative is taken of *smooth training*: with large steps the loss after training is a rough function of the weights, and its
+derivative at a point says little about larger changes. So the search trains with `SMOOTH_RATE` times the learning rate, which falls
+to 0, and with `SMOOTH_EPS_ROOT` under the root of Adam, which bounds the steps of parameters whose gradients are small.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 import tqdm
 
 from bilevel_jax import batches, files, metagradient, online, scoring, sharding, step
@@ -26,6 +31,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, packing, shuffle
 
 FILE = "metagradient.npz"
+SMOOTH_RATE, SMOOTH_EPS_ROOT = 0.3, 1e-6
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest stops
 MIN_ROWS = 6  # trusted rows, so that every part has one
 TINY = 1e-30
@@ -50,6 +56,7 @@ class Iteration:
     config: configuration.Config
     setup: setups.Setup
     program: setups.Program
+    train_step: Callable  # compiled, of smooth training
     replay: Callable  # compiled, from `metagradient.make_replay`
     upper_gradient: Callable  # compiled, from `metagradient.make_upper_gradient`
     inner: levels.Level
@@ -71,7 +78,7 @@ def _train(it: Iteration, state: step.State, j: int):
         batch = sharding.split_batch(batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch, setup.mesh)
         scales = sharding.replicate(batches.level_scales(config, k // epoch_steps), setup.mesh)
         past.append((jax.tree.map(sharding.to_host, state.policy), batch, scales))
-        state, _ = it.program.train_step(setup.base, state, batch, scales, None)
+        state, _ = it.train_step(setup.base, state, batch, scales, None)
     return state.policy.adapter, past
 
 
@@ -89,37 +96,52 @@ def _read(file: pathlib.Path, num_rows: int) -> tuple[list[np.ndarray], list[flo
     return list(stored["logits"]), list(stored["losses"])
 
 
+def _smooth_state(state: step.State, optimizer: optax.GradientTransformation) -> step.State:
+    """A run's state before its first step, with the state of another optimizer."""
+    return state._replace(policy=step.Learner(state.policy.adapter, optimizer.init(state.policy.adapter)))
+
+
+def smooth_optimizer(config: configuration.Config, num_steps: int) -> optax.GradientTransformation:
+    """The optimizer of smooth training."""
+    settings = dataclasses.replace(config.optimizer, learning_rate=SMOOTH_RATE * config.optimizer.learning_rate, schedule="linear")
+    return configuration.to_optimizer(dataclasses.replace(config, optimizer=settings), num_steps, SMOOTH_EPS_ROOT)
+
+
 def search(
     config: configuration.Config, setup: setups.Setup, program: setups.Program, make_state: Callable, directory: pathlib.Path
 ) -> np.ndarray:
     """The logits ω [N] of the run.
 
     Args:
-      program: whose `train_step` leaves ω where it is.
+      program: of the run.
       make_state: `logits -> State`, the state of a run before its first step.
       directory: where the iterations are written, and read again.
 
     Raises:
       ConfigError: too few trusted rows.
     """
-    num_upper = len(setup.upper.rows)
+    num_upper, num_rows = len(setup.upper.rows), len(setup.lower.rows)
     if num_upper < MIN_ROWS:
         raise configuration.ConfigError(f"selection.rule=metagradient needs {MIN_ROWS} trusted rows for training, not {num_upper}")
     inner, steering, stopping = (_subset(setup.upper, part) for part in split_trusted(num_upper, config.seed))
-    objective, optimizer = configuration.to_objective(config), setups.make_optimizer(config, setup)
+    objective, optimizer = configuration.to_objective(config), smooth_optimizer(config, setups.num_steps(config, setup))
+    logits, losses = _read(directory / FILE, num_rows)
+    shardings = sharding.state_shardings(setup.mesh, _smooth_state(make_state(logits[0]), optimizer), config.mesh.shard_selector)
     it = Iteration(
         config,
         setup,
         program,
+        setups.jit_step(config, setup.model, optimizer, shardings, setup.mesh),
         jax.jit(metagradient.make_replay(setup.model, objective, optimizer)),
         jax.jit(metagradient.make_upper_gradient(setup.model)),
         inner,
         scoring.example_segments(steering.examples),
         scoring.example_segments(stopping.examples),
     )
-    logits, losses = _read(directory / FILE, len(setup.lower.rows))
     for j in range(len(losses), config.selection.outer_steps):
-        adapter, past = _train(it, make_state(logits[-1]), j)
+        state = _smooth_state(make_state(logits[-1]), optimizer)
+        with jax.set_mesh(setup.mesh):
+            adapter, past = _train(it, jax.tree.map(sharding.device_put, state, shardings), j)
         loss = scoring.mean_loss(*program.score(setup.base, adapter, it.stopping, "stopping rows"))
         if losses and loss > losses[-1]:
             return logits[-2]

@@ -14,7 +14,7 @@ from experiments.selection.retraining import Bed
 
 MIRROR = selection.Selector()
 OURS, LOSS, EXACT = "influence (default)", "loss (the paper's rule)", "exact metagradient"
-OWN = "exact metagradient, own trusted rows"
+ROUGH, OWN = "exact metagradient, rough training", "exact metagradient, own trusted rows"
 TRACKED = "tracked v(ω)"
 CHECKPOINTS = 3
 AVERAGED = 4  # metagradients
@@ -33,17 +33,23 @@ def tracked(bed: Bed, seed: int) -> np.ndarray:
 
 
 def exact(bed: Bed, seed: int) -> np.ndarray:
-    """Minus dL0(θ^T)/dw over the steering rows, the mean of `AVERAGED` orders, in each at the weights of a random half.
+    """Minus dL0(θ^T)/dw over the steering rows, at equal weights, of smooth training."""
+    return -bed.smooth.metagradient(np.ones(bed.N), seed, bed.steering)
 
-    At a single point the derivative of training is rough: it says little about rows that are left out, a large change."""
+
+def exact_of_rough_training(bed: Bed, seed: int) -> np.ndarray:
+    """Minus dL0(θ^T)/dw over the steering rows, at the learning rate of the bed: the mean of `AVERAGED` orders, in each at the
+    weights of a random half.
+
+    With large steps the derivative at a point says little about rows that are left out, a large change."""
     rng = np.random.default_rng([seed, 78])
     halves = [2.0 * (rng.permutation(bed.N) < bed.N // 2) for _ in range(AVERAGED)]
     return -np.mean([bed.metagradient(half, seed + k, bed.steering) for k, half in enumerate(halves)], axis=0)
 
 
 def exact_on_own_rows(bed: Bed, seed: int) -> np.ndarray:
-    """Minus dL0(θ^T)/dw at equal weights, over the trusted rows that are trained on."""
-    return -bed.metagradient(np.ones(bed.N), seed, scoring.example_segments(bed.setup.upper.examples))
+    """As `exact`, over the trusted rows that are trained on."""
+    return -bed.smooth.metagradient(np.ones(bed.N), seed, scoring.example_segments(bed.setup.upper.examples))
 
 
 def row_losses(bed: Bed, adapter) -> np.ndarray:
@@ -99,6 +105,7 @@ def random(bed: Bed, seed: int) -> np.ndarray:
 
 CANDIDATES: dict[str, Callable[[Bed, int], np.ndarray]] = {  # (bed, seed of the order) -> [N]
     EXACT: exact,
+    ROUGH: exact_of_rough_training,
     OWN: exact_on_own_rows,
     OURS: influence,
     LOSS: loss_rule,

@@ -287,6 +287,10 @@ def _claims(results: dict[int, dict]) -> list[tuple]:
         for other_text, other in (("all rows alike", ("kinds", UNIFORM)), (candidates.LOSS, loss)):
             values = [{seed: sign * value for seed, value in _pairs(results, *cell, i).items()} for cell in (ours, other)]
             claims.append((f"{text}: {candidates.OURS} below {other_text}", *values))
+        if all(candidates.EXACT in result["weighted"] for result in results.values()):
+            cells = ("weighted", candidates.EXACT), ours
+            values = [{seed: sign * value for seed, value in _pairs(results, *cell, i).items()} for cell in cells]
+            claims.append((f"{text}: weights of {candidates.EXACT} below {candidates.OURS}", *values))
     return claims + _kept_claims(results)
 
 

@@ -4,6 +4,7 @@ Everything is compiled once. The batches of an order are packed once and kept. T
 to 0, and with `EPS_ROOT`, without which its derivative is infinite where no gradient has been.
 """
 
+import copy
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax import batches, checks, metagradient, online, scoring, step
+from bilevel_jax import batches, checks, metagradient, online, scoring, search, step
 from bilevel_jax import config as configuration
 from bilevel_jax import selector as selection
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle
 
 NEVER = -1e9  # the logit of a row of weight 0
+EPS_ROOT = 1e-10  # of Adam
 
 
 class Measured(NamedTuple):
@@ -43,14 +45,11 @@ class Bed:
         self.N = len(self.setup.lower.rows)
         self.epoch_steps = shuffle.steps_per_epoch(self.N, config.batch.size)
         self.num_steps = config.num_epochs * self.epoch_steps
-        # The rate falls to 0, so that the order of the last rows does not decide about the loss.
-        rate = optax.linear_schedule(config.optimizer.learning_rate, 0.0, self.num_steps)
-        self.optimizer = optimizer = optax.adam(rate, eps_root=configuration.EPS_ROOT)
         self.scales = [batches.level_scales(config, k // self.epoch_steps) for k in range(self.num_steps)]
         entries = configuration.entries_per_row(config) * config.batch.size
         self.layout = packing.Layout(config.batch.micro_size, config.data.max_length, entries)
         self.uniform = selection.Selector(rule="uniform")
-        self._step = jax.jit(step.make_step(self.setup.model, self.objective, self.uniform, optimizer))
+        self._set_optimizer(config.optimizer.learning_rate, EPS_ROOT)
         self.score = scoring.make_scorer(
             self.setup.model, config.batch.micro_size, config.data.max_length, self.setup.mesh, greedy=True
         )
@@ -59,8 +58,22 @@ class Bed:
         self._selected: dict = {}
         held_out = scoring.example_segments(self.setup.upper.eval_examples)
         self.steering, self._eval = held_out[:num_steering], held_out[num_steering:]
-        self.replay = jax.jit(metagradient.make_replay(self.setup.model, self.objective, optimizer))
         self.upper_gradient = jax.jit(metagradient.make_upper_gradient(self.setup.model))
+
+    def _set_optimizer(self, learning_rate: float, eps_root: float) -> None:
+        # The rate falls to 0, so that the order of the last rows does not decide about the loss.
+        rate = optax.linear_schedule(learning_rate, 0.0, self.num_steps)
+        self.optimizer = optax.adam(rate, eps_root=eps_root)
+        self._step = jax.jit(step.make_step(self.setup.model, self.objective, self.uniform, self.optimizer))
+        self.replay = jax.jit(metagradient.make_replay(self.setup.model, self.objective, self.optimizer))
+
+    @functools.cached_property
+    def smooth(self) -> "Bed":
+        """The same bed with smooth training, see `search`: its loss is nearly linear in the weights."""
+        bed = copy.copy(self)
+        bed._selects, bed._selected = {}, {}
+        bed._set_optimizer(search.SMOOTH_RATE * self.config.optimizer.learning_rate, search.SMOOTH_EPS_ROOT)
+        return bed
 
     def order(self, seed: int, separate: bool = False) -> list[packing.Batch]:
         """The batches of all steps, in the order of a seed; with `separate`, no sequence holds both levels."""
