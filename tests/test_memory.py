@@ -75,6 +75,7 @@ PUBLISHED = {  # model -> the sizes of its config.json, and the number of parame
     "OLMo-2-1B": (sizes_of("olmo2", 100352, 2048, 8192, 16, 16, 16), 1_484_916_736),
     "SmolLM3-3B": (sizes_of("smollm3", 128256, 2048, 11008, 36, 16, 4), 3_075_098_624),
     "StableLM-2-1.6B": (sizes_of("stablelm", 100352, 2048, 5632, 24, 32, 32, use_qkv_bias=True), 1_644_515_328),
+    "Granite-3.3-2B": (sizes_of("granite", 49159, 2048, 8192, 40, 32, 8, tie_word_embeddings=True), 2_533_539_840),
 }
 
 

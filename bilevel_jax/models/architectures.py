@@ -92,9 +92,13 @@ class Architecture:
     has_rotation: Callable[[Mapping, int], bool] = lambda raw, layer: True  # whether a layer has rotary positions
     local_rope_theta: Key = Key(None)  # rotary base of layers with a window; None: the same as without
     query_scalar: Key = Key(None)  # scores are divided by its root; None: by √head_dim
+    attention_scale: Key = Key(None)  # scores are multiplied by it, and not divided by a root; None: see `query_scalar`
     attention_cap: Key = Key(None)  # soft cap of attention scores
     logit_cap: Key = Key(None)  # soft cap of logits
     scaled_embedding: bool = False  # whether embeddings are multiplied by √hidden_size
+    embedding_scale: Key = Key(None, 1.0)  # multiplies embeddings
+    residual_scale: Key = Key(None, 1.0)  # multiplies the outputs of attention and of the feed-forward block
+    logit_divisor: Key = Key(None, 1.0)
 
     @property
     def projections(self) -> dict[str, tuple[str, Linear]]:
@@ -300,8 +304,20 @@ STABLELM = dataclasses.replace(
 )
 
 
+GRANITE = dataclasses.replace(
+    LLAMA,
+    model_type="granite",
+    class_name="GraniteForCausalLM",
+    attention_scale=Key("attention_multiplier", 1.0),
+    embedding_scale=Key("embedding_multiplier", 1.0),
+    residual_scale=Key("residual_multiplier", 1.0),
+    logit_divisor=Key("logits_scaling", 1.0),
+)
+
+
 ARCHITECTURES = {
-    record.model_type: record for record in (LLAMA, GPT_NEOX, QWEN2, QWEN3, MISTRAL, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, STABLELM)
+    record.model_type: record
+    for record in (LLAMA, GPT_NEOX, QWEN2, QWEN3, MISTRAL, PHI3, GEMMA2, GEMMA3, OLMO2, SMOLLM3, STABLELM, GRANITE)
 }
 
 

@@ -70,6 +70,8 @@ class ModelConfig:
     attention_cap: float | None = None  # soft cap of attention scores, see `attention.soft_cap`
     logit_cap: float | None = None  # soft cap of logits
     embedding_scale: float = 1.0  # multiplies embeddings on their way in
+    residual_scale: float = 1.0  # multiplies the outputs of attention and of the feed-forward block, before they are added
+    logit_divisor: float = 1.0  # divides the last hidden states, and with them the logits
     quantization: str = "none"  # of the base's linear layers, see `quantization`
     attention: str = "xla"  # of packed sequences; fused: one kernel where it takes the shapes, see `fused_attention`
 
@@ -178,6 +180,11 @@ def _optional_norm(config: ModelConfig, name: str | None, x_TxD: jax.Array) -> j
     return x_TxD if name is None else _norm(config, name)(x_TxD)
 
 
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    """x times a number, rounded once; x itself if the number is 1."""
+    return x if scale == 1 else (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Attention within the segments of a packed batch, or, with a `cache`, of one token per row to the cache and itself."""
 
@@ -222,8 +229,7 @@ class Attention(nn.Module):
         if record.query_norm and record.key_norm:
             q, k = self._normed(record.query_norm, q), self._normed(record.key_norm, k)
         q, k = rotary.rotate(q, table), rotary.rotate(k, table)
-        if c.query_scale != 1:
-            q = (q.astype(jnp.float32) * c.query_scale).astype(q.dtype)
+        q = _scaled(q, c.query_scale)
         if self.has_variable("cache", "key"):
             cached = {name: self.get_variable("cache", name) for name in ("key", "value")}
             cached = attention.append(cached, k[:, 0], v[:, 0], position_S)
@@ -268,10 +274,10 @@ class Layer(nn.Module):
         attention_input = _optional_norm(c, record.attention_norm, x_TxD)
         attend = Attention(c, name=record.attention)
         attended = attend(attention_input, table, segments_SxL, position_S, settings.get("window"))
-        attended = _optional_norm(c, record.attention_output_norm, attended)
+        attended = _scaled(_optional_norm(c, record.attention_output_norm, attended), c.residual_scale)
         middle = x_TxD if c.parallel_residual else x_TxD + attended
         mlp_output = FeedForward(c, name=record.mlp)(_optional_norm(c, record.mlp_norm, middle))
-        y = middle + _optional_norm(c, record.mlp_output_norm, mlp_output)
+        y = middle + _scaled(_optional_norm(c, record.mlp_output_norm, mlp_output), c.residual_scale)
         return sharding.constrain(y + attended if c.parallel_residual else y, "rows"), None
 
 
@@ -283,9 +289,9 @@ def embed(config: ModelConfig, embedding_VxD: jax.Array, tokens_T: jax.Array) ->
     """
     x_TxD = sharding.constrain(sharding.constrain(embedding_VxD[tokens_T], "stripes", "hidden"), "rows")
     x_TxD = x_TxD.astype(config.activations)
-    if config.embedding_scale == 1:
-        return x_TxD
-    return x_TxD * jnp.asarray(config.embedding_scale, embedding_VxD.dtype).astype(x_TxD.dtype)  # rounded as in `transformers`
+    if config.record.scaled_embedding:
+        return x_TxD * jnp.asarray(config.embedding_scale, embedding_VxD.dtype).astype(x_TxD.dtype)  # rounded as in `transformers`
+    return _scaled(x_TxD, config.embedding_scale)
 
 
 class Decoder(nn.Module):
@@ -295,7 +301,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_SxL: jax.Array, positions_SxL: jax.Array, segments_SxL: jax.Array) -> jax.Array:
-        """Returns the normalised hidden states [S, L, D]. A token attends to itself and to earlier tokens of its segment."""
+        """Returns the last hidden states [S, L, D]. A token attends to itself and to earlier tokens of its segment."""
         c = self.config
         S, L = tokens_SxL.shape
         matrix = functools.partial(self.param, init_fn=nn.initializers.normal(0.02), unbox=True)
@@ -315,7 +321,7 @@ class Decoder(nn.Module):
         )
         x = embed(c, embedding, tokens_SxL.reshape(-1))
         x, _ = layers(c, name="layers")(x, table, segments_SxL, layer_settings.settings(c, L))
-        return _norm(c, "norm")(x).reshape(S, L, -1)
+        return _scaled(_norm(c, "norm")(x), 1 / c.logit_divisor).reshape(S, L, -1)
 
 
 def head(params) -> jax.Array:
@@ -407,7 +413,8 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
         of_layer = {name: values[i] for name, values in settings.items()}
         (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, of_layer, position_S, mutable=["cache"])
         new_cache.append(state["cache"])
-    return _norm(config, None).apply({"params": params["norm"]}, x_SxD), new_cache
+    hidden_SxD = _norm(config, None).apply({"params": params["norm"]}, x_SxD)
+    return _scaled(hidden_SxD, 1 / config.logit_divisor), new_cache
 
 
 def init_params(config: ModelConfig, key: jax.Array):

@@ -26,6 +26,12 @@ def test_the_record_of_the_page_is_the_record():
     assert namespace["STABLELM"] == architectures.ARCHITECTURES["stablelm"]
 
 
+def test_the_factors_of_the_page_are_those_of_the_record():
+    factors = eval(f"dict({code_of_page('attention_scale=')})", vars(architectures).copy())
+    names = {"model_type": "granite", "class_name": "GraniteForCausalLM"}
+    assert dataclasses.replace(architectures.LLAMA, **names, **factors) == architectures.ARCHITECTURES["granite"]
+
+
 def test_the_variants_of_the_page_are_the_variants():
     file = (models.FIXTURES / "make.py").read_text()
     assert "".join(code_of_page('"stablelm":').split()) in "".join(file.split())

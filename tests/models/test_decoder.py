@@ -38,18 +38,24 @@ VARIANTS = [
     "smollm3",
     "stablelm",
     "stablelm_tied",
+    "granite",
+    "granite_tied",
 ]
 KINDS = ["neox_parallel", "neox_sequential", "llama_gqa_tied"]  # one of each data flow
-SWITCHES = {  # fields of the config that only some architectures set -> a reference that sets it
-    "windows": "mistral",
-    "rotated": "smollm3",
-    "local_rope_theta": "gemma3",
-    "rope_scaling": "qwen2_yarn_tied",
-    "query_scale": "gemma2",
-    "attention_cap": "gemma2",
-    "logit_cap": "gemma2",
-    "embedding_scale": "gemma2",
-}
+SWITCHES = [  # (a field of the config that only some architectures set, a reference that sets it)
+    ("windows", "mistral"),
+    ("rotated", "smollm3"),
+    ("local_rope_theta", "gemma3"),
+    ("rope_scaling", "qwen2_yarn_tied"),
+    ("query_scale", "gemma2"),
+    ("query_scale", "granite"),
+    ("attention_cap", "gemma2"),
+    ("logit_cap", "gemma2"),
+    ("embedding_scale", "gemma2"),
+    ("embedding_scale", "granite"),
+    ("residual_scale", "granite"),
+    ("logit_divisor", "granite"),
+]
 LENGTHS = (5, 1, 4)  # of the rows packed into one sequence below
 
 
@@ -85,10 +91,10 @@ def test_each_parameter_of_a_reference_matters(variant):
         assert change > 1e-2, jax.tree_util.tree_flatten_with_path(params)[0][i][0]
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_each_switch_of_a_reference_matters(name):
+@pytest.mark.parametrize("name, variant", SWITCHES)
+def test_each_switch_of_a_reference_matters(name, variant):
     """Without the switch, logits differ: windows are shorter than the sequence, and caps bite."""
-    config, params, reference = load(SWITCHES[name])
+    config, params, reference = load(variant)
     default = next(field.default for field in dataclasses.fields(config) if field.name == name)
     without = dataclasses.replace(config, **{name: default})
     change = np.abs(np.asarray(models.logits(without, params, None, reference["tokens"])) - reference["logits"]).max()
@@ -292,7 +298,9 @@ def assert_decoding_equals_forward(config, params, adapter, decoded_params, deco
         np.testing.assert_allclose(decoded[row, prompt:], expected[row, prompt:], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3", "gemma2", "olmo2", "smollm3"])
+@pytest.mark.parametrize(
+    "variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3", "gemma2", "olmo2", "smollm3", "granite"]
+)
 def test_decoding_equals_the_forward_pass(variant):
     config, params, _ = load(variant)
     assert_decoding_equals_forward(config, params, None, params, None)

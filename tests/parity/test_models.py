@@ -112,6 +112,11 @@ PUBLISHED = {  # config.json as the hub has it, without sizes: keys of older ver
         **{"no_rope_layers": [1, 1, 1, 0], "sliding_window": None, "use_sliding_window": False, "num_hidden_layers": 4},
         **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
     },
+    "Granite-3.3-2B": {
+        **{"model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+        **{"attention_multiplier": 0.015625, "rope_scaling": None, "rope_theta": 10000000.0, "rms_norm_eps": 1e-05},
+        **{"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    },
 }
 EMPTY = {model_type: {"model_type": model_type} for model_type in architectures.ARCHITECTURES}
 

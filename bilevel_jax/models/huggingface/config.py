@@ -18,6 +18,7 @@ SIZES = {
 }
 MAX_LAYERS = 10_000
 SWITCHES = ("parallel_residual", "attention_bias", "mlp_bias", "tie_embeddings")  # fields of the config and of the record
+FACTORS = ("embedding_scale", "residual_scale", "logit_divisor")  # so too; 1 is off
 
 
 def read_config(
@@ -143,11 +144,16 @@ def _read_layers(raw: dict, record: architectures.Architecture, num_layers: int,
 
 
 def _read_scales(raw: dict, record: architectures.Architecture, sizes: dict[str, int], file: pathlib.Path) -> dict:
-    """Factors of embeddings and queries, and soft caps."""
-    scales = {"embedding_scale": sizes["hidden_size"] ** 0.5} if record.scaled_embedding else {}
-    scalar = record.query_scalar.read(raw)
+    """Factors of embeddings, queries, branches and logits, and soft caps."""
+    factors = {field: getattr(record, field) for field in FACTORS}
+    scales: dict = {field: positive(file, str(key.name), key.read(raw)) for field, key in factors.items()}
+    if record.scaled_embedding:
+        scales["embedding_scale"] = sizes["hidden_size"] ** 0.5
+    scalar, scale = record.query_scalar.read(raw), record.attention_scale.read(raw)
     if scalar is not None:
         scales["query_scale"] = (sizes["head_dim"] / positive(file, str(record.query_scalar.name), scalar)) ** 0.5
+    if scale is not None:
+        scales["query_scale"] = sizes["head_dim"] ** 0.5 * positive(file, str(record.attention_scale.name), scale)
     for field in ("attention_cap", "logit_cap"):
         key = getattr(record, field)
         value = key.read(raw)
