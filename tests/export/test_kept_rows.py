@@ -75,7 +75,9 @@ def test_parquet_in_blocks(tmp_path, monkeypatch):
     assert not (tmp_path / "kept.parquet").exists()
 
 
-def test_repeated():
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_repeated(size, monkeypatch):
+    monkeypatch.setattr(records, "PICKLED", size)
     stored = records.Records()
     for name in "abc":
         stored.add(1, {"name": name}, {})
