@@ -1,10 +1,10 @@
 """A run with a million rows: `python -m experiments.reliability.many_rows --rows=1000000 --steps=20000 --kills=3`.
 
-One epoch over generated rows with the smallest model. Weights start from a field of the rows, so that four refreshes answer the
-masked ones among the rows of the next quarter, a tenth of the rows being masked. It runs twice: once undisturbed, its memory and the
-time of its steps recorded, and once killed by SIGKILL and continued, while checkpoints are written and while rows are answered. Both
-must end with the same bits in every output, except for times and speeds. Rows are made when they are read
-(`experiments/benchmarks/large_levels.py`).
+One epoch over generated rows with the smallest model. Weights start from a field of the rows, so that each of four refreshes
+answers questions: the masked ones, a tenth of all, among those of the steps before the next refresh. It runs twice: once
+undisturbed, its memory and the time of its steps recorded, and once killed by SIGKILL and continued, while a checkpoint is
+written and while questions are answered. Both must end with the same bits in every output, except for times and speeds. Rows are
+made when they are read (`experiments/benchmarks/large_levels.py`).
 """
 
 import pathlib
