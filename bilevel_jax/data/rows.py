@@ -211,15 +211,39 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
     Raises:
       DataError: there are no rows.
     """
-    rows, rejections = [], []
+    rows: list[Row] = []
+    _, report = survey(_noted(items, rows), path)
+    return rows, report
+
+
+def _noted(items: Iterable[Row | Rejection], rows: list[Row]) -> Iterator[Row | Rejection]:
     for item in items:
-        (rejections if isinstance(item, Rejection) else rows).append(item)
-    if not rows:
+        if isinstance(item, Row):
+            rows.append(item)
+        yield item
+
+
+def survey(items: Iterable[Row | Rejection], path: str) -> tuple[Row, Report]:
+    """The first row, and the report on all, which are not kept.
+
+    Raises:
+      DataError: there are no rows.
+    """
+    first, rejections, cut = None, [], []
+    counts: collections.Counter[str] = collections.Counter()
+    not_read: collections.Counter[str] = collections.Counter()
+    for item in items:
+        if isinstance(item, Rejection):
+            rejections.append(item)
+            continue
+        first = first or item
+        counts[item.schema] += 1
+        not_read.update(item.not_read)
+        if item.is_cut:
+            cut.append(Rejection(item.line, CUT))
+    if first is None:
         raise unusable(path, rejections[0] if rejections else None, len(rejections))
-    counts = collections.Counter(row.schema for row in rows)
-    cut = tuple(Rejection(row.line, CUT) for row in rows if row.is_cut)
-    not_read = collections.Counter(name for row in rows for name in row.not_read)
-    return rows, Report(path, dict(counts), len(rows), tuple(rejections), cut=cut, not_read=dict(not_read))
+    return first, Report(path, dict(counts), counts.total(), tuple(rejections), cut=tuple(cut), not_read=dict(not_read))
 
 
 def unusable(path: str, first: Rejection | None, number: int) -> DataError:
