@@ -1,6 +1,7 @@
 """Exported rows on disk: collected one by one, renamed in all rows where a name clashes in one, and written to a file."""
 
 import itertools
+import os
 import pathlib
 import pickle
 import tempfile
@@ -49,8 +50,10 @@ class Records:
             self._flush()
 
     def _flush(self) -> None:
-        pickle.dump(self._pending, self._file, pickle.HIGHEST_PROTOCOL)
-        self._pending = []
+        if self._pending:
+            self._file.seek(0, os.SEEK_END)  # an iteration may have ended early
+            pickle.dump(self._pending, self._file, pickle.HIGHEST_PROTOCOL)
+            self._pending = []
 
     def rename(self, reserved: Collection[str]) -> list[str]:
         """Renames the fields that clash, and returns their names.

@@ -81,5 +81,6 @@ def test_repeated(size, monkeypatch):
     stored = records.Records()
     for name in "abc":
         stored.add(1, {"name": name}, {})
+        assert next(iter(stored)) == {"name": "a"}  # an iteration that ends early
     twice = records.Repeated(stored, np.array([2, 0, 1]))
     assert [record["name"] for record in twice] == ["a", "a", "c"] == [record["name"] for record in twice]
