@@ -229,7 +229,8 @@ def survey(items: Iterable[Row | Rejection], path: str) -> tuple[Row, Report]:
     Raises:
       DataError: there are no rows.
     """
-    first, rejections, cut = None, [], []
+    first: Row | None = None
+    rejections, cut = [], []
     counts: collections.Counter[str] = collections.Counter()
     not_read: collections.Counter[str] = collections.Counter()
     for item in items:

@@ -84,8 +84,8 @@ def main(model: str, directory: str, size: str) -> None:
 
 def _peak() -> float:
     """The peak of the resident set, MB. Unlike `ru_maxrss` it does not count that of the process that started this one."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1e3
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    return int(kilobytes) / 1e3
 
 
 if __name__ == "__main__":
