@@ -32,7 +32,7 @@ from bilevel_jax import (
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, templates
-from bilevel_jax.data.prepared import stored
+from bilevel_jax.data.prepared import sequences
 from bilevel_jax.data.rejections import location
 from bilevel_jax.runtime import disk, workdir
 
@@ -96,7 +96,7 @@ def _levels(setup: setups.Setup) -> dict[str, levels.Level]:
 
 def sizes(examples: Sequence[templates.Example]) -> np.ndarray:
     """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
-    if isinstance(examples, stored.StoredExamples):
+    if isinstance(examples, sequences.StoredExamples):
         return examples.sizes
     extra = [0 if one.rejected is None else len(one.prompt) + len(one.rejected) for one in examples]
     return np.array([one.size for one in examples], int) + np.array(extra, int)

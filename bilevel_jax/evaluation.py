@@ -108,7 +108,8 @@ def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep:
       keep: the share of rows that counts as kept.
     """
     logits = sharding.to_host(state.selector.logits)
-    values = {f"selector/{key}": float(value) for key, value in selector.summary(state.selector.logits).items()}
+    of_weights = jax.tree.map(sharding.to_host, selector.summary(state.selector.logits))
+    values = {f"selector/{key}": value for key, value in selector.numbers(of_weights).items()}
     if state.token_params is not None:
         values |= {f"selector/token_{name}": float(value) for name, value in zip(token_weights.SCORES, state.token_params)}
     if bad is not None and bad.any() and not bad.all() and rule != "uniform":

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import glob
 import json
 import math
@@ -103,11 +104,17 @@ def remove_stale(file: pathlib.Path) -> None:
 
 def to_json(value: Any, **options: Any) -> str:
     """`json.dumps` with null for NaN and infinities, which JSON does not have."""
-    text = json.dumps(value, **options)
+    text = _encoder(**options).encode(value)
     if "NaN" not in text and "Infinity" not in text:
         return text
     options.pop("default", None)  # it is applied
     return json.dumps(_without_nan(json.loads(text)), allow_nan=False, **options)
+
+
+@functools.lru_cache(32)
+def _encoder(**options: Any) -> json.JSONEncoder:
+    """The encoder of `json.dumps`, which makes one at every call with options."""
+    return json.JSONEncoder(**options)
 
 
 def _without_nan(value: Any) -> Any:

@@ -11,10 +11,12 @@ then share one logit, and a step costs O(N).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 ORDERS = ("joint", "paper")
@@ -24,6 +26,9 @@ BASELINES = ("none", "batch", "running")
 WEIGHT_SCALES = ("dataset", "literal")
 PARAMETERIZATIONS = ("table", "features")
 RUNNING_DECAY = 0.9
+PERCENTILES = {"weight_p01": 1.0, "weight_p10": 10.0, "weight_p50": 50.0, "weight_p90": 90.0, "weight_p99": 99.0}
+WEIGHTS = "weights"  # in place of percentiles in a `summary` of many rows
+MAX_SORTED = 1 << 16  # rows whose weights the devices sort
 
 
 class SelectorState(NamedTuple):
@@ -286,16 +291,35 @@ def effective_sample_size(probability_N):
     return 1.0 / (len(probability_N) * (probability_N**2).sum())
 
 
+def summary(logits_N: jax.Array) -> dict[str, np.ndarray | jax.Array]:
+    """ESS/N and percentiles of the weights w = N·σ(ω), for `numbers`. Does not wait for the devices."""
+    return _sorted_summary(logits_N) if len(logits_N) <= MAX_SORTED else _unsorted_summary(logits_N)
+
+
+def numbers(of_weights: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The numbers of a `summary` that was copied to the host."""
+    values = {key: float(value) for key, value in of_weights.items() if key != WEIGHTS}
+    if WEIGHTS in of_weights:
+        percentiles = np.percentile(of_weights[WEIGHTS], list(PERCENTILES.values()))
+        values |= dict(zip(PERCENTILES, map(float, percentiles)))
+    return values
+
+
 @jax.jit
-def summary(logits_N: jax.Array) -> dict[str, jax.Array]:
-    """ESS/N and percentiles of the weights w = N·σ(ω)."""
+def _sorted_summary(logits_N: jax.Array) -> dict[str, jax.Array]:
+    values = _unsorted_summary(logits_N)
+    levels = jnp.percentile(values.pop(WEIGHTS), jnp.array(list(PERCENTILES.values())))
+    return {**values, **dict(zip(PERCENTILES, levels))}
+
+
+@jax.jit
+def _unsorted_summary(logits_N: jax.Array) -> dict[str, jax.Array]:
+    """With the weights themselves in place of percentiles: XLA takes 0.3 s to sort a million on a CPU, NumPy 0.01 s."""
     sigma = jax.nn.softmax(logits_N)
     weights = logits_N.shape[0] * sigma
-    levels = jnp.percentile(weights, jnp.array([1.0, 10.0, 50.0, 90.0, 99.0]))
-    percentiles = dict(zip(("p01", "p10", "p50", "p90", "p99"), levels))
     return {
         "ess": effective_sample_size(sigma),
         "weight_min": weights.min(),
         "weight_max": weights.max(),
-        **{f"weight_{name}": value for name, value in percentiles.items()},
+        WEIGHTS: weights,
     }

@@ -353,13 +353,15 @@ def test_scale(weight_scale, expected):
     assert Selector(weight_scale=weight_scale).scale(12) == expected
 
 
+@pytest.mark.parametrize("max_sorted", [selection.MAX_SORTED, 10])
 @pytest.mark.parametrize("logits", [START, np.zeros(11), np.random.default_rng(0).normal(size=1000) * 2])
-def test_summary(logits):
+def test_summary(logits, max_sorted, monkeypatch):
+    monkeypatch.setattr(selection, "MAX_SORTED", max_sorted)
     weights = len(logits) * softmax(logits)
     ess = weights.sum() ** 2 / (len(logits) * np.sum(weights**2))
     expected = {"ess": ess, "weight_min": weights.min(), "weight_max": weights.max()}
     expected |= {f"weight_p{level:02d}": np.percentile(weights, level) for level in (1, 10, 50, 90, 99)}
-    summary = selection.summary(jnp.asarray(logits, jnp.float32))
+    summary = selection.numbers(jax.device_get(selection.summary(jnp.asarray(logits, jnp.float32))))
     assert summary.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(summary[name], value, rtol=1e-4, err_msg=name)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
-from bilevel_jax.data.prepared import cache, stored
+from bilevel_jax.data.prepared import cache, sequences
 from bilevel_jax.text import say
 
 OVERLAP = ("warn", "drop", "refuse")
@@ -62,11 +62,11 @@ class _Read:
 
 
 def _pick(items: Sequence, indices: np.ndarray) -> Sequence:
-    return items.take(indices) if isinstance(items, stored.Stored) else [items[i] for i in indices]
+    return items.take(indices) if isinstance(items, sequences.Stored) else [items[i] for i in indices]
 
 
 def _joined(first: Sequence, second: Sequence) -> Sequence:
-    return first + second if isinstance(first, stored.Stored) else [*first, *second]
+    return first + second if isinstance(first, sequences.Stored) else [*first, *second]
 
 
 def usable(
@@ -79,7 +79,7 @@ def usable(
     """
     say("\n".join(report.summary()))
     cut_turns = config.method not in GENERATING
-    if isinstance(all_rows, stored.StoredRows):
+    if isinstance(all_rows, sequences.StoredRows):
         encoded = all_rows.examples()
         kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
     else:
@@ -128,7 +128,7 @@ def weighs_turns(config) -> bool:
 
 def _by_turn(config, level: Level) -> Level:
     """The level with a training row for every answer; held-out rows stay whole."""
-    split = stored.split_turns if isinstance(level.rows, stored.StoredRows) else by_turn.split
+    split = sequences.split_turns if isinstance(level.rows, sequences.StoredRows) else by_turn.split
     turn_rows, examples = split(level.rows, level.examples, of_last=[config.data.truth])
     say(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
     return dataclasses.replace(level, rows=turn_rows, examples=examples)
@@ -174,7 +174,7 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
     )
     prepared = cache.open_rows(getattr(config.data, "cache", cache.AUTO), source, tokenizer, options, columns)
     if prepared:
-        return prepared[0].rows(), prepared[1]
+        return sequences.rows_of(prepared[0]), prepared[1]
     return sources.open_source(
         source,
         seed=config.seed,
@@ -283,7 +283,7 @@ def domains(level: Level, source: str) -> tuple[list[str], np.ndarray]:
 
 def source_names(level: Level) -> pa.DictionaryArray:
     """The source of each training row, [n]."""
-    if isinstance(level.rows, stored.StoredRows):
+    if isinstance(level.rows, sequences.StoredRows):
         return level.rows.sources()
     index: dict[str, int] = {}
     codes = np.fromiter((index.setdefault(row.source, len(index)) for row in level.rows), np.int32, len(level.rows))
@@ -292,7 +292,7 @@ def source_names(level: Level) -> pa.DictionaryArray:
 
 def labels(level: Level, field: str) -> np.ndarray | None:
     """Whether each training row is marked bad, [n] bool, for measurement; None if no row has the field."""
-    if isinstance(level.rows, stored.StoredRows):
+    if isinstance(level.rows, sequences.StoredRows):
         stored_marks = level.rows.marks(field)
         return stored_marks > 0 if (stored_marks >= 0).any() else None
     marks = [rows.mark(row, field) for row in level.rows]
@@ -301,7 +301,7 @@ def labels(level: Level, field: str) -> np.ndarray | None:
 
 def truths(level: Level, field: str) -> Sequence[str | None]:
     """The right response of every training row, for measurement; None if the row has none."""
-    if isinstance(level.rows, stored.StoredRows):
+    if isinstance(level.rows, sequences.StoredRows):
         return level.rows.fields(field)
     values = (row.fields.get(field) for row in level.rows)
     return [value if isinstance(value, str) else None for value in values]

@@ -15,6 +15,15 @@ BLOCK = 1 << 12  # rows whose ids are looked up at once
 def match(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True) -> Iterator[tuple[int, Row]]:
     """Yields the candidates whose ids are among `ids`, each with the index of its id, in the order of the candidates.
 
+    Arguments and errors as for `blocks`.
+    """
+    for indices, rows in blocks(candidates, ids, strict):
+        yield from zip(indices.tolist(), rows)
+
+
+def blocks(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True) -> Iterator[tuple[np.ndarray, list[Row]]]:
+    """`match`, some rows at a time: yields the indices of their ids, [n], and the rows.
+
     Args:
       candidates: rows; no two have the same id.
       ids: texts, at least one, all different.
@@ -29,10 +38,9 @@ def match(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True) 
     while block := list(itertools.islice(candidates, BLOCK)):
         asked = np.array([row.id.encode() for row in block])
         position = np.minimum(np.searchsorted(stored, asked), len(stored) - 1)
-        for row, index, is_equal in zip(block, order[position].tolist(), (stored[position] == asked).tolist()):
-            if is_equal:
-                matched[index] = True
-                yield index, row
+        is_equal, indices = stored[position] == asked, order[position]
+        matched[indices[is_equal]] = True
+        yield indices[is_equal], [*itertools.compress(block, is_equal.tolist())]
     if strict and not matched.all():
         first = ids[int(np.argmin(matched))].as_py()
         what = f"{int((~matched).sum())} of {len(ids)} ids match no row (first: {first})"

@@ -23,6 +23,7 @@ from bilevel_jax.text import one_line
 MAX_REASONS = 20  # lines of a report on rows that are left out
 MAX_REASON = 200  # characters of a reason, which may quote the row
 CUT = "turns after the last answer left out"
+CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)  # of what the id covers
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
 
@@ -88,9 +89,10 @@ class Report:
 
 def content_id(content: schemas.Content) -> str:
     """The first 16 hex digits of SHA-256 over the canonical JSON of a row's content."""
-    hashed = {name: getattr(content, name) for name in ("system", "messages", "response", "rejected")}
+    hashed: dict[str, Any] = {"system": content.system, "messages": content.messages}
+    hashed |= {"response": content.response, "rejected": content.rejected}
     hashed |= {name: value for name in ("chat", "tools") if (value := getattr(content, name)) is not None}
-    text = json.dumps(hashed, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    text = CANONICAL.encode(hashed)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -118,7 +120,7 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool, nam
     system = next((schemas.text_field(fields, key) for key in ("system", "system_prompt") if key in fields), "")
     if content.system and system and system != content.system:
         raise schemas.Unusable("two different system texts")
-    content = content._replace(system=content.system or system)
+    content = content._replace(system=system) if system and not content.system else content
     source = str(fields.get("source", "")) or getattr(line, "source", "")
     try:
         source.encode()
@@ -127,7 +129,8 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool, nam
         raise schemas.Unusable("text with a lone surrogate") from None
     if preference and content.response.strip() == content.rejected.strip():
         raise schemas.Unusable("chosen and rejected are the same")
-    not_read = [name for name in schemas.CONTEXT if fields.get(name) and name not in schema.reads]
+    context = [] if schemas.CONTEXT_NAMES.isdisjoint(fields) else schemas.CONTEXT
+    not_read = [name for name in context if fields.get(name) and name not in schema.reads]
     return Row(
         id=row_id,
         system=content.system,
@@ -142,7 +145,7 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool, nam
         chat=content.chat,
         tools=content.tools,
         is_cut=content.is_cut,
-        not_read=(*not_read, *sorted(content.not_read)),
+        not_read=(*not_read, *sorted(content.not_read)) if not_read or content.not_read else (),
     )
 
 
@@ -208,15 +211,40 @@ def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Rep
     Raises:
       DataError: there are no rows.
     """
-    rows, rejections = [], []
+    rows: list[Row] = []
+    _, report = survey(_noted(items, rows), path)
+    return rows, report
+
+
+def _noted(items: Iterable[Row | Rejection], rows: list[Row]) -> Iterator[Row | Rejection]:
     for item in items:
-        (rejections if isinstance(item, Rejection) else rows).append(item)
-    if not rows:
+        if isinstance(item, Row):
+            rows.append(item)
+        yield item
+
+
+def survey(items: Iterable[Row | Rejection], path: str) -> tuple[Row, Report]:
+    """The first row, and the report on all, which are not kept.
+
+    Raises:
+      DataError: there are no rows.
+    """
+    first: Row | None = None
+    rejections, cut = [], []
+    counts: collections.Counter[str] = collections.Counter()
+    not_read: collections.Counter[str] = collections.Counter()
+    for item in items:
+        if isinstance(item, Rejection):
+            rejections.append(item)
+            continue
+        first = first or item
+        counts[item.schema] += 1
+        not_read.update(item.not_read)
+        if item.is_cut:
+            cut.append(Rejection(item.line, CUT))
+    if first is None:
         raise unusable(path, rejections[0] if rejections else None, len(rejections))
-    counts = collections.Counter(row.schema for row in rows)
-    cut = tuple(Rejection(row.line, CUT) for row in rows if row.is_cut)
-    not_read = collections.Counter(name for row in rows for name in row.not_read)
-    return rows, Report(path, dict(counts), len(rows), tuple(rejections), cut=cut, not_read=dict(not_read))
+    return first, Report(path, dict(counts), counts.total(), tuple(rejections), cut=tuple(cut), not_read=dict(not_read))
 
 
 def unusable(path: str, first: Rejection | None, number: int) -> DataError:

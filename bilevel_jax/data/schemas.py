@@ -172,6 +172,7 @@ CONTEXT = (  # fields that often belong to the prompt or the response, and are r
     *("context", "history", "input", "documents", "passage", "knowledge", "examples", "tools", "functions", "images", "image"),
     *("audio", "reasoning", "reasoning_content", "thinking", "rationale", "explanation"),
 )
+CONTEXT_NAMES = frozenset(CONTEXT)
 
 
 def detect(fields: Mapping[str, Any], preference: bool, named: Collection[str] = ()) -> Schema:
@@ -185,8 +186,9 @@ def detect(fields: Mapping[str, Any], preference: bool, named: Collection[str] =
     Raises:
       Unusable: no schema has a key among the fields.
     """
-    matching = [schema for schema in SCHEMAS if any(key in fields for key in schema.keys)]
-    matching.sort(key=lambda schema: not any(key in fields and key in named for key in schema.keys))  # stable
+    matching = [schema for schema in SCHEMAS if not fields.keys().isdisjoint(schema.keys)]
+    if named:
+        matching.sort(key=lambda schema: not any(key in fields and key in named for key in schema.keys))  # stable
     schema = matching[0] if matching else None
     if preference and not (schema and schema.preference):
         raise Unusable("no field 'chosen'")

@@ -1,6 +1,7 @@
 """The rows that a run keeps, with their columns: for the command, which writes them, and for `Run.kept`."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -142,18 +143,19 @@ def _gather(candidates: Iterable[rows.Row], table: pa.Table, kept: np.ndarray, w
     refined, labels = np.zeros(len(kept), bool), np.full(len(kept), UNLABELLED, np.int8)
     gathered = _Gathered(Records(), [], refined, labels, selected_rows.Traits())
     numbers = selected_rows.numbers(table)
-    for index, row in matching.match(tqdm.tqdm(candidates, **BAR), table["id"]):
-        mark = rows.mark(row, writer.label)
-        labels[index] = UNLABELLED if mark is None else mark
-        if not kept[index]:
-            continue
-        one, more = selected_rows.with_weights(row, numbers, index), {}
-        if writer.responses is not None:
-            one, more = selected_rows.refine(one, writer.responses)
-            refined[index] = more["refined"]
-        gathered.traits.add(one.row)
-        if form in UNTIL_ANOTHER and writer.form(gathered.traits) != form:
-            break
-        gathered.order.append(index)
-        gathered.records.add(row.line, one.row.fields, writer.columns(one, more, form))
+    for indices, block in matching.blocks(tqdm.tqdm(candidates, **BAR), table["id"]):
+        marks = [rows.mark(row, writer.label) for row in block]
+        labels[indices] = [UNLABELLED if mark is None else mark for mark in marks]
+        is_kept = kept[indices]
+        ones = selected_rows.with_weights([*itertools.compress(block, is_kept)], numbers, indices[is_kept])
+        for index, one in zip(indices[is_kept].tolist(), ones):
+            more: dict = {}
+            if writer.responses is not None:
+                one, more = selected_rows.refine(one, writer.responses)
+                refined[index] = more["refined"]
+            gathered.traits.add(one.row)
+            if form in UNTIL_ANOTHER and writer.form(gathered.traits) != form:
+                return gathered
+            gathered.order.append(index)
+            gathered.records.add(one.row.line, one.row.fields, writer.columns(one, more, form))
     return gathered

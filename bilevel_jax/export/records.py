@@ -1,6 +1,7 @@
 """Exported rows on disk: collected one by one, renamed in all rows where a name clashes in one, and written to a file."""
 
 import itertools
+import os
 import pathlib
 import pickle
 import tempfile
@@ -12,6 +13,7 @@ from bilevel_jax import files
 from bilevel_jax.data import rows
 
 INFERENCE_BYTES = 10 << 20  # bytes of a JSONL file from which `datasets` infers the fields
+PICKLED = 256  # rows that are pickled together
 BLOCK = 1 << 14  # rows of a Parquet file that are in memory at once
 ORIGINAL = "original_"
 
@@ -26,6 +28,7 @@ class Records:
     def __init__(self):
         self._file = tempfile.TemporaryFile()
         self._number = 0
+        self._pending: list[tuple[dict, dict]] = []  # rows that are not in the file yet
         self._present: set[str] = set()  # fields with a value
         self._clashing: set[str] = set()  # of these, fields with the name of a column and another value
         self._taken: dict[str, tuple[int, int]] = {}  # field -> (record, line) of the first row where its new name is taken
@@ -41,8 +44,16 @@ class Records:
             new = f"{ORIGINAL}{name}"
             if name not in self._taken and (new in fields or new in columns):
                 self._taken[name] = self._number, line
-        pickle.dump((dict(fields), dict(columns)), self._file, pickle.HIGHEST_PROTOCOL)
+        self._pending.append((dict(fields), dict(columns)))
         self._number += 1
+        if len(self._pending) == PICKLED:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._file.seek(0, os.SEEK_END)  # an iteration may have ended early
+            pickle.dump(self._pending, self._file, pickle.HIGHEST_PROTOCOL)
+            self._pending = []
 
     def rename(self, reserved: Collection[str]) -> list[str]:
         """Renames the fields that clash, and returns their names.
@@ -62,10 +73,16 @@ class Records:
         return self._number
 
     def __iter__(self) -> Iterator[dict]:
+        self._flush()
         self._file.seek(0)
-        for _ in range(self._number):
-            fields, columns = pickle.load(self._file)
-            yield {f"{ORIGINAL}{name}" if name in self._renamed else name: value for name, value in fields.items()} | columns
+        number = 0
+        while number < self._number:
+            some = pickle.load(self._file)
+            number += len(some)
+            for fields, columns in some:
+                if self._renamed:
+                    fields = {f"{ORIGINAL}{name}" if name in self._renamed else name: value for name, value in fields.items()}
+                yield fields | columns
 
 
 class Repeated:

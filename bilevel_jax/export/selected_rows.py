@@ -20,6 +20,7 @@ merges with the next word.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,10 +96,10 @@ def heaviest(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarr
     return kept
 
 
-def with_weights(row: rows.Row, columns: Mapping[str, np.ndarray], index: int) -> Kept:
-    """A row with what the table, as columns of `numbers`, says about it."""
-    values = {name: array[index].item() for name, array in columns.items()}
-    return Kept(row, **{name: None if value != value else value for name, value in values.items()})
+def with_weights(some: Sequence[rows.Row], columns: Mapping[str, np.ndarray], indices: np.ndarray) -> list[Kept]:
+    """Rows with what the table, as columns of `numbers`, says about them at the indices, [n]."""
+    values = [[None if value != value else value for value in columns[name][indices].tolist()] for name in Kept._fields[1:]]
+    return [Kept(*each) for each in zip(some, *values)]
 
 
 def numbers(table) -> dict[str, np.ndarray]:
@@ -116,7 +117,10 @@ def select(candidates: Iterable[rows.Row], table, keep: float, left_out: np.ndar
       DataError: the table is of other rows, or no row is kept.
     """
     kept, columns = heaviest(table, keep, left_out), numbers(table)
-    return [with_weights(row, columns, index) for index, row in matching.match(candidates, table["id"]) if kept[index]]
+    selected = []
+    for indices, some in matching.blocks(candidates, table["id"]):
+        selected += with_weights([*itertools.compress(some, kept[indices])], columns, indices[kept[indices]])
+    return selected
 
 
 def resample(weights: Sequence[float], seed: int) -> np.ndarray:

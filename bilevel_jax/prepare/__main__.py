@@ -26,7 +26,7 @@ def main() -> None:
     from bilevel_jax import checks
     from bilevel_jax.config import ConfigError
     from bilevel_jax.data import levels, templates
-    from bilevel_jax.data.prepared import cache, stored
+    from bilevel_jax.data.prepared import cache, sequences
     from bilevel_jax.models import huggingface
 
     config = checks.build(CONFIG.value)
@@ -35,7 +35,7 @@ def main() -> None:
     tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
     for name, level in zip(("upper", "lower"), levels.load_levels(config, tokenizer)):
         rows = level.rows
-        if not isinstance(rows, stored.StoredRows):
+        if not isinstance(rows, sequences.StoredRows):
             say(f"data.{name}: not stored; a run reads it at its start")
             continue
         rows.store.verify()

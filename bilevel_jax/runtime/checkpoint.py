@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from bilevel_jax import files, online
 from bilevel_jax.data import templates
-from bilevel_jax.data.prepared.stored import StoredExamples
+from bilevel_jax.data.prepared.sequences import StoredExamples
 from bilevel_jax.errors import RunError
 from bilevel_jax.text import say
 

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from bilevel_jax import config as configuration
-from bilevel_jax import errors, online, preferences
+from bilevel_jax import errors, online, preferences, selector, sharding
 from bilevel_jax.batches import StepBatch
 from bilevel_jax.runtime import metrics, response_metrics
 
@@ -74,7 +74,7 @@ class StepLog:
             return
         done, values, weights, batch, store = self._pending
         self._pending = None
-        values, weights = jax.device_get((values, weights))
+        values, weights = jax.device_get(values), jax.tree.map(sharding.to_host, weights)
         num_entries = len(batch.ids)
         row_loss, log_ratio, weight = (values.pop(key)[:num_entries] for key in ("row_loss", "log_ratio", "response_weight"))
         self._check_finite(done, values, batch, row_loss)
@@ -116,7 +116,7 @@ class StepLog:
         values["train/learning_rate"] = float(self._rates[done - 1])
         values["speed/tokens_per_s"] = self._tokens / seconds
         values["speed/response_tokens_per_s"] = self._response_tokens / seconds
-        values |= {f"selector/{key}": float(value) for key, value in weights.items()}
+        values |= {f"selector/{key}": value for key, value in selector.numbers(weights).items()}
         if self._log_ratio:
             values |= response_metrics.ratio_metrics(np.concatenate(self._log_ratio), self._clipped, self._ess)
         self._writer.write(done, done / self._epoch_steps, values)

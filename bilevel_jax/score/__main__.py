@@ -45,11 +45,15 @@ def main() -> None:
         raise IsADirectoryError(f"--out={out} is a directory; name a file")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value
-    results = scorer.score(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value)
-    files.write_atomically(out, "".join(files.to_json(result) + "\n" for result in results))
-    scored = [result["loss"] for result in results if result["loss"] is not None]
-    mean = f", mean loss {sum(scored) / len(scored):.4f}" if scored else ""
-    say(f"{out}: {len(scored)} of {len(results)} rows scored{mean}")
+    number, scored, total = 0, 0, 0.0
+    with files.replacing(out) as file:
+        for result in scorer.stream(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value):
+            file.write((files.to_json(result) + "\n").encode())
+            number += 1
+            if result["loss"] is not None:
+                scored, total = scored + 1, total + result["loss"]
+    mean = f", mean loss {total / scored:.4f}" if scored else ""
+    say(f"{out}: {scored} of {number} rows scored{mean}")
 
 
 if __name__ == "__main__":

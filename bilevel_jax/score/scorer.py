@@ -1,14 +1,26 @@
 """Scores the responses of rows."""
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
+
+import tqdm
 
 from bilevel_jax import scoring, sharding
 from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates, token_ids
-from bilevel_jax.models import huggingface, layer_settings
+from bilevel_jax.models import huggingface, layer_settings, rotary
 from bilevel_jax.text import say
 
+CHUNK = 1 << 14  # rows that are in memory at once
+BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
-def score(
+
+def score(source, model: str, adapter=None, **options) -> list[dict]:
+    """The results of `stream`, whose arguments and errors these are."""
+    return [*stream(source, model, adapter, **options)]
+
+
+def stream(
     source,
     model: str,
     adapter=None,
@@ -20,20 +32,31 @@ def score(
     quantization="none",
     batch_size=8,
     columns="",
-) -> list[dict]:
-    """Reads rows and a model, and scores the responses; see `score_rows`. Prints notes on rows and template.
+) -> Iterator[dict]:
+    """Reads rows and a model, and scores the responses, `CHUNK` rows at a time. Prints notes on rows and template.
+
+    Files and data sets are read twice, so that unusable ones are refused before anything is scored.
 
     Args:
       source: a file or hub data set, or rows in memory, as for `rows.iter_rows`.
       model, adapter: directories or hub ids; no adapter: None.
       template, eos, learn, dtype, quantization, batch_size, columns: as the flags of the command.
 
+    Yields:
+      The results of `score_rows`.
+
     Raises:
       DataError: no row is usable.
       ModelError: the model cannot be used.
     """
-    items = list(rows.iter_rows(source, columns=columns))
-    usable, report = rows.collect(items, in_memory.name(source))  # raises if no row is usable
+    held = None if in_memory.is_source(source) else [*rows.iter_rows(source, columns=columns)]
+
+    def chunks() -> Iterator[list[rows.Row | rejections.Rejection]]:
+        items = iter(held) if held is not None else rows.iter_rows(source, columns=columns)
+        while chunk := [*itertools.islice(items, CHUNK)]:
+            yield chunk
+
+    first, report = rows.survey(tqdm.tqdm(itertools.chain.from_iterable(chunks()), **BAR), in_memory.name(source))
     say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     # Before the tokenizer: the reason why a model cannot be used.
@@ -41,30 +64,53 @@ def score(
     tokenizer = templates.load_tokenizer(str(directory))
     base = huggingface.load_params(directory, config)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
-    if notice := rendering.template_notice(
-        template, tokenizer, templates.encode(usable[:1], tokenizer, template=template, eos=eos, learn=learn)
-    ):
+    encoding = {"template": template, "eos": eos, "learn": learn}
+    if notice := rendering.template_notice(template, tokenizer, templates.encode([first], tokenizer, **encoding)):
         say(notice)
-    options = {"template": template, "eos": eos, "learn": learn, "batch_size": batch_size}
-    return score_rows(items, config, base, weights, tokenizer, **options)
+    longest = None
+    if isinstance(config.rope_scaling, rotary.LongRope) and report.num_rows + len(report.rejections) > CHUNK:
+        encoded = (templates.encode(_usable(chunk), tokenizer, **encoding) for chunk in chunks())
+        longest = max((example.size for some in encoded for example in some if _scores(example, config)), default=0)
+    for chunk in chunks():
+        yield from score_rows(chunk, config, base, weights, tokenizer, **encoding, batch_size=batch_size, longest=longest)
+
+
+def _usable(items: Iterable[rows.Row | rejections.Rejection]) -> list[rows.Row]:
+    return [item for item in items if isinstance(item, rows.Row)]
+
+
+def _scores(example: templates.Example, model) -> bool:
+    """Whether the example fits and has a token to score."""
+    return example.size <= model.max_positions and example.size - (not len(example.prompt)) >= 1 and len(example.response) > 0
 
 
 def score_rows(
-    items, model, base, adapter, tokenizer, *, template: str, eos: bool, batch_size: int, learn: str = "all"
+    items,
+    model,
+    base,
+    adapter,
+    tokenizer,
+    *,
+    template: str,
+    eos: bool,
+    batch_size: int,
+    learn: str = "all",
+    longest: int | None = None,
 ) -> list[dict]:
     """One result for every item, in order.
 
     Args:
       items: `rows.Row` or `rows.Rejection`, as `rows.iter_rows` yields them.
       model, base, adapter: config, weights and adapter (or None) from `huggingface`.
+      template, eos, batch_size, learn: as the flags of the command.
+      longest: tokens of the longest row, if these rows are some of many; None: of these rows.
 
     Raises:
       TokenError: the model does not have a token of a row.
       ValueError: a loss is not finite.
     """
-    usable = [item for item in items if isinstance(item, rows.Row)]
     segments, scored, results = [], [], []
-    examples = templates.encode(usable, tokenizer, template=template, eos=eos, learn=learn)
+    examples = templates.encode(_usable(items), tokenizer, template=template, eos=eos, learn=learn)
     token_ids.check(examples, tokenizer, model.vocab_size)
     encoded = iter(examples)
     for item in items:
@@ -74,17 +120,16 @@ def score_rows(
             result |= {"reason": item.reason} | rejections.place(item.line)
             continue
         example = next(encoded)
-        segment = packing.Segment(example.prompt, example.response, earlier=example.earlier)
-        if segment.size > model.max_positions:
-            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
-        elif segment.size - (not len(example.prompt)) < 1 or not len(example.response):
-            result |= {"reason": example.reason or "no token to score"} | rejections.place(item.line)
-        else:
+        if _scores(example, model):
             scored.append(result)
-            segments.append(segment)
+            segments.append(packing.Segment(example.prompt, example.response, earlier=example.earlier))
+        elif example.size > model.max_positions:
+            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
+        else:
+            result |= {"reason": example.reason or "no token to score"} | rejections.place(item.line)
     if not segments:
         return results
-    model = layer_settings.for_length(model, max(segment.size for segment in segments))
+    model = layer_settings.for_length(model, longest or max(segment.size for segment in segments))
     score = scoring.make_scorer(model, batch_size, model.max_positions, sharding.make_mesh(1))
     nll, count = score(base, adapter, segments, "scoring")
     if broken := [result["id"] for result, total in zip(scored, nll) if not math.isfinite(total)]:

@@ -10,6 +10,7 @@ dtype     training step in bfloat16 against float32 (--config=configs/quality.py
 cost      a step of bilevel selection against a step of direct mixing
 large     what grows with the number of rows, at 10^6 of them: step, checkpoint, export, report (--rounds=10)
 padding   packed sequences against padded rows (for real rows, --config=configs/quality.py:smollm2)
+starts    what a later start does with prepared rows (--rows=1000,1000000 --rounds=3)
 rows      first and later start with many rows, against TRL's way (--config=configs/quality.py:smollm2 --rows=10000,100000)
 """
 
@@ -22,13 +23,13 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "large", "padding", "rows")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "large", "padding", "rows", "starts")
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
 SUITE = flags.DEFINE_enum("suite", "cost", SUITES, "What to measure.", flag_values=FLAGS)
 ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed rounds of each variant.", lower_bound=1, flag_values=FLAGS)
-ROWS = flags.DEFINE_list("rows", ["10000", "100000"], "Numbers of rows of the suite rows.", flag_values=FLAGS)
+ROWS = flags.DEFINE_list("rows", ["10000", "100000"], "Numbers of rows of the suites rows and starts.", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", None, "Markdown file to write besides standard output.", flag_values=FLAGS)
 
 
@@ -38,12 +39,26 @@ def measure(suite: str, config, rounds: int) -> list[str]:
 
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
-    from experiments.benchmarks import breakdown, cost, decode, dtypes, large, memory, padding, rows, selector_cost, train_step
+    from experiments.benchmarks import (
+        breakdown,
+        cost,
+        decode,
+        dtypes,
+        large,
+        memory,
+        padding,
+        rows,
+        selector_cost,
+        starts,
+        train_step,
+    )
 
     if suite == "selector":
         return selector_cost.measure(rounds)
     if suite == "large":
         return large.measure(config, rounds)
+    if suite == "starts":
+        return starts.measure([int(number) for number in ROWS.value], rounds)
     if suite == "rows":
         return rows.measure(config, [int(number) for number in ROWS.value], rounds)
     if suite == "memory":

@@ -3,7 +3,7 @@
 Rows are made when they are read (`large_levels`). Export and report read a file of N rows, each in a process of its own.
 """
 
-import os
+import json
 import pathlib
 import statistics
 import subprocess
@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 import jax
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax import batches, checks, files, online, sharding
+from bilevel_jax import batches, checks, files, online, selector, sharding
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rows
 from bilevel_jax.runtime import checkpoint, weight_table
@@ -25,6 +26,13 @@ from experiments.benchmarks import large_levels, timing
 
 SMALL, LARGE = 10**3, 10**6
 KEEP, RATIO, SEED = 0.8, 0.1, 0
+MEASURED = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3]))
+"""
 ROUNDS = 10  # steps of each variant for every round of the command
 
 
@@ -82,19 +90,46 @@ def _save(directory: pathlib.Path, state, steps: int) -> tuple[float, float, int
     return statistics.median(held), statistics.median(written), sum(file.stat().st_size for file in directory.rglob("*"))
 
 
-def _process(module: str, *arguments: str) -> tuple[float, float]:
-    """Seconds and peak MB of a command.
+class Used(NamedTuple):
+    """What a command used."""
+
+    seconds: float
+    processor_seconds: float
+    megabytes: float  # peak of its resident set
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.processor_seconds:.1f} s of a processor, {self.megabytes:.0f} MB"
+
+
+def _parts(s: selector.SelectorState, size: int) -> list[str]:
+    """Lines on what a checkpoint of `size` bytes has, as bytes in memory. Orbax compresses it."""
+    parts = {
+        "ω and its optimizer": (s.logits, s.optimizer),
+        "visits, all and those with the response of the data": (s.visits, s.data_visits),
+    }
+    parts["surprise and harm, from which tables of weights have `plausible` and `useful`"] = (s.surprise, s.harm)
+    lines, total = [], 0
+    for name, arrays in parts.items():
+        number = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        total += number
+        lines.append(
+            f"| in memory: {name} | {number / 1e6:.1f} MB; the checkpoint over it and the lines above: {size / total:.2f} |"
+        )
+    return lines
+
+
+def _process(module: str, *arguments: str) -> Used:
+    """Runs a command. A small process starts it, since the peak of a process counts that of the one that it is forked from.
 
     Raises:
       RuntimeError: it failed.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)} ended with status {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e3
+    command = [sys.executable, "-c", MEASURED, sys.executable, "-m", module, *arguments]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    status, *used = json.loads(ended.stdout)
+    if status:
+        raise RuntimeError(f"{module} {' '.join(arguments)} ended with status {status}")
+    return Used(*used)
 
 
 def make_workdir(directory: pathlib.Path, config_dict, number: int) -> pathlib.Path:
@@ -138,31 +173,22 @@ def measure(config, rounds: int) -> list[str]:
         of_steps, variant, step_seconds = _steps(config_dict, rounds)
         state = visited(variant.state)
         held, written, size = _save(directory / "checkpoints", state, 5)
-        s = state.selector
-        arrays = jax.tree.leaves((s.logits, s.optimizer, s.visits))
-        plain = sum(leaf.nbytes for leaf in arrays)
-        records = plain + s.data_visits.nbytes + s.surprise.nbytes + s.harm.nbytes
         lines += of_steps
         lines.append(f"| checkpoint, the loop waits | {1000 * held:.1f} ms, {held / step_seconds:.2f} steps |")
         lines.append(f"| checkpoint, until it is on disk | {written:.2f} s |")
         lines.append(f"| checkpoint, size | {size / 1e6:.1f} MB |")
-        lines.append(f"| its size over ω, its optimizer and visits ({plain / 1e6:.1f} MB) | {size / plain:.2f} |")
-        lines.append(
-            f"| the same with what the visits found, three numbers a row ({records / 1e6:.1f} MB) | {size / records:.2f} |"
-        )
-        logits = np.asarray(s.logits)
+        lines += _parts(state.selector, size)
+        logits = np.asarray(state.selector.logits)
         masked = _seconds(lambda: online.masked_rows(logits, LARGE, RATIO, SEED))
         lines.append(f"| mask of a refresh, R = {RATIO:.0%} | {masked:.2f} s |")
-        del variant, state, s, arrays
+        del variant, state
         table = _seconds(lambda: make_workdir(directory, config_dict, LARGE))
         lines.append(f"| file of rows, their ids and the table of weights | {table:.1f} s |")
         workdir = directory / "run"
         for name in ("kept.jsonl", "kept.parquet"):
-            seconds, peak = _process(
-                "bilevel_jax.export", f"--workdir={workdir}", f"--selected={directory / name}", f"--keep={KEEP}"
-            )
-            lines.append(f"| export of {KEEP:.0%} to {name} | {seconds:.1f} s, at most {peak:.0f} MB |")
-        seconds, peak = _process("bilevel_jax.report", f"--workdir={workdir}")
+            used = _process("bilevel_jax.export", f"--workdir={workdir}", f"--selected={directory / name}", f"--keep={KEEP}")
+            lines.append(f"| export of {KEEP:.0%} to {name} | {used} |")
+        used = _process("bilevel_jax.report", f"--workdir={workdir}")
         size = (workdir / "report.html").stat().st_size
-        lines.append(f"| report | {seconds:.1f} s, at most {peak:.0f} MB, {size / 1e6:.2f} MB of HTML |")
+        lines.append(f"| report | {used}, {size / 1e6:.2f} MB of HTML |")
     return [f"N = {LARGE:.0e} unless it says otherwise.", "", *lines]

@@ -31,6 +31,7 @@ SHAPE = {
 LENGTH = 16  # data.max_length
 NUM_UPPER, NUM_HELD_OUT = 200, 20
 SOURCES = ("sums", "doubles", "others")
+PRIOR = "prior"  # a field with a weight that a run may start from
 
 
 class Made(Sequence):
@@ -69,7 +70,8 @@ class Level(levels.Level):
 
 def value(i: int) -> dict:
     """Row `i` as an object of a JSONL file."""
-    return {"question": f"{i} + {i % 7}", "response": str(i + i % 7), "source": SOURCES[i % len(SOURCES)], "bad": i % 5 == 0}
+    made = {"question": f"{i} + {i % 7}", "response": str(i + i % 7), "source": SOURCES[i % len(SOURCES)], "bad": i % 5 == 0}
+    return made | {PRIOR: 0.5 + i * 7919 % 1009 / 1009}
 
 
 def row(i: int) -> rows.Row:

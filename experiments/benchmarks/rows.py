@@ -96,11 +96,11 @@ def _settings(file: str, cache: str) -> types.SimpleNamespace:
 
 def _ours(tokenizer, file: str, cache: str) -> int:
     from bilevel_jax.data import levels
-    from bilevel_jax.data.prepared import stored
+    from bilevel_jax.data.prepared import sequences
 
     level = levels.load_level(_settings(file, cache), "lower", tokenizer)
     examples = level.all_examples
-    if isinstance(examples, stored.StoredExamples):
+    if isinstance(examples, sequences.StoredExamples):
         return int(sum(examples.store.index[name].sum() for name in ("prompt", "response")))
     return sum(example.size for example in examples)
 

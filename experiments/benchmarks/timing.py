@@ -10,11 +10,13 @@ import jax
 
 
 def hardware() -> str:
-    """Device, number of processors and versions, for the head of a result."""
+    """Commit, device, number of processors and versions, for the head of a result."""
+    from experiments import tables
+
     device = jax.devices()[0]
     return (
-        f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} processors, {platform.machine()}, "
-        f"Python {platform.python_version()}, jax {jax.__version__}"
+        f"Commit {tables.commit()}; {jax.device_count()} x {device.device_kind}, {os.cpu_count()} processors, "
+        f"{platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
     )
 
 

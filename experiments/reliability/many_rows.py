@@ -1,8 +1,10 @@
 """A run with a million rows: `python -m experiments.reliability.many_rows --rows=1000000 --steps=20000 --kills=3`.
 
-One epoch over generated rows with the smallest model, four times with new responses for a tenth of the rows. It runs twice: once
-undisturbed, its memory and the time of its steps recorded, and once killed by SIGKILL and continued. Both must end with the same
-bits in every output, except for times and speeds. Rows are made when they are read (`experiments/benchmarks/large_levels.py`).
+One epoch over generated rows with the smallest model. Weights start from a field of the rows, so that each of four refreshes
+answers questions: the masked ones, a tenth of all, among those of the steps before the next refresh. It runs twice: once
+undisturbed, its memory and the time of its steps recorded, and once killed by SIGKILL and continued, while a checkpoint is
+written and while questions are answered. Both must end with the same bits in every output, except for times and speeds. Rows are
+made when they are read (`experiments/benchmarks/large_levels.py`).
 """
 
 import pathlib
@@ -42,6 +44,8 @@ def settings(model: pathlib.Path, rows: int, steps: int) -> dict:
         "method": "dynamic",
         "model.path": str(model),
         "batch.size": -(-rows // steps),
+        "batch.micro_size": 64,
+        "selection.init": f"column:{large_levels.PRIOR}",
         "online.ratio": 0.1,
         "online.refresh_every": steps // 4,
         "online.max_new_tokens": 4,
@@ -69,15 +73,17 @@ def killed(workdir: pathlib.Path, changes: dict, first: str, kills: int) -> int:
 
     number = 0
     for attempt in range(kills + 1):
-        # Every checkpoint is an activity of its own: a kill follows the start of one, while it is written.
-        kill = ("checkpoint", 3 + 2 * attempt, 0.05 + 0.5 * attempt) if attempt < kills else None
-        ended = processes.train(workdir, changes, kill, first=first)
+        # In turn while a checkpoint is written, which is an activity of its own, and while rows are answered.
+        moment = ("generate", 0, 1.0) if attempt % 2 else ("checkpoint", 3 + attempt, 0.05 + 0.25 * attempt)
+        ended = processes.train(workdir, changes, moment if attempt < kills else None, first=first)
         processes.check(ended, "the killed run")
         number += ended.code != 0
     return number
 
 
-def page(held: dict, tokens_per_s: np.ndarray, number: int, differing: list[str], rows: int, steps: int) -> list[str]:
+def page(
+    held: dict, tokens_per_s: np.ndarray, responses: int, number: int, differing: list[str], rows: int, steps: int
+) -> list[str]:
     """Lines of Markdown."""
     warm = held["step"] >= 0.2 * steps
     rss, at = held["rss"][warm], held["step"][warm] / 1000
@@ -85,6 +91,7 @@ def page(held: dict, tokens_per_s: np.ndarray, number: int, differing: list[str]
     numbers = {
         "rows": rows,
         "steps": steps,
+        "generated responses": responses,
         "seconds, from start to end": f"{held['seconds']:.0f}",
         "resident MB at 20%": f"{rss[0]:.0f}",
         "resident MB at the end": f"{rss[-1]:.0f}",
@@ -116,13 +123,15 @@ def main() -> None:
     number = killed(directory / "killed", changes, first, KILLS.value)
     differing = kills.differing(kills.results(directory / "killed"), kills.results(directory / "undisturbed"))
     _, speeds = run_data.series(run_data.events(directory / "undisturbed"), "speed/tokens_per_s")
+    with open(directory / "undisturbed" / "responses.jsonl", "rb") as file:
+        responses = sum(1 for _ in file)
     command = f"python -m experiments.reliability.many_rows {shlex.join(sys.argv[1:])}".strip()
     lines = ["# A run with many rows", "", f"`{command}`", "", timing.hardware(), ""]
-    lines += page(held, np.array(speeds), number, differing, ROWS.value, STEPS.value)
+    lines += page(held, np.array(speeds), responses, number, differing, ROWS.value, STEPS.value)
     files.write_atomically(pathlib.Path(OUT.value), "\n".join(lines) + "\n")
     print("\n".join(lines))
-    if differing or number != KILLS.value:
-        raise ValueError(f"{number} kills; these outputs differ: {', '.join(differing) or 'none'}")
+    if differing or number != KILLS.value or not responses:
+        raise ValueError(f"{number} kills, {responses} responses; these outputs differ: {', '.join(differing) or 'none'}")
 
 
 if __name__ == "__main__":

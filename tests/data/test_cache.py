@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from bilevel_jax import errors, train
-from bilevel_jax.data import rows, templates
+from bilevel_jax.data import parts, rows, templates
 from bilevel_jax.data.columns import Columns
-from bilevel_jax.data.prepared import cache, preparation, shards, stored, workers
+from bilevel_jax.data.prepared import cache, preparation, sequences, shards, stored, workers
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import EVERYTHING, TRAINED, make_rows, stop_at, write_jsonl
 from tests.data.test_templates import CHATTING, PLAIN, make_tokenizer
@@ -73,7 +73,7 @@ def test_the_same_content_is_prepared_once(tmp_path, source, made):
     copy.write_bytes(pathlib.Path(source).read_bytes())
     second, other_report = open_rows(tmp_path / "cache", str(copy))
     assert made == SHARDS and len(entries(tmp_path / "cache")) == 1
-    assert list(first.rows()) == list(second.rows()) == rows.read_rows(source)[0]
+    assert list(sequences.rows_of(first)) == list(sequences.rows_of(second)) == rows.read_rows(source)[0]
     assert (report.path, other_report.path) == (source, str(copy)) and report.num_rows == other_report.num_rows == 45
 
 
@@ -87,7 +87,7 @@ def test_content_counts_and_no_time_stamp(tmp_path, source):
     assert os.stat(source).st_size == before.st_size and os.stat(source).st_mtime_ns == before.st_mtime_ns
     second, _ = open_rows(tmp_path / "cache", source)
     assert len(entries(tmp_path / "cache")) == 2
-    truths = [[row.fields["truth"] for row in one.rows()] for one in (first, second)]
+    truths = [[row.fields["truth"] for row in sequences.rows_of(one)] for one in (first, second)]
     assert truths[0] != truths[1] and any("mark" in text for text in truths[1])
 
 
@@ -115,7 +115,8 @@ def test_options_that_do_not_matter(tmp_path, source, made):
     store, _ = open_rows(tmp_path / "cache", source, template="human", seed=7, label="truth")
     assert made == SHARDS and len(entries(tmp_path / "cache")) == 1
     expected = [(rows.mark(row, "bad"), rows.mark(row, "truth")) for row in rows.read_rows(source)[0]]
-    assert list(zip(store.rows().marks("bad").tolist(), store.rows().marks("truth").tolist())) == expected
+    marked = sequences.rows_of(store)
+    assert list(zip(marked.marks("bad").tolist(), marked.marks("truth").tolist())) == expected
 
 
 def test_small_sources_and_others_are_not_cached(tmp_path, source, monkeypatch):
@@ -162,7 +163,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, source, made, monkeypatch)
     assert made == SHARDS[:4]
     made.clear()
     store, _ = open_rows(tmp_path / "cache", source)
-    assert made == SHARDS[3:] and list(store.rows()) == rows.read_rows(source)[0]
+    assert made == SHARDS[3:] and list(sequences.rows_of(store)) == rows.read_rows(source)[0]
 
 
 def test_a_disk_that_fills(tmp_path, source, made, monkeypatch):
@@ -222,7 +223,7 @@ def test_damage_is_repaired(tmp_path, source, made, capsys, name, damage, messag
     made.clear()
     capsys.readouterr()
     store, _ = open_rows(tmp_path / "cache", source)
-    assert made == again and list(store.rows()) == rows.read_rows(source)[0]
+    assert made == again and list(sequences.rows_of(store)) == rows.read_rows(source)[0]
     assert re.search(message, capsys.readouterr().out)
 
 
@@ -231,11 +232,11 @@ def test_a_damaged_shard_is_noticed_when_it_is_used(tmp_path, source, made):
     flip(entries(tmp_path / "cache")[0] / SHARDS[2])
     made.clear()
     store, _ = open_rows(tmp_path / "cache", source)
-    assert len(store.rows()[19].response) and not made
+    assert len(sequences.rows_of(store)[19].response) and not made
     with pytest.raises(DataError, match="000002.arrow: it is damaged; start again: its rows are then prepared again"):
-        store.rows()[20]
+        sequences.rows_of(store)[20]
     store, _ = open_rows(tmp_path / "cache", source)
-    assert made == SHARDS[2:3] and list(store.rows()) == rows.read_rows(source)[0]
+    assert made == SHARDS[2:3] and list(sequences.rows_of(store)) == rows.read_rows(source)[0]
 
 
 def test_another_damaged_shard_is_noticed_while_one_is_repaired(tmp_path, source, made):
@@ -244,7 +245,7 @@ def test_another_damaged_shard_is_noticed_while_one_is_repaired(tmp_path, source
     cut(entry / SHARDS[0])
     flip(entry / SHARDS[3])
     made.clear()
-    assert list(open_rows(tmp_path / "cache", source)[0].rows()) == rows.read_rows(source)[0]
+    assert list(sequences.rows_of(open_rows(tmp_path / "cache", source)[0])) == rows.read_rows(source)[0]
     assert made == [SHARDS[0], SHARDS[3]]
 
 
@@ -356,12 +357,13 @@ def test_several_processes(tmp_path, source, saved_tokenizer, monkeypatch, made)
     made.clear()
     open_rows(tmp_path / "two", source, saved_tokenizer)
     (one,), (two,) = entries(tmp_path / "one"), entries(tmp_path / "two")
-    assert not made and one.name == two.name
+    assert 0 < len(made) < len(SHARDS) and one.name == two.name  # the others are made by the other process
     for name in (*SHARDS, stored.INDEX, cache.MANIFEST):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     saved_tokenizer.chat_template += "!"
+    made.clear()
     store, _ = open_rows(tmp_path / "two", source, saved_tokenizer)
-    assert made == SHARDS and saved_tokenizer.decode(store.rows().examples()[0].prompt).endswith("!")
+    assert sorted(made) == SHARDS and saved_tokenizer.decode(sequences.rows_of(store).examples()[0].prompt).endswith("!")
 
 
 def test_a_process_that_fails(tmp_path, source, saved_tokenizer, monkeypatch):
@@ -382,7 +384,7 @@ def test_a_process_that_fails(tmp_path, source, saved_tokenizer, monkeypatch):
     monkeypatch.setattr(workers.subprocess, "Popen", started)
     with pytest.raises(ValueError, match="the chat template refuses the row of line 46 .*: division by zero"):
         open_rows(tmp_path / "cache", source, tokenizer)
-    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+    assert len(processes) == 1 and processes[0].poll() is not None
 
 
 def test_a_process_that_is_killed(tmp_path, source, saved_tokenizer, monkeypatch):
@@ -402,6 +404,18 @@ def test_processes_import_no_jax():
     environment = {**os.environ, "PYTHONPATH": str(workers.ROOT)}
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment).stdout
     assert printed == "False\n"
+
+
+def test_chunks_of_small_sources_are_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", (300, 500))
+    sizes = {}
+    for number in (10, 60, 100):  # lines of 100 bytes
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text((json.dumps({"question": "x" * 70, "response": "y"}).ljust(99) + "\n") * number)
+        described = preparation.Source(str(file), parts.resolve(str(file)), None, 0, 0)
+        sizes[number] = [len(chunk) for chunk in preparation._chunks(described)]
+    assert sizes[10] == [3, 3, 3, 1] and sizes[60] == [4] * 15 and sizes[100] == [5] * 20  # at least 300 bytes, a 16th, at most 500
 
 
 def test_numbers_of_copies():

@@ -14,7 +14,7 @@ import pytest
 from bilevel_jax import checks, dry_run
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, templates
-from bilevel_jax.data.prepared import preparation, shards, stored
+from bilevel_jax.data.prepared import preparation, sequences, shards, stored
 from bilevel_jax.runtime import checkpoint
 from tests.conftest import make_rows, write_jsonl
 from tests.data.test_by_turn import FORMS, TALK
@@ -93,7 +93,7 @@ def assert_same(loaded) -> None:
         if upper is None:
             assert other_lower == lower
             continue
-        assert isinstance(other_lower.rows, stored.StoredRows) and isinstance(other_lower.examples, stored.StoredExamples)
+        assert isinstance(other_lower.rows, sequences.StoredRows) and isinstance(other_lower.examples, sequences.StoredExamples)
         assert described(other_upper) == described(upper) and described(other_lower) == described(lower)
 
 

@@ -75,9 +75,12 @@ def test_parquet_in_blocks(tmp_path, monkeypatch):
     assert not (tmp_path / "kept.parquet").exists()
 
 
-def test_repeated():
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_repeated(size, monkeypatch):
+    monkeypatch.setattr(records, "PICKLED", size)
     stored = records.Records()
     for name in "abc":
         stored.add(1, {"name": name}, {})
+        assert next(iter(stored)) == {"name": "a"}  # an iteration that ends early
     twice = records.Repeated(stored, np.array([2, 0, 1]))
     assert [record["name"] for record in twice] == ["a", "a", "c"] == [record["name"] for record in twice]

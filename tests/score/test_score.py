@@ -117,6 +117,28 @@ def test_batches_do_not_change_results(monkeypatch, neox, batch_size, short, ent
     check(results, loaded, OBJECTS, "none", True)
 
 
+@pytest.mark.parametrize("of_length", [False, True])
+def test_rows_are_scored_some_at_a_time(monkeypatch, neox, tmp_path, of_length):
+    """The results are those of all at once; a model whose rope depends on the longest row knows it from the start."""
+    lines = [*map(json.dumps, OBJECTS[:3]), "{", json.dumps(OBJECTS[0]), *map(json.dumps, OBJECTS[3:]), "[]"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    expected = scorer.score(str(file), str(neox))
+    longest = []
+    monkeypatch.setattr(scorer.layer_settings, "for_length", lambda model, length: longest.append(length) or model)
+    if of_length:
+        monkeypatch.setattr(scorer.rotary, "LongRope", type(load(neox)[0].rope_scaling))
+    monkeypatch.setattr(scorer, "CHUNK", 4)
+    for source in (str(file), [json.loads(line) for line in lines if line != "{"]):
+        results = scorer.score(source, str(neox))
+        those = expected if source == str(file) else [one for one in expected if one.get("line") != 4]
+        assert [one["id"] for one in results] == [one["id"] for one in those] and results[-1]["reason"] == "not an object"
+        for name in ("loss", "logprob", "num_tokens"):
+            values = [[np.nan if one[name] is None else one[name] for one in some] for some in (results, those)]
+            np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
+    assert len(longest) == 8 and (len(set(longest)) == 1) == of_length
+
+
 def test_without_a_chat_template_a_row_is_shown(neox, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", SCHEMAS)
     arguments = [f"--model={neox}", f"--data={data}", f"--out={tmp_path / 'scores.jsonl'}", "--batch_size=4"]

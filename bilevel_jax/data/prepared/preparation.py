@@ -23,7 +23,8 @@ from bilevel_jax.data.rejections import Line, Rejection, suffix_of
 from bilevel_jax.data.rows import Report
 from bilevel_jax.text import say
 
-CHUNK_ROWS, CHUNK_BYTES = 4096, 32 << 20  # of the objects of a chunk, at most
+CHUNK_ROWS, CHUNK_BYTES = 4096, (1 << 20, 32 << 20)  # of a chunk, at most: objects, and bytes in small and in large sources
+NUM_CHUNKS = 16  # of a source, so that all processes end at about the same time, unless its chunks would be too small
 SMALL_COLUMNS = ("content", "line", "file", "marked", "turns")  # of shards, which the index has too
 
 
@@ -109,15 +110,23 @@ def _chunks(source: Source) -> Iterator[list[tuple[int, Any]]]:
     """The objects of a source, some at a time; always the same ones."""
     drawn = sources.drawn(source.name, source.num_rows, source.seed)
     objects: list[tuple[int, Any]] = []
-    size = 0
+    size, most = 0, _chunk_bytes(source)
     for line, value in readers.read_encoded(source.name) if drawn is None else drawn:
         objects.append((line, value))
         size += limits.text_size(value)
-        if len(objects) == CHUNK_ROWS or size >= CHUNK_BYTES:
+        if len(objects) == CHUNK_ROWS or size >= most:
             yield objects
             objects, size = [], 0
     if objects:
         yield objects
+
+
+def _chunk_bytes(source: Source) -> int:
+    """The most bytes of a chunk, which depend on the size of the source alone."""
+    least, most = CHUNK_BYTES
+    paths = [part.path for part in source.parts]
+    sizes = [os.path.getsize(path) if os.path.isfile(path) else most * NUM_CHUNKS for path in paths]
+    return min(max(sum(sizes) // NUM_CHUNKS, least), most)
 
 
 def _file(number: int) -> str:
@@ -149,11 +158,10 @@ def _existing(file: pathlib.Path, known: stored.Shard | None) -> stored.Shard | 
 
 def _results(tasks: Iterator[workers.Task | stored.Shard], job: shards.Job, tokenizer, processes: int) -> Iterator[Any]:
     """The results of the tasks in order. A single one needs no other process."""
-    first = list(itertools.islice(tasks, 2))
+    first, encode_rows = list(itertools.islice(tasks, 2)), workers.encoder(tokenizer, job)
     if processes > 1 and len(first) > 1:
-        yield from workers.in_order(itertools.chain(first, tasks), processes)
+        yield from workers.in_order(itertools.chain(first, tasks), processes, encode_rows)
         return
-    encode_rows = workers.encoder(tokenizer, job)
     for task in itertools.chain(first, tasks):
         yield workers.run(task, encode_rows) if isinstance(task, workers.Task) else task
 

@@ -1,7 +1,8 @@
 """Prepares shards in processes of their own: `python -m bilevel_jax.data.prepared.workers` is one of them.
 
 They import no JAX, start no threads of tokenizers, and never run the main module of this process again, as `multiprocessing` would.
-A task goes in by standard input and its result comes back by standard output, both as pickles between these two processes.
+A task goes in by standard input and its result comes back by standard output, both as pickles between these two processes. The
+process that starts them does tasks too.
 """
 
 import collections
@@ -123,6 +124,7 @@ class _Worker:
         variables = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, "-m", "bilevel_jax.data.prepared.workers"]
         self._process = subprocess.Popen(command, stdin=-1, stdout=-1, env={**os.environ, **variables})
+        self.is_ready = False  # whether it has given a result
 
     def run(self, task: Task) -> Any:
         assert self._process.stdin and self._process.stdout
@@ -136,6 +138,7 @@ class _Worker:
                 f"a process that prepares rows ended with status {status}{', perhaps for lack of memory' if status == -9 else ''}"
             )
             raise DataError(f"{what}; the same command goes on from there") from None
+        self.is_ready = True
         if isinstance(result, Exception):
             raise result
         return result
@@ -149,22 +152,33 @@ class _Worker:
                 pipe.close()
 
 
-def in_order(tasks: Iterable[Task | Shard], number: int) -> Iterator[Any]:
+def _done_here(task: Task | Shard, encode_rows: Callable) -> concurrent.futures.Future:
+    """The result of a task, or its error, which is raised in its turn."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+    try:
+        future.set_result(run(task, encode_rows) if isinstance(task, Task) else task)
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def in_order(tasks: Iterable[Task | Shard], number: int, encode_rows: Callable) -> Iterator[Any]:
     """Yields the result of every task in order; results among the tasks are yielded as they are.
+
+    This process does tasks too: its tokenizer is loaded, while the others first import libraries and load it.
 
     Args:
       tasks: are read a few ahead.
-      number: of processes, at most; each is started when there is a task for it.
+      number: of processes, at most, with this one; each other is started when there is a task for it.
+      encode_rows: of this process, from `encoder`.
     """
     with contextlib.ExitStack() as stack:
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(number))
+        threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(number - 1))
         started: list[_Worker] = []
         stack.callback(lambda: [worker.end() for worker in started])  # before the threads end, which may wait for them
 
-        def do(task: Task | Shard) -> Any:
-            if not isinstance(task, Task):
-                return task
+        def do(task: Task) -> Any:
             try:
                 worker = free.get_nowait()
             except queue.Empty:
@@ -176,9 +190,16 @@ def in_order(tasks: Iterable[Task | Shard], number: int) -> Iterator[Any]:
 
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         stack.callback(lambda: [future.cancel() for future in pending])
+        others: list[concurrent.futures.Future] = []  # tasks of the other processes
         for task in tasks:
-            pending.append(threads.submit(do, task))
-            if len(pending) > number + 1:
+            others = [future for future in others if not future.done()]
+            # A process that has given a result also has a task that waits for it; the first task of a process takes long.
+            if isinstance(task, Task) and len(others) < number - 1 + sum(worker.is_ready for worker in started):
+                others.append(threads.submit(do, task))
+                pending.append(others[-1])
+            else:
+                pending.append(_done_here(task, encode_rows))
+            while pending and pending[0].done():
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
