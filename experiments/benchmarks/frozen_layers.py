@@ -30,12 +30,17 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     hosts = [batches.make_batch(config, upper, lower, layout, k, store, slots) for k in range(rounds)]
     targets = lora.resolve_targets(model, config.lora.targets)
     scales = batches.level_scales(config, 0)
-    states, runs, kept = {}, {}, {}
+    states, runs, kept, steps = {}, {}, {}, {}
     for name, layers, cache in (("all", "all", "off"), (last, last, "off"), (f"{last}, kept", last, "memory")):
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets, lora.resolve_layers(model, layers))
         tracked = objective.value_function == "tracked"
-        states[name] = step.init(adapter, optimizer, selector, len(lower.rows), tracked, influence=influence)
-        jitted = jax.jit(step.make_step(model, objective, selector, optimizer), donate_argnums=1)
+        start = step.init(adapter, optimizer, selector, len(lower.rows), tracked, influence=influence)
+        shardings = sharding.state_shardings(mesh, start, False)
+        states[name] = jax.tree.map(sharding.device_put, start, shardings)
+        if layers not in steps:
+            update = step.make_step(model, objective, selector, optimizer)
+            # The shardings of the state that goes in, so that one compilation serves all steps.
+            steps[layers] = jax.jit(update, donate_argnums=1, out_shardings=(shardings, sharding.replicated(mesh)))
         below = frozen.num_frozen(model, adapter)
         results = None
         if cache != "off":
@@ -43,7 +48,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
             results = state_store.in_memory(slots.number, slots.num_tokens, width, jnp.dtype(model.activations))
         kept[name] = frozen.FrozenLayers(model, base, below, mesh, results) if below else None
 
-        def run(k, name=name, jitted=jitted):
+        def run(k, name=name, jitted=steps[layers]):
             host = hosts[k]
             batch = kept[name].fill(host.batch, host.slots) if kept[name] else host.batch
             states[name], metrics = jitted(base, states[name], sharding.split_batch(batch, mesh), scales)
