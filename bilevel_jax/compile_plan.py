@@ -93,8 +93,17 @@ def refusal(program: programs.Program, target: targets.Target, message: str) -> 
     return f"{what}: {one_line(message, 200)}; try another data.max_length, batch.micro_size or mesh, or another target"
 
 
-def compile_run(config: ml_collections.ConfigDict, target: targets.Target) -> Iterator[str]:
-    """Yields the header, and the text of each program as soon as it is compiled.
+class CompilePlan(NamedTuple):
+    """What is to be compiled."""
+
+    plan: memory.Plan
+    mesh: jax.sharding.Mesh
+    programs: list[programs.Program]
+    target: targets.Target
+
+
+def make_plan(config: ml_collections.ConfigDict, target: targets.Target) -> CompilePlan:
+    """The programs of a run for a target.
 
     Args:
       config: of the run. Its mesh is laid over the devices of the target; `mesh.data=0` takes all that are left.
@@ -102,22 +111,38 @@ def compile_run(config: ml_collections.ConfigDict, target: targets.Target) -> It
 
     Raises:
       ConfigError, ModelError: as `memory.make_plan`.
-      RunError: the compiler is not installed, or a program does not compile.
+      RunError: the compiler is not installed.
       ValueError: the target has fewer devices than the mesh.
     """
     config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, targets.devices(target))
     config.mesh.data = mesh.shape["data"]
     plan = memory.make_plan(config, platform=target.platform)
-    yield header(plan, target)
     with jax.set_mesh(mesh):
-        todo = programs.of_run(checks.build(config), plan, mesh)
-        with tqdm.tqdm(todo, desc=f"compiling for {target}", unit="program", leave=False, disable=None) as bar:
+        return CompilePlan(plan, mesh, programs.of_run(checks.build(config), plan, mesh), target)
+
+
+def compile_all(todo: CompilePlan) -> Iterator[Compiled]:
+    """Yields each program as soon as it is compiled.
+
+    Raises:
+      RunError: a program does not compile.
+    """
+    with jax.set_mesh(todo.mesh):
+        with tqdm.tqdm(todo.programs, desc=f"compiling for {todo.target}", unit="program", leave=False, disable=None) as bar:
             for program in bar:
                 bar.set_postfix_str(program.name)
-                text = program_text(compile_program(program, target, plan), target)
+                compiled = compile_program(program, todo.target, todo.plan)
                 bar.clear()
-                yield text
+                yield compiled
+
+
+def compile_run(config: ml_collections.ConfigDict, target: targets.Target) -> Iterator[str]:
+    """Yields the header, and the text of each program as soon as it is compiled; arguments and errors as in `make_plan`."""
+    todo = make_plan(config, target)
+    yield header(todo.plan, target)
+    for compiled in compile_all(todo):
+        yield program_text(compiled, target)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ class Loss:
 class Lora:
     rank: int = 16  # 0: no adapter, all weights of the model are learned
     alpha: float = 16.0
+    layers: str = "all"  # all; last:K, adapters in the last K layers: the backward pass ends there
     targets: str = "all-linear"  # or names separated by commas: q_proj,v_proj
     rslora: bool = False  # scale alpha/√rank in place of alpha/rank
     dropout: float = 0.0  # share of an adapter's inputs that are set to 0 in training
@@ -140,6 +141,9 @@ class Model:
     # model and data.max_length, else xla)
     attention: str = "auto"
     remat: bool = False  # recompute whole layers in the backward pass: a third more time, far less memory
+    # (lora.layers=last:K) What the layers below compute of a row: off (at each visit), memory, disk (once, and kept in the host's
+    # memory or in the workdir). The run has the same bits
+    cache_frozen: str = "off"
 
 
 @dataclasses.dataclass(frozen=True)

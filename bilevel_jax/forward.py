@@ -17,7 +17,8 @@ def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Pa
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}
     batch = packed.tokens[m], packed.positions[m], packed.segment_ids[m]
-    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, *batch, rngs=rngs)
+    entering_TxD = None if packed.entering is None else packed.entering[m].reshape(-1, config.hidden_size)
+    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, *batch, entering_TxD, rngs=rngs)
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, preferences, sharding, step
+from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing, shuffle, sources
 from bilevel_jax.models import decoder, huggingface, layer_settings, lora
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
 ALWAYS, TRAINING, SAMPLING, HOST = "always", "while training", "while sampling", "in the host's memory"
+DISK = "on the disk"
 DEVICES_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192)
 FREE = 0.2  # share of a device that is left to XLA's temporaries
 
@@ -30,7 +31,7 @@ class Item(NamedTuple):
 
     name: str
     size: int  # bytes
-    when: str  # `ALWAYS`, `TRAINING`, `SAMPLING` or `HOST`
+    when: str  # `ALWAYS`, `TRAINING`, `SAMPLING`, `HOST` or `DISK`
     source: str = "shapes"  # how the size was computed
 
 
@@ -81,11 +82,21 @@ def base_shapes(model: decoder.ModelConfig):
     return jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
 
 
-def adapter_shapes(model: decoder.ModelConfig, rank: int, targets: tuple[str, ...]):
-    """What is learned, as a tree of shapes: an adapter, or all weights if the rank is 0."""
+def config_adapter_shapes(config: configuration.Config, model: decoder.ModelConfig):
+    """What a run learns, as a tree of shapes.
+
+    Raises:
+      ValueError: the model does not have the layers or targets.
+    """
+    num_layers = lora.resolve_layers(model, config.lora.layers)
+    return adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets), num_layers)
+
+
+def adapter_shapes(model: decoder.ModelConfig, rank: int, targets: tuple[str, ...], num_layers: int | None = None):
+    """What is learned, as a tree of shapes: an adapter, of the last `num_layers` or all layers, or all weights if the rank is 0."""
     if not rank:
         return jax.eval_shape(lora.init_full, base_shapes(model))
-    return jax.eval_shape(lambda: lora.init_adapter(model, jax.random.key(0), rank, targets))
+    return jax.eval_shape(lambda: lora.init_adapter(model, jax.random.key(0), rank, targets, num_layers))
 
 
 def on_one_device(model: decoder.ModelConfig, mesh) -> decoder.ModelConfig:
@@ -183,8 +194,8 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     if not assumed:
         checks.check_rows(config, num_rows, mesh.size)
     base = base_shapes(model)
-    adapter = adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets))
-    items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, adapter)
+    adapter = config_adapter_shapes(config, model)
+    items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, num_rows, adapter)
     if config.method in configuration.ONLINE:
         items += _refresh_items(config, model, mesh, num_rows, base)
     dense = base_shapes(dataclasses.replace(model, quantization="none"))
@@ -229,22 +240,40 @@ def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh,
     return items
 
 
-def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, adapter) -> list[Item]:
+def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
     """The arrays of a training step."""
     length = config.data.max_length
     sequences = config.batch.micro_size // sharding.num_parts(mesh, "rows")
     num_targets = packing.Layout(config.batch.micro_size, length, 1).targets
     targets = lora.resolve_targets(model, config.lora.targets)
-    kept = activations(on_one_device(model, mesh), config.lora.rank, targets, sequences, length, num_targets)
+    # Frozen layers keep nothing for the backward pass, and are not in the step.
+    adapted = dataclasses.replace(model, num_layers=lora.resolve_layers(model, config.lora.layers))
+    kept = activations(on_one_device(adapted, mesh), config.lora.rank, targets, sequences, length, num_targets)
     chunk = jax.ShapeDtypeStruct((min(packing.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
     logit_bytes = 4 + 4 + jnp.dtype(model.dtype).itemsize
     learned = None if config.lora.rank else sharding.weight_shardings(mesh, adapter)
-    return [
+    return _entering_items(config, model, mesh, num_rows, adapter) + [
         Item("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp"),
         Item("logits chunk: logits, exp, exp rounded", rows * columns * logit_bytes, TRAINING, "formula"),
         Item("gradient: sum and one micro-batch's", 2 * size_of(adapter, learned), TRAINING, "formula"),
     ]
+
+
+def _entering_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
+    """What the layers below the first adapter make of the rows of a step, and of all rows."""
+    if not frozen.num_frozen(model, adapter):
+        return []
+    entries = configuration.entries_per_row(config) * config.batch.size
+    layout = packing.Layout(config.batch.micro_size, config.data.max_length, entries)
+    width = model.hidden_size * jnp.dtype(model.activations).itemsize
+    size = layout.micro_batches * layout.sequences * layout.length * width // sharding.num_parts(mesh, "rows")
+    items = [Item("results of frozen layers for two steps", 2 * size, TRAINING, "formula: all sequences")]
+    if config.model.cache_frozen != "off":
+        where = HOST if config.model.cache_frozen == "memory" else DISK
+        lower = num_rows * (1 + (config.loss.lower in preferences.PAIRS)) * config.data.max_length * width
+        items.append(Item("results of frozen layers, lower level", lower, where, "formula: all of maximum length; --check: exact"))
+    return items
 
 
 def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
@@ -290,11 +319,11 @@ def table(config, plan: Plan) -> str:
         f"{config.online.slots // parts} of {config.online.slots} decoding slots",
         f"lower-level rows: {plan.num_rows}" + (" (assumed: data.num_lower=0 takes all there are)" if plan.rows_assumed else ""),
     ]
-    for when in (ALWAYS, TRAINING, SAMPLING, HOST):
+    for when in (ALWAYS, TRAINING, SAMPLING, HOST, DISK):
         items = [item for item in plan.items if item.when == when]
         if not items:
             continue
-        lines += ["", f"{when + ', GB' + ('' if when == HOST else ' a device'):<52}"]
+        lines += ["", f"{when + ', GB' + ('' if when in (HOST, DISK) else ' a device'):<52}"]
         lines += [f"  {item.name:<50}{_gb(item.size):>10}  {item.source}" for item in items]
     lines.append("")
     for when in (TRAINING, SAMPLING):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, decoding, features, memory, sampling, scoring, sharding
+from bilevel_jax import batches, decoding, features, frozen, memory, sampling, scoring, sharding
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle
@@ -67,7 +67,7 @@ def run_shapes(config: configuration.Config, plan: memory.Plan, mesh) -> Shapes:
     """The arrays that a run holds all the time."""
     model = setups.trained_model(config, layer_settings.for_length(plan.model, config.data.max_length))
     base = memory.base_shapes(model)
-    adapter = memory.adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets))
+    adapter = memory.config_adapter_shapes(config, model)
     optimizer, num_rows = make_optimizer(config, plan.num_rows), plan.num_rows
     state = jax.eval_shape(lambda adapter: setups.new_state(config, adapter, num_rows, optimizer, features.SIZE), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
@@ -84,11 +84,24 @@ def step_program(config: configuration.Config, num_rows: int, shapes: Shapes, me
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
     function = setups.jit_step(config, shapes.model, make_optimizer(config, num_rows), shardings, mesh)
     empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config, shapes.state))
+    if frozen.num_frozen(shapes.model, shapes.adapter):
+        states = jax.eval_shape(lambda: frozen.empty_states(shapes.model, empty.packed.tokens.shape))
+        empty = frozen.with_states(empty, states)
     batch = sharded(empty, sharding.batch_shardings(empty, mesh))
     scales = replicated(jax.eval_shape(lambda: batches.level_scales(config, 0)), mesh)
     arguments = shapes.base, shapes.state, batch, scales, shapes.features
     copy = device_bytes(shapes.state)  # for a checkpoint
     return Program("step", function, arguments, copy, memory.TRAINING, "a micro-batch")
+
+
+def frozen_program(config: configuration.Config, shapes: Shapes, mesh, other: int) -> Program:
+    """The layers below the first adapter, for the longest rows. `other` as in `scoring_program`."""
+    length = frozen.padded_length(config.data.max_length)
+    tokens = np.zeros((frozen.sequences(length, sharding.num_parts(mesh, "rows")), length), np.int32)
+    placed = sharded(tokens, sharding.shardings(mesh, tokens, "rows"))
+    arguments = shapes.model, frozen.num_frozen(shapes.model, shapes.adapter), shapes.base, placed
+    held = other + device_bytes(shapes.adapter)
+    return Program("frozen layers", frozen.enter, arguments, held, memory.TRAINING, "a batch of rows")
 
 
 def scoring_program(config: configuration.Config, shapes: Shapes, mesh, other: int) -> Program:
@@ -129,4 +142,6 @@ def of_run(config: configuration.Config, plan: memory.Plan, mesh) -> list[Progra
     step = step_program(config, plan.num_rows, shapes, mesh)
     other = step.held + device_bytes((shapes.state, shapes.features)) - device_bytes(shapes.adapter)
     programs = [step, scoring_program(config, shapes, mesh, other)]
+    if frozen.num_frozen(shapes.model, shapes.adapter):
+        programs.insert(1, frozen_program(config, shapes, mesh, other))
     return programs + (sampling_programs(config, shapes, mesh, other) if config.method in configuration.ONLINE else [])

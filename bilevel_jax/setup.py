@@ -7,14 +7,28 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax import batches, checks, evaluation, features, memory, online, preferences, sampling, scoring, sharding, step
+from bilevel_jax import (
+    batches,
+    checks,
+    evaluation,
+    features,
+    frozen,
+    memory,
+    online,
+    preferences,
+    sampling,
+    scoring,
+    sharding,
+    step,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, shuffle, templates, token_ids
-from bilevel_jax.models import decoder, huggingface, layer_settings, lora
-from bilevel_jax.runtime import checkpoint, disk, phases
+from bilevel_jax.models import decoder, huggingface, layer_range, layer_settings, lora
+from bilevel_jax.runtime import checkpoint, disk, phases, state_store
 from bilevel_jax.text import say
 
 
@@ -77,10 +91,15 @@ def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, 
     section, model = config.lora, trained_model(config, model)
     if not section.rank:
         return model, lora.init_full(base)
-    targets = lora.resolve_targets(model, section.targets)
+    targets, num_layers = lora.resolve_targets(model, section.targets), lora.resolve_layers(model, section.layers)
     if not section.init:
-        return model, lora.init_adapter(model, jax.random.key(config.seed), section.rank, targets)
+        return model, lora.init_adapter(model, jax.random.key(config.seed), section.rank, targets, num_layers)
     read, adapter = huggingface.load_adapter(section.init, model)
+    adapted = layer_range.num_adapted(adapter)
+    if adapted != num_layers:
+        right = "all" if adapted == model.num_layers else f"last:{adapted}"
+        what = f"lora.init={section.init}: that adapter has {adapted} of {model.num_layers} layers"
+        raise configuration.ConfigError(f"{what}; set lora.layers={right}, or leave lora.init empty")
     names = {name: low_rank for module in adapter["layers"].values() for name, low_rank in module.items()}
     rank = next(iter(names.values()))["a"].shape[-1]
     if (rank, set(names)) != (section.rank, set(targets)) or not np.isclose(read.adapter_scale, model.adapter_scale):
@@ -145,6 +164,12 @@ class Program:
     batch_of: Callable  # (k, store) -> StepBatch
     features: jax.Array | None  # of the rows, on the devices
     layout: packing.Layout  # of every batch
+    frozen_layers: frozen.FrozenLayers | None = None  # the layers below the first adapter; None where all layers are learned
+
+    def put_batch(self, batch: batches.StepBatch, mesh: jax.sharding.Mesh) -> packing.Batch:
+        """The batch on the devices, complete with what frozen layers make of its rows."""
+        filled = batch.batch if self.frozen_layers is None else self.frozen_layers.fill(batch.batch, batch.slots)
+        return sharding.split_batch(filled, mesh)
 
 
 def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
@@ -199,11 +224,28 @@ def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: 
     return checkpoint.num_bytes(state) + responses
 
 
+def cache_bytes(config: configuration.Config, setup: Setup) -> int:
+    """The most bytes that the results of frozen layers take, in memory or on disk; 0 where they are not kept."""
+    if config.model.cache_frozen == "off" or not frozen.num_frozen(setup.model, setup.adapter):
+        return 0
+    both = setup.upper, setup.lower
+    num_slots, num_tokens = 2 * sum(len(level.rows) for level in both), sum(map(frozen.num_tokens, both))
+    return state_store.num_bytes(num_slots, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
+
+
 def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
-    """Bytes that a run still writes into a workdir with `num_saved` checkpoints."""
+    """Bytes that a run still writes into a workdir with `num_saved` checkpoints, without the results of frozen layers."""
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy.adapter))
     size = checkpoint_bytes(config, state, num_rows)
     return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter_bytes, num_rows, config.num_epochs)
+
+
+def new_bytes(config: configuration.Config, setup: Setup, state: step.State, workdir: pathlib.Path, num_saved: int) -> int:
+    """Bytes that a run still writes: `disk_bytes`, and what frozen layers compute where that is kept on disk."""
+    needed = disk_bytes(config, state, len(setup.lower.rows), num_saved)
+    if config.model.cache_frozen == "disk":
+        needed += max(0, cache_bytes(config, setup) - state_store.bytes_on_disk(workdir))
+    return needed
 
 
 def batch_layout(config: configuration.Config, state: step.State) -> packing.Layout:
@@ -226,9 +268,18 @@ def jit_step(
 
 
 def compile_program(
-    config: configuration.Config, setup: Setup, state: step.State, shardings: step.State, row_values: np.ndarray | None
+    config: configuration.Config,
+    setup: Setup,
+    state: step.State,
+    shardings: step.State,
+    row_values: np.ndarray | None,
+    directory: pathlib.Path | None = None,
+    resumed: bool = False,
 ) -> Program:
-    """Compiles the step for the shapes of the first batch, which all batches share."""
+    """Compiles the step for the shapes of the first batch, which all batches share.
+
+    `directory` and `resumed` are for what frozen layers compute, see `frozen.make`.
+    """
     objective = configuration.to_objective(config)
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
@@ -236,14 +287,19 @@ def compile_program(
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper = with_references(setup.upper, objective.upper, score, base)
     lower = with_references(setup.lower, objective.lower, score, base)
-    batch_of = functools.partial(batches.make_batch, config, upper, lower, layout)
+    slots = frozen.Slots(upper, lower)
+    layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, slots, directory, resumed)
+    batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_slots=slots if layers else None)
     with jax.set_mesh(mesh):
         jitted = jit_step(config, setup.model, make_optimizer(config, setup), shardings, mesh)
-        first = sharding.split_batch(batch_of(0, online.empty(len(lower.rows))).batch, mesh)
+        first = batch_of(0, online.empty(len(lower.rows))).batch
+        if layers:
+            first = frozen.with_states(first, frozen.empty_states(setup.model, first.packed.tokens.shape))
+        first = sharding.split_batch(first, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()
     score_greedy = scoring.make_scorer(setup.model, micro_size, length, mesh, greedy=True)
-    return Program(train_step, score, score_greedy, batch_of, values, layout)
+    return Program(train_step, score, score_greedy, batch_of, values, layout, layers)
 
 
 class Prompts(Sequence):

@@ -33,7 +33,7 @@ WEIGHTS = {  # dimensions of the matrices of the base, without the stack of laye
     **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
     **architectures.sharding_axes(),
 }
-SEQUENCES = ("tokens", "segment_ids", "positions")  # fields of `Packed` with shape [M, S, L]
+SEQUENCES = ("tokens", "segment_ids", "positions", "entering")  # fields of `Packed` with shape [M, S, L, ...]
 
 
 def any_process(value: bool) -> bool:

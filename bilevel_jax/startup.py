@@ -109,10 +109,10 @@ def prepare(
         given = None if start else _given_logits(config, lower)
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
-    disk.check(shared, setups.disk_bytes(config, state, len(lower.rows), disk.num_saved(shared)))
+    disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
     with clock("compile"), phases.phase("compiling the training step"):
-        program = setups.compile_program(config, setup, state, shardings, row_features.values)
+        program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
 
     progress = Progress(state, online.empty(len(lower.rows)), None, {})
     if start:

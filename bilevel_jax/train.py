@@ -18,7 +18,7 @@ from bilevel_jax import batches, checks, early_stopping, evaluation, finish, onl
 from bilevel_jax import config as configuration
 from bilevel_jax.errors import Interrupted
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime import interruption, phases, response_log, response_metrics, step_log, weight_table
+from bilevel_jax.runtime import interruption, phases, response_log, response_metrics, state_store, step_log, weight_table
 from bilevel_jax.runtime.workdir import open_workdir
 from bilevel_jax.startup import Progress, Run
 
@@ -159,7 +159,7 @@ def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: 
     with out.log.paused():
         out.profile.before(k, state)
     with jax.profiler.StepTraceAnnotation("step", step_num=k):
-        packed = sharding.split_batch(batch.batch, mesh)
+        packed = run.program.put_batch(batch, mesh)
         state, values = run.program.train_step(run.setup.base, state, packed, scales, run.program.features)
     log_weights = run.selects and done % run.config.log.every == 0
     out.log.push(done, values, selector.summary(state.selector.logits) if log_weights else {}, batch, store)
@@ -274,4 +274,5 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
     for level in ("upper", "lower"):
         values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
+    state_store.remove(run.workdir)
     return finish.write_summary(run.workdir, run.setup, values | measured | run.refresh_counts, run.clock)

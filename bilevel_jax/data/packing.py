@@ -63,6 +63,7 @@ class Packed(NamedTuple):
     num_targets: Array  # [M] int32
     length: Array  # [E] int32, learned tokens of each entry
     num_micro: Array  # [] int32, micro-batches in use
+    entering: Array | None = None  # [M, S, L, D] states that enter the first layer with an adapter, see `frozen`; None: computed
 
 
 class Batch(NamedTuple):

@@ -20,7 +20,7 @@ import safetensors.numpy
 import tqdm
 
 from bilevel_jax import files
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import decoder, huggingface, layer_range
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5 * 10**9  # bytes per file, as in `save_pretrained`
@@ -155,13 +155,13 @@ def _merge_function(
     reader: huggingface.TensorReader, base: pathlib.Path, config: decoder.ModelConfig, low_rank, dtype: np.dtype
 ) -> Callable[[Weight], np.ndarray]:
     """A function from a weight to its merged tensor, as the files store it."""
-    modules = low_rank["layers"].items()
+    modules, first = low_rank["layers"].items(), config.num_layers - layer_range.num_adapted(low_rank)
     adapted = {("layers", module, name, "kernel"): pair for module, pairs in modules for name, pair in pairs.items()}
 
     def merge(weight: Weight) -> np.ndarray:
         tensor = reader.read(weight.name, weight.shape, weight.transposed, base)
-        if weight.path in adapted:
-            a, b = (np.asarray(adapted[weight.path][matrix][weight.layer]) for matrix in "ab")
+        if weight.path in adapted and weight.layer is not None and weight.layer >= first:
+            a, b = (np.asarray(adapted[weight.path][matrix][weight.layer - first]) for matrix in "ab")
             tensor = tensor.astype(np.float32) + np.float32(config.adapter_scale) * (a @ b)
         tensor = huggingface.cast(tensor, dtype)
         huggingface.check_finite(tensor, weight.name, base)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, attention, fused_attention, layer_settings, quantization, rotary
+from bilevel_jax.models import architectures, attention, fused_attention, layer_range, layer_settings, quantization, rotary
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -300,8 +300,13 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_SxL: jax.Array, positions_SxL: jax.Array, segments_SxL: jax.Array) -> jax.Array:
-        """Returns the last hidden states [S, L, D]. A token attends to itself and to earlier tokens of its segment."""
+    def __call__(
+        self, tokens_SxL: jax.Array, positions_SxL: jax.Array, segments_SxL: jax.Array, entering_TxD: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the last hidden states [S, L, D]. A token attends to itself and to earlier tokens of its segment.
+
+        `entering_TxD` are the states that enter the first layer with an adapter, from `enter`; the layers below are not computed.
+        """
         c = self.config
         S, L = tokens_SxL.shape
         matrix = functools.partial(self.param, init_fn=nn.initializers.normal(0.02), unbox=True)
@@ -311,17 +316,67 @@ class Decoder(nn.Module):
         table = layer_settings.rotary_table(positions_SxL, c)
         # Norms, activations and rotations are cheaper to recompute than to write and read.
         policy = None if c.remat else jax.checkpoint_policies.save_only_these_names(attention.SAVED)
-        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "adapter": 0, "prefilled": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=c.num_layers,
-        )
-        x = embed(c, embedding, tokens_SxL.reshape(-1))
-        x, _ = layers(c, name="layers")(x, table, segments_SxL, layer_settings.settings(c, L))
+        x = embed(c, embedding, tokens_SxL.reshape(-1)) if entering_TxD is None else entering_TxD
+        if self._is_split():
+            x = self._split_layers(x, table, segments_SxL, policy, entering_TxD is not None)
+        else:
+            layers = nn.scan(
+                nn.remat(Layer, prevent_cse=False, policy=policy),
+                variable_axes={"params": 0, "adapter": 0, "prefilled": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                length=c.num_layers,
+            )
+            x, _ = layers(c, name="layers")(x, table, segments_SxL, layer_settings.settings(c, L))
         return _scaled(_norm(c, "norm")(x), 1 / c.logit_divisor).reshape(S, L, -1)
+
+    def _adapter(self):
+        return self.variables.get("adapter")
+
+    def _is_split(self) -> bool:
+        """Whether the adapter has the last layers only."""
+        return 0 < layer_range.num_adapted(self._adapter()) < self.config.num_layers
+
+    def _split_layers(self, x_TxD, table, segments_SxL, policy, entered: bool):
+        """The layers without an adapter, unless their results are given, and those with one."""
+        c, adapter = self.config, self._adapter()
+        first = c.num_layers - layer_range.num_adapted(adapter)
+        stack, settings = self.variables["params"]["layers"], layer_settings.settings(c, segments_SxL.shape[1])
+        stores = self.is_mutable_collection("prefilled")
+        layer = functools.partial(_apply_layer, c, table, segments_SxL, stores)
+        frozen = None
+        if not entered:
+            x_TxD, frozen = layer_range.scan(layer, stack, x_TxD, range(first), settings=settings)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        remat = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+        layers = range(first, c.num_layers)
+        x_TxD, adapted = layer_range.scan(layer, stack, x_TxD, layers, adapter["layers"], key, settings, remat)
+        if stores:
+            prefilled = jax.tree.map(lambda *parts: jnp.concatenate(parts), frozen, adapted)
+            self.put_variable("prefilled", "layers", prefilled)
+        return x_TxD
+
+
+def _apply_layer(config: ModelConfig, table, segments_SxL, stores: bool, weights, adapter, x_TxD, settings, key):
+    """A layer with the weights given, and the keys and values that it stores for `prefill`, if any."""
+    variables = {"params": weights} | ({"adapter": adapter} if adapter is not None else {})
+    arguments = variables, x_TxD, table, segments_SxL, settings
+    rngs = {} if key is None else {"dropout": key}
+    layer = Layer(config, parent=None)
+    if not stores:
+        return layer.apply(*arguments, rngs=rngs)[0], None
+    (x_TxD, _), state = layer.apply(*arguments, rngs=rngs, mutable=["prefilled"])
+    return x_TxD, state["prefilled"]
+
+
+def enter(config: ModelConfig, params, num_layers: int, tokens_SxL, positions_SxL, segments_SxL) -> jax.Array:
+    """The hidden states [S, L, D] after the first `num_layers` layers of the base, which has no adapter there."""
+    S, L = tokens_SxL.shape
+    x = embed(config, params["embed_tokens"], tokens_SxL.reshape(-1))
+    table, settings = layer_settings.rotary_table(positions_SxL, config), layer_settings.settings(config, L)
+    layer = functools.partial(_apply_layer, config, table, segments_SxL, False)
+    x, _ = layer_range.scan(layer, params["layers"], x, range(num_layers), settings=settings)
+    return x.reshape(S, L, -1)
 
 
 def head(params) -> jax.Array:
@@ -356,7 +411,8 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
 
 def split_layers(tree, config: ModelConfig):
     """Base or adapter with a list of layers instead of the stack."""
-    return tree | {"layers": [jax.tree.map(lambda stack, i=i: stack[i], tree["layers"]) for i in range(config.num_layers)]}
+    number = jax.tree.leaves(tree["layers"])[0].shape[0]
+    return tree | {"layers": [jax.tree.map(lambda stack, i=i: stack[i], tree["layers"]) for i in range(number)]}
 
 
 def init_cache(config: ModelConfig, sequences: int, length: int) -> list:
@@ -407,9 +463,10 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
     *_, num_blocks, size, _ = cache[0][config.record.attention]["value"].shape
     settings = layer_settings.settings(config, num_blocks * size)
     zero, _ = jax.lax.optimization_barrier((jnp.int32(0), token_S))
+    first = config.num_layers - layer_range.num_adapted(adapter)
     for i in range(config.num_layers):
         variables = {"params": _layer(params["layers"], i, zero), "cache": cache[i]}
-        variables |= {"adapter": _layer(adapter["layers"], i, zero)} if adapter is not None else {}
+        variables |= {"adapter": _layer(adapter["layers"], i - first, zero)} if adapter is not None and i >= first else {}
         of_layer = {name: values[i] for name, values in settings.items()}
         (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, of_layer, position_S, mutable=["cache"])
         new_cache.append(state["cache"])

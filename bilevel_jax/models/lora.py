@@ -1,10 +1,12 @@
 """What is learned: LoRA adapters, their projections, initial values and merge into the base; or all weights of the model.
 
 An adapter mirrors the base: `{"layers": {"mlp": {"down_proj": {"a": [N, in, r], "b": [N, r, out]}}}}`, float32, stacked over the
-N layers. With `lora.rank=0` there is no adapter: in its place is a float32 copy of all weights, in the layout of the base.
+N layers that are adapted: all, or the last ones (`lora.layers`). With `lora.rank=0` there is no adapter: in its place is a float32
+copy of all weights, in the layout of the base.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,29 @@ def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
     return names
 
 
+def is_layers(layers: str) -> bool:
+    """Whether this is a value of `lora.layers`: `all`, or `last:K` with K of at least 1."""
+    return layers == "all" or bool(re.fullmatch(r"last:[1-9]\d{0,5}", layers))
+
+
+def resolve_layers(config: decoder.ModelConfig, layers: str) -> int:
+    """The number of layers to adapt, which are the last ones.
+
+    Args:
+      config: shape of the model.
+      layers: `all` or `last:K`, see `is_layers`.
+
+    Raises:
+      ValueError: the model has fewer layers.
+    """
+    number = config.num_layers if layers == "all" else int(layers.removeprefix("last:"))
+    if number > config.num_layers:
+        raise ValueError(
+            f"lora.layers={layers}, but the model has {config.num_layers} layers; take last:K with a smaller K, or all"
+        )
+    return number
+
+
 def scale(alpha: float, rank: int, rslora: bool = False) -> float:
     """The factor of A B: alpha / rank, or alpha / √rank (rsLoRA, Kalajdzievski 2023); 1 without an adapter."""
     if not rank:
@@ -59,22 +84,24 @@ def in_use(config: decoder.ModelConfig, base, adapter):
     return base, adapter
 
 
-def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...]):
+def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...], num_layers: int | None = None):
     """Initial adapter, as in PEFT: A ~ U(-1/√in, 1/√in), which is kaiming_uniform(a=√5), and B = 0, so the model is unchanged.
+
+    It has the last `num_layers` layers, by default all.
 
     Raises:
       ValueError: the rank is below 1.
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be at least 1, got {rank}")
-    modules = {}
+    modules, num_layers = {}, num_layers or config.num_layers
     for name, (module, width_in, width_out) in projections(config).items():
         if name not in targets:
             continue
         key, key_a = jax.random.split(key)
         bound = 1 / math.sqrt(width_in)
-        a = jax.random.uniform(key_a, (config.num_layers, width_in, rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((config.num_layers, rank, width_out), jnp.float32)
+        a = jax.random.uniform(key_a, (num_layers, width_in, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((num_layers, rank, width_out), jnp.float32)
         modules.setdefault(module, {})[name] = {"a": a, "b": b}
     return {"layers": modules}
 
@@ -94,6 +121,8 @@ def merge_adapter(config: decoder.ModelConfig, params, adapter):
         for name, low_rank in weights.items():
             kernel = layers[module][name]["kernel"]
             delta = jnp.einsum("nir,nro->nio", low_rank["a"], low_rank["b"]) * config.adapter_scale
-            merged = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+            first = kernel.shape[0] - delta.shape[0]
+            merged = (kernel[first:].astype(jnp.float32) + delta).astype(kernel.dtype)
+            merged = jnp.concatenate([kernel[:first], merged]) if first else merged
             layers[module][name] = layers[module][name] | {"kernel": merged}
     return params | {"layers": layers}

@@ -23,10 +23,17 @@ from bilevel_jax.text import say
 LOCK = ".lock"
 OPENED = (  # what a run opens in its workdir; other files are replaced, which follows no link
     *("metrics.jsonl", "responses.jsonl", "adapter", "adapters", "checkpoints", "inputs", "profile", "tensorboard", "wandb"),
-    "weights",
+    *("cache", "weights"),
 )
-NO_RESULT = ("data.cache", "log.profile", "mesh.*")  # keys that change nothing that a finished run leaves
-RESUMABLE = ("checkpoint.*", "data.cache", "eval.keep", "log.*", "mesh.*")  # keys that may change when a run is resumed
+NO_RESULT = ("data.cache", "log.profile", "mesh.*", "model.cache_frozen")  # keys that change nothing that a finished run leaves
+RESUMABLE = (
+    "checkpoint.*",
+    "data.cache",
+    "eval.keep",
+    "log.*",
+    "mesh.*",
+    "model.cache_frozen",
+)  # keys that may change when a run is resumed
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
 REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
 PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values

@@ -8,6 +8,7 @@ all       the four above
 breakdown time of the training step by part, from a trace (--config=configs/quality.py:smollm2 --rounds=3)
 dtype     training step in bfloat16 against float32 (--config=configs/quality.py:smollm2 --rounds=3)
 cost      a step of bilevel selection against a step of direct mixing
+frozen    adapters in the last layers against all (--config=configs/quality.py:smollm2 --config.lora.layers=last:8 --rounds=4)
 large     what grows with the number of rows, at 10^6 of them: step, checkpoint, export, report (--rounds=10)
 padding   packed sequences against padded rows (for real rows, --config=configs/quality.py:smollm2)
 starts    what a later start does with prepared rows (--rows=1000,1000000 --rounds=3)
@@ -23,7 +24,7 @@ from ml_collections import config_flags
 from bilevel_jax import cli
 
 ALL = ("train", "memory", "decode", "selector")
-SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "large", "padding", "rows", "starts")
+SUITES = (*ALL, "all", "breakdown", "dtype", "cost", "frozen", "large", "padding", "rows", "starts")
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file("config", "configs/safety.py", "Model and rows to measure on.", flag_values=FLAGS)
@@ -37,6 +38,7 @@ def measure(suite: str, config, rounds: int) -> list[str]:
     """Markdown lines of a suite."""
     import dataclasses
 
+    from bilevel_jax import checks
     from bilevel_jax.data import levels, templates
     from bilevel_jax.models import huggingface
     from experiments.benchmarks import (
@@ -44,6 +46,7 @@ def measure(suite: str, config, rounds: int) -> list[str]:
         cost,
         decode,
         dtypes,
+        frozen_layers,
         large,
         memory,
         padding,
@@ -75,6 +78,8 @@ def measure(suite: str, config, rounds: int) -> list[str]:
         return decode.measure(config, model, base, directory, prompts, eos, rounds)
     if suite == "cost":
         return cost.measure(config, model, base, upper, lower, rounds)
+    if suite == "frozen":
+        return frozen_layers.measure(checks.build(config), model, base, upper, lower, rounds)
     steps = {"train": train_step, "breakdown": breakdown, "padding": padding}
     return steps[suite].measure(config, model, base, directory, upper, lower, rounds)
 

@@ -51,7 +51,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     runs = {"packed": lambda k: jitted(base, state, packed[k], scales)[1]["loss"], "padded": run_padded}
     seconds = timing.in_turn(runs, rounds)
     responses = [int(drawn.batch.packed.num_targets.sum()) for drawn in hosts]
-    tokens = sum(drawn.tokens for drawn in hosts)
+    tokens = sum(drawn.num_tokens for drawn in hosts)
     needed = sum(train_step.ROWS * longest for micro in padded for _, longest, _ in micro)
     given = sum(train_step.ROWS * length for micro in padded for _, _, length in micro)
     sequences = sum(int((drawn.batch.packed.tokens.any(-1)).sum()) for drawn in hosts) * config.data.max_length

@@ -221,7 +221,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
         {name: lambda k, name=name, run=run: losses[name].append(run(k)) for name, run in variants.items()}, rounds
     )
     hosts, size = work.packed(), config.batch.size
-    tokens, responses = sum(host.tokens for host in hosts), sum(int(host.batch.packed.num_targets.sum()) for host in hosts)
+    tokens, responses = sum(host.num_tokens for host in hosts), sum(int(host.batch.packed.num_targets.sum()) for host in hosts)
     packed = sum(int(host.batch.packed.num_micro) for host in hosts) * config.batch.micro_size * config.data.max_length
     peak, flops = peak_flops(config.model.dtype), useful_flops(base, tokens, responses)
     columns = ("step", "positions a token", "seconds, median", "response tokens/s", "time over ours: min", "median", "max")

@@ -164,14 +164,15 @@ def test_adapters_of_peft_give_equal_logits(name, tmp_path):
         *((base, "all-linear") for base in make.FAMILIES),
     ],
 )
-def test_peft_reads_saved_adapters(base, targets, tmp_path):
+@pytest.mark.parametrize("num_layers", [None, 1], ids=["all", "last:1"])
+def test_peft_reads_saved_adapters(base, targets, num_layers, tmp_path):
     make.save(make.build(base, SEED), base, tmp_path / "base")
     config, params = huggingface.load_model(str(tmp_path / "base"))
     if targets == "some":
         targets = ["dense", "dense_h_to_4h"] if config.architecture == "gpt_neox" else ["v_proj", "o_proj", "up_proj"]
     alpha, rank = 5, 3
     config = dataclasses.replace(layer_settings.for_length(config, make.LENGTH), adapter_scale=alpha / rank)
-    adapter = lora.init_adapter(config, jax.random.key(0), rank, lora.resolve_targets(config, targets))
+    adapter = lora.init_adapter(config, jax.random.key(0), rank, lora.resolve_targets(config, targets), num_layers)
     adapter = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), adapter)
     huggingface.save_adapter(tmp_path / "adapter", config, adapter, alpha=alpha, base=str(tmp_path / "base"))
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from bilevel_jax import files
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, layer_range, lora
 from bilevel_jax.models.huggingface.directory import ModelError, check_regular_files, read_json
 from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES, cast, check_finite
 
@@ -18,6 +19,7 @@ MATRICES = {"a": "lora_A", "b": "lora_B"}  # our name -> PEFT's
 _ALLOWED = {
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern"),
+    "layers_to_transform",  # of a part of the layers; the tensors say which
     *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
@@ -25,10 +27,10 @@ _OFF = (None, False, "none", [], {})
 _ALLOWED_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, ...) change the base too
 
 
-def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: str) -> list[str]:
-    """PEFT's names of one matrix of a projection, one per layer."""
+def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: str, first: int = 0) -> list[str]:
+    """PEFT's names of one matrix of a projection, one per layer from `first`."""
     prefix = "base_model.model." + config.record.outer_names["layers"]
-    return [f"{prefix}.{i}.{module}.{name}.{MATRICES[matrix]}.weight" for i in range(config.num_layers)]
+    return [f"{prefix}.{i}.{module}.{name}.{MATRICES[matrix]}.weight" for i in range(first, config.num_layers)]
 
 
 def save_adapter(
@@ -43,13 +45,14 @@ def save_adapter(
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`."""
     tensors, targets, rank = {}, [], 0
+    first = config.num_layers - layer_range.num_adapted(adapter)
     for module, weights in adapter["layers"].items():
         for name, low_rank in weights.items():
             targets.append(name)
             rank = low_rank["a"].shape[-1]
             for matrix in MATRICES:
                 stack = np.asarray(low_rank[matrix], np.float32)
-                for tensor_name, layer in zip(_tensor_names(config, module, name, matrix), stack):
+                for tensor_name, layer in zip(_tensor_names(config, module, name, matrix, first), stack):
                     tensors[tensor_name] = np.ascontiguousarray(layer.T)
     description = {
         "peft_type": "LORA",
@@ -66,6 +69,8 @@ def save_adapter(
         "use_dora": False,
         "modules_to_save": None,
     }
+    if first:
+        description["layers_to_transform"] = list(range(first, config.num_layers))
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
@@ -80,7 +85,8 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
       The config with the `adapter_scale` of the adapter, and the adapter.
 
     Raises:
-      ModelError: not a LoRA adapter of this model, or an option (DoRA, biases, ...) that is not supported.
+      ModelError: not a LoRA adapter of all or the last layers of this model, or an option (DoRA, biases, ...) that is not
+        supported.
     """
     directory = pathlib.Path(directory)
     if directory.is_dir():
@@ -88,16 +94,17 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
     rank, scale = _read_options(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     tensors = _read_tensors(file)
-    modules = {}
+    modules, first = {}, _first_layer(config, tensors, file)
+    number = config.num_layers - first
     for name, (module, width_in, width_out) in lora.projections(config).items():
         low_rank = {}
         for matrix, shape in (("a", (rank, width_in)), ("b", (width_out, rank))):
-            layers = [tensors.pop(key) for key in _tensor_names(config, module, name, matrix) if key in tensors]
+            layers = [tensors.pop(key) for key in _tensor_names(config, module, name, matrix, first) if key in tensors]
             if not layers:
                 continue
-            if len(layers) != config.num_layers or any(layer.shape != shape for layer in layers):
+            if len(layers) != number or any(layer.shape != shape for layer in layers):
                 label = f"{module}.{name}.{MATRICES[matrix]}"
-                raise ModelError(f"{file}: {label} does not fit {config.num_layers} layers of {shape}")
+                raise ModelError(f"{file}: {label} does not fit {number} layers of {shape}")
             low_rank[matrix] = jnp.asarray(np.stack([layer.T for layer in layers]))
         if len(low_rank) == 1:
             raise ModelError(f"{file}: {module}.{name} has only one of lora_A and lora_B")
@@ -107,6 +114,17 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
         tensor = next(iter(tensors), "none")
         raise ModelError(f"{file}: tensor '{tensor}' does not belong to a LoRA of this {config.architecture}")
     return dataclasses.replace(config, adapter_scale=scale), {"layers": modules}
+
+
+def _first_layer(config: decoder.ModelConfig, tensors: dict[str, np.ndarray], file: pathlib.Path) -> int:
+    """The first layer of an adapter; it must have all from there to the last one."""
+    pattern = re.compile(re.escape("base_model.model." + config.record.outer_names["layers"]) + r"\.(\d{1,6})\.")
+    matches = map(pattern.match, tensors)
+    present = sorted({int(match[1]) for match in matches if match and int(match[1]) < config.num_layers})
+    if present and present != list(range(present[0], config.num_layers)):
+        what = f"it adapts layers {', '.join(map(str, present[:8]))}{' ...' if len(present) > 8 else ''}"
+        raise ModelError(f"{file}: {what}; only adapters of all {config.num_layers} layers or of the last ones are supported")
+    return present[0] if present else 0
 
 
 def _read_options(file: pathlib.Path) -> tuple[int, float]:
