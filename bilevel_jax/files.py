@@ -11,6 +11,7 @@ import pathlib
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -53,6 +54,24 @@ def replacing(file: pathlib.Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)  # it would use space on a full disk
         raise
+
+
+def check_out(file: pathlib.Path, flag: str) -> None:
+    """Refuses, before any work, a file that could not be written at its end.
+
+    Raises:
+      OSError: one line that names the flag and the directory.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{flag}: there is no directory {file.parent}")
+    if file.is_dir():
+        raise IsADirectoryError(f"{flag}={file} is a directory; name a file")
+    if file.exists() and not file.is_file():
+        return  # a device or pipe, which is written to as it is
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise PermissionError(f"{flag}: no file can be written to {file.parent} ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def costs(memory: Memory, upper_gradient, change_E, surprise_E, share_E) -> tupl
       memory after the step; [E] -tanh(I_b / σ_I); [E] C_b.
     """
     mean_square, harm_E = _scaled(memory.mean_square, change_E, share_E)
-    surprise_mean = _running(memory.surprise_mean, jnp.sum(share_E * surprise_E))
+    surprise_mean = _running(memory.surprise_mean, surprise_E, share_E)
     surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, share_E)
     memory = Memory(upper_gradient, mean_square, surprise_mean, surprise_square)
     return memory, harm_E, harm_E + SURPRISE_PART * excess_E
@@ -90,9 +90,12 @@ def _preconditioned(optimizer_state, gradient):
 
 def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:
     """The running mean square with that of a batch, and tanh(value / its root): few rows have by far the largest values."""
-    mean_square = _running(mean_square, jnp.sum(share_E * value_E**2))
+    mean_square = _running(mean_square, value_E**2, share_E)
     return mean_square, jnp.tanh(value_E / jnp.maximum(jnp.sqrt(mean_square), TINY))
 
 
-def _running(mean, value):
-    return jnp.where(jnp.isnan(mean), value, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * value)
+def _running(mean, value_E, share_E):
+    """The running mean with that of a batch; as it was where no row of the batch has a cost."""
+    of_batch = jnp.sum(share_E * value_E)
+    moved = jnp.where(jnp.isnan(mean), of_batch, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * of_batch)
+    return jnp.where(jnp.sum(share_E) > 0, moved, mean)

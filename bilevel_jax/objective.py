@@ -102,7 +102,10 @@ def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m
     margin_J, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
     paired_E = batch.sign != 0
     if m is not None:
-        paired_E &= jnp.zeros(E, bool).at[batch.packed.entry[m]].set(True, mode="drop")
+        # By pair: a response of one token without a question has no target, and its pair still has a loss.
+        group_P = batch.group.at[batch.packed.entry[m]].get(mode="fill", fill_value=E)
+        in_micro_J = jnp.zeros(E, bool).at[group_P].set(True, mode="drop")
+        paired_E &= in_micro_J.at[batch.group].get(mode="fill", fill_value=False)
     loss_J = preferences.pair_losses(kind, margin_J, objective.beta)
     return jnp.where(paired_E, loss_J.at[batch.group].get(mode="fill", fill_value=0.0), 0.0)
 

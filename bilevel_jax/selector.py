@@ -163,6 +163,7 @@ def _center(selector: Selector, state: SelectorState, cost_E, share_E):
     batch_mean = jnp.sum(share_E * cost_E)
     first = jnp.isnan(state.baseline)
     running = jnp.where(first, batch_mean, RUNNING_DECAY * state.baseline + (1 - RUNNING_DECAY) * batch_mean)
+    running = jnp.where(jnp.sum(share_E) > 0, running, state.baseline)  # a batch in which no row has a cost says nothing
     if selector.baseline == "none":
         return cost_E, running
     # The running mean is used as it stood before the batch: independent of it, hence without bias.

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from bilevel_jax import preferences
+from bilevel_jax.data import packing
+from bilevel_jax.data.packing import Segment
+from bilevel_jax.objective import Objective, entry_losses
 from experiments.didactic import objectives
 
 NONE = 9  # the group of entries without one, of nine entries
@@ -114,3 +117,17 @@ def test_reward_weighted_is_maximum_likelihood_of_the_tilted_policy():
     slope = jax.grad(lambda z: objectives.likelihood(jax.nn.log_softmax(z), weight, jnp.full(4, 0.25)))
     np.testing.assert_allclose(slope(jnp.asarray(reward / beta)), 0, atol=1e-6)
     assert np.abs(slope(jnp.asarray(reward))).max() > 0.05
+
+
+@pytest.mark.parametrize("empty", [0, 1], ids=["chosen", "rejected"])
+def test_a_pair_of_which_one_response_has_nothing_to_learn(empty):
+    """A response of one token without a question. The loss of the pair counts in its micro-batch, as it does over all of them."""
+    tokens = [np.array([1]), np.array([2, 3, 4])]
+    responses = tokens if empty == 0 else tokens[::-1]
+    pair = [Segment(np.array([], int), y, 0, 1.0, 0, sign, -2.0 * sign) for y, sign in zip(responses, (1, -1))]
+    other = Segment(np.array([5]), np.array([6, 7]), -1, 1.0)
+    batch = jax.tree.map(jnp.asarray, packing.pack_step([*pair, other], 3, 1, packing.Layout(1, 6, 4)))
+    nll = jnp.where(jnp.arange(4) == 1 - empty, 3.0, 0.0)
+    micro = [entry_losses("dpo", Objective(lower="dpo", beta=0.5), batch, nll, m) for m in range(batch.packed.num_micro)]
+    margin = (-nll[0] + 2.0) - (-nll[1] - 2.0)
+    np.testing.assert_allclose(sum(micro), [np.log1p(np.exp(-0.5 * margin))] * 2 + [0, 0], rtol=1e-6)

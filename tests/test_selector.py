@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bilevel_jax import influence
 from bilevel_jax import selector as selection
 from bilevel_jax.selector import Selector
 
@@ -316,6 +317,23 @@ def test_baseline_keeps_the_expected_direction_and_lowers_the_variance(baseline,
     np.testing.assert_allclose(without.mean(0) - START, drift, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(centred.mean(0) - START, kept * drift, rtol=1e-4, atol=1e-6)
     assert (centred / kept).var(0).sum() < without.var(0).sum()  # also when rescaled to equal drift
+
+
+@pytest.mark.parametrize("before", [np.nan, 1.5])
+def test_a_batch_without_a_cost_leaves_the_running_mean(before):
+    """As where no question of a batch has a pair of responses, one better than the other. Its mean would be 0."""
+    selector = Selector(baseline="running")
+    state = begin(selector)._replace(baseline=jnp.float32(before))
+    after = move(selector, state, [(2, 0.0, 7.0), PADDING], 0.5, num_lower=0)
+    np.testing.assert_array_equal(after.baseline, np.float32(before))
+    np.testing.assert_array_equal(after.logits, state.logits)
+
+
+def test_costs_of_influence_without_a_cost():
+    """The running means of a batch in which no row has a cost stay as they are."""
+    memory = influence.Memory({}, jnp.float32(2.0), jnp.float32(np.nan), jnp.float32(0.5))
+    after, _, _ = influence.costs(memory, {}, jnp.ones(2), jnp.ones(2), jnp.zeros(2))
+    np.testing.assert_array_equal([after.mean_square, after.surprise_mean, after.surprise_square], np.float32([2, np.nan, 0.5]))
 
 
 def test_first_batch_is_its_own_running_mean():

@@ -140,8 +140,8 @@ def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval is not installed: pip install 'bilevel_jax[eval]'")
     evaluated = model_from_flags()
-    if evaluated.out and not evaluated.out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no directory {evaluated.out.parent}")
+    if evaluated.out:
+        files.check_out(evaluated.out, "--out")
     if INCLUDE_PATH.value and not pathlib.Path(INCLUDE_PATH.value).is_dir():
         raise FileNotFoundError(f"--include_path: there is no directory {INCLUDE_PATH.value}")
     tasks, manager = load_tasks(TASKS.value, INCLUDE_PATH.value)

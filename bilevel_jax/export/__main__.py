@@ -17,7 +17,7 @@ import sys
 
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, files
 from bilevel_jax.export import selected_rows
 from bilevel_jax.text import say
 
@@ -131,7 +131,6 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     """Writes the kept rows and their card, and prints what was written."""
     import numpy as np
 
-    from bilevel_jax import files
     from bilevel_jax.export import cards, kept_rows, records
 
     new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
@@ -187,6 +186,8 @@ def main() -> None:
     from bilevel_jax.runtime.workdir import read_finished
 
     check_flags()
+    if SELECTED.value:
+        files.check_out(pathlib.Path(SELECTED.value), "--selected")
     workdir = pathlib.Path(WORKDIR.value)
     config = read_finished(workdir)
     if MERGED.value:

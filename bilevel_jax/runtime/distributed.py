@@ -2,8 +2,9 @@
 
 If a process dies, the others would block in their next collective operation until JAX's heartbeat fails after 100 seconds, and end
 with a traceback or an abort of the runtime. So every process keeps a TCP connection to process 0. The kernel closes a connection
-when its process ends for any reason, and the other processes then exit at once with one line. The run continues from its last
-checkpoint when all processes are started again.
+when its process ends for any reason, and the other processes then exit at once with one line. Where a machine or the network fails,
+nothing is closed, and the kernel gives the connection up after 25 seconds. The run continues from its last checkpoint when all
+processes are started again.
 """
 
 import atexit
@@ -25,8 +26,9 @@ from bilevel_jax.errors import Interrupted, RunError
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 CONNECT_TIMEOUT = 60  # seconds
 GRACE = 2.0  # seconds to wait for the cause from another process before this process reports its own error
-DONE = b"."
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # detects an unreachable machine after 25 seconds
+DONE, LOST = b".", b"?"  # a process is done; its machine does not answer
+# An unreachable machine is detected after 25 seconds, also where data were sent that it has not confirmed.
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 _contexts = itertools.count()
 
 
@@ -156,11 +158,13 @@ def _send(links: dict[socket.socket, str], message: bytes) -> None:
 
 
 def _receive(link: socket.socket) -> bytes:
-    """The next message; empty if the connection is closed."""
+    """The next message; empty if the connection is closed, LOST if the machine at its other end does not answer."""
     try:
         return link.recv(256)
-    except OSError:
+    except ConnectionError:
         return b""
+    except OSError:
+        return LOST
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,9 +186,10 @@ def _watch(links: dict[socket.socket, str], reports_own_error: threading.Event) 
                 if message == DONE:
                     selector.unregister(ready.fileobj)
                     continue
-                if reports_own_error.wait(GRACE / 2 if message else 0):
+                ended = {b"": "died", LOST: "cannot be reached"}.get(message)
+                if reports_own_error.wait(0 if ended else GRACE / 2):
                     return
-                reason = message.decode(errors="replace") or f"{links[ready.fileobj]} died"
+                reason = f"{links[ready.fileobj]} {ended}" if ended else message.decode(errors="replace")
                 _send(links, reason.encode())
                 what_to_do = "start the same command on every machine again to continue from the last checkpoint"
                 _print_last(f"\nerror: {reason}, so this process exits; {what_to_do}\n")
@@ -207,7 +212,7 @@ def _exit(links: dict[socket.socket, str]) -> None:
     if not jax.process_index():
         for link in links:
             link.settimeout(3 * GRACE)
-            while _receive(link):
+            while _receive(link) not in (b"", LOST):
                 pass  # until the other process closes it
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,7 +8,6 @@ Writes one line per prompt and sample, in order: `id`, `sample`, `text`, `tokens
 """
 
 import pathlib
-import tempfile
 
 from absl import flags
 
@@ -49,18 +48,6 @@ BATCH_SIZE = flags.DEFINE_integer(
 )
 
 
-def check_out(out: pathlib.Path) -> None:
-    """Raises an OSError, before any work, if `out` cannot be written."""
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise PermissionError(f"--out: no file can be written to {out.parent} ({error.strerror})") from error
-    if out.exists() and not out.is_file():
-        raise FileExistsError(f"--out={out} is not a file")
-
-
 def main() -> None:
     from bilevel_jax import files, sampling
     from bilevel_jax.sample import sampler
@@ -72,7 +59,9 @@ def main() -> None:
     except ValueError as error:  # of the form `top_p=2.0 must be ...`
         raise ValueError(f"--{error}") from error
     out = pathlib.Path(OUT.value)
-    check_out(out)
+    if out.exists() and not out.is_file():
+        raise FileExistsError(f"--out={out} is not a file")
+    files.check_out(out, "--out")
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
     options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value

@@ -39,10 +39,7 @@ def main() -> None:
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no directory {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out={out} is a directory; name a file")
+    files.check_out(out, "--out")
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value
     number, scored, total = 0, 0, 0.0

@@ -1,11 +1,10 @@
-"""Parts 1 to 3 of the soak: killed runs with damaged checkpoints, killed exports, killed process pairs."""
+"""Parts 1 and 3 of the soak: killed runs with damaged checkpoints, and killed process pairs."""
 
 import collections
 import json
 import pathlib
 import shutil
 import signal
-import time
 
 import numpy as np
 import tqdm
@@ -20,7 +19,6 @@ PHASES = {  # activity -> maximum number of starts before a kill, maximum delay 
     "eval": (2, 0.2),
     "checkpoint": (5, 0.05),
 }
-EXPORT_SHARE = 0.1  # of the kills
 PER_RUN = 8  # maximum number of kills of one run
 KINDS = ("truncate", "flip a bit", "delete a file", "empty the directory")
 SMALL = {  # 30 steps, 5 refreshes, 10 checkpoints
@@ -57,11 +55,6 @@ def results(workdir: pathlib.Path) -> dict[str, object]:
     for name, records in (("metrics.jsonl", events), ("summary.json", [json.loads((workdir / "summary.json").read_text())])):
         contents[name] = [{key: value for key, value in record.items() if not key.startswith(measured)} for record in records]
     return contents
-
-
-def exported(out: pathlib.Path) -> dict[str, object]:
-    """Rows and weights of an export. The cards are left out, because they contain paths."""
-    return {name: (out / name).read_bytes() for name in ("kept.jsonl", "merged/model.safetensors", "merged/config.json")}
 
 
 def differing(contents: dict[str, object], expected: dict[str, object]) -> list[str]:
@@ -104,7 +97,7 @@ def spoil(checkpoints: pathlib.Path, kind: str, rng: np.random.Generator) -> str
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The three parts
+# The parts
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -148,11 +141,13 @@ def _run_with_kills(workdir: pathlib.Path, counts: Counts, num_kills: int, num_f
 def interrupt(directory: pathlib.Path, num_kills: int, num_faults: int, rng: np.random.Generator) -> dict:
     """Part 1: kills runs and damages their checkpoints. Returns counts, and the differences from an uninterrupted run."""
     reference = directory / "reference"
-    processes.check(processes.train(reference, SMALL), "the uninterrupted run")
+    if not (reference / "summary.json").exists():
+        processes.check(processes.train(reference, SMALL), "the uninterrupted run")
     expected, counts = results(reference), Counts()
     with tqdm.tqdm(total=num_kills, desc="kills", unit="kill") as bar:
         while not counts.runs or counts.kills.total() < num_kills:
             workdir = directory / f"run_{counts.runs}"
+            shutil.rmtree(workdir, ignore_errors=True)  # of an earlier part
             num_detected = _run_with_kills(workdir, counts, num_kills, num_faults, rng, bar)
             counts.runs += 1
             num_aside = len(list((workdir / "checkpoints").glob("damaged-*")))
@@ -172,42 +167,17 @@ def interrupt(directory: pathlib.Path, num_kills: int, num_faults: int, rng: np.
     }
 
 
-def interrupt_exports(directory: pathlib.Path, num_kills: int, rng: np.random.Generator) -> dict:
-    """Part 2: kills exports."""
-    workdir, reference = directory / "reference", directory / "exported"
-    reference.mkdir()
-    start = time.perf_counter()
-    processes.check(processes.export(workdir, reference), "the uninterrupted export")
-    duration, expected = time.perf_counter() - start, exported(reference)
-    kills, exports, mismatches, kills_here = 0, 0, [], 0
-    out = directory / "exported_0"
-    out.mkdir()
-    with tqdm.tqdm(total=num_kills, desc="kills of exports", unit="kill") as bar:
-        while not exports or kills < num_kills:
-            kill = kills_here < PER_RUN and kills < num_kills
-            ended = processes.export(workdir, out, rng.uniform(0, duration) if kill else None)
-            processes.check(ended, out.name)
-            if ended.code:
-                kills += 1
-                kills_here += 1
-                bar.update()
-                continue
-            mismatches += [f"{out.name}: {name}" for name in differing(exported(out), expected)]
-            exports += 1
-            out, kills_here = directory / f"exported_{exports}", 0
-            out.mkdir()
-    return {"exports": exports, "kills": kills, "mismatches": mismatches}
-
-
 def interrupt_pairs(directory: pathlib.Path, num_kills: int, rng: np.random.Generator) -> dict:
     """Part 3: kills one process of a pair. The other must end by itself, and the pair must continue to the same bits."""
     reference, settings = directory / "pair", SMALL | {"mesh.fsdp": 2}
-    for ended in processes.train_pair(reference, settings):
-        processes.check(ended, "the uninterrupted pair")
+    while not (reference / "summary.json").exists():
+        for ended in processes.train_pair(reference, settings):
+            processes.check(ended, "the uninterrupted pair")
     expected, kills, runs, mismatches = results(reference), collections.Counter(), 0, []
     with tqdm.tqdm(total=num_kills, desc="kills of one of two", unit="kill") as bar:
         while not runs or kills.total() < num_kills:
             workdir, kills_here = directory / f"pair_{runs}", 0
+            shutil.rmtree(workdir, ignore_errors=True)  # of an earlier part
             while not (workdir / "summary.json").exists():
                 moment = random_moment(rng, kills_here < PER_RUN and kills.total() < num_kills)
                 victim = int(rng.integers(2))

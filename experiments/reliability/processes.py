@@ -1,4 +1,4 @@
-"""Processes of the soak: training runs that report their activity and are killed at chosen moments, pairs of them, and exports."""
+"""Processes of the soak: training runs that report their activity and are killed at chosen moments, and pairs of them."""
 
 import concurrent.futures
 import contextlib
@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,6 +59,7 @@ class Ended(NamedTuple):
     code: int  # exit status; -9: killed
     reports: list[str]  # lines of the pipe
     output: str
+    at: float = 0.0  # time of its end, by `time.monotonic`
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -78,21 +81,25 @@ def train(
     measured: bool = False,
     process: tuple = (),
     first: str = "",
+    act: Callable[[subprocess.Popen], None] = subprocess.Popen.kill,
+    prefix: Sequence[str] = (),
 ) -> Ended:
     """One attempt of a run.
 
     Args:
       workdir: of the run.
       settings: config keys and values.
-      kill: the moment of the SIGKILL: an activity, how often it has started before, and a delay in seconds.
+      kill: the moment of the SIGKILL, or of `act`: an activity, how often it has started before, and a delay in seconds.
       measured: whether the run reports memory and files after each event.
       process: coordinator address, number of processes, index of this process; empty for a single process.
       first: code that the process runs before.
+      act: what is done to the process at the moment of `kill`.
+      prefix: of the command, for example that of another host.
     """
     read_end, write_end = os.pipe()
     changes = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ["--config", str(ROOT / "configs" / "safety.py"), *changes, *(["--measured"] if measured else [])]
-    command = [sys.executable, "-u", "-c", first + WRAPPER, str(write_end), str(workdir), *config]
+    command = [*prefix, sys.executable, "-u", "-c", first + WRAPPER, str(write_end), str(workdir), *config]
     log = workdir.with_name("_".join([workdir.name, *process[2:]]) + ".log")
     environ = environment(workdir.parent) | dict(zip(PROCESS, process))
     with log.open("ab") as output, open(read_end, encoding="utf-8") as pipe:
@@ -106,13 +113,13 @@ def train(
                 if kill and reports.count(kill[0]) > kill[1] and reports[-1] == kill[0]:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(kill[2])
-                    child.kill()
+                    act(child)
                     kill = None
         finally:
             if sys.exc_info()[0]:
                 child.kill()
             child.wait()
-    return Ended(child.returncode, reports, log.read_bytes()[start:].decode(errors="replace"))
+    return Ended(child.returncode, reports, log.read_bytes()[start:].decode(errors="replace"), time.monotonic())
 
 
 def train_pair(workdir: pathlib.Path, settings: dict, kill: tuple[str, int, float] | None = None, victim: int = 0) -> list[Ended]:
@@ -124,21 +131,6 @@ def train_pair(workdir: pathlib.Path, settings: dict, kill: tuple[str, int, floa
         moments = [kill if i == victim else None for i in range(2)]
         futures = [pool.submit(train, workdir, settings, kill, False, (address, "2", str(i))) for i, kill in enumerate(moments)]
         return [future.result() for future in futures]
-
-
-def export(workdir: pathlib.Path, out: pathlib.Path, seconds: float | None = None) -> Ended:
-    """One attempt of both exports; finished exports are kept."""
-    arguments = [f"--workdir={workdir}", f"--selected={out / 'kept.jsonl'}"]
-    arguments += [] if (out / "merged").exists() else [f"--merged={out / 'merged'}"]
-    command = [sys.executable, "-m", "bilevel_jax.export", *arguments]
-    environ = environment(workdir.parent)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    return Ended(process.returncode, [], output)
 
 
 def last_line(ended: Ended) -> str:

@@ -1,12 +1,13 @@
 """The soak in small: a run that is killed twice and has a checkpoint damaged ends as the one that was left alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from bilevel_jax.runtime import checkpoint
-from experiments.reliability import kills, page, soak
+from experiments.reliability import commands, kills, page, soak
 from tests.experiments.commands import command_line
 
 
@@ -69,3 +70,54 @@ def fake(directory, loss=1.5, seconds=3.0, weight=b"w"):
 )
 def test_everything_but_times_is_compared_to_the_bit(tmp_path, changes, differing):
     assert kills.differing(fake(tmp_path / "one"), fake(tmp_path / "other", **changes)) == differing
+
+
+class Stopped(Exception):
+    """In the place of a signal."""
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """After some kills, until the numbers are reached; not with the counts of another version."""
+    left = [3]  # pieces until it is stopped
+
+    def piece(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Stopped
+        return next(value for value in arguments if isinstance(value, int))
+
+    def runs(directory, number, faults, rng):
+        kills_now = piece(number)
+        return {"runs": 1, "tries": 1, "kills": {"train": kills_now}, "faults": {}, "set_aside": 0, "mismatches": []}
+
+    monkeypatch.setattr(kills, "interrupt", runs)
+    monkeypatch.setattr(commands, "interrupt", lambda *rest: {"ended": 1, "kills": piece(*rest), "mismatches": []})
+    flags = [f"--workdir={tmp_path / 'soak'}", f"--out={tmp_path / 'out'}", "--kills=200", "--pair_kills=0", "--long_steps=0"]
+
+    def counted() -> list[int]:
+        found = json.loads((tmp_path / "out.json").read_text())
+        return [soak.killed(found.get(name)) for name in ("runs", *soak.SHARES)]
+
+    with command_line("experiments.soak", flags, soak.FLAGS), pytest.raises(Stopped):
+        soak.main()
+    assert counted() == [120, 0, 0, 0]  # three pieces of 40
+    left[0] = 100
+    with command_line("experiments.soak", [*flags, "--resume"], soak.FLAGS):
+        soak.main()
+    assert counted() == [140, 20, 20, 20] and left[0] == 96
+    assert "| runs ended | 4 |" in (tmp_path / "out.md").read_text()
+    with command_line("experiments.soak", [*flags, "--resume"], soak.FLAGS):
+        soak.main()
+    assert left[0] == 96  # nothing is left to do
+    found = json.loads((tmp_path / "out.json").read_text()) | {"version": "another"}
+    (tmp_path / "out.json").write_text(json.dumps(found))
+    with command_line("experiments.soak", [*flags, "--resume"], soak.FLAGS), pytest.raises(ValueError, match="another version"):
+        soak.main()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_command_that_is_killed(name, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "reference")
+    found = commands.interrupt(name, tmp_path, 2, np.random.default_rng(0))
+    assert found == {"ended": 1, "kills": 2, "mismatches": []}

@@ -1,0 +1,593 @@
+"""The joint step in float64, one response at a time: equations (7)-(10c), (44), (47), (48), (I) and (C) written out in NumPy.
+
+Only the derivative of a response's NLL in θ is automatic, and it is that of the decoder below, which shares no code with the model.
+
+`predict` starts from the state before the step. Where an equation is at θ^{k+1}, or divides by a moment of Adam, it takes the
+θ^{k+1} or the moments that the step returned: these are compared too, and rounding is not amplified.
+
+Axes: E entries (responses), P parameters that are learned, L tokens.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevel_jax import config as configuration
+
+PAIRS = ("dpo", "ipo")
+LARGEST_LOG_RATIO = 80.0
+TINY = 1e-30
+ROUNDING = 2e-6  # of a loss in float32, relative
+
+
+class Entry(NamedTuple):
+    """One response of a step, after its question."""
+
+    tokens: np.ndarray
+    learned: np.ndarray  # positions of the tokens that are learned
+    row: int  # of the lower level; -1: upper level
+    part: float  # of its row: 1, or 1/G; 0 for a rejected response, which its pair counts already
+    partner: int = 0  # +1: the next entry is the rejected response of the pair; -1: the previous one is the chosen one
+    group: int = -1  # the row's number in the batch
+    reference: float = 0.0
+    old_log_prob: float = math.nan
+    reward: float = math.nan
+
+    @property
+    def generated(self) -> bool:
+        return not math.isnan(self.old_log_prob)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rows of a step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def entry(prompt, response, earlier=(), **fields) -> Entry:
+    size = len(prompt) + len(response)
+    learned = [t for start, stop in (*earlier, (len(prompt), size)) for t in range(max(1, start), stop)]
+    return Entry(np.concatenate([prompt, response]), np.array(learned, int), **fields)
+
+
+def data_entries(level, i: int, **fields) -> list[Entry]:
+    """The response of the data, or the chosen and the rejected one."""
+    example = level.examples[i]
+    if level.references is None:
+        return [entry(example.prompt, example.response, example.earlier, part=1.0, **fields)]
+    chosen, rejected = level.references[i]
+    return [
+        entry(example.prompt, example.response, part=1.0, partner=1, reference=chosen, **fields),
+        entry(example.prompt, example.rejected, part=0.0, partner=-1, reference=rejected, **fields),
+    ]
+
+
+def own_entries(config, store, i: int, prompt, **fields) -> list[Entry]:
+    """The generated responses to row i that its loss uses, as `online.objective` says."""
+    mine = [g for g, row in enumerate(store.row_index) if row == i]
+
+    def one(g, **more):
+        return entry(prompt, store.tokens[g], old_log_prob=store.log_prob[g], **fields, **more)
+
+    kind = config.online.objective
+    if not mine:
+        return []
+    if kind in ("sft", "rwr", "reinforce"):
+        return [one(g, part=1 / len(mine), reward=math.nan if kind == "sft" else store.reward[g]) for g in mine]
+    best = max(mine, key=lambda g: store.reward[g])
+    worst = min(mine, key=lambda g: store.reward[g])
+    size = 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst])
+    is_pair = store.reward[best] > store.reward[worst] and list(store.tokens[best]) != list(store.tokens[worst])
+    if kind == "best_of" or not is_pair or size > config.data.max_length:
+        return [one(best, part=1.0)]
+    return [
+        one(best, part=1.0, partner=1, reference=store.reference[best]),
+        one(worst, part=0.0, partner=-1, reference=store.reference[worst]),
+    ]
+
+
+def entries_of(config, upper, lower, store, lower_rows, upper_rows) -> list[Entry]:
+    """All responses of a step: the rows of the lower level, then those of the upper one."""
+    found = []
+    for group, i in enumerate(lower_rows):
+        fields = {"row": int(i), "group": group}
+        found += own_entries(config, store, i, lower.examples[i].prompt, **fields) or data_entries(lower, i, **fields)
+    for j in upper_rows:
+        found += data_entries(upper, j, row=-1)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _token_nll(shape, params, adapter, scale, tokens):
+    """A Llama in float64: NLL of each token [L] given those before it, 0 for the first."""
+    L, C = len(tokens), shape.head_dim
+    angles = np.arange(L)[:, None] * shape.rope_theta ** (-np.arange(C // 2) / (C // 2))
+
+    def norm(x, weights):
+        return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + shape.norm_eps) * weights["scale"]
+
+    def rotate(x):
+        a, b = x[:, : C // 2], x[:, C // 2 :]
+        return jnp.hstack([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)])
+
+    x = params["embed_tokens"][tokens]
+    for n in range(shape.num_layers):
+
+        def linear(x, module, name, n=n):
+            low_rank = ((adapter or {}).get("layers", {}).get(module) or {}).get(name)
+            update = 0 if low_rank is None else scale * (x @ low_rank["a"][n]) @ low_rank["b"][n]
+            return x @ params["layers"][module][name]["kernel"][n] + update
+
+        h = norm(x, jax.tree.map(lambda w, n=n: w[n], params["layers"]["input_layernorm"]))
+        q, k, v = (linear(h, "self_attn", name).reshape(L, -1, C) for name in ("q_proj", "k_proj", "v_proj"))
+        heads = []
+        for head in range(shape.num_heads):
+            kv = head * shape.num_kv_heads // shape.num_heads
+            scores = jnp.where(np.tri(L, dtype=bool), rotate(q[:, head]) @ rotate(k[:, kv]).T / np.sqrt(C), -np.inf)
+            heads.append(jax.nn.softmax(scores) @ v[:, kv])
+        x = x + linear(jnp.hstack(heads), "self_attn", "o_proj")
+        h = norm(x, jax.tree.map(lambda w, n=n: w[n], params["layers"]["post_attention_layernorm"]))
+        x = x + linear(jax.nn.silu(linear(h, "mlp", "gate_proj")) * linear(h, "mlp", "up_proj"), "mlp", "down_proj")
+    log_probs = jax.nn.log_softmax(norm(x, params["norm"]) @ params["embed_tokens"].T)
+    return jnp.concatenate([jnp.zeros(1), -log_probs[np.arange(L - 1), tokens[1:]]])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pullback(shape, base, learned, scale, tokens_ExL, cotangent_ExL):
+    """Token NLLs [E, L], and for each response the gradient of their product with a cotangent."""
+
+    def nll(learned, tokens):
+        is_full = "embed_tokens" in learned
+        return _token_nll(shape, learned if is_full else base, None if is_full else learned, scale, tokens)
+
+    def one(tokens, cotangent):
+        values, pull = jax.vjp(lambda x: nll(x, tokens), learned)
+        return values, pull(cotangent)[0]
+
+    return jax.vmap(one)(tokens_ExL, cotangent_ExL)
+
+
+def double(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(double(tree))])
+
+
+class Model(NamedTuple):
+    """What the NLLs of responses come from; `room` is the (E, L) to which they are padded, for one compilation."""
+
+    shape: object  # `decoder.ModelConfig`
+    base: dict
+    scale: float
+    room: tuple[int, int]
+
+    def evaluate(self, learned, entries, weigh=None) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """NLLs of the learned tokens of each entry; their weights' sums [E]; ∇ of these sums in θ, weights fixed [E, P]."""
+        tokens, ones = np.zeros(self.room, np.int32), np.zeros(self.room)
+        for e, one in enumerate(entries):
+            tokens[e, : len(one.tokens)] = one.tokens
+            ones[e, one.learned] = 1.0
+        with jax.enable_x64(True):
+            learned, base = double(learned), double(self.base)
+            nll, gradient = _pullback(self.shape, base, learned, float(self.scale), tokens, ones)
+            token_nll = [np.asarray(nll)[e, one.learned] for e, one in enumerate(entries)]
+            if weigh is not None:
+                for e, one in enumerate(entries):
+                    ones[e, one.learned] = weigh(one, token_nll[e])
+                nll, gradient = _pullback(self.shape, base, learned, float(self.scale), tokens, ones)
+            leaves = [np.asarray(leaf).reshape(self.room[0], -1) for leaf in jax.tree.leaves(gradient)]
+        total = np.sum(np.asarray(nll) * ones, axis=1)[: len(entries)]
+        return token_nll, total, np.hstack(leaves)[: len(entries)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses and weights
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def entry_losses(kind, config, entries, nll) -> tuple[np.ndarray, np.ndarray]:
+    """The loss of each entry, and its derivative in all summed NLLs [E, E]; 0 for entries of no pair where `kind` is of pairs."""
+    loss, slope = np.zeros(len(entries)), np.zeros((len(entries), len(entries)))
+    mean = config.loss.reduction == "mean"
+    length = np.array([max(1, len(one.learned)) for one in entries], float)
+    beta = config.loss.beta
+    for e, one in enumerate(entries):
+        if kind == "sft":
+            divisor = length[e] if mean else 1.0
+            loss[e], slope[e, e] = nll[e] / divisor, 1 / divisor
+        elif one.partner == 1:
+            by = length if kind == "ipo" and mean else np.ones(len(entries))
+            margin = (-nll[e] - one.reference) / by[e] - (-nll[e + 1] - entries[e + 1].reference) / by[e + 1]
+            if kind == "dpo":
+                loss[e], of_margin = np.logaddexp(0, -beta * margin), -beta / (1 + np.exp(beta * margin))
+            else:
+                loss[e], of_margin = (margin - 1 / (2 * beta)) ** 2, 2 * (margin - 1 / (2 * beta))
+            slope[e, e], slope[e, e + 1] = -of_margin / by[e], of_margin / by[e + 1]
+    return loss, slope
+
+
+def response_weights(config, objective, entries, nll) -> np.ndarray:
+    """r of each entry."""
+    kind, r = objective.response_weight, np.ones(len(entries))
+    if kind == "none" or objective.generated in PAIRS:
+        return r
+    for e, one in enumerate(entries):
+        if not one.generated:
+            continue
+        if kind == "softmax":
+            others = [f for f, other in enumerate(entries) if other.group == one.group]
+            r[e] = len(others) / sum(np.exp(nll[e] - nll[f]) for f in others)
+        else:
+            log_ratio = -nll[e] - one.old_log_prob
+            log_ratio /= max(1, len(one.learned)) if kind == "geometric" else 1
+            r[e] = min(np.exp(min(log_ratio, LARGEST_LOG_RATIO)), config.online.clip)
+    return r
+
+
+def reward_factors(config, objective, entries) -> np.ndarray:
+    """The factors of the losses of generated responses by their rewards."""
+    factor = np.ones(len(entries))
+    for e, one in enumerate(entries):
+        if math.isnan(one.reward):
+            continue
+        rewards = np.array([other.reward for other in entries if other.group == one.group])
+        if objective.generated == "rwr":
+            temperature = config.online.reward_temperature
+            factor[e] = len(rewards) / np.exp((rewards - one.reward) / temperature).sum()
+        elif objective.generated == "reinforce":
+            others = len(rewards) - 1
+            factor[e] = one.reward - (rewards.sum() - one.reward) / others if others else 0.0
+    return factor
+
+
+def training_losses(config, objective, entries, nll) -> tuple[np.ndarray, np.ndarray]:
+    """ℓ of each entry of the lower level as θ descends it, without r, and its derivative in the NLLs."""
+    loss, slope = entry_losses(objective.lower, config, entries, nll)
+    factor = reward_factors(config, objective, entries)
+    loss, slope = factor * loss, factor[:, None] * slope
+    if objective.lower == "sft" and objective.generated in PAIRS:
+        paired, paired_slope = entry_losses(objective.generated, config, entries, nll)
+        own = np.array([one.generated for one in entries])
+        loss, slope = np.where(own, paired, loss), np.where(own[:, None], paired_slope, slope)
+    return loss, slope
+
+
+def surprises(config, entries, token_nll, loss) -> np.ndarray:
+    """(mean_t nll_t^4)^(1/4) of each entry, for pairs their loss."""
+    if config.loss.lower in PAIRS:
+        return loss
+    return np.array([np.mean(nll**4) ** 0.25 if len(nll) else 0.0 for nll in token_nll])
+
+
+def token_scores(nll) -> np.ndarray:
+    """z of each token, [n, 2]: its loss, and the largest of those before it."""
+    before = np.maximum.accumulate(np.append(0.0, nll))[: len(nll)]
+    return np.stack([nll, before], axis=1)
+
+
+def token_weights(phi, nll) -> np.ndarray:
+    """v of each token of a response."""
+    score = token_scores(nll) @ phi
+    likelihood = np.exp(score - score.max(initial=-np.inf))
+    return len(nll) * likelihood / likelihood.sum() if len(nll) else likelihood
+
+
+def softmax(logits) -> np.ndarray:
+    likelihood = np.exp(logits - logits.max())
+    return likelihood / likelihood.sum()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rate(settings, num_steps: int, k: int) -> float:
+    """The learning rate of step k of `num_steps`, by the table of docs/training.md."""
+    rising = math.ceil(settings.warmup * num_steps) if settings.warmup < 1 else int(settings.warmup)
+    if k < rising:
+        return settings.learning_rate * (k + 1) / rising
+    u = min(1.0, (k - rising) / (num_steps - rising))
+    return settings.learning_rate * {"constant": 1.0, "linear": 1 - u, "cosine": (1 + math.cos(math.pi * u)) / 2}[settings.schedule]
+
+
+def moments(state) -> tuple[np.ndarray, np.ndarray] | None:
+    """Adam's means of gradients and of squares, or None."""
+    mu, nu = (optax.tree.get(state, name, default=None) for name in ("mu", "nu"))
+    return None if nu is None else (flat(mu), flat(nu))
+
+
+def adam_move(b1, b2, first, second, k: int, eps_root: float = 0.0) -> np.ndarray:
+    """What Adam subtracts in step k, from 0, at rate 1, given its moments after the step."""
+    return first / (1 - b1 ** (k + 1)) / (np.sqrt(second / (1 - b2 ** (k + 1)) + eps_root) + 1e-8)
+
+
+def descend(settings, num_steps: int, k: int, eps_root: float, before, after, gradient) -> dict[str, np.ndarray]:
+    """θ^{k+1}, and Adam's moments after the step, of a learner with the joint gradient."""
+    norm = np.linalg.norm(gradient)
+    if settings.clip_norm and norm > settings.clip_norm:
+        gradient = gradient * settings.clip_norm / norm
+    theta, eta = flat(before.adapter), rate(settings, num_steps, k)
+    if settings.name == "sgd":
+        return {"θ": theta - eta * gradient}
+    first, second = moments(before.optimizer)
+    found = {"mu": settings.b1 * first + (1 - settings.b1) * gradient, "nu": settings.b2 * second + (1 - settings.b2) * gradient**2}
+    move = adam_move(settings.b1, settings.b2, *moments(after.optimizer), k, eps_root)
+    decay = settings.weight_decay * theta if settings.name == "adamw" else 0.0
+    return found | {"θ": theta - eta * (move + decay)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The selector
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def move_omega(config, selector, before, after, k, entries, cost, count, gamma, features) -> dict[str, np.ndarray]:
+    """ω^{k+1}, the running baseline and Adam's moments from the costs C of the entries.
+
+    Args:
+      before, after: the selector's state, of which `after` is used for Adam's moments and φ.
+      cost: [E]; only those of entries with `count` > 0 matter.
+      count: [E], each entry's part of its row; 0 where it is none of the lower level or has no cost.
+      gamma: γ.
+      features: X or the group of each row; None for a table.
+    """
+    omega, baseline = double(before.logits), float(before.baseline)
+    N, num_rows, used = len(omega), count.sum(), np.flatnonzero(count)
+    batch_mean = sum(count[e] * cost[e] for e in used) / num_rows if num_rows else math.nan
+    offset = {"none": 0.0, "batch": batch_mean, "running": batch_mean if math.isnan(baseline) else baseline}[selector.baseline]
+    if num_rows:
+        baseline = batch_mean if math.isnan(baseline) else 0.9 * baseline + 0.1 * batch_mean
+    found = {"baseline": np.array(baseline)}
+    if selector.frozen:
+        unmoved = moments(before.optimizer)
+        return found | {"ω": omega} | ({} if unmoved is None else dict(zip(("mu of ω", "nu of ω"), unmoved)))
+    sigma, gradient = softmax(omega), np.zeros(N)
+    scale = N if selector.weight_scale == "dataset" else 1.0
+    for e in used:
+        i, centred = entries[e].row, cost[e] - offset
+        if selector.rule == "bmo":
+            gradient[i] += count[e] * (omega[i] + selector.tau * centred)
+        elif selector.optimizer == "mirror":
+            gradient[i] += count[e] * gamma * scale / N * centred
+        else:
+            slope = -sigma[i] * sigma  # ∇σ_i
+            slope[i] += sigma[i]
+            gradient += gamma * scale * count[e] / num_rows * centred * slope
+    if features is None:
+        return found | _move(selector, k, omega, gradient, after.optimizer, before.optimizer, "ω")
+    matrix = np.eye(len(before.feature_params))[features] if features.ndim == 1 else double(features)
+    phi = double(before.feature_params)
+    ridge = selector.ridge * (num_rows if selector.rule == "bmo" else 1)
+    gradient = matrix.T @ gradient + ridge * phi
+    return found | _move(selector, k, phi, gradient, after.optimizer, before.optimizer, "φ") | {
+        "ω": matrix @ double(after.feature_params)
+    }  # fmt: skip
+
+
+def _move(selector, k, value, gradient, after, before, name) -> dict[str, np.ndarray]:
+    if selector.optimizer != "adam":
+        return {name: value - selector.learning_rate * gradient}
+    b1, b2 = selector.b1, selector.b2
+    first, second = moments(before)
+    return {
+        "mu of ω": b1 * first + (1 - b1) * gradient,
+        "nu of ω": b2 * second + (1 - b2) * gradient**2,
+        name: value - selector.learning_rate * adam_move(b1, b2, *moments(after), k),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """A step of a run, before it is taken."""
+
+    config: configuration.Config
+    model: Model
+    entries: list[Entry]
+    scales: tuple[float, float]  # of the two levels' means
+    factor: np.ndarray  # of each row in (7), [N]
+    features: np.ndarray | None
+    num_steps: int
+
+
+def _means(inputs: Inputs, counted) -> tuple[np.ndarray, np.ndarray]:
+    """How much each entry counts in the mean of the upper level, and in that of the lower one."""
+    part = np.array([one.part for one in inputs.entries])
+    is_lower = np.array([one.row >= 0 for one in inputs.entries])
+    upper, lower = np.where(is_lower, 0, part), np.where(is_lower, part, 0)
+    lower = np.where(counted, lower, 0)
+    return upper / max(upper.sum(), 1e-300), lower / max(lower.sum(), 1e-300)
+
+
+def _influence(inputs, before, after, entries, loss, surprise, share) -> tuple[dict, np.ndarray, np.ndarray, dict]:
+    """The memory, harm and cost of (I) and (C), from the move along -D m, and what rounding to float32 may change in them."""
+    memory, theta = before.influence, flat(before.policy.adapter)
+    direction, known = flat(after.influence.upper_gradient), moments(after.policy.optimizer)
+    if known is not None:
+        direction = np.where(known[1] > 0, direction / np.sqrt(np.maximum(known[1], 1e-300)), 0.0)
+    move = 1e-3 * np.linalg.norm(theta) / max(np.linalg.norm(direction), TINY) * direction
+    leaves, tree = jax.tree.flatten(double(before.policy.adapter))
+    parts = np.split(theta - move, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    moved = tree.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)])
+    _, nll, _ = inputs.model.evaluate(moved, entries)
+    change = entry_losses(inputs.config.loss.lower, inputs.config, entries, nll)[0] - loss
+
+    def running(mean, value):
+        if not share.any():
+            return float(mean)
+        return value if math.isnan(mean) else 0.9 * float(mean) + 0.1 * value
+
+    square = running(memory.mean_square, np.sum(share * change**2))
+    center = running(memory.surprise_mean, np.sum(share * surprise))
+    spread = running(memory.surprise_square, np.sum(share * (surprise - center) ** 2))
+    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread}
+    named = {key: np.array(value) for key, value in named.items()}
+    if not share.any():
+        return named, np.zeros(len(entries)), np.zeros(len(entries)), {}
+    root, width = (max(math.sqrt(value), TINY) for value in (square, spread))
+    harm = np.tanh(change / root)
+    cost = harm + 0.5 * np.tanh((surprise - center) / width)
+    # Differences of losses lose digits. Of these, the first is over a short move, and the second between rows.
+    lost = ROUNDING * np.max(np.abs(loss)) / root, ROUNDING * np.max(np.abs(surprise)) / width
+    noise = {"memory: mean_square": 2 * lost[0] * square, "memory: surprise_square": 2 * lost[1] * spread}
+    return named, harm, cost, noise | {"selector: harm": lost[0], "cost": lost[0] + 0.5 * lost[1]}
+
+
+class _Evaluated(NamedTuple):
+    """The step at θ^k."""
+
+    share: np.ndarray  # of each entry in the mean of the costs, [E]
+    count: np.ndarray  # its part of its row, where it has a cost
+    pull: np.ndarray  # its factor in the mean of the lower level: share · w · r
+    loss: np.ndarray  # its loss
+    surprise: np.ndarray
+    of_upper: np.ndarray  # ∇L0, [P]
+    weigh: Any  # of tokens
+
+
+def predict(inputs: Inputs, before, after, k: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What step k must give, by name, and by how much rounding may change some of it more than the rest.
+
+    `before` and `after` are the states (`step.State`) of the compiled step.
+    """
+    config, entries = inputs.config, inputs.entries
+    selector = configuration.to_selector(config)
+    at, expected, joint = _at_theta(inputs, before, after)
+    expected |= _learner(inputs, "policy", before, after, k, joint)
+    cost, harm, more, noise = _costs(inputs, at, before, after, k)
+    if selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
+        cost = cost * _row_factors(inputs)
+    moved = move_omega(
+        config, selector, before.selector, after.selector, k, entries, cost, at.count, inputs.scales[1], inputs.features
+    )
+    records = _records(before.selector, entries, at.count, at.surprise, harm)
+    expected |= more | {f"selector: {name}": value for name, value in (moved | records).items()}
+    return expected, noise | _noise_of_omega(inputs, selector, noise.get("cost", 0.0), at.count.sum(), expected)
+
+
+def _row_factors(inputs) -> np.ndarray:
+    return np.array([inputs.factor[one.row] if one.row >= 0 else 1.0 for one in inputs.entries])
+
+
+def _learner(inputs, kind, before, after, k, gradient) -> dict[str, np.ndarray]:
+    settings = configuration.optimizer_settings(inputs.config)
+    found = descend(settings, inputs.num_steps, k, settings.eps_root, getattr(before, kind), getattr(after, kind), gradient)
+    return {f"{kind}: {name}": value for name, value in found.items()}
+
+
+def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray], np.ndarray]:
+    """What is computed at θ^k, the metrics, and the joint gradient."""
+    config, entries = inputs.config, inputs.entries
+    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    is_lower = np.array([one.row >= 0 for one in entries])
+    has_cost = is_lower & np.array([objective.lower == "sft" or one.partner == 1 for one in entries])
+    upper, lower = _means(inputs, np.ones(len(entries), bool))
+    sigma = softmax(double((after if selector.order == "paper" else before).selector.logits))
+    sigma *= len(sigma) if selector.weight_scale == "dataset" else 1.0
+    weight = np.array([sigma[one.row] if one.row >= 0 else 0.0 for one in entries]) * _row_factors(inputs)
+
+    phi = None if before.token_params is None else double(before.token_params)
+    weigh = None if phi is None else (lambda one, nll: token_weights(phi, nll) if one.row >= 0 else np.ones(len(nll)))
+    token_nll, nll, gradient = inputs.model.evaluate(before.policy.adapter, entries, weigh)
+    r = response_weights(config, objective, entries, nll)
+    above, above_slope = entry_losses(objective.upper, config, entries, nll)
+    below, below_slope = training_losses(config, objective, entries, nll)
+    pull, loss = lower * weight * r, entry_losses(objective.lower, config, entries, nll)[0]
+    of_upper = upper @ above_slope @ gradient
+    joint = inputs.scales[0] * of_upper + inputs.scales[1] * pull @ below_slope @ gradient
+    share, count = _means(inputs, has_cost)[1], np.where(has_cost, [one.part for one in entries], 0.0)
+    metrics = {
+        "loss": np.array(inputs.scales[0] * upper @ above + inputs.scales[1] * pull @ below),
+        "upper_loss": np.array(upper @ above),
+        "lower_loss": np.array(share @ loss),
+        "gradient_norm": np.array(np.linalg.norm(joint)),
+        "response_tokens": np.array(float(sum(len(one.learned) for one in entries))),
+        "row_loss": entry_losses("sft", config, entries, nll)[0],
+        "log_ratio": -nll - np.array([one.old_log_prob for one in entries]),
+        "response_weight": r,
+    }
+    return _Evaluated(share, count, pull, loss, surprises(config, entries, token_nll, loss), of_upper, weigh), metrics, joint
+
+
+def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+    """C of each entry, its harm, the results of θ', φ and the memory of influences, and what rounding may change."""
+    config, model, entries = inputs.config, inputs.model, inputs.entries
+    objective, selector = configuration.to_objective(config), configuration.to_selector(config)
+    expected, cost, tracked = {}, at.loss, None
+    if objective.value_function == "tracked":
+        _, tracked, slopes = model.evaluate(before.tracker.adapter, entries)
+        _, tracked_slope = training_losses(config, objective, entries, tracked)
+        expected |= _learner(inputs, "tracker", before, after, k, at.pull @ tracked_slope @ slopes)
+    if before.influence is not None:
+        expected["memory: upper_gradient"] = 0.9 * flat(before.influence.upper_gradient) + 0.1 * at.of_upper
+        memory, harm, cost, noise = _influence(inputs, before, after, entries, at.loss, at.surprise, at.share)
+        return cost, harm, expected | {f"memory: {name}": value for name, value in memory.items()}, noise
+    if objective.coefficient_at == "next" and not selector.frozen:
+        token_nll, nll, _ = model.evaluate(after.policy.adapter, entries, at.weigh)
+        cost = entry_losses(objective.lower, config, entries, nll)[0]
+        if tracked is not None:
+            _, tracked, _ = model.evaluate(after.tracker.adapter, entries)
+        if before.token_params is not None:
+            phi = double(before.token_params)
+            slopes = sum(at.pull[e] * _phi_slope(config, phi, nll) for e, nll in enumerate(token_nll) if at.pull[e])
+            expected["φ of tokens"] = phi - selector.token_learning_rate * inputs.scales[1] * slopes
+    if tracked is not None:
+        cost = cost - entry_losses(objective.lower, config, entries, tracked)[0]
+    return cost, np.zeros(len(entries)), expected, {}
+
+
+def _noise_of_omega(inputs, selector, of_cost, num_rows, expected) -> dict[str, float]:
+    """What an error of the costs may change in ω and its moments, to first order."""
+    N = len(inputs.factor)
+    scale = (N if selector.weight_scale == "dataset" else 1.0) * inputs.scales[1]
+    pull = selector.tau * num_rows if selector.rule == "bmo" else scale
+    of_gradient = 2 * of_cost * pull * max(1.0, np.max(inputs.factor))
+    if inputs.features is not None and inputs.features.ndim == 2:
+        of_gradient *= np.abs(inputs.features).sum()
+    largest = np.max(np.abs(expected.get("selector: mu of ω", 0.0))) / max(1 - selector.b1, TINY)
+    of_move = 0.0 if selector.optimizer == "adam" else selector.learning_rate * of_gradient
+    spread = 1.0 if inputs.features is None else max(1.0, 3 * np.max(np.abs(inputs.features)))
+    return {
+        "selector: baseline": of_cost,
+        "selector: ω": of_move * spread,
+        "selector: φ": of_move,
+        "selector: mu of ω": of_gradient,
+        "selector: nu of ω": 2 * largest * of_gradient,
+    }
+
+
+def _phi_slope(config, phi, nll) -> np.ndarray:
+    """dℓ/dφ of a response, (5) of `token_weights`."""
+    if not len(nll):
+        return np.zeros(2)
+    v, z = token_weights(phi, nll), token_scores(nll)
+    slope = np.mean((v * nll)[:, None] * (z - np.mean(v[:, None] * z, axis=0)), axis=0)
+    return slope * (1 if config.loss.reduction == "mean" else len(nll))
+
+
+def _records(before, entries, count, surprise, harm) -> dict[str, np.ndarray]:
+    """Visits, and what is noted of the responses of the data."""
+    found = {name: double(getattr(before, name)) for name in ("visits", "data_visits", "surprise", "harm")}
+    for e, one in enumerate(entries):
+        if not count[e]:
+            continue
+        found["visits"][one.row] += count[e]
+        if not one.generated:
+            found["data_visits"][one.row] += 1
+            found["surprise"][one.row] = surprise[e]
+            found["harm"][one.row] += harm[e]
+    return found
