@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -166,3 +167,12 @@ def test_the_checks_see_something():
     assert {"config", "workdir", "plan", "compile"} <= flags_of("bilevel_jax.main") and "tier" in flags_of("experiments.table3")
     assert "which-ranking-to-use-when" in anchors(ROOT / "experiments" / "README.md")
     assert is_code("online.masked_rows") and not is_code("online.ratio")
+
+
+def test_the_table_of_compiled_memory_is_current():
+    spec = importlib.util.spec_from_file_location("hardware_page", ROOT / "docs" / "hardware.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = module.table(json.loads(module.RESULTS.read_text()))
+    assert f"{module.BEGIN}\n{table}\n{module.END}" in module.PAGE.read_text(), "run `python docs/hardware.py --table`"

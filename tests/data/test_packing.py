@@ -58,7 +58,7 @@ def check(packed, sizes, layout):
     S, L, E, T = layout.sequences, layout.length, layout.entries, layout.sequences * layout.length
     assert packed.tokens.shape == packed.segment_ids.shape == packed.positions.shape == (layout.micro_batches, S, L)
     assert packed.logit_index.shape == packed.target.shape == packed.entry.shape == (layout.micro_batches, layout.targets)
-    assert all(array.dtype == np.int32 for array in packed)
+    assert packed.entering is None and all(array.dtype == np.int32 for array in packed[:-1])
 
     # Every token once, contiguous with its segment, in order, at its position in the segment.
     packed_segments = [run for runs in sequences(packed) for run in runs]
