@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel_jax import sharding
 from bilevel_jax.data import levels, packing
-from bilevel_jax.data.prepared.stored import StoredExamples
+from bilevel_jax.data.prepared.sequences import StoredExamples
 from bilevel_jax.errors import RunError
 from bilevel_jax.models import decoder, layer_range
 from bilevel_jax.runtime import state_store
