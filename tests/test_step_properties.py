@@ -57,8 +57,8 @@ def difference(name: str, value, expected, noise: float) -> str:
         return f"{name} has shape {value.shape} and not {expected.shape}"
     if (np.isnan(value) != np.isnan(expected)).any():
         return f"{name} is {value} and not {expected}"
-    apart, allowed = np.nan_to_num(np.abs(value - expected)), EXACT + noise
-    allowed += SUMS * float(np.nanmax(np.abs(expected), initial=0.0))
+    apart, size = (np.where(np.isnan(expected), 0.0, np.abs(x)) for x in (value - expected, expected))
+    allowed = EXACT + noise + SUMS * float(size.max(initial=0.0))
     worst = int(np.argmax(apart)) if apart.size else 0
     if not apart.size or apart.flat[worst] <= allowed:
         return ""

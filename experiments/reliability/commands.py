@@ -45,7 +45,8 @@ def _prepare(directory: pathlib.Path, out: pathlib.Path) -> list[str]:
         rows = ({"question": f"What is {i} times 3?", "response": f"{i} times 3 is {3 * i}."} for i in range(NUM_ROWS))
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [f"--config.data.{name}={source}" for name in ("upper", "lower")]
-    return ["prepare", "--config=finetune", *sources, "--config.data.overlap=warn", f"--config.data.cache={out}"]
+    config = processes.ROOT / "configs" / "safety.py"
+    return ["prepare", f"--config={config}", *sources, "--config.data.overlap=warn", f"--config.data.cache={out}"]
 
 
 def prepared(out: pathlib.Path) -> dict[str, object]:
