@@ -1,8 +1,7 @@
 """Weights learned with a small model, used to train a larger one: `python -m experiments.proxy --seeds=10`.
 
-The rows are those of the test bed. The larger model is `tiny_base`; the small one, the proxy, is pretrained on the same text:
-
-    python -m experiments.tiny_model --recipe=text --width=64 --layers=2 --out=runs/proxy/base
+The rows are those of the test bed. The larger model is `tiny_base`; the small one, the proxy, is pretrained on the same text, by
+`python -m experiments.tiny_model --recipe=text --width=64 --layers=2 --out=runs/proxy/base`.
 
 Weights are learned jointly with each of them, by the default rule. The larger model is then trained from its start on all rows,
 with fixed weights: equal ones, those of the proxy, its own, and, as a control, those of the proxy in random order. The trusted loss
@@ -97,7 +96,7 @@ def page(results: list[dict]) -> list[str]:
         for name in (OTHER, OWN)
     ]
     return [
-        " ".join(__doc__.split("\n\n")[3].split()),
+        " ".join(" ".join(__doc__.split("\n\n")[1:]).split()),
         "",
         f"The proxy has {small / 1e6:.2f} M parameters, the larger model {large / 1e6:.2f} M. A joint run of the proxy takes "
         f"{ratio} of the time of one of the larger model. The rank correlation of their weights is {agreement}.",
@@ -109,7 +108,9 @@ def page(results: list[dict]) -> list[str]:
         "",
         "Claims, one-sided, Holm-corrected:",
         "",
-        *judgement.claims_table([(f"weights {a}: trusted loss below {b}", trained[a][0], trained[b][0]) for a, b in pairs]),
+        *judgement.claims_table(
+            [(f"weights {a}: trusted loss below that with weights {b}", trained[a][0], trained[b][0]) for a, b in pairs]
+        ),
         "",
         "AUROC of each kind of rows against clean ones, by the weights:",
         "",
