@@ -59,8 +59,10 @@ def _read_part(path: str) -> Iterator[tuple[int, Any]]:
         yield from _read_file(path)
     elif is_indexed(path):
         yield from enumerate(open_indexed(path), 1)
+    elif os.path.islink(path):
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which leads to no file")
     else:
-        raise DataError(f"{path}: no such file{parts.nearest_file(path)}")
+        raise DataError(f"{path or 'an empty name'}: no such file{parts.nearest_file(path)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

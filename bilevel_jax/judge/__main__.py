@@ -184,7 +184,7 @@ def print_result(pairs, winners, tokens) -> None:
 
 def main() -> None:
     from bilevel_jax import files
-    from bilevel_jax.data import rows
+    from bilevel_jax.data import parts, rows
     from bilevel_jax.judge import verdicts
 
     values = [flag.value for flag in (ENDPOINT, JUDGE, OUT)]
@@ -194,6 +194,9 @@ def main() -> None:
         raise ValueError("--summary goes with --endpoint, --judge and --out")
     if not any(values) and not OUTPUTS.value:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
+    for out in (OUTPUTS, SUMMARY):  # a file of --out is refused where it has no verdicts
+        if out.value:
+            parts.refuse_overwriting(out.value, f"--{out.name}", PROMPTS.value, ANSWERS.value, *filter(None, [AGAINST.value]))
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
         say("\n".join(report.summary()))

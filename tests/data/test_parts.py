@@ -82,6 +82,31 @@ def test_a_missing_file_names_the_nearest(folder):
         rows.read_rows("mixtur.jsonl")
 
 
+def test_a_link_to_nothing_is_named(folder):
+    """A link to itself, and one to a file that is gone, are listed in their folder: they are no hint for themselves."""
+    folder("mixture.jsonl")
+    os.symlink("loop.jsonl", "loop.jsonl")
+    os.symlink("gone.jsonl", "gone.link.jsonl")
+    for name, target in (("loop.jsonl", "loop.jsonl"), ("gone.link.jsonl", "gone.jsonl")):
+        with pytest.raises(DataError, match=f"^{name}: a link to {target}, which leads to no file$"):
+            rows.read_rows(name)
+
+
+def test_an_output_is_no_file_of_its_sources(folder):
+    folder("a.jsonl", "below/b.jsonl", "c.jsonl")
+    os.symlink("a.jsonl", "link.jsonl")
+    for out, source in (
+        ("a.jsonl", "a.jsonl"),
+        ("./below/b.jsonl", "c.jsonl,below"),
+        ("link.jsonl", "a.jsonl"),
+        ("a.jsonl", "link.jsonl"),
+    ):
+        with pytest.raises(DataError, match=f"^--out={out} is a file of {source}, which would be overwritten"):
+            parts.refuse_overwriting(out, "--out", "c.jsonl", source)
+    parts.refuse_overwriting("below/new.jsonl", "--out", "below")
+    parts.refuse_overwriting("c.jsonl", "--out", "a.jsonl,below", "synthetic:upper", "*.csv", "someone/rows:train")
+
+
 def test_rows_of_several_files(folder, tmp_path):
     """Rows keep a `source` of their own, messages name the file, and ids are those of the files alone."""
     folder("a.jsonl")
