@@ -53,13 +53,20 @@ def resolve(name: str) -> list[Part]:
     return [Part(path, source if len(set(names)) > 1 else "") for path, source in zip(paths, names)]
 
 
+def paths(source: str) -> list[str]:
+    """The paths of the parts of a source; none if it cannot be resolved, since its reader says why."""
+    with contextlib.suppress(DataError):
+        return [part.path for part in resolve(source)]
+    return []
+
+
 def refuse_overwriting(out: str | os.PathLike[str], flag: str, *sources: str) -> None:
     """Refuses an output that is a file of its own input, which would be replaced.
 
     Args:
       out: the file to write.
       flag: that names it.
-      sources: what is read, as for `resolve`. Sources that cannot be resolved are left to their reader, which says why.
+      sources: what is read, as for `resolve`.
 
     Raises:
       DataError: one line that names flag and file.
@@ -67,10 +74,8 @@ def refuse_overwriting(out: str | os.PathLike[str], flag: str, *sources: str) ->
     if not os.path.exists(out):
         return
     for source in sources:
-        with contextlib.suppress(DataError):
-            paths = [part.path for part in resolve(source)]
-            if any(os.path.exists(path) and os.path.samefile(path, out) for path in paths):
-                break
+        if any(os.path.exists(path) and os.path.samefile(path, out) for path in paths(source)):
+            break
     else:
         return
     raise DataError(f"{flag}={os.fspath(out)} is a file of {source}, which would be overwritten; name another file")
