@@ -103,6 +103,8 @@ def load_hub(name: str, *, config: str | None = None, split: str = "train", data
 def open_hub(path: str):
     """Loads the hub data set `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is `train` by default."""
     name, *parts_of_name = path.split(":")
+    if name in ("recipe", "synthetic"):
+        raise DataError(f"{path}: recipes and generated rows are for data.upper and data.lower; name files or a hub data set here")
     *config, split = parts_of_name or ["train"]
     return load_hub(name, config=config[0] if config else None, split=split)
 

@@ -8,6 +8,7 @@ same command requests only the missing verdicts.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -187,6 +188,9 @@ def main() -> None:
     from bilevel_jax.data import parts, rows
     from bilevel_jax.judge import verdicts
 
+    for flag in (PRICE_IN, PRICE_OUT, TIMEOUT, BACKOFF):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value} must be a finite number")
     values = [flag.value for flag in (ENDPOINT, JUDGE, OUT)]
     if any(values) and not all(values):
         raise ValueError("--endpoint, --judge and --out belong together")

@@ -66,6 +66,8 @@ def test_sources_do_not_depend_on_the_working_directory(folder, tmp_path):
         ("odd", "odd/part.arrow: unknown file type; name the other files with a glob"),
         ("splits", r"splits: files of several splits \(test-0.jsonl and train-0.jsonl\); name those of one with a glob"),
         ("below", r"below: files of several splits"),
+        ("recipe:blueorca", "^recipe:blueorca: recipes and generated rows are for data.upper and data.lower"),
+        ("a.jsonl,synthetic:lower", "^synthetic:lower: recipes and generated rows are for data.upper"),
     ],
 )
 def test_refused(folder, name, message):

@@ -318,6 +318,7 @@ def test_refusals(files, tmp_path):
             ([*files, f"--outputs={files[0].partition('=')[2]}"], "which would be overwritten"),
             ([*files, *comparison, "--endpoint=http://judge.example/v1"], "to judge.example unencrypted"),
             ([*files, *comparison, "--price_in=-1"], "price_in"),
+            ([*files, *comparison, "--timeout=nan"], "--timeout=nan must be a finite number"),
         ]
         before = (tmp_path / "answers.jsonl").read_bytes()
         for arguments, complaint in cases:
