@@ -68,7 +68,7 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
         with inputs.read({"upper": upper, "lower": lower}) as levels:
             directory = pathlib.Path(os.path.abspath(workdir or inputs.default_workdir(config, levels)))
             if overwrite:
-                inputs.remove_run(directory)
+                inputs.remove_run(directory, config, levels)
             with inputs.placed(config, levels, directory):
                 if (directory / "summary.json").exists():
                     refuse_another(config, directory)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Mapping
 
 import ml_collections
@@ -179,6 +180,8 @@ def _check_values(config: Config) -> None:
     for key in ("data.upper", "data.lower"):
         _require(bool(_value(config, key).strip()), f"{key} is empty; name files, folders, a hub data set or a recipe")
     _require(bool(config.data.cache.strip()), "data.cache is empty; name a directory, or take auto or off")
+    is_file = config.data.cache not in ("auto", "off") and os.path.isfile(config.data.cache)
+    _require(not is_file, f"data.cache={config.data.cache} is a file; name a directory, or take auto or off")
     _require(bool(config.model.path.strip()), "model.path is empty; name a model directory or a hub id")
     installed = not config.log.wandb or importlib.util.find_spec("wandb")
     _require(bool(installed), f"log.wandb={config.log.wandb!r} needs the package wandb: pip install 'bilevel_jax[wandb]'")

@@ -55,6 +55,8 @@ def read(source: str, rows: Sequence[Row]) -> Given:
     matched = ~np.isnan(weights)
     if not matched.any():
         raise DataError(f"{prefix}: {missing}")
+    if weights[matched].max() > np.finfo(np.float64).max / len(rows):  # the sum may be infinite, and only ratios count
+        weights = weights / weights[matched].max()
     mean = weights[matched].mean()
     if not mean:
         raise DataError(f"{prefix}: all weights are 0")

@@ -15,7 +15,7 @@ import ml_collections
 
 from bilevel_jax import checks, config_files, files
 from bilevel_jax import config as configuration
-from bilevel_jax.data import in_memory, rows
+from bilevel_jax.data import in_memory, parts, rows
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime.workdir import locked, read_config
 
@@ -167,11 +167,11 @@ def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workd
             shutil.rmtree(folder)
 
 
-def remove_run(workdir: pathlib.Path) -> None:
+def remove_run(workdir: pathlib.Path, config: ml_collections.ConfigDict, levels: Mapping[str, Level]) -> None:
     """Removes a workdir with all files in it, unless there is none.
 
     Raises:
-      RunError: it holds something else, is in use, or has the current directory in it.
+      RunError: it holds something else, is in use, or has the current directory or an input of the new run in it.
     """
     if pathlib.Path.cwd().is_relative_to(workdir.resolve()):
         raise RunError(f"overwrite=True would remove the current directory, {workdir}; give another workdir")
@@ -183,5 +183,11 @@ def remove_run(workdir: pathlib.Path) -> None:
             is_run = "selection" in read_config(workdir)
     if not is_run:
         raise RunError(f"{workdir} holds no run; overwrite=True removes runs only")
+    sources = {name: parts.paths(level.source) for name, level in levels.items() if not level.in_memory}
+    named = {"model": [config.model.path], "selection.init": [config.selection.init], "lora.init": [config.lora.init]}
+    for name, paths in (sources | named).items():
+        for path in paths:
+            if path and os.path.exists(path) and pathlib.Path(path).resolve().is_relative_to(workdir.resolve()):
+                raise RunError(f"overwrite=True would remove {path}, which {name} names; move it, or give another workdir")
     with locked(workdir):
         shutil.rmtree(workdir.resolve())

@@ -160,6 +160,18 @@ def test_overwrite(run, arguments, monkeypatch, tmp_path):
     assert copy.exists() and (tmp_path / "model" / "config.json").exists()
 
 
+def test_overwriting_keeps_the_inputs_of_the_new_run(arguments, tmp_path, no_training):
+    run = tmp_path / "run"
+    (run / "inputs").mkdir(parents=True)
+    (run / "inputs" / "digests.json").write_text("{}")
+    kept = run / "kept.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in UPPER))
+    for change, name in (({"upper": str(kept)}, "upper"), ({"selection": {"init": str(kept)}}, "selection.init")):
+        with pytest.raises(RunError, match=f"^overwrite=True would remove .*kept.jsonl, which {name} names"):
+            bj.select(**arguments | change | {"workdir": run}, overwrite=True)
+    assert kept.exists()
+
+
 def test_what_is_not_of_a_run_stays(arguments, tmp_path, monkeypatch, no_training):
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "upper.jsonl").write_text("mine")

@@ -88,6 +88,7 @@ MIXING = {"method": "mixing"}
         ({"eval.num_upper": -1}, "eval.num_upper"),
         ({"eval.num_lower": 1.5}, "eval.num_lower=1.5 must be a number of rows, or a share"),
         ({"model.path": ""}, "model.path is empty"),
+        ({"data.cache": __file__}, "is a file; name a directory, or take auto or off"),
         ({"eval.keep": 0.0}, "eval.keep"),
         ({"eval.keep": 1.01}, "eval.keep"),
         ({"checkpoint.keep": 0}, "checkpoint.keep"),

@@ -35,6 +35,15 @@ def test_a_column(rows):
     assert given.summary("column:quality") == "selection.init=column:quality: weights for 5 of 6 rows; the other 1 get the mean"
 
 
+def test_weights_whose_sum_is_no_number(tmp_path):
+    """Of 1.5e308, 1e308 and 5e307 only the ratios 3 : 2 : 1 count; their sum is infinite in float64."""
+    objects = make_rows(3, seed=1)
+    write_jsonl(tmp_path / "rows.jsonl", [row | {"w": w} for row, w in zip(objects, (1.5e308, 1e308, 5e307))])
+    usable, _ = data_rows.read_rows(str(tmp_path / "rows.jsonl"))
+    given = initial_weights.read("column:w", usable)
+    np.testing.assert_allclose(softmax_weights(given.logits), [1.5, 1, 0.5], rtol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["workdir", "parquet", "jsonl"])
 def test_tables_of_other_rows_in_another_order(rows, tmp_path, form):
     """Two of six rows are in the table, beside rows of other data: their mean there says what 1 is here."""

@@ -1,6 +1,7 @@
 """From the name of a source to its parts: lists, globs and folders become files, saved data sets and hub ids."""
 
 import collections
+import contextlib
 import difflib
 import glob
 import os
@@ -50,6 +51,34 @@ def resolve(name: str) -> list[Part]:
         raise DataError(f"{name}: {twice[0]} is named twice")
     names = _names(labels)
     return [Part(path, source if len(set(names)) > 1 else "") for path, source in zip(paths, names)]
+
+
+def paths(source: str) -> list[str]:
+    """The paths of the parts of a source; none if it cannot be resolved, since its reader says why."""
+    with contextlib.suppress(DataError):
+        return [part.path for part in resolve(source)]
+    return []
+
+
+def refuse_overwriting(out: str | os.PathLike[str], flag: str, *sources: str) -> None:
+    """Refuses an output that is a file of its own input, which would be replaced.
+
+    Args:
+      out: the file to write.
+      flag: that names it.
+      sources: what is read, as for `resolve`.
+
+    Raises:
+      DataError: one line that names flag and file.
+    """
+    if not os.path.exists(out):
+        return
+    for source in sources:
+        if any(os.path.exists(path) and os.path.samefile(path, out) for path in paths(source)):
+            break
+    else:
+        return
+    raise DataError(f"{flag}={os.fspath(out)} is a file of {source}, which would be overwritten; name another file")
 
 
 def is_saved(path: str) -> bool:

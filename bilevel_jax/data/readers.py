@@ -59,8 +59,10 @@ def _read_part(path: str) -> Iterator[tuple[int, Any]]:
         yield from _read_file(path)
     elif is_indexed(path):
         yield from enumerate(open_indexed(path), 1)
+    elif os.path.islink(path):
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which leads to no file")
     else:
-        raise DataError(f"{path}: no such file{parts.nearest_file(path)}")
+        raise DataError(f"{path or 'an empty name'}: no such file{parts.nearest_file(path)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,6 +103,8 @@ def load_hub(name: str, *, config: str | None = None, split: str = "train", data
 def open_hub(path: str):
     """Loads the hub data set `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; the split is `train` by default."""
     name, *parts_of_name = path.split(":")
+    if name in ("recipe", "synthetic"):
+        raise DataError(f"{path}: recipes and generated rows are for data.upper and data.lower; name files or a hub data set here")
     *config, split = parts_of_name or ["train"]
     return load_hub(name, config=config[0] if config else None, split=split)
 

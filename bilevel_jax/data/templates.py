@@ -84,6 +84,8 @@ def load_tokenizer(path: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         limits.tokenize(tokenizer, ["a"])  # some damaged files fail only here
+        if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes without its files
+            raise ValueError("it has no tokens but special ones; is tokenizer.json missing?")
         return tokenizer
     except Exception as error:  # missing and damaged files raise many types of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -144,7 +146,7 @@ def make_encoder(
     if learn not in LEARN:
         raise ValueError(f"learn={learn!r} is not among {', '.join(LEARN)}")
     if eos and tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token to end a response; turn EOS off")
+        raise ValueError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token; set eos_token in its tokenizer_config.json")
     head = [tokenizer.bos_token_id] if template in ("human", "alpaca") and _adds_bos(tokenizer) else []
     form = _form(tokenizer, template)
     tail = [tokenizer.convert_tokens_to_ids(form.end) if form.end else tokenizer.eos_token_id] if eos else []

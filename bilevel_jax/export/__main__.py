@@ -76,6 +76,18 @@ def check_flags() -> None:
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
 
+def check_selected(workdir: pathlib.Path, config, out: pathlib.Path) -> None:
+    """Raises a ValueError if `--selected` would replace a file that the run wrote, or rows that it read."""
+    from bilevel_jax.data import parts
+    from bilevel_jax.runtime.workdir import OPENED
+
+    if out.exists():
+        inside = out.resolve().relative_to(workdir.resolve()).parts if out.resolve().is_relative_to(workdir.resolve()) else ()
+        if inside and inside[0] in OPENED:
+            raise ValueError(f"--selected={out} is a file of the run, which would be overwritten; name another file")
+    parts.refuse_overwriting(out, "--selected", config.data.upper, config.data.lower, *filter(None, [SCORE_NEW.value]))
+
+
 def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
     """The logit of each row's source in the run."""
     from bilevel_jax.data import rows as data_rows
@@ -190,6 +202,8 @@ def main() -> None:
         files.check_out(pathlib.Path(SELECTED.value), "--selected")
     workdir = pathlib.Path(WORKDIR.value)
     config = read_finished(workdir)
+    if SELECTED.value:
+        check_selected(workdir, config, pathlib.Path(SELECTED.value))
     if MERGED.value:
         from bilevel_jax.export import merged_model
 

@@ -99,7 +99,8 @@ def collect(
     """
     candidates, table = new or (None, weight_table.latest(workdir))
     if table is None:
-        raise FileNotFoundError(f"{workdir} has no weights/: direct mixing selects nothing")
+        cause = "direct mixing selects nothing" if config.method == "mixing" else "the run wrote it, and it was removed"
+        raise FileNotFoundError(f"{workdir} has no weights/: {cause}")
     measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
     if drop_implausible and "plausible" not in measures:
         raise ValueError(

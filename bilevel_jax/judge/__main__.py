@@ -8,6 +8,7 @@ same command requests only the missing verdicts.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -184,9 +185,12 @@ def print_result(pairs, winners, tokens) -> None:
 
 def main() -> None:
     from bilevel_jax import files
-    from bilevel_jax.data import rows
+    from bilevel_jax.data import parts, rows
     from bilevel_jax.judge import verdicts
 
+    for flag in (PRICE_IN, PRICE_OUT, TIMEOUT, BACKOFF):
+        if flag.value is not None and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value} must be a finite number")
     values = [flag.value for flag in (ENDPOINT, JUDGE, OUT)]
     if any(values) and not all(values):
         raise ValueError("--endpoint, --judge and --out belong together")
@@ -194,6 +198,9 @@ def main() -> None:
         raise ValueError("--summary goes with --endpoint, --judge and --out")
     if not any(values) and not OUTPUTS.value:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
+    for out in (OUTPUTS, SUMMARY):  # a file of --out is refused where it has no verdicts
+        if out.value:
+            parts.refuse_overwriting(out.value, f"--{out.name}", PROMPTS.value, ANSWERS.value, *filter(None, [AGAINST.value]))
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
         say("\n".join(report.summary()))

@@ -53,6 +53,9 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, lock:
       RunError: the run in the workdir is finished, has another config, or is still running; or a file cannot be written.
     """
     refuse_finished(workdir)
+    for path in (workdir, *workdir.parents):
+        if os.path.lexists(path) and not path.is_dir():
+            raise RunError(f"--workdir={workdir}: {path} is not a directory; give another --workdir")
     with _write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with locked(workdir) if lock else contextlib.nullcontext():

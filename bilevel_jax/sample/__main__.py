@@ -50,6 +50,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 
 def main() -> None:
     from bilevel_jax import files, sampling
+    from bilevel_jax.data import parts
     from bilevel_jax.sample import sampler
 
     if "" in STOP.value:
@@ -62,6 +63,7 @@ def main() -> None:
     if out.exists() and not out.is_file():
         raise FileExistsError(f"--out={out} is not a file")
     files.check_out(out, "--out")
+    parts.refuse_overwriting(out, "--out", PROMPTS.value)
     options = {"num_samples": NUM_SAMPLES.value, "seed": SEED.value, "template": TEMPLATE.value, "dtype": DTYPE.value}
     options |= {"batch_size": BATCH_SIZE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value

@@ -36,10 +36,12 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Packed sequences per forward
 
 def main() -> None:
     from bilevel_jax import files
+    from bilevel_jax.data import parts
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
     files.check_out(out, "--out")
+    parts.refuse_overwriting(out, "--out", DATA.value)
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value
     number, scored, total = 0, 0, 0.0

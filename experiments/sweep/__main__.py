@@ -17,12 +17,13 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, config_files
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, optionally with a tier: FILE:TIER; --config.KEY=VALUE is for all runs.", flag_values=FLAGS
 )
+FLAGS["config"].parser = config_files.Parser("config")  # finds the package's configs from any directory
 flags.mark_flag_as_required("config", flag_values=FLAGS)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of runs, table and picture.", required=True, flag_values=FLAGS)
 SET = flags.DEFINE_multi_string("set", [], "key=value,value,...: a config key and its values.", flag_values=FLAGS)
@@ -59,7 +60,7 @@ def main() -> None:
     from experiments.sweep import grid, launchers
 
     directory = pathlib.Path(WORKDIR.value)
-    config = config_flags.get_config_filename(FLAGS["config"])
+    config = config_files.resolve(config_flags.get_config_filename(FLAGS["config"]))
     settings = grid.grid(SET.value) if SET.value else grid.declared(config)
     points = grid.points(config, settings, config_flags.get_override_values(FLAGS["config"]))
     cells = grid.plan(config, points, SEEDS.value, directory)

@@ -66,6 +66,8 @@ def test_sources_do_not_depend_on_the_working_directory(folder, tmp_path):
         ("odd", "odd/part.arrow: unknown file type; name the other files with a glob"),
         ("splits", r"splits: files of several splits \(test-0.jsonl and train-0.jsonl\); name those of one with a glob"),
         ("below", r"below: files of several splits"),
+        ("recipe:blueorca", "^recipe:blueorca: recipes and generated rows are for data.upper and data.lower"),
+        ("a.jsonl,synthetic:lower", "^synthetic:lower: recipes and generated rows are for data.upper"),
     ],
 )
 def test_refused(folder, name, message):
@@ -80,6 +82,31 @@ def test_a_missing_file_names_the_nearest(folder):
     folder("mixture.jsonl")
     with pytest.raises(DataError, match=r"mixtur.jsonl: no such file \(did you mean mixture.jsonl\?\)"):
         rows.read_rows("mixtur.jsonl")
+
+
+def test_a_link_to_nothing_is_named(folder):
+    """A link to itself, and one to a file that is gone, are listed in their folder: they are no hint for themselves."""
+    folder("mixture.jsonl")
+    os.symlink("loop.jsonl", "loop.jsonl")
+    os.symlink("gone.jsonl", "gone.link.jsonl")
+    for name, target in (("loop.jsonl", "loop.jsonl"), ("gone.link.jsonl", "gone.jsonl")):
+        with pytest.raises(DataError, match=f"^{name}: a link to {target}, which leads to no file$"):
+            rows.read_rows(name)
+
+
+def test_an_output_is_no_file_of_its_sources(folder):
+    folder("a.jsonl", "below/b.jsonl", "c.jsonl")
+    os.symlink("a.jsonl", "link.jsonl")
+    for out, source in (
+        ("a.jsonl", "a.jsonl"),
+        ("./below/b.jsonl", "c.jsonl,below"),
+        ("link.jsonl", "a.jsonl"),
+        ("a.jsonl", "link.jsonl"),
+    ):
+        with pytest.raises(DataError, match=f"^--out={out} is a file of {source}, which would be overwritten"):
+            parts.refuse_overwriting(out, "--out", "c.jsonl", source)
+    parts.refuse_overwriting("below/new.jsonl", "--out", "below")
+    parts.refuse_overwriting("c.jsonl", "--out", "a.jsonl,below", "synthetic:upper", "*.csv", "someone/rows:train")
 
 
 def test_rows_of_several_files(folder, tmp_path):

@@ -270,6 +270,15 @@ def test_load_tokenizer_round_trip_without_noise(tmp_path):
     assert (done.stdout, done.stderr) == (f"{expected.prompt.tolist()}\n", "")
 
 
+def test_a_model_without_tokenizer_files(tmp_path):
+    """transformers makes an empty tokenizer of the type of the model, which turns all texts into nothing."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
+    with pytest.raises(
+        ValueError, match="^no usable tokenizer at .*: it has no tokens but special ones; is tokenizer.json missing"
+    ):
+        templates.load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("content", [None, "{", "{}"])
 def test_load_tokenizer_fails_in_one_line(tmp_path, content):
     if content is not None:

@@ -395,6 +395,17 @@ def test_the_command_passes_the_config_on(tmp_path, fake, monkeypatch, capsys):
     assert "All cells: online.num_samples=5, model.remat=True" in capsys.readouterr().out
 
 
+def test_a_config_of_the_package_is_found_by_name(tmp_path, fake, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config=safety", "--workdir=sweep", "--set=online.ratio=0.1,0.3", "--config.online.num_samples=5"]
+    with command_line("sweep", arguments, command.FLAGS):
+        command.main()
+    assert sorted(path.name for path in pathlib.Path("sweep").iterdir() if path.is_dir()) == [
+        "online.ratio_0.1",
+        "online.ratio_0.3",
+    ]
+
+
 @pytest.mark.slow
 def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
     """The training runs are real processes; the command of the sweep runs in this one."""

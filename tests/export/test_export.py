@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -377,6 +378,17 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
 def test_refuses_flags(finished, arguments, reason):
     with pytest.raises(ValueError, match=reason):
         command(f"--workdir={finished}", *arguments)
+
+
+def test_refuses_to_replace_what_the_run_wrote_or_read(copied):
+    workdir, rows = copied
+    table = next((workdir / "weights").glob("epoch_*.parquet"))
+    metrics = workdir / "weights" / ".." / "metrics.jsonl"
+    for file, what in ((table, "the run"), (metrics, "the run"), (rows, re.escape(str(rows)))):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=f"^--selected=.*{file.name} is a file of {what}, which would be overwritten"):
+            command(f"--workdir={workdir}", f"--selected={file}")
+        assert file.read_bytes() == before
 
 
 def test_errors_are_one_line():

@@ -314,8 +314,11 @@ def test_refusals(files, tmp_path):
             ([*files, *comparison, '--options={"temperature": NaN}'], "--options is not JSON (NaN is no number of JSON)"),
             ([*files, *comparison, '--options={"stream": true}'], "--options must be an object without"),
             ([*files, *comparison, f"--out={tmp_path / 'answers.jsonl'}"], "answers.jsonl:1: not a verdict"),
+            ([*files, *comparison, f"--summary={tmp_path / 'answers.jsonl'}"], "answers.jsonl, which would be overwritten"),
+            ([*files, f"--outputs={files[0].partition('=')[2]}"], "which would be overwritten"),
             ([*files, *comparison, "--endpoint=http://judge.example/v1"], "to judge.example unencrypted"),
             ([*files, *comparison, "--price_in=-1"], "price_in"),
+            ([*files, *comparison, "--timeout=nan"], "--timeout=nan must be a finite number"),
         ]
         before = (tmp_path / "answers.jsonl").read_bytes()
         for arguments, complaint in cases:

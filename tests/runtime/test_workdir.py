@@ -165,6 +165,15 @@ def test_a_pipe_is_refused(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("name", ["file", "file/run", "link"])
+def test_a_workdir_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    os.symlink(tmp_path / "gone", tmp_path / "link")
+    with pytest.raises(errors.RunError, match=f"--workdir=.*{name}: .*(file|link) is not a directory; give another --workdir"):
+        with workdir.open_workdir(configuration.default(), tmp_path / name):
+            pass
+
+
 def test_a_removed_lock_admits_nobody(tmp_path):
     with workdir.locked(tmp_path):
         (tmp_path / ".lock").unlink()

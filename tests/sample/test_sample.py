@@ -420,6 +420,7 @@ def test_values_are_checked_before_anything_is_read(command, flag, value, tmp_pa
         ({"out": "absent/out.jsonl"}, "--out: there is no directory"),
         ({"out": "long.jsonl/out.jsonl"}, "--out: there is no directory"),
         ({"out": "."}, "--out=.* is not a file"),
+        ({"prompts": "bad.jsonl", "out": "bad.jsonl"}, "--out=.*bad.jsonl is a file of .*, which would be overwritten"),
         ({"model": "absent/dir/ectory"}, "no such directory"),
         ({"adapter": "absent"}, "absent/adapter_config.json"),
         ({"template": "chat"}, "chat template"),

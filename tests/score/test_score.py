@@ -190,6 +190,8 @@ def test_no_row_that_fits(neox):
         ({"model": "absent/dir/ectory"}, "no such directory"),
         ({"adapter": "absent"}, "absent/adapter_config.json"),
         ({"out": "absent/scores.jsonl"}, "--out"),
+        ({"out": "data.jsonl"}, "--out=data.jsonl is a file of data.jsonl, which would be overwritten"),
+        ({"data": "*.jsonl", "out": "empty.jsonl"}, r"--out=empty.jsonl is a file of \*.jsonl"),
         ({"dtype": "float64"}, "dtype"),
     ],
 )
