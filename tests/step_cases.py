@@ -93,6 +93,7 @@ NOT_DRAWN = {
     "is random by design (tests/test_step.py)": "lora.dropout",
     "is not float32 (tests/models, experiments/benchmarks/dtypes.py)": "model.dtype model.quantization",
     "is one of two paths to the same numbers (tests/models/test_fused_attention.py)": "model.attention",
+    "leaves layers without an adapter, whose results are fed to the step (tests/test_frozen.py)": "lora.layers model.cache_frozen",
 }
 METHODS = ("mixing", "offline", "offline", "offline", "online", "online", "online", "dynamic", "dynamic", "dynamic")
 DECISIVE = ("selection.rule", "selection.unit", "selection.cost", "loss.lower", "online.objective")  # what forbids most

@@ -236,7 +236,7 @@ def test_settings_by_section_and_by_full_name(neox, monkeypatch):
         ({"lr": 1e-3}, "there is no setting lr (did you mean optimizer.learning_rate or selection.learning_rate?)"),
         ({"optimizer": {"lr": 1e-3}}, "there is no setting optimizer.lr (did you mean optimizer.learning_rate?)"),
         ({"epochs": 1}, "there is no setting epochs (did you mean num_epochs?)"),
-        ({"lora": 3}, "lora is a section; give lora={...} with keys alpha, dropout, init, rank, rslora, targets"),
+        ({"lora": 3}, "lora is a section; give lora={...} with keys alpha, dropout, init, layers, rank, rslora, targets"),
         ({"lora.rank": "8"}, "lora.rank='8' must be of type int"),
         ({"method": "ofline"}, "method='ofline' is not among"),
         ({"data.upper": "a.jsonl"}, "data.upper is set by the argument upper"),

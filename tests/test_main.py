@@ -93,7 +93,7 @@ def test_help_lists_every_config_key():
         values = {f"{name}.{key}": value for key, value in default.items()} if isinstance(default, dict) else {name: default}
         for key, value in values.items():
             assert f"--config.{key}={value!r} ({type(value).__name__}): " in text
-    assert "--config.lora.alpha=16.0 (float): --config.lora.targets=" in text  # without a comment
+    assert "--config.lora.alpha=16.0 (float): --config.lora.layers=" in text  # without a comment
     assert "--config.optimizer.learning_rate=5e-06 (float): the paper's; small models take far more --config" in text
     assert "(str): mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection; online, dynamic: the model answers" in text
 
@@ -158,7 +158,7 @@ FLAG_ERRORS = [
     (["--config=tiny.py", "--config.data.upper[0]=x"], "the config has no key data.upper[0] (did you mean data.upper?)"),
     (
         ["--config=tiny.py", "--config.lora=1"],
-        "--config.lora=1: lora is a section; name a key of it: lora.rank, lora.alpha, lora.targets",
+        "--config.lora=1: lora is a section; name a key of it: lora.rank, lora.alpha, lora.layers, lora.targets",
     ),
     (["--config=tiny.py", "--config.model=x"], "--config.model=x: model is a section; name a key of it: model.path, "),
     (["--config=tiny.py", "--config.max_len=1"], "the config has no key max_len (did you mean data.max_length?)"),

@@ -198,12 +198,13 @@ def main() -> None:
     from bilevel_jax.runtime.workdir import read_finished
 
     check_flags()
-    if SELECTED.value:
-        files.check_out(pathlib.Path(SELECTED.value), "--selected")
     workdir = pathlib.Path(WORKDIR.value)
     config = read_finished(workdir)
     if SELECTED.value:
-        check_selected(workdir, config, pathlib.Path(SELECTED.value))
+        out = pathlib.Path(SELECTED.value)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.check_out(out, "--selected")
+        check_selected(workdir, config, out)
     if MERGED.value:
         from bilevel_jax.export import merged_model
 

@@ -45,7 +45,7 @@ SELECTORS = {  # ranking -> cell
     "bilevel, bmo": "bmo, τ=1",
     "bilevel, tracked v(ω)": "tracked v(ω)",
     "bilevel, features": "features",
-    "bilevel, influence": "influence",
+    "bilevel, influence": "default, offline",
 }
 TRUSTED, MIXED = "mixing, ρ=0", "mixing, ρ=1"
 REFERENCES = {"offline": "bilevel selection, its own adapter", TRUSTED: "the trusted rows alone", MIXED: "all rows"}  # cell -> name

@@ -59,7 +59,9 @@ def test_what_may_not(stored, before, changes, named):
         workdir.refuse_another(with_changes(changes), stored(before), resumes=True)
     message = str(caught.value)
     assert named in message and "\n" not in message
-    assert "only checkpoint.*, data.cache, eval.keep, log.*, mesh.* may change, and num_epochs may grow" in message
+    assert (
+        "only checkpoint.*, data.cache, eval.keep, log.*, mesh.*, model.cache_frozen may change, and num_epochs may grow" in message
+    )
 
 
 def test_results_of_another_config_are_not_taken(stored):
