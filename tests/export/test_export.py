@@ -311,8 +311,14 @@ def _unfinished(workdir, file):
     (workdir / "summary.json").unlink()
 
 
-def _mixing(workdir, file):
+def _no_weights(workdir, file):
     shutil.rmtree(workdir / "weights")
+
+
+def _mixing(workdir, file):
+    _no_weights(workdir, file)
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"method": "mixing"}))
 
 
 def _gone(workdir, file):
@@ -334,6 +340,7 @@ def _no_model(workdir, file):
     [
         (_changed_data, [], "match no row"),
         (_unfinished, [], "no finished run"),
+        (_no_weights, [], "it was removed"),
         (_mixing, [], "selects nothing"),
         (_gone, [], "no such file"),
         (_offline, ["--refined"], "method=offline generates nothing"),
