@@ -345,7 +345,7 @@ def main() -> None:
             print(f"{name}, {time.perf_counter() - began:.0f} s so far", flush=True)
             try:
                 results["sections"][name] = function()
-            except Exception as error:  # one section that fails must not cost the others: the machine is lent for minutes
+            except Exception as error:  # one section that fails must not cost the others: time on the machine is short
                 results["sections"][name] = {"skipped": f"{type(error).__name__}: {str(error)[:500]}"}
             jax.clear_caches()
         files.write_atomically(out / "gpu.json", files.to_json(results, indent=1) + "\n")

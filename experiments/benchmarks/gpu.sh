@@ -1,8 +1,8 @@
 #!/bin/bash
 # All measurements on one GPU, in at most 8 minutes: experiments/benchmarks/gpu.sh [--toy]
 #
-# Needs a python3 with JAX and PyTorch for the GPU, peft and transformers; other packages as wheels in .whl (what a session carries to
-# a machine without a network, see README.md beside this). Results: gpu.json and gpu.md in $OUT, by default experiments/results.
+# Needs a python3 with JAX and PyTorch for the GPU, peft and transformers. For a machine without a network, other packages are wheels in
+# .whl: `python3 -m pip download --no-deps -d .whl ml_collections`. Results: gpu.json and gpu.md in $OUT, by default experiments/results.
 # --toy rehearses it with tiny shapes on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
