@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -96,20 +96,12 @@ def _levels(setup: setups.Setup) -> dict[str, levels.Level]:
     return {"upper": setup.upper, "lower": setup.lower}
 
 
-def sizes(examples: Sequence[templates.Example]) -> np.ndarray:
-    """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
-    if isinstance(examples, sequences.StoredExamples):
-        return examples.sizes
-    extra = [0 if one.rejected is None else len(one.prompt) + len(one.rejected) for one in examples]
-    return np.array([one.size for one in examples], int) + np.array(extra, int)
-
-
 def data_text(setup: setups.Setup) -> str:
     """Rows of both levels: how many, how long, which repeat, which are on both."""
     lines = []
     for name, level in _levels(setup).items():
         numbers = f"{len(level.rows)} rows to train on, {len(level.eval_rows)} held out; {level.counts.get('duplicates', 0)} copies"
-        median, most, longest = np.quantile(sizes(level.all_examples), QUANTILES)
+        median, most, longest = np.quantile(sequences.sizes(level.all_examples), QUANTILES)
         lines.append(f"{name}: {numbers}; tokens a row: median {median:.0f}, 95% below {most:.0f}, longest {longest:.0f}")
     return "\n".join([*lines, f"rows on both levels: {setup.lower.counts.get('overlap', 0)}"])
 
@@ -128,7 +120,7 @@ def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
         shown = rendering.one_of_each_schema(itertools.chain(level.rows, level.eval_rows), level.all_examples)
         for row, example in shown:
             learned = example.num_learned + (0 if example.rejected is None else len(example.rejected))
-            what = f"{learned} of {sizes([example])[0]} tokens learned"
+            what = f"{learned} of {sequences.sizes([example])[0]} tokens learned"
             lines.append(f"  {name}, {row.schema}, {location(source, row.line)}: {what}")
             lines.append(rendering.show(example, setup.tokenizer))
     return "\n".join(lines)
@@ -143,8 +135,8 @@ def num_tokens(config: configuration.Config, setup: setups.Setup, num_steps: int
     """Tokens that training reads of each level that it uses. Generated responses count as those of the data."""
     used = configuration.levels(config)
     tokens = {
-        "upper": sizes(setup.upper.examples).mean() * config.batch.size * num_steps,
-        "lower": float(sizes(setup.lower.examples).sum() * config.num_epochs),
+        "upper": sequences.sizes(setup.upper.examples).mean() * config.batch.size * num_steps,
+        "lower": float(sequences.sizes(setup.lower.examples).sum() * config.num_epochs),
     }
     return {name: number for name, number in tokens.items() if name in used}
 

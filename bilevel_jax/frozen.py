@@ -21,7 +21,7 @@ import numpy as np
 
 from bilevel_jax import sharding
 from bilevel_jax.data import levels, packing
-from bilevel_jax.data.prepared.sequences import StoredExamples
+from bilevel_jax.data.prepared import sequences
 from bilevel_jax.errors import RunError
 from bilevel_jax.models import decoder, layer_range
 from bilevel_jax.runtime import state_store
@@ -44,17 +44,14 @@ def padded_length(size: int) -> int:
     return length
 
 
-def sequences(length: int, num_parts: int) -> int:
+def num_sequences(length: int, num_parts: int) -> int:
     """The number of sequences of one call, a multiple of the devices that split rows."""
     return num_parts * max(1, TOKENS // (length * num_parts))
 
 
-def num_tokens(level: levels.Level) -> int:
-    """Tokens of the segments of all rows of a level."""
-    examples = level.examples
-    if isinstance(examples, StoredExamples):
-        return int(examples.sizes.sum())
-    return sum(one.size + (0 if one.rejected is None else len(one.prompt) + len(one.rejected)) for one in examples)
+def num_tokens(*of: levels.Level) -> int:
+    """Tokens of the segments of all training rows of levels."""
+    return sum(int(sequences.sizes(level.examples).sum()) for level in of)
 
 
 class Slots:
@@ -68,7 +65,7 @@ class Slots:
         self._of_upper, self._of_lower = (1 if level.references is None else 2 for level in (upper, lower))
         self._first_lower = self._of_upper * len(upper.rows)
         self.number = self._first_lower + self._of_lower * len(lower.rows)
-        self.num_tokens = num_tokens(upper) + num_tokens(lower)
+        self.num_tokens = num_tokens(upper, lower)
 
     def of_row(self, level: str, i: int) -> list[int]:
         """The slots of the segments of a row, in the order of `batches.row_segments`."""
@@ -93,7 +90,7 @@ class FrozenLayers:
             by_length.setdefault(padded_length(len(ids)), []).append(i)
         calls, states = [], [np.zeros(0)] * len(tokens)
         for length, members in sorted(by_length.items()):
-            number = sequences(length, sharding.num_parts(self.mesh, "rows"))
+            number = num_sequences(length, sharding.num_parts(self.mesh, "rows"))
             for first in range(0, len(members), number):
                 part = members[first : first + number]
                 padded = np.zeros((number, length), np.int32)

@@ -97,7 +97,7 @@ def step_program(config: configuration.Config, num_rows: int, shapes: Shapes, me
 def frozen_program(config: configuration.Config, shapes: Shapes, mesh, other: int) -> Program:
     """The layers below the first adapter, for the longest rows. `other` as in `scoring_program`."""
     length = frozen.padded_length(config.data.max_length)
-    tokens = np.zeros((frozen.sequences(length, sharding.num_parts(mesh, "rows")), length), np.int32)
+    tokens = np.zeros((frozen.num_sequences(length, sharding.num_parts(mesh, "rows")), length), np.int32)
     placed = sharded(tokens, sharding.shardings(mesh, tokens, "rows"))
     arguments = shapes.model, frozen.num_frozen(shapes.model, shapes.adapter), shapes.base, placed
     held = other + device_bytes(shapes.adapter)

@@ -229,7 +229,7 @@ def cache_bytes(config: configuration.Config, setup: Setup) -> int:
     if config.model.cache_frozen == "off" or not frozen.num_frozen(setup.model, setup.adapter):
         return 0
     both = setup.upper, setup.lower
-    num_slots, num_tokens = 2 * sum(len(level.rows) for level in both), sum(map(frozen.num_tokens, both))
+    num_slots, num_tokens = 2 * sum(len(level.rows) for level in both), frozen.num_tokens(*both)
     return state_store.num_bytes(num_slots, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
 
 

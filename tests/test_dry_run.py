@@ -9,6 +9,7 @@ import pytest
 from bilevel_jax import checks, dry_run, errors
 from bilevel_jax import setup as setups
 from bilevel_jax.data import templates
+from bilevel_jax.data.prepared import sequences
 from bilevel_jax.runtime import disk
 from tests.conftest import make_rows, write_jsonl
 
@@ -170,4 +171,4 @@ def test_preferences(make_config, tmp_path):
 def test_sizes():
     ids = np.arange(10)
     single, pair = templates.Example(ids[:3], ids[:2], None), templates.Example(ids[:3], ids[:2], ids[:4])
-    assert dry_run.sizes([single, pair]).tolist() == [5, 3 + 2 + 3 + 4]
+    assert sequences.sizes([single, pair]).tolist() == [5, 3 + 2 + 3 + 4]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from bilevel_jax import checks, dry_run
+from bilevel_jax import checks
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, templates
 from bilevel_jax.data.prepared import preparation, sequences, shards, stored
@@ -73,7 +73,7 @@ def described(level: levels.Level) -> dict:
         "lines": lines,
         "examples": [plain(one) for one in (*level.examples, *level.eval_examples)],
         "all_examples": [plain(one) for one in level.all_examples],
-        "sizes": dry_run.sizes(level.examples).tolist(),
+        "sizes": sequences.sizes(level.examples).tolist(),
         "sources": levels.source_names(level).to_pylist(),
         "ids": list(level.ids),
         "each id": [level.ids[i] for i in range(len(level.ids))],

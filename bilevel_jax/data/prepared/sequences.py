@@ -276,3 +276,11 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
     place, number, start, stop = place[order], number[order].astype(np.int32), start[order], stop[order]
     new_rows = dataclasses.replace(stored_rows.take(place), turn=number, of_last=tuple(of_last))
     return new_rows, dataclasses.replace(examples.take(place), start=start.astype(np.int32), stop=stop.astype(np.int32))
+
+
+def sizes(examples: Sequence[templates.Example]) -> np.ndarray:
+    """Tokens of each row, [n]: question and response, or a pair's question twice with both responses."""
+    if isinstance(examples, StoredExamples):
+        return examples.sizes
+    extra = [0 if one.rejected is None else len(one.prompt) + len(one.rejected) for one in examples]
+    return np.array([one.size for one in examples], int) + np.array(extra, int)
