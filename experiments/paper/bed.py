@@ -15,8 +15,10 @@ UPPER, RIGHT, ANSWERED = "eval/upper_loss", "eval/lower_clean_loss", "eval/upper
 CELLS = (
     "mixing, ρ=0.5",
     "uniform ω, offline",
+    "bds, Adam 1e-4",
     "offline",
     "dynamic",
+    "dynamic, eq. (7)",
     *published.DEFAULTS,
 )
 
@@ -34,7 +36,9 @@ CLAIMS = (
     *_claims("default selection better than uniform ω", "default, offline", "uniform ω, offline"),
     *_claims("default selection better than by loss", "default, offline", "offline"),
     *_claims("selection by loss better than uniform ω", "offline", "uniform ω, offline"),
+    *_claims("selection by the paper's Adam better than uniform ω", "bds, Adam 1e-4", "uniform ω, offline"),
     *_claims("dynamic better than selection, by loss", "dynamic", "offline"),
+    *_claims("dynamic by eq. (7) better than by Algorithm 1", "dynamic, eq. (7)", "dynamic"),
     *_claims("default: online better than selection", "default, online, R=10%", "default, offline"),
     *_claims("default: dynamic better than selection", "default, dynamic, R=10%", "default, offline"),
     *_claims("default: dynamic, R=30%, better than selection", "default, dynamic, R=30%", "default, offline"),
