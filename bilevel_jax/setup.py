@@ -69,11 +69,13 @@ def load(config: configuration.Config) -> Setup:
     checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
+    model = trained_model(config, model)
+    # An adapter that does not fit is refused before the base is loaded, which may take minutes.
+    adapter = start_of_adapter(config, model) if config.lora.rank else None
     with phases.phase("loading the model"):
         base = huggingface.load_params(directory, model, mesh)
-    model, adapter = start_of_learning(config, model, base)
     eos = templates.ends(huggingface.eos_ids(directory, tokenizer), tokenizer, config.data.template)
-    return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
+    return Setup(mesh, tokenizer, eos, model, base, adapter or lora.init_full(base), upper, lower)
 
 
 def trained_model(config: configuration.Config, model: decoder.ModelConfig) -> decoder.ModelConfig:
@@ -82,18 +84,17 @@ def trained_model(config: configuration.Config, model: decoder.ModelConfig) -> d
     return dataclasses.replace(model, adapter_scale=scale, adapter_dropout=config.lora.dropout, remat=config.model.remat)
 
 
-def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, dict]:
-    """The model with the options of training, and the learned parameters before the first step, see `lora`.
+def start_of_adapter(config: configuration.Config, model: decoder.ModelConfig) -> dict:
+    """The adapter before the first step, see `lora`.
 
     Raises:
-      ConfigError, ModelError: `lora.init` is no adapter of this model, or of another rank, scale or targets.
+      ConfigError, ModelError: `lora.targets` or `lora.layers` name what the model lacks; `lora.init` is no adapter of this model,
+        or of another rank, scale or targets.
     """
-    section, model = config.lora, trained_model(config, model)
-    if not section.rank:
-        return model, lora.init_full(base)
+    section = config.lora
     targets, num_layers = lora.resolve_targets(model, section.targets), lora.resolve_layers(model, section.layers)
     if not section.init:
-        return model, lora.init_adapter(model, jax.random.key(config.seed), section.rank, targets, num_layers)
+        return lora.init_adapter(model, jax.random.key(config.seed), section.rank, targets, num_layers)
     read, adapter = huggingface.load_adapter(section.init, model)
     adapted = layer_range.num_adapted(adapter)
     if adapted != num_layers:
@@ -108,7 +109,7 @@ def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, 
         raise configuration.ConfigError(
             f"{what}; set lora.rank={rank}, lora.alpha={alpha:g} and lora.targets={','.join(names)}, or leave lora.init empty"
         )
-    return model, adapter
+    return adapter
 
 
 # --------------------------------------------------------------------------------------------------------------------

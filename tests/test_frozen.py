@@ -259,6 +259,12 @@ def test_more_layers_than_the_model_has(make_config):
         memory.make_plan(make_config({"lora.layers": "last:9"}))
 
 
+def test_more_layers_than_the_model_has_are_refused_before_it_is_loaded(make_config, monkeypatch):
+    monkeypatch.setattr(setups.huggingface, "load_params", None)
+    with pytest.raises(ValueError, match="lora.layers=last:9, but the model has 2 layers"):
+        setups.load(checks.build(make_config({"lora.layers": "last:9"})))
+
+
 def test_plan(make_config):
     """By hand: four micro-batches of two sequences, for four rows of each level; and the adapter of one of two layers."""
     changes = {"lora.layers": "last:1", "model.cache_frozen": "disk", "data.num_lower": 25, "selection.coefficient_at": "current"}

@@ -174,15 +174,19 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
     )
     prepared = cache.open_rows(getattr(config.data, "cache", cache.AUTO), source, tokenizer, options, columns)
     if prepared:
-        return sequences.rows_of(prepared[0]), prepared[1]
-    return sources.open_source(
-        source,
-        seed=config.seed,
-        num_rows=num_rows,
-        bad_fraction=config.data.bad_fraction,
-        preference=preference,
-        columns=columns,
-    )
+        read, report = sequences.rows_of(prepared[0]), prepared[1]
+    else:
+        read, report = sources.open_source(
+            source,
+            seed=config.seed,
+            num_rows=num_rows,
+            bad_fraction=config.data.bad_fraction,
+            preference=preference,
+            columns=columns,
+        )
+    if len(read) < num_rows:
+        say(f"data.num_{level}={num_rows} is more than there are: all {len(read)} rows of {source} are taken")
+    return read, report
 
 
 def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:

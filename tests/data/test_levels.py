@@ -111,6 +111,12 @@ def test_near_duplicates_are_dropped(make_levels):
         assert len(lower.rows) == number
 
 
+def test_more_rows_are_wanted_than_there_are(make_levels, capsys):
+    _, lower = make_levels(UPPER, LOWER, {"data.num_lower": 50, "eval.num_lower": 4})
+    notice = f"data.num_lower=50 is more than there are: all {len(LOWER)} rows of "
+    assert notice in capsys.readouterr().out and len(list(lower.all_ids)) == len(LOWER)
+
+
 def test_columns_of_one_level(make_levels):
     """The other one has the usual names. A column that neither has is an error."""
     renamed = [{"query": row["question"], "response": row["response"]} for row in LOWER]
