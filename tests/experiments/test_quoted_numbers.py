@@ -66,7 +66,7 @@ def quoted(text: str, folder: pathlib.Path) -> list[tuple[str, list[float]]]:
 @pytest.mark.parametrize("name", READMES)
 def test_numbers_are_on_the_pages_that_are_linked(name):
     numbers = quoted(READMES[name].read_text(), READMES[name].parent)
-    assert len(numbers) > 20
+    assert len(numbers) > 15
     assert not [number for number, exact in numbers if not any(agree(number, one) for one in exact)]
 
 
@@ -91,7 +91,7 @@ KEYS = ("eval/upper_loss", "eval/lower_clean_loss", "selector/auroc", "selector/
 
 def test_the_table_of_the_papers_rule_is_that_of_table_3():
     """Each entry is the mean over seeds of its cell."""
-    text = READMES["README.md"].read_text()
+    text = READMES["experiments/README.md"].read_text()
     cells = json.loads((RESULTS / "table3.json").read_text())["cells"]["safety"]
     for label, cell in CELLS.items():
         [row] = [line for line in text.split("\n") if line.startswith(f"| {label} |")]
