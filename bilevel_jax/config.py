@@ -46,8 +46,8 @@ class Selection:
     unit: str = "sample"
     parameterization: str = "table"  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
     ridge: float = 0.3  # (parameterization=features) pull of φ to 0
-    # bds (10b); bmo (48); metagradient (exact, by whole runs before the run: about 4 times its time for each outer step; offline);
-    # uniform (ω frozen: the control)
+    # bds (10b); bmo (48); metagradient (exact, by whole runs before the run, which take about 4 times its time for each
+    # outer step, and once more; offline); uniform (ω frozen: the control)
     rule: str = "bds"
     outer_steps: int = 1  # of rule=metagradient
     # Weights to start from, matched by row id: workdir of an earlier run, a table (.parquet, .jsonl) with id and weight, or
@@ -55,7 +55,7 @@ class Selection:
     init: str = ""
     freeze: bool = False  # use the weights of selection.init, and never move them
     optimizer: str = "mirror"  # adam (the paper), sgd (10b as written), mirror (exponentiated gradient)
-    learning_rate: float = 1.0  # of ω: mirror takes 1 to 3, the paper's Adam 1e-4
+    learning_rate: float = 1.0  # of ω with bds and bmo: mirror takes 1 to 3, the paper's Adam 1e-4
     b1: float = 0.9  # (optimizer=adam) decay of the mean of gradients
     b2: float = 0.999  # (optimizer=adam) decay of the mean of their squares
     tau: float = 1.0  # of bmo

@@ -262,7 +262,7 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
     if config.method in configuration.ONLINE:
         left_out.append("generation")
     if config.method != "mixing" and config.selection.rule == "metagradient":
-        left_out.append(f"the search for weights before the run, about {4 * config.selection.outer_steps} times the training")
+        left_out.append(f"the search for weights before the run, about {4 * config.selection.outer_steps + 1} times the training")
     if _has_features(config):
         left_out.append("the features of the rows")
     if {config.loss.upper, config.loss.lower} & set(preferences.PAIRS):

@@ -1,13 +1,15 @@
-"""Selection by exact metagradients (`selection.rule=metagradient`): mirror descent on ω, whole training runs being its steps.
+"""Selection by exact metagradients (`selection.rule=metagradient`): weights from the derivative of whole training runs.
 
-The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part;
-the second part steers,
+The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part; the
+second part gives the metagradient g_j = dL0(θ^T)/dw at w(ω_j), see `metagradient`; the third part measures. Then
 
-    ω_{j+1} = ω_j - α g / rms(g),   g = dL0(θ^T)/dw at w(ω_j)                       (`metagradient`)
+    z = Σ_j g_j / rms(g_j),    ω_{j+1} = -max(a z, b z),   a = `STEEP`, b = `FLAT`
 
-and the third part stops: where its loss after training rose, the weights before are taken. Every iteration has an order of the
-rows of its own. The run itself follows, with the weights found, beside all trusted rows. An iteration costs about four runs. Each
-is written to the workdir as it ends, so an interrupted search goes on with the next one.
+so rows whose weight raises the trusted loss are all but dropped, and the others have nearly equal weights, in the order of z. To
+first order this is the best choice among all weights in [0, 1]: the one that lowers the loss most has w_i = 1 where g_i < 0. Every
+iteration has an order of the rows of its own, and one more training measures the last weights: those with the lowest loss on the
+third part are taken. The run itself follows, with these, beside all trusted rows. An iteration costs about four runs. Each is
+written to the workdir as it ends, so an interrupted search goes on with the next one.
 
 The derivative is taken of *smooth training*: with large steps the loss after training is a rough function of the weights, and its
 derivative at a point says little about larger changes. So the search trains with `SMOOTH_RATE` times the learning rate, which falls
@@ -18,7 +20,8 @@ import dataclasses
 import functools
 import io
 import pathlib
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,17 +32,20 @@ from bilevel_jax import batches, files, metagradient, online, scoring, sharding,
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, packing, shuffle
+from bilevel_jax.errors import RunError
+from bilevel_jax.runtime import phases
 
 FILE = "metagradient.npz"
 SMOOTH_RATE, SMOOTH_EPS_ROOT = 0.3, 1e-6
-PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest stops
+STEEP, FLAT = 100.0, 0.01  # slopes of the logit in z, for rows that raise the trusted loss and for the others
+PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 MIN_ROWS = 6  # trusted rows, so that every part has one
 TINY = 1e-30
 SPLIT = 3  # tag of the random stream
 
 
 def split_trusted(num_rows: int, seed: int) -> list[np.ndarray]:
-    """Indices of the trusted rows that are trained on, that steer, and that stop."""
+    """Indices of the trusted rows that are trained on, that steer, and that measure."""
     order = np.random.default_rng([seed, SPLIT]).permutation(num_rows)
     bounds = np.maximum(np.round(np.cumsum(PARTS) * num_rows).astype(int), [1, 2])
     return np.split(order, bounds)
@@ -61,14 +67,14 @@ class Iteration:
     upper_gradient: Callable  # compiled, from `metagradient.make_upper_gradient`
     inner: levels.Level
     steering: list[packing.Segment]
-    stopping: list[packing.Segment]
+    measuring: list[packing.Segment]
 
 
-def _train(it: Iteration, state: step.State, j: int):
+def _train(it: Iteration, state: step.State, j: int, keep: bool):
     """A run with frozen weights.
 
     Returns:
-      θ^T; of each step, the learner before it, its batch and its scales.
+      θ^T; with `keep`, of each step, the learner before it, its batch and its scales.
     """
     config, setup = dataclasses.replace(it.config, seed=it.config.seed + 1000 * (j + 1)), it.setup
     layout = it.program.layout
@@ -77,23 +83,55 @@ def _train(it: Iteration, state: step.State, j: int):
     for k in tqdm.trange(config.num_epochs * epoch_steps, desc=f"metagradient {j + 1}, training", unit="step", leave=False):
         batch = sharding.split_batch(batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch, setup.mesh)
         scales = sharding.replicate(batches.level_scales(config, k // epoch_steps), setup.mesh)
-        past.append((jax.tree.map(sharding.to_host, state.policy), batch, scales))
+        if keep:
+            past.append((jax.tree.map(sharding.to_host, state.policy), batch, scales))
         state, _ = it.train_step(setup.base, state, batch, scales, None)
     return state.policy.adapter, past
 
 
-def _write(file: pathlib.Path, logits: list[np.ndarray], losses: list[float]) -> None:
+def _measured(it: Iteration, adapter) -> float:
+    """The loss of the trusted rows that measure."""
+    return scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
+
+
+def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int) -> np.ndarray:
+    """g_j [N], of the run that ended with θ^T."""
+    config, setup = it.config, it.setup
+    shape = config.batch.micro_size, config.data.max_length, setup.mesh
+    final = metagradient.mean_gradient(it.upper_gradient, setup.base, adapter, it.steering, *shape)
+    weights = sharding.replicate(len(logits) * np.asarray(jax.nn.softmax(logits)), setup.mesh)
+    with jax.set_mesh(setup.mesh):
+        replay = functools.partial(it.replay, setup.base)
+        return metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
+
+
+def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
+    """The logits ω_j [N] that follow from the metagradients g_0 ... g_{j-1}, [N] each; 0 without one."""
+    z = np.zeros(num_rows)
+    for gradient in gradients:
+        z += gradient / max(np.sqrt(np.mean(np.square(gradient, dtype=np.float64))), TINY)
+    return -np.maximum(STEEP * z, FLAT * z).astype(np.float32)
+
+
+def _write(file: pathlib.Path, gradients: list[np.ndarray], losses: list[float]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, logits=np.array(logits), losses=np.array(losses))
+    np.savez(buffer, gradients=np.array(gradients), losses=np.array(losses))
     files.write_atomically(file, buffer.getvalue())
 
 
-def _read(file: pathlib.Path, num_rows: int) -> tuple[list[np.ndarray], list[float]]:
-    """ω_0 ... and the stopping losses of the iterations that are done."""
+def _read(file: pathlib.Path) -> tuple[list[np.ndarray], list[float]]:
+    """The metagradients g_0 ... and the measured losses of the iterations that are done.
+
+    Raises:
+      RunError: the file is damaged, or of an earlier version.
+    """
     if not file.exists():
-        return [np.zeros(num_rows, np.float32)], []
-    stored = np.load(file)
-    return list(stored["logits"]), list(stored["losses"])
+        return [], []
+    try:
+        stored = np.load(file)
+        return list(stored["gradients"]), list(stored["losses"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"{file}: not the state of a search ({error}); remove it, and the search begins again") from error
 
 
 def _smooth_state(state: step.State, optimizer: optax.GradientTransformation) -> step.State:
@@ -123,10 +161,11 @@ def search(
     num_upper, num_rows = len(setup.upper.rows), len(setup.lower.rows)
     if num_upper < MIN_ROWS:
         raise configuration.ConfigError(f"selection.rule=metagradient needs {MIN_ROWS} trusted rows for training, not {num_upper}")
-    inner, steering, stopping = (_subset(setup.upper, part) for part in split_trusted(num_upper, config.seed))
+    inner, steering, measuring = (_subset(setup.upper, part) for part in split_trusted(num_upper, config.seed))
     objective, optimizer = configuration.to_objective(config), smooth_optimizer(config, setups.num_steps(config, setup))
-    logits, losses = _read(directory / FILE, num_rows)
-    shardings = sharding.state_shardings(setup.mesh, _smooth_state(make_state(logits[0]), optimizer), config.mesh.shard_selector)
+    gradients, losses = _read(directory / FILE)
+    start = _smooth_state(make_state(to_logits([], num_rows)), optimizer)
+    shardings = sharding.state_shardings(setup.mesh, start, config.mesh.shard_selector)
     it = Iteration(
         config,
         setup,
@@ -136,23 +175,22 @@ def search(
         jax.jit(metagradient.make_upper_gradient(setup.model)),
         inner,
         scoring.example_segments(steering.examples),
-        scoring.example_segments(stopping.examples),
+        scoring.example_segments(measuring.examples),
     )
-    for j in range(len(losses), config.selection.outer_steps):
-        state = _smooth_state(make_state(logits[-1]), optimizer)
+    while len(losses) <= len(gradients):  # weights that are not measured
+        j = len(losses)
+        logits = to_logits(gradients[:j], num_rows)
+        state = jax.tree.map(sharding.device_put, _smooth_state(make_state(logits), optimizer), shardings)
+        differentiated = j < config.selection.outer_steps
         with jax.set_mesh(setup.mesh):
-            adapter, past = _train(it, jax.tree.map(sharding.device_put, state, shardings), j)
-        loss = scoring.mean_loss(*program.score(setup.base, adapter, it.stopping, "stopping rows"))
-        if losses and loss > losses[-1]:
-            return logits[-2]
-        shape = config.batch.micro_size, config.data.max_length, setup.mesh
-        final = metagradient.mean_gradient(it.upper_gradient, setup.base, adapter, it.steering, *shape)
-        weights = sharding.replicate(len(logits[-1]) * np.asarray(jax.nn.softmax(logits[-1])), setup.mesh)
-        with jax.set_mesh(setup.mesh):
-            replay = functools.partial(it.replay, setup.base)
-            gradient = metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
-        move = config.selection.learning_rate * gradient / max(np.sqrt(np.mean(gradient**2)), TINY)
-        logits.append((logits[-1] - move).astype(np.float32))
-        losses.append(loss)
-        _write(directory / FILE, logits, losses)
-    return logits[-1]
+            adapter, past = _train(it, state, j, keep=differentiated)
+        losses.append(_measured(it, adapter))
+        if differentiated and losses[j] <= min(losses):
+            gradients.append(_metagradient(it, logits, adapter, past, j))
+        _write(directory / FILE, gradients, losses)
+    best = int(np.argmin(losses))
+    measured = ", ".join(f"{loss:.4f}" for loss in losses)
+    phases.say(
+        f"loss of {len(it.measuring)} trusted rows with equal weights, then by metagradient: {measured}; number {best + 1} is taken"
+    )
+    return to_logits(gradients[:best], num_rows)

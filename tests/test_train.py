@@ -695,18 +695,37 @@ def test_influence(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_metagradient(make_config, tmp_path):
-    """The search moves the weights before the first step, they stay, and a search that was interrupted is not repeated."""
+def test_metagradient(make_config, tmp_path, monkeypatch):
+    """The search moves the weights before the first step, they stay, and a search that was interrupted is not repeated.
+
+    It keeps equal weights where those by the metagradient have the higher loss."""
+    measured = [2.0, 1.0]
+    monkeypatch.setattr(search, "_measured", lambda *_: measured.pop(0))
     changes = {"method": "offline", "selection.rule": "metagradient", "selection.outer_steps": 1, "selection.learning_rate": 0.3}
     train.run(make_config(changes), tmp_path / "run")
     first = table_of(tmp_path / "run", 1)["logit"].to_numpy()
     assert np.ptp(first) > 0.1 and (table_of(tmp_path / "run", EPOCHS)["logit"].to_numpy() == first).all()
     stored = np.load(tmp_path / "run" / search.FILE)
-    assert len(stored["losses"]) == 1 and (stored["logits"][1] == first).all()
+    assert len(stored["losses"]) == 2 and len(stored["gradients"]) == 1
+    assert ((first < -1e-3) <= (stored["gradients"][0] > 0)).all()  # rows that raise the trusted loss, and no other, lose weight
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / search.FILE).write_bytes((tmp_path / "run" / search.FILE).read_bytes())
     train.run(make_config(changes), tmp_path / "again")
     assert (table_of(tmp_path / "again", 1)["logit"].to_numpy() == first).all()
+    (tmp_path / "worse").mkdir()
+    np.savez(tmp_path / "worse" / search.FILE, gradients=stored["gradients"], losses=[1.0, 2.0])
+    train.run(make_config(changes | {"num_epochs": 1}), tmp_path / "worse")
+    assert (table_of(tmp_path / "worse", 1)["logit"].to_numpy() == 0).all()
+
+
+def test_logits_of_metagradients():
+    """-100 z for rows that raise the loss, -0.01 z for the others; z sums g / rms(g) over the iterations."""
+    first, second = np.array([3.0, -4.0]), np.array([0.0, -2.0])  # rms √12.5 and √2
+    np.testing.assert_array_equal(search.to_logits([], 2), [0, 0])
+    np.testing.assert_allclose(search.to_logits([first], 2), [-300 / 12.5**0.5, 0.04 / 12.5**0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        search.to_logits([first, second], 2), [-300 / 12.5**0.5, 0.04 / 12.5**0.5 + 0.02 / 2**0.5], rtol=1e-6
+    )
 
 
 def test_uniform(make_config, tmp_path):

@@ -9,7 +9,8 @@ number says is then tried:
   little. Every subset is trained in two orders; the correlation of the two measurements says how reliable their mean is.
 - Leaving one kind of rows out.
 - Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone.
-- Weights. Training on all rows, weighted by the rule's own weights.
+- Weights. Training on all rows, with weights made of the scores: for the exact metagradient as `search` does it, for all others by
+  one map, `weights_of`.
 
 The trusted loss is that of rows that no rule has seen. Measurements are kept in WORKDIR/seed_K.json, so the same command continues.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli, files, presets
+from bilevel_jax import cli, files, presets, search
 from bilevel_jax.data.synthetic import bed as kinds
 from bilevel_jax.runtime import metrics
 from experiments import runs
@@ -178,7 +179,13 @@ def weights_of(score_N: np.ndarray) -> np.ndarray:
 
 
 def measure_weighted(bed: Bed, record: Record, name: str, score_N: np.ndarray) -> list[float]:
-    """Trusted loss and share of right answers after training on all rows with `weights_of` the scores."""
+    """Trusted loss and share of right answers after training on all rows with `weights_of` the scores.
+
+    The weights of the exact metagradient are those that `search` makes of it.
+    """
+    if name == candidates.EXACT:
+        weight_N = np.exp(search.to_logits([-score_N], len(score_N)))
+        return record.get(f"searched/{name}", lambda: _pair(bed.measure(bed.train(weight_N, 0))))
     return record.get(f"weighted/{name}", lambda: _pair(bed.measure(bed.train(weights_of(score_N), 0))))
 
 
