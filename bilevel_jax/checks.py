@@ -12,7 +12,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax import frozen, near_names, objective, online, optimizer, sampling, step
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
-from bilevel_jax.models import decoder, fused_attention, lora, quantization
+from bilevel_jax.models import fused_attention, lora, model_config, quantization
 
 CHOICES = {
     "method": configuration.METHODS,
@@ -376,7 +376,7 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
-def attention(config: Config, model: decoder.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
+def attention(config: Config, model: model_config.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
     """What `model.attention` is on these devices, `xla` or `fused`, and why `auto` is `xla` on a TPU, or an empty text.
 
     Args:

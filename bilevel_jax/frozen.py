@@ -23,7 +23,7 @@ from bilevel_jax import sharding
 from bilevel_jax.data import levels, packing
 from bilevel_jax.data.prepared import sequences
 from bilevel_jax.errors import RunError
-from bilevel_jax.models import decoder, layer_range
+from bilevel_jax.models import decoder, layer_range, model_config
 from bilevel_jax.runtime import state_store
 
 CACHES = ("off", "memory", "disk")
@@ -31,7 +31,7 @@ SHORTEST = 64  # tokens of the shortest sequences of the program
 TOKENS = 1024  # of one call of the program, with short sequences
 
 
-def num_frozen(config: decoder.ModelConfig, adapter) -> int:
+def num_frozen(config: model_config.ModelConfig, adapter) -> int:
     """The number of layers below the first one with an adapter; 0 where all layers are learned."""
     return config.num_layers - (layer_range.num_adapted(adapter) or config.num_layers)
 
@@ -77,7 +77,7 @@ class Slots:
 class FrozenLayers:
     """Puts the states that enter the first adapted layer into batches."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     base: dict
     num_layers: int  # below the first adapter
     mesh: jax.sharding.Mesh
@@ -133,7 +133,7 @@ class FrozenLayers:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def enter(model: decoder.ModelConfig, num_layers: int, base, tokens_SxL) -> jax.Array:
+def enter(model: model_config.ModelConfig, num_layers: int, base, tokens_SxL) -> jax.Array:
     """`decoder.enter` of one segment in each sequence, from its start, replicated."""
     positions = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     states = decoder.enter(model, base, num_layers, tokens_SxL, positions, jnp.ones_like(tokens_SxL))
@@ -161,14 +161,14 @@ def with_states(batch: packing.Batch, entering) -> packing.Batch:
     return batch._replace(packed=batch.packed._replace(entering=entering))
 
 
-def empty_states(model: decoder.ModelConfig, shape: tuple[int, ...]) -> np.ndarray:
+def empty_states(model: model_config.ModelConfig, shape: tuple[int, ...]) -> np.ndarray:
     """Zeros for the states of packed tokens of this shape. Pages that are not written take no memory."""
     return np.zeros((*shape, model.hidden_size), jnp.dtype(model.activations))
 
 
 def make(
     cache: str,
-    model: decoder.ModelConfig,
+    model: model_config.ModelConfig,
     base,
     adapter,
     mesh: jax.sharding.Mesh,

@@ -27,7 +27,7 @@ from bilevel_jax import (
 )
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, shuffle, templates, token_ids
-from bilevel_jax.models import decoder, huggingface, layer_range, layer_settings, lora
+from bilevel_jax.models import huggingface, layer_range, layer_settings, lora, model_config
 from bilevel_jax.runtime import checkpoint, disk, phases, state_store
 from bilevel_jax.text import say
 
@@ -39,7 +39,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     tokenizer: object
     eos: tuple[int, ...]  # ids that end a response
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     base: dict
     adapter: dict  # at its start
     upper: levels.Level
@@ -76,13 +76,13 @@ def load(config: configuration.Config) -> Setup:
     return Setup(mesh, tokenizer, eos, model, base, adapter, upper, lower)
 
 
-def trained_model(config: configuration.Config, model: decoder.ModelConfig) -> decoder.ModelConfig:
+def trained_model(config: configuration.Config, model: model_config.ModelConfig) -> model_config.ModelConfig:
     """The model with the options of training."""
     scale = lora.scale(config.lora.alpha, config.lora.rank, config.lora.rslora)
     return dataclasses.replace(model, adapter_scale=scale, adapter_dropout=config.lora.dropout, remat=config.model.remat)
 
 
-def start_of_learning(config: configuration.Config, model: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, dict]:
+def start_of_learning(config: configuration.Config, model: model_config.ModelConfig, base) -> tuple[model_config.ModelConfig, dict]:
     """The model with the options of training, and the learned parameters before the first step, see `lora`.
 
     Raises:
@@ -256,7 +256,7 @@ def batch_layout(config: configuration.Config, state: step.State) -> packing.Lay
 
 def jit_step(
     config: configuration.Config,
-    model: decoder.ModelConfig,
+    model: model_config.ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: step.State,
     mesh: jax.sharding.Mesh,

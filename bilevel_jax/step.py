@@ -33,7 +33,7 @@ from bilevel_jax import forward, importance, losses, preferences, token_weights
 from bilevel_jax import influence as influences
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import model_config
 from bilevel_jax.objective import Objective, entry_losses, entry_surprises, lower_losses
 
 
@@ -91,7 +91,7 @@ def init(
 class Problem:
     """Everything about the update that is fixed when it is compiled."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     objective: Objective
     selector: selection.Selector
     optimizer: optax.GradientTransformation
@@ -390,7 +390,7 @@ def check_combination(objective: Objective, selector: selection.Selector) -> Non
 
 
 def make_step(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     objective: Objective,
     selector: selection.Selector,
     optimizer: optax.GradientTransformation,

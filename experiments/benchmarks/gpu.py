@@ -28,7 +28,7 @@ from absl import flags
 
 from bilevel_jax import cli, files, memory, objective, sampling, selector, sharding, step, targets
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, decoding, huggingface, lora
 from experiments.benchmarks import random_model, timing, train_step
 
 LIMIT = 450  # seconds after which no section starts
@@ -149,7 +149,7 @@ def measure_decoding(name: str, quantization: str = "none") -> dict:
     seconds = statistics.median(timing.in_turn({"ours": generate}, 2)["ours"])
     tokens = len(prompts) * of.new
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    cache = memory.size_of(jax.eval_shape(lambda: decoder.init_cache(model, of.slots, 64 + of.new)))
+    cache = memory.size_of(jax.eval_shape(lambda: decoding.init_cache(model, of.slots, 64 + of.new)))
     result = {"slots": of.slots, "s": seconds, "tokens_per_s": tokens / seconds}
     kind = jax.devices()[0].device_kind.lower()
     chip = next((chip for key, chip in targets.GPUS.items() if key in kind), None)

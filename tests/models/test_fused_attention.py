@@ -10,11 +10,11 @@ import pytest
 
 from bilevel_jax import checks
 from bilevel_jax import config as configuration
-from bilevel_jax.models import attention, decoder, fused_attention, layer_settings
+from bilevel_jax.models import attention, decoder, fused_attention, layer_settings, model_config
 
 LENGTH = 256
 SEGMENTS = np.array([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 2, 3], [10, 200, 46])], np.int32)  # 0: padding
-TINY = decoder.ModelConfig(
+TINY = model_config.ModelConfig(
     architecture="llama",
     vocab_size=11,
     hidden_size=16,
