@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import frozen, near_names, objective, online, optimizer, sampling, step
+from bilevel_jax import frozen, near_names, objective, online, optimizer, sampling
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
 from bilevel_jax.models import fused_attention, lora, model_config, quantization
@@ -205,7 +205,7 @@ def _check_parts(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
     try:
-        step.check_combination(configuration.to_objective(config), configuration.to_selector(config))
+        objective.check_combination(configuration.to_objective(config), configuration.to_selector(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
