@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, step
+from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, startup_checks, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing, shuffle, sources
 from bilevel_jax.models import decoder, huggingface, layer_settings, lora, model_config
@@ -184,16 +184,16 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     directory = huggingface.locate(config.model.path, ("config.json",))
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
     model = huggingface.read_config(directory, dtype, activations=dtype, quantization=config.model.quantization)
-    checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     platform = platform or ("tpu" if config.model.attention == "fused" else jax.default_backend())
-    attention, _ = checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
+    attention, _ = startup_checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
     model = dataclasses.replace(model, remat=config.model.remat, attention=attention)
     assumed = num_rows is None and not config.data.num_lower
     if num_rows is None:
         num_lower = config.data.num_lower
         num_rows = num_lower - sources.num_held_out(config.eval.num_lower, num_lower) if num_lower else ASSUMED_ROWS
     if not assumed:
-        checks.check_rows(config, num_rows, mesh.size)
+        startup_checks.check_rows(config, num_rows, mesh.size)
     base = base_shapes(model)
     adapter = config_adapter_shapes(config, model)
     items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, num_rows, adapter)

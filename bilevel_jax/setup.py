@@ -13,7 +13,6 @@ import optax
 
 from bilevel_jax import (
     batches,
-    checks,
     evaluation,
     features,
     frozen,
@@ -23,6 +22,7 @@ from bilevel_jax import (
     sampling,
     scoring,
     sharding,
+    startup_checks,
     step,
 )
 from bilevel_jax import config as configuration
@@ -56,8 +56,8 @@ def load(config: configuration.Config) -> Setup:
     directory = huggingface.locate(config.model.path)
     model = huggingface.read_config(directory, config.model.dtype, quantization=config.model.quantization)
     model = layer_settings.for_length(model, config.data.max_length)
-    checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
-    attention, reason = checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
+    startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    attention, reason = startup_checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
     if reason:
         say(f"model.attention=auto takes xla and not fused: {reason}")
     model = dataclasses.replace(model, attention=attention)
@@ -66,7 +66,7 @@ def load(config: configuration.Config) -> Setup:
         upper, lower = levels.load_levels(config, tokenizer)
     for level in (upper, lower):
         token_ids.check(level.all_examples, tokenizer, model.vocab_size)
-    checks.check_rows(config, len(lower.rows), mesh.size)
+    startup_checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
     with phases.phase("loading the model"):
@@ -191,8 +191,8 @@ def checked_steps(config: configuration.Config, setup: Setup) -> int:
       ConfigError: a setting does not go with it.
     """
     number = num_steps(config, setup)
-    checks.check_profile(config, number)
-    checks.check_masks(config, number)
+    startup_checks.check_profile(config, number)
+    startup_checks.check_masks(config, number)
     return number
 
 
