@@ -103,9 +103,9 @@ class FrozenLayers:
         return states
 
     def _dispatch(self, tokens_SxL: np.ndarray) -> jax.Array:
-        placed = sharding.device_put(tokens_SxL, sharding.shardings(self.mesh, tokens_SxL, "rows"))
+        tokens = sharding.device_put(tokens_SxL, sharding.shardings(self.mesh, tokens_SxL, "rows"))
         with jax.set_mesh(self.mesh):
-            return enter(self.model, self.num_layers, self.base, placed)
+            return enter(self.model, self.num_layers, self.base, tokens)
 
     def fill(self, batch: packing.Batch, slots: np.ndarray) -> packing.Batch:
         """The batch with `entering`.
@@ -117,18 +117,18 @@ class FrozenLayers:
         packed = batch.packed
         entering = empty_states(self.model, packed.tokens.shape)
         by_sequence = entering.reshape(-1, *entering.shape[2:])
-        places = segment_places(packed, len(slots))
+        indices = segment_indices(packed, len(slots))
         kept = [self.store.get(slot) if self.store and slot >= 0 else None for slot in slots]
-        missing = [i for i, states in enumerate(kept) if states is None and places[i] is not None]
+        missing = [i for i, states in enumerate(kept) if states is None and indices[i] is not None]
         tokens = packed.tokens.reshape(by_sequence.shape[:2])
-        computed = self.states_of([tokens[places[i]] for i in missing])
+        computed = self.states_of([tokens[indices[i]] for i in missing])
         for i, states in zip(missing, computed):
             kept[i] = states
             if self.store and slots[i] >= 0:
                 self.store.put(slots[i], states)
-        for place, states in zip(places, kept):
-            if place is not None:
-                by_sequence[place] = states
+        for index, states in zip(indices, kept):
+            if index is not None:
+                by_sequence[index] = states
         return with_states(batch, entering)
 
 
@@ -140,20 +140,20 @@ def enter(model: model_config.ModelConfig, num_layers: int, base, tokens_SxL) ->
     return sharding.constrain(states)
 
 
-def segment_places(packed: packing.Packed, number: int) -> list[tuple[int, slice] | None]:
+def segment_indices(packed: packing.Packed, number: int) -> list[tuple[int, slice] | None]:
     """Sequence and positions of each of the first `number` entries; None for an entry without learned tokens, which has no part."""
     M, S, L = packed.tokens.shape
-    places: list[tuple[int, slice] | None] = [None] * number
+    indices: list[tuple[int, slice] | None] = [None] * number
     for m in range(int(packed.num_micro)):
-        slots = slice(0, int(packed.num_targets[m]))
-        entries, first = np.unique(packed.entry[m, slots], return_index=True)
-        for entry, index in zip(entries, packed.logit_index[m, slots][first]):
-            sequence, position = divmod(int(index), L)
+        targets = slice(0, int(packed.num_targets[m]))
+        entries, first = np.unique(packed.entry[m, targets], return_index=True)
+        for entry, logit_index in zip(entries, packed.logit_index[m, targets][first]):
+            sequence, position = divmod(int(logit_index), L)
             start = position - int(packed.positions[m, sequence, position])
             segment = packed.segment_ids[m, sequence, start]
             end = start + int(np.sum(packed.segment_ids[m, sequence] == segment))
-            places[entry] = m * S + sequence, slice(start, end)
-    return places
+            indices[entry] = m * S + sequence, slice(start, end)
+    return indices
 
 
 def with_states(batch: packing.Batch, entering) -> packing.Batch:

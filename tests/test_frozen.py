@@ -195,10 +195,10 @@ def test_generated_responses_are_not_kept(monkeypatch):
     layers.fill(batch_of((0, 1)), np.array([0, -1]))
 
 
-def test_places_of_segments():
+def test_indices_of_segments():
     """By hand: first-fit decreasing puts 13 tokens first, then 11, both sevens into a third sequence, and 7 beside none of 16."""
     packed = batch_of((4, 2, 0, 1)).packed
-    assert frozen.segment_places(packed, 4) == [(0, slice(0, 13)), (1, slice(0, 11)), (2, slice(0, 7)), (2, slice(7, 14))]
+    assert frozen.segment_indices(packed, 4) == [(0, slice(0, 13)), (1, slice(0, 11)), (2, slice(0, 7)), (2, slice(7, 14))]
 
 
 @pytest.mark.parametrize("size, length", [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (193, 256), (600, 768)])
