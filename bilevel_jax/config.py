@@ -23,6 +23,12 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line that names the key."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError(message)` where the condition does not hold."""
+    if not condition:
+        raise ConfigError(message)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Keys
 # --------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import sharding, token_choice
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, lora, model_config
+from bilevel_jax.models import decoding as model_decoding
 
 SHORTEST_WINDOW = 256  # decoding windows of the cache are this times a power of 2
 LEEWAY = 32  # minimum number of tokens that fit into a window after the longest response
@@ -18,7 +19,7 @@ LEEWAY = 32  # minimum number of tokens that fit into a window after the longest
 class Slots(NamedTuple):
     """The device state of S responses in progress, each of at most X tokens."""
 
-    cache: list  # see `decoder.init_cache`
+    cache: list  # see `models.decoding.init_cache`
     token: jax.Array  # [S] int32, the latest token, not in the cache yet
     position: jax.Array  # [S] int32, its position; 0 while the slot is free
     key: jax.Array  # [S, 2] uint32
@@ -42,12 +43,12 @@ class Starts(NamedTuple):
     limit: np.ndarray  # [S] int32
 
 
-def init_slots(config: decoder.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
+def init_slots(config: model_config.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
     """Slots that are all free."""
     int_S = functools.partial(jnp.zeros, num_slots, jnp.int32)
     float_SxX = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
     return Slots(
-        cache=decoder.init_cache(config, num_slots, length),
+        cache=model_decoding.init_cache(config, num_slots, length),
         token=int_S(),
         position=int_S(),
         key=jnp.zeros((num_slots, 2), jnp.uint32),
@@ -65,9 +66,9 @@ def slot_shardings(mesh, slots: Slots) -> Slots:
     return sharding.shardings(mesh, slots, "rows")._replace(cache=sharding.shardings(mesh, slots.cache, "rows", "heads"))
 
 
-def prefill(config: decoder.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
-    """`decoder.prefill` with the weights in use."""
-    return decoder.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
+def prefill(config: model_config.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
+    """`models.decoding.prefill` with the weights in use."""
+    return model_decoding.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
 
 
 def fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
@@ -99,10 +100,10 @@ def _uniform(key: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def advance(
-    config: decoder.ModelConfig, settings: token_choice.Settings, eos: tuple[int, ...], params, adapter, slots: Slots
+    config: model_config.ModelConfig, settings: token_choice.Settings, eos: tuple[int, ...], params, adapter, slots: Slots
 ) -> Slots:
     """Generates one token for every active slot."""
-    hidden, cache = decoder.decode(config, params, adapter, slots.cache, slots.token, slots.position)
+    hidden, cache = model_decoding.decode(config, params, adapter, slots.cache, slots.token, slots.position)
     logits = sharding.constrain(decoder.project(hidden, decoder.head(params), config.logit_cap), "rows")
     chosen, log_prob, sampled_log_prob = token_choice.choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen.astype(jnp.int32)
@@ -123,7 +124,7 @@ def advance(
 
 
 def decode_steps(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     settings: token_choice.Settings,
     eos: tuple[int, ...],
     num_blocks: int,
@@ -159,7 +160,7 @@ def window_size(longest: int, cache_length: int) -> int:
     return min(size, cache_length)
 
 
-def merges_adapter(config: decoder.ModelConfig) -> bool:
+def merges_adapter(config: model_config.ModelConfig) -> bool:
     """Whether decoding reads a copy of the weights, by layer and with the adapter merged into it.
 
     This is faster, and exact enough in float32. In half precision, rounding W + ΔW would lose small updates, so the adapter stays
@@ -168,15 +169,15 @@ def merges_adapter(config: decoder.ModelConfig) -> bool:
     return config.dtype == "float32" and config.quantization == "none"
 
 
-def make_weights(config: decoder.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
-    """Builds `(base, adapter) -> (params, adapter)`, the weights for `decoder.decode`.
+def make_weights(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
+    """Builds `(base, adapter) -> (params, adapter)`, the weights for `models.decoding.decode`.
 
     They are a copy only where adapters are merged into it, or where all weights are learned, in float32, and must be rounded.
     """
 
     @jax.jit
     def merged(base, adapter):
-        base = decoder.split_layers(lora.merge_adapter(config, base, adapter), config)
+        base = model_decoding.split_layers(lora.merge_adapter(config, base, adapter), config)
         return jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
 
     @jax.jit

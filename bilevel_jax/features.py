@@ -31,7 +31,7 @@ import scipy.optimize
 
 from bilevel_jax import errors, files, forward, scoring, sharding
 from bilevel_jax.data import packing, templates
-from bilevel_jax.models import decoder
+from bilevel_jax.models import model_config
 
 FILE, PARAMS_FILE = "features.npz", "phi.npy"  # in the workdir: the encoder with the features of all rows, and φ at the end
 WIDTH = 64  # d
@@ -55,14 +55,14 @@ OLD_NAMES = {  # of encoder fields, in files of earlier versions
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def lower_half(config: decoder.ModelConfig, base) -> tuple[decoder.ModelConfig, dict]:
+def lower_half(config: model_config.ModelConfig, base) -> tuple[model_config.ModelConfig, dict]:
     """The decoder without the upper half of its layers, which the features do not use."""
     number = -(-config.num_layers // 2)
     layers = jax.tree.map(lambda stack: stack[:number], base["layers"])
     return dataclasses.replace(config, num_layers=number), base | {"layers": layers}
 
 
-def entry_means(config: decoder.ModelConfig, base, packed: packing.Packed) -> jax.Array:
+def entry_means(config: model_config.ModelConfig, base, packed: packing.Packed) -> jax.Array:
     """Mean hidden states of the prompt and of the response of every entry, [E, 2, D] float32; 0 without such tokens."""
     E, (S, L) = packed.length.shape[0], packed.tokens.shape[1:]
 
@@ -89,7 +89,7 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 
 
 def pooled(
-    config: decoder.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
+    config: model_config.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
 ) -> np.ndarray:
     """`entry_means` of rows after half of the layers, [n, 2, D] float32, in the order of the rows.
 

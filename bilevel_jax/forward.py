@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from bilevel_jax import losses
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, lora, model_config
 
 
-def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
+def hidden_states(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
     """Final hidden states [T, D] of micro-batch m; with a key, the adapter's dropout is on."""
     base, adapter = lora.in_use(config, base, adapter)
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
@@ -22,7 +22,7 @@ def hidden_states(config: decoder.ModelConfig, base, adapter, packed: packing.Pa
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 
-def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
+def target_nll(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
     hidden_TxD = hidden_states(config, base, adapter, packed, m, key)
     # The fast version has no derivative in the output matrix.
@@ -33,14 +33,14 @@ def target_nll(config: decoder.ModelConfig, base, adapter, packed: packing.Packe
 
 
 def micro_nll(
-    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
+    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
 ) -> jax.Array:
     """The first result of `micro_nll_and_power`."""
     return micro_nll_and_power(config, base, adapter, packed, m, token_weights, key)[0]
 
 
 def micro_nll_and_power(
-    config: decoder.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
+    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over the tokens of every entry's response in micro-batch m: of their NLL, and of its power `losses.POWER`.
 
@@ -65,7 +65,7 @@ def micro_nll_and_power(
 
 
 def entry_nll(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     base,
     adapter,
     packed: packing.Packed,

@@ -23,7 +23,7 @@ from bilevel_jax import sharding
 from bilevel_jax.data import levels, packing
 from bilevel_jax.data.prepared import sequences
 from bilevel_jax.errors import RunError
-from bilevel_jax.models import decoder, layer_range
+from bilevel_jax.models import decoder, layer_range, model_config
 from bilevel_jax.runtime import state_store
 
 CACHES = ("off", "memory", "disk")
@@ -31,7 +31,7 @@ SHORTEST = 64  # tokens of the shortest sequences of the program
 TOKENS = 1024  # of one call of the program, with short sequences
 
 
-def num_frozen(config: decoder.ModelConfig, adapter) -> int:
+def num_frozen(config: model_config.ModelConfig, adapter) -> int:
     """The number of layers below the first one with an adapter; 0 where all layers are learned."""
     return config.num_layers - (layer_range.num_adapted(adapter) or config.num_layers)
 
@@ -77,7 +77,7 @@ class Slots:
 class FrozenLayers:
     """Puts the states that enter the first adapted layer into batches."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     base: dict
     num_layers: int  # below the first adapter
     mesh: jax.sharding.Mesh
@@ -103,9 +103,9 @@ class FrozenLayers:
         return states
 
     def _dispatch(self, tokens_SxL: np.ndarray) -> jax.Array:
-        placed = sharding.device_put(tokens_SxL, sharding.shardings(self.mesh, tokens_SxL, "rows"))
+        tokens = sharding.device_put(tokens_SxL, sharding.shardings(self.mesh, tokens_SxL, "rows"))
         with jax.set_mesh(self.mesh):
-            return enter(self.model, self.num_layers, self.base, placed)
+            return enter(self.model, self.num_layers, self.base, tokens)
 
     def fill(self, batch: packing.Batch, slots: np.ndarray) -> packing.Batch:
         """The batch with `entering`.
@@ -117,43 +117,43 @@ class FrozenLayers:
         packed = batch.packed
         entering = empty_states(self.model, packed.tokens.shape)
         by_sequence = entering.reshape(-1, *entering.shape[2:])
-        places = segment_places(packed, len(slots))
+        indices = segment_indices(packed, len(slots))
         kept = [self.store.get(slot) if self.store and slot >= 0 else None for slot in slots]
-        missing = [i for i, states in enumerate(kept) if states is None and places[i] is not None]
+        missing = [i for i, states in enumerate(kept) if states is None and indices[i] is not None]
         tokens = packed.tokens.reshape(by_sequence.shape[:2])
-        computed = self.states_of([tokens[places[i]] for i in missing])
+        computed = self.states_of([tokens[indices[i]] for i in missing])
         for i, states in zip(missing, computed):
             kept[i] = states
             if self.store and slots[i] >= 0:
                 self.store.put(slots[i], states)
-        for place, states in zip(places, kept):
-            if place is not None:
-                by_sequence[place] = states
+        for index, states in zip(indices, kept):
+            if index is not None:
+                by_sequence[index] = states
         return with_states(batch, entering)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def enter(model: decoder.ModelConfig, num_layers: int, base, tokens_SxL) -> jax.Array:
+def enter(model: model_config.ModelConfig, num_layers: int, base, tokens_SxL) -> jax.Array:
     """`decoder.enter` of one segment in each sequence, from its start, replicated."""
     positions = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     states = decoder.enter(model, base, num_layers, tokens_SxL, positions, jnp.ones_like(tokens_SxL))
     return sharding.constrain(states)
 
 
-def segment_places(packed: packing.Packed, number: int) -> list[tuple[int, slice] | None]:
+def segment_indices(packed: packing.Packed, number: int) -> list[tuple[int, slice] | None]:
     """Sequence and positions of each of the first `number` entries; None for an entry without learned tokens, which has no part."""
     M, S, L = packed.tokens.shape
-    places: list[tuple[int, slice] | None] = [None] * number
+    indices: list[tuple[int, slice] | None] = [None] * number
     for m in range(int(packed.num_micro)):
-        slots = slice(0, int(packed.num_targets[m]))
-        entries, first = np.unique(packed.entry[m, slots], return_index=True)
-        for entry, index in zip(entries, packed.logit_index[m, slots][first]):
-            sequence, position = divmod(int(index), L)
+        targets = slice(0, int(packed.num_targets[m]))
+        entries, first = np.unique(packed.entry[m, targets], return_index=True)
+        for entry, logit_index in zip(entries, packed.logit_index[m, targets][first]):
+            sequence, position = divmod(int(logit_index), L)
             start = position - int(packed.positions[m, sequence, position])
             segment = packed.segment_ids[m, sequence, start]
             end = start + int(np.sum(packed.segment_ids[m, sequence] == segment))
-            places[entry] = m * S + sequence, slice(start, end)
-    return places
+            indices[entry] = m * S + sequence, slice(start, end)
+    return indices
 
 
 def with_states(batch: packing.Batch, entering) -> packing.Batch:
@@ -161,14 +161,14 @@ def with_states(batch: packing.Batch, entering) -> packing.Batch:
     return batch._replace(packed=batch.packed._replace(entering=entering))
 
 
-def empty_states(model: decoder.ModelConfig, shape: tuple[int, ...]) -> np.ndarray:
+def empty_states(model: model_config.ModelConfig, shape: tuple[int, ...]) -> np.ndarray:
     """Zeros for the states of packed tokens of this shape. Pages that are not written take no memory."""
     return np.zeros((*shape, model.hidden_size), jnp.dtype(model.activations))
 
 
 def make(
     cache: str,
-    model: decoder.ModelConfig,
+    model: model_config.ModelConfig,
     base,
     adapter,
     mesh: jax.sharding.Mesh,

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, step
+from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, startup_checks, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import packing, shuffle, sources
-from bilevel_jax.models import decoder, huggingface, layer_settings, lora
+from bilevel_jax.models import decoder, huggingface, layer_settings, lora, model_config
+from bilevel_jax.models.layers import Layer
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
 ALWAYS, TRAINING, SAMPLING, HOST = "always", "while training", "while sampling", "in the host's memory"
@@ -39,7 +40,7 @@ class Item(NamedTuple):
 class Plan:
     """The memory plan of a run."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     mesh: AbstractMesh
     num_parameters: int  # of the base
     num_rows: int  # N
@@ -77,12 +78,12 @@ def size_of(tree, shardings=None) -> int:
     return sum(jax.tree.leaves(jax.tree.map(size, tree, *([shardings] if shardings else []))))
 
 
-def base_shapes(model: decoder.ModelConfig):
+def base_shapes(model: model_config.ModelConfig):
     """The base as a tree of shapes."""
     return jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
 
 
-def config_adapter_shapes(config: configuration.Config, model: decoder.ModelConfig):
+def config_adapter_shapes(config: configuration.Config, model: model_config.ModelConfig):
     """What a run learns, as a tree of shapes.
 
     Raises:
@@ -92,14 +93,14 @@ def config_adapter_shapes(config: configuration.Config, model: decoder.ModelConf
     return adapter_shapes(model, config.lora.rank, lora.resolve_targets(model, config.lora.targets), num_layers)
 
 
-def adapter_shapes(model: decoder.ModelConfig, rank: int, targets: tuple[str, ...], num_layers: int | None = None):
+def adapter_shapes(model: model_config.ModelConfig, rank: int, targets: tuple[str, ...], num_layers: int | None = None):
     """What is learned, as a tree of shapes: an adapter, of the last `num_layers` or all layers, or all weights if the rank is 0."""
     if not rank:
         return jax.eval_shape(lora.init_full, base_shapes(model))
     return jax.eval_shape(lambda: lora.init_adapter(model, jax.random.key(0), rank, targets, num_layers))
 
 
-def on_one_device(model: decoder.ModelConfig, mesh) -> decoder.ModelConfig:
+def on_one_device(model: model_config.ModelConfig, mesh) -> model_config.ModelConfig:
     """The decoder with the sizes that one device computes: its heads and its part of the feed-forward layer."""
 
     def part(size, name):
@@ -121,7 +122,7 @@ def _result_bytes(function, *shapes) -> int:
     return size_of(list(results.values()))
 
 
-def residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
+def residuals(model: model_config.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, without weights: the results of `jax.vjp`."""
 
     def shape(*axes, dtype=jnp.int32):
@@ -136,7 +137,7 @@ def residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, le
     return _result_bytes(kept, base_shapes(model), adapter_shapes(model, rank, targets), packed)
 
 
-def layer_residuals(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int) -> int:
+def layer_residuals(model: model_config.ModelConfig, rank: int, targets, sequences: int, length: int) -> int:
     """Bytes that the backward pass of one layer uses, without weights. The decoder keeps some of them and recomputes the others,
     one layer at a time."""
     base, adapter = (
@@ -150,14 +151,14 @@ def layer_residuals(model: decoder.ModelConfig, rank: int, targets, sequences: i
             table = layer_settings.rotary_table(positions, model)
             settings = {name: values[0] for name, values in layer_settings.settings(model, length).items()}
             variables = {"params": base, "adapter": adapter} if rank else {"params": adapter}
-            return decoder.Layer(model).apply(variables, x, table, positions, settings)[0]
+            return Layer(model).apply(variables, x, table, positions, settings)[0]
 
         return jax.vjp(layer, adapter, x)[1]
 
     return _result_bytes(kept, base, adapter, x, jax.ShapeDtypeStruct((sequences, length), jnp.int32))
 
 
-def activations(model: decoder.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
+def activations(model: model_config.ModelConfig, rank: int, targets, sequences: int, length: int, num_targets: int) -> int:
     """`residuals`, and the activations that the backward pass recomputes for one layer."""
 
     def kept(num_layers: int) -> int:
@@ -183,16 +184,16 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     directory = huggingface.locate(config.model.path, ("config.json",))
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
     model = huggingface.read_config(directory, dtype, activations=dtype, quantization=config.model.quantization)
-    checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
     platform = platform or ("tpu" if config.model.attention == "fused" else jax.default_backend())
-    attention, _ = checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
+    attention, _ = startup_checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
     model = dataclasses.replace(model, remat=config.model.remat, attention=attention)
     assumed = num_rows is None and not config.data.num_lower
     if num_rows is None:
         num_lower = config.data.num_lower
         num_rows = num_lower - sources.num_held_out(config.eval.num_lower, num_lower) if num_lower else ASSUMED_ROWS
     if not assumed:
-        checks.check_rows(config, num_rows, mesh.size)
+        startup_checks.check_rows(config, num_rows, mesh.size)
     base = base_shapes(model)
     adapter = config_adapter_shapes(config, model)
     items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, num_rows, adapter)
@@ -203,7 +204,7 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     return Plan(model, mesh, num_parameters, num_rows, assumed, tuple(items))
 
 
-def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
+def _state_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
     """The arrays that a run always holds: weights, learners, selector, features."""
     objective = configuration.to_objective(config)
     tracked = objective.value_function == "tracked"
@@ -240,7 +241,7 @@ def _state_items(config: configuration.Config, model: decoder.ModelConfig, mesh,
     return items
 
 
-def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
+def _step_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
     """The arrays of a training step."""
     length = config.data.max_length
     sequences = config.batch.micro_size // sharding.num_parts(mesh, "rows")
@@ -260,7 +261,7 @@ def _step_items(config: configuration.Config, model: decoder.ModelConfig, mesh, 
     ]
 
 
-def _entering_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
+def _entering_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
     """What the layers below the first adapter make of the rows of a step, and of all rows."""
     if not frozen.num_frozen(model, adapter):
         return []
@@ -285,7 +286,7 @@ def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
     return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
 
 
-def _refresh_items(config: configuration.Config, model: decoder.ModelConfig, mesh, num_rows: int, base) -> list[Item]:
+def _refresh_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base) -> list[Item]:
     """The arrays of a refresh: the sampler and the response store."""
     length = config.data.max_length
     max_new_tokens = min(config.online.max_new_tokens, length - 1)

@@ -26,9 +26,10 @@ import tqdm
 
 from bilevel_jax import forward, scoring
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
+from bilevel_jax.models import model_config
 from bilevel_jax.objective import Objective, entry_losses, lower_losses
-from bilevel_jax.step import Learner, Scales, level_shares
+from bilevel_jax.shares import level_shares
+from bilevel_jax.step import Learner, Scales
 
 
 def _floats(tree) -> tuple[list, Callable]:
@@ -45,7 +46,7 @@ def _floats(tree) -> tuple[list, Callable]:
     return [leaves[i] for i in places], put
 
 
-def make_replay(config: decoder.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
+def make_replay(config: model_config.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
     """Builds `replay(base, learner, weight_N, batch, scales, adjoint) -> (adjoint, gradient_N)`, equation (1), for one step.
 
     `learner` is that before the step. `adjoint` lists the derivatives of L0(θ^T) in the float leaves of the learner after it, the
@@ -97,7 +98,7 @@ def make_replay(config: decoder.ModelConfig, objective: Objective, optimizer: op
     return replay
 
 
-def make_upper_gradient(config: decoder.ModelConfig) -> Callable:
+def make_upper_gradient(config: model_config.ModelConfig) -> Callable:
     """Builds `(base, adapter, packed, number) -> gradient` of Σ ℓ / `number` over the entries of a packed batch."""
 
     def loss(adapter, base, packed: packing.Packed, m, number):

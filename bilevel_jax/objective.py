@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import importance, losses, preferences
+from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 
 COEFFICIENTS = ("next", "current")
@@ -83,6 +84,32 @@ class Objective:
             raise ValueError(f"online.reward_temperature must be positive, got {self.reward_temperature}")
         if not self.clip >= 1:
             raise ValueError(f"online.clip must be at least 1, got {self.clip}")
+
+
+def check_combination(objective: Objective, selector: selection.Selector) -> None:
+    """Refuses options that weights of tokens, or the order of (46)-(48), do not support.
+
+    Raises:
+      ValueError: one line that names the key.
+    """
+    values = {
+        "selection.rule": selector.rule,
+        "selection.cost": objective.cost,
+        "selection.coefficient_at": objective.coefficient_at,
+        "selection.value_function": objective.value_function,
+        "loss.lower": objective.lower,
+    }
+    required: tuple[str, ...] = ()
+    cause = ""
+    if selector.token_learning_rate:
+        cause = "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens"
+        required = "bds", "loss", "next", "zero", "sft"
+    elif selector.order == "paper":  # (10a) and (10b) move θ first, as `joint` does
+        cause = "selection.order=paper moves ω before θ, by (48) at θ^k"
+        required = "bmo", "loss", "current", "zero"
+    for (key, value), supported in zip(values.items(), required):
+        if value != supported:
+            raise ValueError(f"{cause}: {key}={value} must be {supported}")
 
 
 def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m=None) -> jax.Array:

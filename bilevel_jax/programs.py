@@ -10,7 +10,7 @@ from bilevel_jax import batches, decoding, features, frozen, memory, sampling, s
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle
-from bilevel_jax.models import attention, decoder, layer_settings, lora
+from bilevel_jax.models import attention, layer_settings, lora, model_config
 
 EOS = (0,)  # stands for the ids that end a response, which are values and not shapes
 
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 class Shapes(NamedTuple):
     """The arrays of a run, as trees of `jax.ShapeDtypeStruct` with shardings."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     base: dict
     state: Any  # `step.State`
     features: jax.ShapeDtypeStruct | None

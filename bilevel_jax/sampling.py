@@ -19,7 +19,7 @@ import tqdm
 
 from bilevel_jax import decoding, sharding
 from bilevel_jax.decoding import Slots
-from bilevel_jax.models import attention, decoder
+from bilevel_jax.models import attention, model_config
 from bilevel_jax.token_choice import Settings
 
 PREFILL_TOKENS = 1024  # approximate number of padded tokens in one prefill batch
@@ -242,7 +242,7 @@ def _sample(
 
 
 def make_sampler(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     settings: Settings,
     eos: Sequence[int],
     *,
@@ -275,7 +275,7 @@ def make_sampler(
 
 
 def jit_functions(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     settings: Settings,
     eos: Sequence[int],
     slots: int,

@@ -10,13 +10,13 @@ import tqdm
 
 from bilevel_jax import forward, losses, sharding, token_weights
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, lora, model_config
 
 ENTRIES = 256  # segments per packed batch: enough to fill the sequences well
 SHORT = 512  # tokens; segments up to this length share one shape, longer ones use the next power of two
 
 
-def entry_scores(config: decoder.ModelConfig, base, adapter, packed: packing.Packed) -> tuple[jax.Array, jax.Array]:
+def entry_scores(config: model_config.ModelConfig, base, adapter, packed: packing.Packed) -> tuple[jax.Array, jax.Array]:
     """Summed NLL of every entry [E], nats, and the number of its targets that are not the most likely token, int32 [E]."""
     E = packed.length.shape[0]
 
@@ -69,7 +69,7 @@ _entry_scores = jax.jit(lambda *batch: _replicated(entry_scores(*batch)), static
 
 
 def make_scorer(
-    config: decoder.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh, greedy: bool = False
+    config: model_config.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh, greedy: bool = False
 ) -> Callable:
     """Builds `score(base, adapter, segments, description) -> (nll, length)`.
 
@@ -105,7 +105,7 @@ def _check_tokens(segments: Sequence[packing.Segment], vocab_size: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_weights(config: decoder.ModelConfig, base, adapter, packed: packing.Packed, phi_2) -> jax.Array:
+def _token_weights(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, phi_2) -> jax.Array:
     """v of every target of every micro-batch, [M, P]."""
 
     def set_micro(m, weight_MxP):
@@ -116,7 +116,7 @@ def _token_weights(config: decoder.ModelConfig, base, adapter, packed: packing.P
 
 
 def example_token_weights(
-    config: decoder.ModelConfig, base, adapter, phi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
+    config: model_config.ModelConfig, base, adapter, phi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
 ) -> list[np.ndarray]:
     """`token_weights.weights` of the response of each example, [T] float32, for the tokens that have a prediction.
 

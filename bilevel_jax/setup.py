@@ -13,7 +13,6 @@ import optax
 
 from bilevel_jax import (
     batches,
-    checks,
     evaluation,
     features,
     frozen,
@@ -23,11 +22,12 @@ from bilevel_jax import (
     sampling,
     scoring,
     sharding,
+    startup_checks,
     step,
 )
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, shuffle, templates, token_ids
-from bilevel_jax.models import decoder, huggingface, layer_range, layer_settings, lora
+from bilevel_jax.models import huggingface, layer_range, layer_settings, lora, model_config
 from bilevel_jax.runtime import checkpoint, disk, phases, state_store
 from bilevel_jax.text import say
 
@@ -39,7 +39,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     tokenizer: object
     eos: tuple[int, ...]  # ids that end a response
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     base: dict
     adapter: dict  # at its start
     upper: levels.Level
@@ -56,8 +56,8 @@ def load(config: configuration.Config) -> Setup:
     directory = huggingface.locate(config.model.path)
     model = huggingface.read_config(directory, config.model.dtype, quantization=config.model.quantization)
     model = layer_settings.for_length(model, config.data.max_length)
-    checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
-    attention, reason = checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
+    startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
+    attention, reason = startup_checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
     if reason:
         say(f"model.attention=auto takes xla and not fused: {reason}")
     model = dataclasses.replace(model, attention=attention)
@@ -66,7 +66,7 @@ def load(config: configuration.Config) -> Setup:
         upper, lower = levels.load_levels(config, tokenizer)
     for level in (upper, lower):
         token_ids.check(level.all_examples, tokenizer, model.vocab_size)
-    checks.check_rows(config, len(lower.rows), mesh.size)
+    startup_checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
     model = trained_model(config, model)
@@ -78,13 +78,13 @@ def load(config: configuration.Config) -> Setup:
     return Setup(mesh, tokenizer, eos, model, base, adapter or lora.init_full(base), upper, lower)
 
 
-def trained_model(config: configuration.Config, model: decoder.ModelConfig) -> decoder.ModelConfig:
+def trained_model(config: configuration.Config, model: model_config.ModelConfig) -> model_config.ModelConfig:
     """The model with the options of training."""
     scale = lora.scale(config.lora.alpha, config.lora.rank, config.lora.rslora)
     return dataclasses.replace(model, adapter_scale=scale, adapter_dropout=config.lora.dropout, remat=config.model.remat)
 
 
-def start_of_adapter(config: configuration.Config, model: decoder.ModelConfig) -> dict:
+def start_of_adapter(config: configuration.Config, model: model_config.ModelConfig) -> dict:
     """The adapter before the first step, see `lora`.
 
     Raises:
@@ -192,8 +192,8 @@ def checked_steps(config: configuration.Config, setup: Setup) -> int:
       ConfigError: a setting does not go with it.
     """
     number = num_steps(config, setup)
-    checks.check_profile(config, number)
-    checks.check_masks(config, number)
+    startup_checks.check_profile(config, number)
+    startup_checks.check_masks(config, number)
     return number
 
 
@@ -257,7 +257,7 @@ def batch_layout(config: configuration.Config, state: step.State) -> packing.Lay
 
 def jit_step(
     config: configuration.Config,
-    model: decoder.ModelConfig,
+    model: model_config.ModelConfig,
     optimizer: optax.GradientTransformation,
     shardings: step.State,
     mesh: jax.sharding.Mesh,

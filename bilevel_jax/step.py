@@ -9,7 +9,7 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
 
 `make_step` composes one function per equation: `update_policy`, `update_tracker`, `update_token_params`, `influence_costs` or
 `row_costs`, and `update_weights`. θ moves with σ(ω^k), then ω does; with `selector.order="paper"` ω moves first
-(`weights_before_policy`). The losses that L0 and ℓ_b can be are in `objective`.
+(`weights_before_policy`). The losses that L0 and ℓ_b can be are in `objective`, and how much each entry counts in `shares`.
 
 This is the gradient of the penalty, the rule of the paper. By default ω follows the gradient of L0 itself: C_b is then a cost made
 of the row's influence on the trusted loss and of its surprise, (I) and (C) in `influence`.
@@ -21,7 +21,6 @@ one micro-batch. So the micro-batches of a step add up exact parts of the full-b
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,12 +28,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import forward, importance, losses, preferences, token_weights
+from bilevel_jax import forward, losses, preferences, token_weights
 from bilevel_jax import influence as influences
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder
-from bilevel_jax.objective import Objective, entry_losses, entry_surprises, lower_losses
+from bilevel_jax.models import model_config
+from bilevel_jax.objective import Objective, check_combination, entry_losses, entry_surprises, lower_losses
+from bilevel_jax.shares import Shares, entry_shares, response_weights, weigh_tokens
 
 
 class Learner(NamedTuple):
@@ -91,7 +91,7 @@ def init(
 class Problem:
     """Everything about the update that is fixed when it is compiled."""
 
-    model: decoder.ModelConfig
+    model: model_config.ModelConfig
     objective: Objective
     selector: selection.Selector
     optimizer: optax.GradientTransformation
@@ -109,52 +109,6 @@ class Problem:
     def costs_at_next(self) -> bool:
         o = self.objective
         return o.cost == "loss" and o.coefficient_at == "next" and not self.selector.frozen
-
-
-class Shares(NamedTuple):
-    """How much each entry counts in the means of a step, [E] float32 each; 0 for padding."""
-
-    upper: jax.Array  # in the mean of L0
-    lower: jax.Array  # in the mean over lower-level rows
-    cost: jax.Array  # in the mean over lower-level rows that have a cost
-    num_costs: jax.Array  # [], B less the rows without a cost
-    weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row, times its factor in (7) where it has one
-
-
-def level_shares(batch: packing.Batch, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """How much each entry [E] counts in the mean of the upper level, and in that of the lower one."""
-    share_E = jnp.where(batch.sign < 0, 0.0, batch.share)  # the chosen response stands for its pair
-    lower_E = jnp.where(batch.row_index < num_rows, share_E, 0.0)
-    return share_E - lower_E, lower_E
-
-
-def entry_shares(problem: Problem, state: selection.SelectorState, batch: packing.Batch) -> Shares:
-    """The shares and weights of the entries of a batch."""
-    N = state.logits.shape[0]
-    upper_E, lower_E = level_shares(batch, N)
-    cost_E, num_costs = lower_E, batch.num_lower
-    if problem.objective.lower in preferences.PAIRS:  # all rows but those without a pair
-        paired_E = jnp.where(batch.sign > 0, lower_E, 0.0)
-        part = jnp.sum(paired_E)
-        cost_E, num_costs = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
-    weight_E = problem.selector.scale(N) * selection.probabilities(state.logits, batch.row_index)
-    if batch.factor is not None:
-        weight_E *= batch.factor
-    return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
-
-
-def response_weights(problem: Problem, batch: packing.Batch, nll_E) -> jax.Array:
-    """r^g of each entry [E] at the policy whose NLL is given; 1 for responses of the data and in pairs.  (8)"""
-    objective = problem.objective
-    kind = "none" if objective.generated in preferences.PAIRS else objective.response_weight
-    return importance.response_weights(kind, -nll_E, batch.old_log_prob, batch.packed.length, batch.group, objective.clip)
-
-
-def weigh_tokens(token_params, batch: packing.Batch, num_rows: int) -> Callable | None:
-    """The `token_weights` argument of `forward.micro_nll`; None where tokens have no weights."""
-    if token_params is None:
-        return None
-    return functools.partial(token_weights.weights, token_params, weighed_E=batch.row_index < num_rows)
 
 
 def _gradient(loss_of_micro: Callable, adapter, num_micro, first=0):
@@ -205,13 +159,13 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
-        fixed_E = response_weights(problem, batch, forward.entry_nll(model, base, adapter, packed, batch.num_lower_micro))
+        fixed_E = response_weights(objective, batch, forward.entry_nll(model, base, adapter, packed, batch.num_lower_micro))
 
     def scaled_loss(scales: Scales):
         def loss_of_micro(adapter, m):
             nll_E, power_E = forward.micro_nll_and_power(model, base, adapter, packed, m, weigh, key)
             upper = jnp.sum(shares.upper * entry_losses(objective.upper, objective, batch, nll_E, m))
-            response_E = jax.lax.stop_gradient(response_weights(problem, batch, nll_E)) if fixed_E is None else fixed_E
+            response_E = jax.lax.stop_gradient(response_weights(objective, batch, nll_E)) if fixed_E is None else fixed_E
             lower = jnp.sum(shares.lower * shares.weight * response_E * lower_losses(objective, batch, nll_E, m))
             return scales.upper * upper + scales.lower * lower, (upper, nll_E, power_E)
 
@@ -229,7 +183,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     else:  # both levels in one pass
         (loss, (upper, nll_E, power_E)), gradient = _gradient(scaled_loss(scales), adapter, packed.num_micro)
     policy = _descend(problem.optimizer, state.policy, gradient)
-    response_E = response_weights(problem, batch, nll_E) if fixed_E is None else fixed_E
+    response_E = response_weights(objective, batch, nll_E) if fixed_E is None else fixed_E
     return PolicyUpdate(policy, loss, upper, nll_E, power_E, response_E, gradient, upper_gradient)
 
 
@@ -363,34 +317,8 @@ def weights_before_policy(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check_combination(objective: Objective, selector: selection.Selector) -> None:
-    """Refuses options that weights of tokens, or the order of (46)-(48), do not support.
-
-    Raises:
-      ValueError: one line that names the key.
-    """
-    values = {
-        "selection.rule": selector.rule,
-        "selection.cost": objective.cost,
-        "selection.coefficient_at": objective.coefficient_at,
-        "selection.value_function": objective.value_function,
-        "loss.lower": objective.lower,
-    }
-    required: tuple[str, ...] = ()
-    cause = ""
-    if selector.token_learning_rate:
-        cause = "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens"
-        required = "bds", "loss", "next", "zero", "sft"
-    elif selector.order == "paper":  # (10a) and (10b) move θ first, as `joint` does
-        cause = "selection.order=paper moves ω before θ, by (48) at θ^k"
-        required = "bmo", "loss", "current", "zero"
-    for (key, value), supported in zip(values.items(), required):
-        if value != supported:
-            raise ValueError(f"{cause}: {key}={value} must be {supported}")
-
-
 def make_step(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     objective: Objective,
     selector: selection.Selector,
     optimizer: optax.GradientTransformation,
@@ -413,17 +341,17 @@ def make_step(
       seed: of the adapter's dropout.
 
     Raises:
-      ValueError: options that do not go together, see `check_combination`.
+      ValueError: options that do not go together, see `objective.check_combination`.
     """
     check_combination(objective, selector)
     problem = Problem(config, objective, selector, optimizer, seed)
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
-        shares = entry_shares(problem, state.selector, batch)
+        shares = entry_shares(objective, selector, state.selector, batch)
         weights_first = selector.order == "paper"
         if weights_first:
             state = state._replace(selector=weights_before_policy(problem, base, state, batch, shares, scales, features))
-            shares = entry_shares(problem, state.selector, batch)
+            shares = entry_shares(objective, selector, state.selector, batch)
         update = update_policy(problem, base, state, batch, shares, scales)
         tracker, tracker_nll_E = state.tracker, None
         if tracker is not None:

@@ -27,7 +27,7 @@ from absl import flags
 from bilevel_jax import cli
 from bilevel_jax.data import packing, synthetic
 from bilevel_jax.data.synthetic import bed, statements
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import decoder, huggingface, model_config
 from bilevel_jax.runtime import metrics
 
 FLAGS = flags.FlagValues()
@@ -166,7 +166,7 @@ def training_batches(tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train(config: decoder.ModelConfig, batches, num_steps: int, learning_rate: float, seed: int):
+def train(config: model_config.ModelConfig, batches, num_steps: int, learning_rate: float, seed: int):
     """Weights after `num_steps` steps of AdamW on a cosine schedule."""
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, num_steps // 20, num_steps, learning_rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
@@ -194,7 +194,7 @@ def train(config: decoder.ModelConfig, batches, num_steps: int, learning_rate: f
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def score_rows(config: decoder.ModelConfig, params, adapter, tokenizer, rows, batch_size: int = 64):
+def score_rows(config: model_config.ModelConfig, params, adapter, tokenizer, rows, batch_size: int = 64):
     """Mean NLL of each response, and whether greedy decoding would produce exactly this response.
 
     This holds if every token of the response, including the end token, is the most likely one; no decoding is needed.
@@ -224,7 +224,7 @@ def score_rows(config: decoder.ModelConfig, params, adapter, tokenizer, rows, ba
     return np.array(losses), np.array(exact)
 
 
-def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed: int = 1000) -> str:
+def evaluate(config: model_config.ModelConfig, params, tokenizer, adapter=None, seed: int = 1000) -> str:
     """A Markdown report: exact match by task, and the AUROC of planted bad rows by the mean NLL."""
     upper, lower = synthetic.upper(2000, seed), synthetic.lower(2000, seed)
     _, exact = score_rows(config, params, adapter, tokenizer, upper)
@@ -257,7 +257,7 @@ def evaluate(config: decoder.ModelConfig, params, tokenizer, adapter=None, seed:
     return "\n".join(lines)
 
 
-def evaluate_text(config: decoder.ModelConfig, params, tokenizer, seed: int = 1000) -> str:
+def evaluate_text(config: model_config.ModelConfig, params, tokenizer, seed: int = 1000) -> str:
     """A Markdown report of the recipe `text`: exact match by task, in the styles it has learned and in that of the test bed."""
     rng = np.random.default_rng(seed)
     rows = {"as learned": [bed.known_row(rng, noise=0.0) for _ in range(2000)], "test bed": synthetic.trusted(2000, seed)}

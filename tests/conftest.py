@@ -58,8 +58,8 @@ LONGEST = [  # files, longest first
 
 def pytest_collection_modifyitems(items):
     """Starts with the files that take longest: workers take a file each (`--dist loadfile`), and end at about the same time."""
-    places = {str(pathlib.Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+    order = {str(pathlib.Path(__file__).parent / name): index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def flat(tree) -> np.ndarray:
 class Model(NamedTuple):
     """What the NLLs of responses come from; `room` is the (E, L) to which they are padded, for one compilation."""
 
-    shape: object  # `decoder.ModelConfig`
+    shape: object  # `model_config.ModelConfig`
     base: dict
     scale: float
     room: tuple[int, int]

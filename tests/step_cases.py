@@ -15,10 +15,10 @@ import numpy as np
 from bilevel_jax import batches, checks, objective, online, optimizer, selector, setup, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, shuffle, templates
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, lora, model_config
 from tests import step_reference as reference
 
-SHAPE = decoder.ModelConfig(
+SHAPE = model_config.ModelConfig(
     "llama", vocab_size=24, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
     rotary_dim=4, max_positions=64, activation="silu", norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True,
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from bilevel_jax import errors, features, sharding
 from bilevel_jax.data import templates
-from bilevel_jax.models import decoder, layer_settings
+from bilevel_jax.models import decoder, layer_settings, layers
 from bilevel_jax.runtime import metrics
 from tests.conftest import load
 
@@ -30,8 +30,8 @@ def middle_states(config, base, tokens):
     x = base["embed_tokens"][tokens]
     for i in range(2):
         params = jax.tree.map(lambda stack, i=i: stack[i], base["layers"])
-        x, _ = decoder.Layer(config).apply({"params": params}, x, table, segments)
-    return decoder._norm(config, None).apply({"params": base["norm"]}, x)
+        x, _ = layers.Layer(config).apply({"params": params}, x, table, segments)
+    return layers.norm(config, None).apply({"params": base["norm"]}, x)
 
 
 @pytest.mark.parametrize("architecture", ["neox", "llama"])

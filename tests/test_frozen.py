@@ -14,7 +14,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.config import ConfigError
 from bilevel_jax.data import packing
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.models import decoder, huggingface, layer_range, lora
+from bilevel_jax.models import decoder, decoding, huggingface, layer_range, lora
 from bilevel_jax.runtime import state_store
 from tests.conftest import TRAINED, make_model, stop_at, summary_of
 from tests.test_step import LLAMA, NEOX, jitter
@@ -90,8 +90,8 @@ def test_prefill_and_decoding_with_an_adapter_of_the_last_layers():
 
     @jax.jit
     def decoded(adapter):
-        cache = decoder.prefill(MODEL, params, adapter, tokens[:, :9])
-        hidden, cache = decoder.decode(MODEL, params, adapter, cache, tokens[:, 9], jnp.full(2, 9))
+        cache = decoding.prefill(MODEL, params, adapter, tokens[:, :9])
+        hidden, cache = decoding.decode(MODEL, params, adapter, cache, tokens[:, 9], jnp.full(2, 9))
         return hidden, cache
 
     for one, other in zip(jax.tree.leaves(decoded(adapter)), jax.tree.leaves(decoded(padded))):
@@ -195,10 +195,10 @@ def test_generated_responses_are_not_kept(monkeypatch):
     layers.fill(batch_of((0, 1)), np.array([0, -1]))
 
 
-def test_places_of_segments():
+def test_indices_of_segments():
     """By hand: first-fit decreasing puts 13 tokens first, then 11, both sevens into a third sequence, and 7 beside none of 16."""
     packed = batch_of((4, 2, 0, 1)).packed
-    assert frozen.segment_places(packed, 4) == [(0, slice(0, 13)), (1, slice(0, 11)), (2, slice(0, 7)), (2, slice(7, 14))]
+    assert frozen.segment_indices(packed, 4) == [(0, slice(0, 13)), (1, slice(0, 11)), (2, slice(0, 7)), (2, slice(7, 14))]
 
 
 @pytest.mark.parametrize("size, length", [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (193, 256), (600, 768)])

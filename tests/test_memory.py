@@ -15,7 +15,7 @@ import pytest
 from bilevel_jax import config as configuration
 from bilevel_jax import memory, presets, step
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, huggingface
+from bilevel_jax.models import huggingface, model_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 LLAMA = {
@@ -177,7 +177,7 @@ def test_8b_fits_a_card_of_80_gb(planned):
         assert planned(EIGHT, (1, 1, 1), changes)[0].peak < (1 - memory.FREE) * 80e9
 
 
-SMALL = decoder.ModelConfig("llama", 4096, 256, 1024, 4, 8, 4, 32, 32, 512, "silu", 1e-5, 1e4)
+SMALL = model_config.ModelConfig("llama", 4096, 256, 1024, 4, 8, 4, 32, 32, 512, "silu", 1e-5, 1e4)
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -12,13 +12,13 @@ import pytest
 from bilevel_jax import forward, losses, metagradient, search, selector, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
-from bilevel_jax.models import attention, decoder, lora
+from bilevel_jax.models import attention, decoder, lora, model_config
 from bilevel_jax.objective import Objective
 from bilevel_jax.step import Scales
 
 N, STEPS = 4, 2
 LAYOUT = Layout(sequences=2, length=16, entries=6)
-CONFIG = decoder.ModelConfig(
+CONFIG = model_config.ModelConfig(
     "llama", vocab_size=24, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
     rotary_dim=4, max_positions=32, norm_eps=1e-5, activation="silu", rope_theta=1e4, tie_embeddings=True, adapter_scale=2.0,
 )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax import decoding, sampling, sharding
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, lora, model_config
 from bilevel_jax.token_choice import Settings
 from tests.test_token_choice import FALSE_ALARM, distribution, log_softmax, p_value
 
@@ -36,7 +36,7 @@ WARM = Settings(temperature=1.2, top_k=20, max_new_tokens=NEW)
 @functools.cache
 def model(vocab: int = VOCAB, architecture: str = "llama", dtype: str = "float32"):
     """Config, random weights that give a distinct distribution at every position, and a random adapter."""
-    config = decoder.ModelConfig(
+    config = model_config.ModelConfig(
         architecture=architecture,
         vocab_size=vocab,
         hidden_size=16,

@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, decoder, lora
+from bilevel_jax.models import architectures, lora, model_config
 
 
 def abstract_mesh(data, fsdp, tensor):
@@ -74,6 +74,6 @@ def test_invalid_meshes(monkeypatch, axes, reason):
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
 def test_hidden_names_the_dimensions_of_hidden_width(architecture):
     """Hidden 64, heads 8·16 = 128, feed-forward 96."""
-    config = decoder.ModelConfig(architecture, 32, 64, 96, 1, 8, 8, 16, 16, 64, "silu", 1e-5, 1e4)
+    config = model_config.ModelConfig(architecture, 32, 64, 96, 1, 8, 8, 16, 16, 64, "silu", 1e-5, 1e4)
     for name, (_, *widths) in lora.projections(config).items():
         assert [dimension == "hidden" for dimension in sharding.WEIGHTS[name]] == [width == 64 for width in widths]

@@ -15,17 +15,17 @@ import pytest
 from bilevel_jax import forward, online, scoring, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, lora, model_config
 from bilevel_jax.objective import Objective
 from bilevel_jax.selector import Selector
 from bilevel_jax.step import Scales
 
 SHAPE = dict(vocab_size=48, hidden_size=16, num_layers=2, num_heads=4, head_dim=4, max_positions=64, norm_eps=1e-5)
-LLAMA = decoder.ModelConfig(
+LLAMA = model_config.ModelConfig(
     "llama", intermediate_size=24, num_kv_heads=2, rotary_dim=4, activation="silu", rope_theta=1e4,
     tie_embeddings=True, adapter_scale=2.0, **SHAPE,
 )  # fmt: skip
-NEOX = decoder.ModelConfig(
+NEOX = model_config.ModelConfig(
     "gpt_neox", intermediate_size=32, num_kv_heads=4, rotary_dim=2, activation="gelu", rope_theta=1e4,
     parallel_residual=True, attention_bias=True, mlp_bias=True, adapter_scale=0.5, **SHAPE,
 )  # fmt: skip

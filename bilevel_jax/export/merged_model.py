@@ -20,7 +20,7 @@ import safetensors.numpy
 import tqdm
 
 from bilevel_jax import files
-from bilevel_jax.models import decoder, huggingface, layer_range
+from bilevel_jax.models import decoder, huggingface, layer_range, model_config
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD = 5 * 10**9  # bytes per file, as in `save_pretrained`
@@ -40,7 +40,7 @@ class Weight(NamedTuple):
     layer: int | None
 
 
-def list_weights(config: decoder.ModelConfig) -> list[Weight]:
+def list_weights(config: model_config.ModelConfig) -> list[Weight]:
     """All tensors of a model, ordered by layer."""
     shapes = jax.eval_shape(lambda: decoder.init_params(config, jax.random.key(0)))
     weights = []
@@ -97,7 +97,7 @@ def write_merged_model(
     return _write_model(base, out, config, merge, dtype, max_shard, texts or {})
 
 
-def write_learned_model(base: pathlib.Path, params, config: decoder.ModelConfig, out: pathlib.Path) -> int:
+def write_learned_model(base: pathlib.Path, params, config: model_config.ModelConfig, out: pathlib.Path) -> int:
     """Writes float32 weights, all learned, as the model directory `out` atomically, and returns their number.
 
     Args:
@@ -119,7 +119,7 @@ def write_learned_model(base: pathlib.Path, params, config: decoder.ModelConfig,
 def _write_model(
     base: pathlib.Path,
     out: pathlib.Path,
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     tensor: Callable[[Weight], np.ndarray],
     dtype: str,
     max_shard: int,
@@ -152,7 +152,7 @@ def _write_model(
 
 
 def _merge_function(
-    reader: huggingface.TensorReader, base: pathlib.Path, config: decoder.ModelConfig, low_rank, dtype: np.dtype
+    reader: huggingface.TensorReader, base: pathlib.Path, config: model_config.ModelConfig, low_rank, dtype: np.dtype
 ) -> Callable[[Weight], np.ndarray]:
     """A function from a weight to its merged tensor, as the files store it."""
     modules, first = low_rank["layers"].items(), config.num_layers - layer_range.num_adapted(low_rank)
@@ -191,7 +191,7 @@ def check_free(out: pathlib.Path) -> None:
         raise FileExistsError(f"{out} exists already; give another directory")
 
 
-def _write_settings(base: pathlib.Path, out: pathlib.Path, config: decoder.ModelConfig, dtype: str) -> None:
+def _write_settings(base: pathlib.Path, out: pathlib.Path, config: model_config.ModelConfig, dtype: str) -> None:
     """Writes `config.json` with the new dtype, and copies the other files of the base."""
     for file in sorted({file for pattern in COPIED for file in base.glob(pattern) if file.is_file()}):
         huggingface.check_inside(file, base)

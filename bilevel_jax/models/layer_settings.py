@@ -6,19 +6,14 @@ layers are equal has neither.
 Axes: N layers, S sequences, L positions.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.models import rotary
-
-if TYPE_CHECKING:
-    from bilevel_jax.models.decoder import ModelConfig
+from bilevel_jax.models.model_config import ModelConfig
 
 EVERYTHING = np.iinfo(np.int32).max  # the window of a layer without one, where others have one
 

@@ -11,10 +11,10 @@ import re
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.models import decoder
+from bilevel_jax.models import model_config
 
 
-def projections(config: decoder.ModelConfig) -> dict[str, tuple[str, int, int]]:
+def projections(config: model_config.ModelConfig) -> dict[str, tuple[str, int, int]]:
     """All linear layers of a decoder layer: name -> (submodule, input width, output width)."""
     return {
         name: (module, config.width(linear.inputs), config.width(linear.outputs))
@@ -22,7 +22,7 @@ def projections(config: decoder.ModelConfig) -> dict[str, tuple[str, int, int]]:
     }
 
 
-def resolve_targets(config: decoder.ModelConfig, targets) -> tuple[str, ...]:
+def resolve_targets(config: model_config.ModelConfig, targets) -> tuple[str, ...]:
     """The names of the projections to adapt.
 
     Args:
@@ -47,7 +47,7 @@ def is_layers(layers: str) -> bool:
     return layers == "all" or bool(re.fullmatch(r"last:[1-9]\d{0,5}", layers))
 
 
-def resolve_layers(config: decoder.ModelConfig, layers: str) -> int:
+def resolve_layers(config: model_config.ModelConfig, layers: str) -> int:
     """The number of layers to adapt, which are the last ones.
 
     Args:
@@ -77,14 +77,16 @@ def is_full(adapter) -> bool:
     return adapter is not None and "embed_tokens" in adapter
 
 
-def in_use(config: decoder.ModelConfig, base, adapter):
+def in_use(config: model_config.ModelConfig, base, adapter):
     """`(params, adapter)` with which the model computes: all weights that were learned, rounded, stand in for the base."""
     if is_full(adapter):
         return jax.tree.map(lambda leaf: leaf.astype(config.dtype), adapter), None
     return base, adapter
 
 
-def init_adapter(config: decoder.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...], num_layers: int | None = None):
+def init_adapter(
+    config: model_config.ModelConfig, key: jax.Array, rank: int, targets: tuple[str, ...], num_layers: int | None = None
+):
     """Initial adapter, as in PEFT: A ~ U(-1/√in, 1/√in), which is kaiming_uniform(a=√5), and B = 0, so the model is unchanged.
 
     It has the last `num_layers` layers, by default all.
@@ -111,7 +113,7 @@ def init_full(base):
     return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), base)
 
 
-def merge_adapter(config: decoder.ModelConfig, params, adapter):
+def merge_adapter(config: model_config.ModelConfig, params, adapter):
     """Base weights W + scale · A B, computed in float32 and rounded once to the dtype of the base."""
     params, adapter = in_use(config, params, adapter)
     if adapter is None:

@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from absl import flags
 from bilevel_jax import cli, files, memory, objective, sampling, selector, sharding, step, targets
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models.decoding import init_cache
 from experiments.benchmarks import random_model, timing, train_step
 
 LIMIT = 450  # seconds after which no section starts
@@ -149,7 +150,7 @@ def measure_decoding(name: str, quantization: str = "none") -> dict:
     seconds = statistics.median(timing.in_turn({"ours": generate}, 2)["ours"])
     tokens = len(prompts) * of.new
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    cache = memory.size_of(jax.eval_shape(lambda: decoder.init_cache(model, of.slots, 64 + of.new)))
+    cache = memory.size_of(jax.eval_shape(lambda: init_cache(model, of.slots, 64 + of.new)))
     result = {"slots": of.slots, "s": seconds, "tokens_per_s": tokens / seconds}
     kind = jax.devices()[0].device_kind.lower()
     chip = next((chip for key, chip in targets.GPUS.items() if key in kind), None)
@@ -175,15 +176,15 @@ def _torch_model(of: Shape, attention: str):
     return torch, device, base, peft.get_peft_model(base, settings).train()
 
 
-def _published(of: Shape) -> Callable[[int], float]:
-    """A forward pass for each level, micro-batches of 8 rows padded to the longest, all logits, all activations recomputed."""
+def _published(of: Shape) -> tuple:
+    """The model and its losses of a step: micro-batches of 8 rows of one level, padded to the longest, all logits, activations
+    recomputed."""
     torch, device, _, model = _torch_model(of, "sdpa")
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-6)
 
-    def run(k: int) -> float:
-        total, pairs = 0.0, rows(of, k)
+    def losses(k: int) -> Iterator:
+        pairs = rows(of, k)
         for first in range(0, len(pairs), train_step.ROWS):
             part = pairs[first : first + train_step.ROWS]
             ids, mask, learned = np.zeros((3, len(part), max(sum(map(len, pair)) for pair in part)), np.int64)
@@ -194,25 +195,19 @@ def _published(of: Shape) -> Callable[[int], float]:
             ids, mask, learned = (torch.from_numpy(array).to(device) for array in (ids, mask, learned))
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
             nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            loss = ((nll.view(len(part), -1) * learned[:, 1:]).sum(1) / learned.sum(1)).sum() / of.rows
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+            yield ((nll.view(len(part), -1) * learned[:, 1:]).sum(1) / learned.sum(1)).sum() / of.rows
 
-    return run
+    return model, losses
 
 
-def _packed(of: Shape, attention: str) -> Callable[[int], float]:
-    """One forward pass over packed sequences of both levels; positions that restart mark the rows."""
+def _packed(of: Shape, attention: str) -> tuple:
+    """The model and its losses of a step: packed sequences of both levels; positions that restart mark the rows."""
     torch, device, base, model = _torch_model(of, attention)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-6)
     body = base.get_decoder()
     forward = body if IS_TOY.value else torch.compile(body, dynamic=False)
 
-    def run(k: int) -> float:
-        packed, total = batch(of, k, False).packed, 0.0
+    def losses(k: int) -> Iterator:
+        packed = batch(of, k, False).packed
         for m in range(int(packed.num_micro)):
             number = int(packed.num_targets[m])
             arrays = packed.tokens[m], packed.positions[m], packed.logit_index[m, :number], packed.target[m, :number]
@@ -221,30 +216,38 @@ def _packed(of: Shape, attention: str) -> Callable[[int], float]:
             hidden = forward(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.flatten(0, 1)
             logits = base.get_output_embeddings()(hidden[index]).float()
             weight = torch.from_numpy(np.float32(1 / (np.maximum(packed.length, 1)[entry] * of.rows))).to(device)
-            loss = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weight).sum()
+            yield (torch.nn.functional.cross_entropy(logits, target, reduction="none") * weight).sum()
+
+    return model, losses
+
+
+def measure_pytorch(name: str) -> dict:
+    """Seconds of the published and the best packed step."""
+    of = shape(name)
+    result = {"published": {"s": _median(of, *_published(of))}}
+    failed = {}
+    for attention in ("sdpa",) if IS_TOY.value else ("flex_attention", "sdpa"):
+        try:
+            return result | {"packed": {"s": _median(of, *_packed(of, attention)), "attention": attention}} | failed
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # what a version of PyTorch does not have
+            failed[f"{attention} failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return result | failed
+
+
+def _median(of: Shape, model, losses: Callable[[int], Iterator]) -> float:
+    """Seconds of an optimizer step on the sum of the losses, with a backward pass for each."""
+    torch, _, _ = train_step.load_torch()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-6)
+
+    def run(k: int) -> float:
+        total = 0.0
+        for loss in losses(k):
             loss.backward()
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
         return total
 
-    return run
-
-
-def measure_pytorch(name: str) -> dict:
-    """Seconds of the published and the best packed step."""
-    of = shape(name)
-    result = {"published": {"s": _median(_published(of), of)}}
-    failed = {}
-    for attention in ("sdpa",) if IS_TOY.value else ("flex_attention", "sdpa"):
-        try:
-            return result | {"packed": {"s": _median(_packed(of, attention), of), "attention": attention}} | failed
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:  # what a version of PyTorch does not have
-            failed[f"{attention} failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-    return result | failed
-
-
-def _median(run: Callable[[int], float], of: Shape) -> float:
     return statistics.median(timing.in_turn({"run": run}, min(of.rounds, 3))["run"])
 
 

@@ -18,7 +18,7 @@ from jax import flatten_util
 
 from bilevel_jax import forward, scoring, sharding
 from bilevel_jax.data import levels, packing, rows, templates
-from bilevel_jax.models import decoder
+from bilevel_jax.models import model_config
 
 BUCKETS = 10_000  # of hashed n-grams, as in DSIR's code
 SHORTEST = 32  # tokens; a row is padded to this length times a power of 2
@@ -191,7 +191,7 @@ def _similarities(config, base, adapter, adam, projection, upper_examples, targe
     return cosine_nxt
 
 
-def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, lower: levels.Level) -> np.ndarray:
+def alignment(config: model_config.ModelConfig, base, adapter, upper: levels.Level, lower: levels.Level) -> np.ndarray:
     """Cosine of ∇ ℓ of a row and ∇ mean ℓ of the trusted rows in the adapter: LESS (Xia et al. 2024) with exact gradients, without
     random projections and Adam's preconditioner."""
     one_target = np.zeros(len(upper.examples), int)
@@ -199,7 +199,7 @@ def alignment(config: decoder.ModelConfig, base, adapter, upper: levels.Level, l
 
 
 def less(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     base,
     checkpoints: Sequence[tuple[Any, optax.OptState]],
     upper_examples: Sequence[templates.Example],
@@ -254,7 +254,7 @@ def less(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def weighted_means(config: decoder.ModelConfig, base, packed: packing.Packed) -> jax.Array:
+def weighted_means(config: model_config.ModelConfig, base, packed: packing.Packed) -> jax.Array:
     """Σ_i i h_i / Σ_i i of every entry, [E, D] float32, with h_i the final hidden state of its i-th token, i = 1, 2, ...
 
     Args:
@@ -280,7 +280,7 @@ def weighted_means(config: decoder.ModelConfig, base, packed: packing.Packed) ->
 _weighted_means = jax.jit(lambda *batch: sharding.constrain(weighted_means(*batch)), static_argnums=0)
 
 
-def embeddings(config: decoder.ModelConfig, base, examples, sequences: int, max_length: int, mesh) -> np.ndarray:
+def embeddings(config: model_config.ModelConfig, base, examples, sequences: int, max_length: int, mesh) -> np.ndarray:
     """`weighted_means` of question and response together, divided by their norms, [n, D] float32, in the order of the rows.
 
     Args:
@@ -296,7 +296,7 @@ def embeddings(config: decoder.ModelConfig, base, examples, sequences: int, max_
 
 
 def rds(
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     base,
     upper_examples: Sequence[templates.Example],
     lower_examples: Sequence[templates.Example],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from bilevel_jax import scoring, sharding
+from bilevel_jax import checks, scoring, sharding
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, rows, templates, token_ids
 from bilevel_jax.evaluate import lm_eval_adapter
@@ -46,7 +46,7 @@ def test_training(added, make_config, tmp_path, level, position):
     objects[position]["question"] += "<new>"
     config = make_config({"model.path": str(added), f"data.{level}": str(write_jsonl(tmp_path / "rows.jsonl", objects))})
     with pytest.raises(token_ids.TokenError, match=PROBLEM):
-        setups.load(setups.checks.build(config))
+        setups.load(checks.build(config))
 
 
 def test_benchmarks(added):

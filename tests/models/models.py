@@ -6,7 +6,7 @@ import pathlib
 import jax
 import safetensors.numpy
 
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, lora, model_config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -27,14 +27,14 @@ def reference(directory: str) -> dict:
 
 
 @functools.cache
-def initial_adapter(config: decoder.ModelConfig, rank: int = 4, targets: str | tuple = "all-linear"):
+def initial_adapter(config: model_config.ModelConfig, rank: int = 4, targets: str | tuple = "all-linear"):
     """The adapter at the start of training."""
     init = jax.jit(lora.init_adapter, static_argnums=(0, 2, 3))
     return init(config, jax.random.key(0), rank, lora.resolve_targets(config, targets))
 
 
 @functools.cache
-def random_adapter(config: decoder.ModelConfig, rank: int = 4, scale: float = 0.3, targets: str | tuple = "all-linear"):
+def random_adapter(config: model_config.ModelConfig, rank: int = 4, scale: float = 0.3, targets: str | tuple = "all-linear"):
     """An adapter whose matrices are all random, large enough to change each logit."""
     leaves, tree = jax.tree.flatten(initial_adapter(config, rank, targets))
 

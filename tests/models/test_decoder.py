@@ -1,4 +1,4 @@
-"""The decoder against the logits of `transformers` (see fixtures/make.py), causality, packing, and decoding with a cache."""
+"""The decoder against the logits of `transformers` (see fixtures/make.py), causality and packing."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from bilevel_jax import losses
-from bilevel_jax.models import attention, decoder, layer_settings, lora
+from bilevel_jax.models import decoder, layer_settings
 from tests.models import models
 
 VARIANTS = [
@@ -204,26 +204,6 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near(variant, activations):
     assert 0 < error < 0.05  # bfloat16 keeps 8 bits, 0.4%, and errors add up over two layers
 
 
-@pytest.mark.parametrize("x_dtype, w_dtype", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
-def test_products_and_their_gradients_equal_float64(x_dtype, w_dtype):
-    """y = x w, dx = d wᵀ, dw = xᵀ d of factors that are exact in bfloat16: only the result is rounded."""
-    rng = np.random.default_rng(0)
-    x, w, d = (rng.integers(-8, 9, shape).astype(np.float64) for shape in ((6, 5), (5, 7), (6, 7)))
-    inputs = jnp.asarray(x, x_dtype), jnp.asarray(w, w_dtype)
-    y, pull = jax.vjp(decoder.matmul, *inputs)
-    dx, dw = pull(jnp.asarray(d, x_dtype))
-    for result, expected, dtype in ((y, x @ w, x_dtype), (dx, d @ w.T, x_dtype), (dw, x.T @ d, w_dtype)):
-        assert result.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(result, np.float64), np.asarray(jnp.asarray(expected, dtype), np.float64))
-
-
-def test_products_save_inputs_only_for_trained_weights():
-    x, w = jnp.ones((6, 5)), jnp.ones((5, 7))
-    frozen = jax.tree.leaves(jax.vjp(lambda x: decoder.matmul(x, w), x)[1])
-    assert x.shape not in [leaf.shape for leaf in frozen]
-    assert x.shape in [leaf.shape for leaf in jax.tree.leaves(jax.vjp(decoder.matmul, x, w)[1])]
-
-
 def test_initial_parameters():
     """Matrices ~ N(0, 0.02), biases 0, norm weights 1, and a head only if it is not tied to the embedding."""
     config, _, _ = load("neox_parallel")
@@ -237,103 +217,3 @@ def test_initial_parameters():
             assert abs(float(leaf.std()) / 0.02 - 1) < 0.05, path
     tied = models.init_params(dataclasses.replace(config, tie_embeddings=True), jax.random.key(0))
     assert "lm_head" in params and "lm_head" not in tied
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Decoding
-# --------------------------------------------------------------------------------------------------------------------
-
-
-prefill = jax.jit(decoder.prefill, static_argnums=0)
-split_layers = jax.jit(decoder.split_layers, static_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode_step(config, params, layers, adapter_layers, cache, token_S, position_S):
-    hidden, cache = decoder.decode(config, layers, adapter_layers, cache, token_S, position_S)
-    return decoder.project(hidden, decoder.head(params), config.logit_cap), cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def initial_cache(config, length, prefix, valid, stale):
-    """A cache with the valid positions of the prefix, and `stale` everywhere else."""
-
-    def fill(path, room, prefilled):
-        values = jnp.where(valid[path[-1].key], prefilled, stale)
-        return jnp.full_like(room, stale).at[:, :, : values.shape[2]].set(values)
-
-    num_sequences = valid["key"].shape[0]
-    return jax.tree_util.tree_map_with_path(fill, decoder.init_cache(config, num_sequences, length), prefix)
-
-
-def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float = 0.0):
-    """Logits [S, L, V] by prefill of the first prompt_S[s] tokens of each row and one step per later token; NaN for the prompts.
-
-    The cache beyond the prompt of a row starts as `stale`.
-    """
-    S, L = tokens_SxL.shape
-    prompts = np.arange(max(prompt_S)) < prompt_S[:, None]
-    prefix = prefill(config, params, adapter, np.where(prompts, tokens_SxL[:, : max(prompt_S)], 0))
-    valid = np.pad(prompts, ((0, 0), (0, -prompts.shape[1] % attention.CACHE_BLOCK))).reshape(S, -1, attention.CACHE_BLOCK)
-    valid = {"key": valid[:, None, :, None, :], "value": valid[:, None, :, :, None]}
-    cache = initial_cache(config, L, prefix, valid, stale)
-    layers = [tree if tree is None else split_layers(tree, config) for tree in (params, adapter)]
-
-    result = np.full((S, L, config.vocab_size), np.nan, np.float32)
-    rows = np.arange(S)
-    for i in range(L - min(prompt_S)):
-        position_S = np.minimum(prompt_S + i, L - 1)  # a finished row repeats its last token
-        logits, cache = decode_step(config, params, *layers, cache, tokens_SxL[rows, position_S], position_S)
-        result[rows, position_S] = logits
-    return result
-
-
-def assert_decoding_equals_forward(config, params, adapter, decoded_params, decoded_adapter):
-    """Prompts of different lengths. One ends at a block; one is empty, so all its positions are decoded."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, 150))
-    prompt_S = np.array([0, 37, 64, 130])
-    decoded = decoded_logits(config, decoded_params, decoded_adapter, tokens, prompt_S)
-    expected = np.asarray(models.logits(config, params, adapter, tokens))
-    for row, prompt in enumerate(prompt_S):
-        np.testing.assert_allclose(decoded[row, prompt:], expected[row, prompt:], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize(
-    "variant", [*KINDS, "llama_bias", "llama_head_dim", "llama_rope_llama3", "gemma2", "olmo2", "smollm3", "granite"]
-)
-def test_decoding_equals_the_forward_pass(variant):
-    config, params, _ = load(variant)
-    assert_decoding_equals_forward(config, params, None, params, None)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
-@pytest.mark.slow
-def test_decoding_with_an_adapter_equals_the_forward_pass(variant, merged):
-    config, params, _ = load(variant)
-    config = dataclasses.replace(config, adapter_scale=1.5)
-    adapter = models.random_adapter(config, rank=3, scale=0.2)
-    decoded = (lora.merge_adapter(config, params, adapter), None) if merged else (params, adapter)
-    assert_decoding_equals_forward(config, params, adapter, *decoded)
-
-
-@pytest.mark.parametrize("variant", ["neox_parallel", "llama_gqa_tied"])
-def test_stale_cache_entries_have_no_influence(variant):
-    config, params, _ = load(variant)
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (3, 140))
-    prompt_S = np.array([2, 64, 90])
-    clean = decoded_logits(config, params, None, tokens, prompt_S)
-    np.testing.assert_array_equal(decoded_logits(config, params, None, tokens, prompt_S, stale=1e30), clean)
-    assert np.isfinite(clean[2, 90:]).all()
-
-
-def test_bfloat16_decodes_in_bfloat16_and_stays_near():
-    config, params, _ = load("llama_gqa_tied", "bfloat16")
-    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 70))
-    cache = decoder.init_cache(config, 2, 70)
-    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
-    decoded = decoded_logits(config, params, None, tokens, np.array([1, 66]))
-    exact = dataclasses.replace(config, dtype="float32")
-    expected = models.logits(exact, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), None, tokens)
-    error = np.linalg.norm(decoded[0, 1:] - expected[0, 1:]) / np.linalg.norm(expected[0, 1:])
-    assert 0 < error < 0.05  # as above

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import checks
 from bilevel_jax import config as configuration
-from bilevel_jax.models import attention, decoder, fused_attention, layer_settings
+from bilevel_jax import startup_checks
+from bilevel_jax.models import attention, decoder, fused_attention, layer_settings, model_config
 
 LENGTH = 256
 SEGMENTS = np.array([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 2, 3], [10, 200, 46])], np.int32)  # 0: padding
-TINY = decoder.ModelConfig(
+TINY = model_config.ModelConfig(
     architecture="llama",
     vocab_size=11,
     hidden_size=16,
@@ -135,9 +135,9 @@ def test_choice(setting, platform, length, change, tensor, expected):
     )
     arguments = config, dataclasses.replace(TINY, **change), platform, tensor
     if expected in fused_attention.KINDS:
-        kind, reason = checks.attention(*arguments)
+        kind, reason = startup_checks.attention(*arguments)
         assert kind == expected and bool(reason) == (kind == "xla" and (setting, platform) == ("auto", "tpu"))
         return
     with pytest.raises(configuration.ConfigError) as error:
-        checks.attention(*arguments)
+        startup_checks.attention(*arguments)
     assert str(error.value).startswith("model.attention=fused: ") and expected in str(error.value)

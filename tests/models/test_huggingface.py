@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from bilevel_jax.models import decoder, huggingface, layer_settings, lora
+from bilevel_jax.models import huggingface, layer_settings, lora, model_config
 from tests.models import models
 from tests.models.models import FIXTURES
 
@@ -147,7 +147,7 @@ def test_longrope_depends_on_the_length_of_a_run():
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_loading_never_holds_more_than_one_copy(stored, tmp_path):
     """Beside the weights, NumPy holds one stack and one tensor, whatever the dtype of the files."""
-    config = decoder.ModelConfig(
+    config = model_config.ModelConfig(
         architecture="llama",
         vocab_size=1000,
         hidden_size=256,

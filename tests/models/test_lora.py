@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.models import decoder, lora
+from bilevel_jax.models import decoder, layers, lora
 from tests.models import models
 from tests.models.models import FIXTURES, initial_adapter, random_adapter
 
@@ -124,7 +124,7 @@ def test_dropout():
     """Of the adapter's inputs alone, independent in each layer, and only where the caller gives a key."""
     rate, width = 0.3, 64
     config = dataclasses.replace(base("llama_mha")[0], adapter_dropout=rate, adapter_scale=2.0, dtype="float32")
-    projection = decoder.Projection(width, False, config)
+    projection = layers.Projection(width, False, config)
     x, eye = jnp.ones((200, width)), jnp.eye(width)
     variables = {"params": {"kernel": 10 * eye}, "adapter": {"a": eye, "b": eye}}
     np.testing.assert_array_equal(projection.apply(variables, x), jnp.full((200, width), 12.0))

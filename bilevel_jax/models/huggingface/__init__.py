@@ -1,7 +1,7 @@
 """Models and adapters in the file formats of Hugging Face and PEFT, read and written without PyTorch.
 
 - `directory`: finds a model directory and reads its JSON files.
-- `config`: config.json to `decoder.ModelConfig`.
+- `config`: config.json to `model_config.ModelConfig`.
 - `weights`: base weights.
 - `adapters`: LoRA adapters.
 """

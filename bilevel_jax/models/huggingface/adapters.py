@@ -9,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from bilevel_jax import files
-from bilevel_jax.models import decoder, layer_range, lora
+from bilevel_jax.models import layer_range, lora, model_config
 from bilevel_jax.models.huggingface.directory import ModelError, check_regular_files, read_json
 from bilevel_jax.models.huggingface.weights import WEIGHT_DTYPES, cast, check_finite
 
@@ -27,7 +27,7 @@ _OFF = (None, False, "none", [], {})
 _ALLOWED_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, ...) change the base too
 
 
-def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: str, first: int = 0) -> list[str]:
+def _tensor_names(config: model_config.ModelConfig, module: str, name: str, matrix: str, first: int = 0) -> list[str]:
     """PEFT's names of one matrix of a projection, one per layer from `first`."""
     prefix = "base_model.model." + config.record.outer_names["layers"]
     return [f"{prefix}.{i}.{module}.{name}.{MATRICES[matrix]}.weight" for i in range(first, config.num_layers)]
@@ -35,7 +35,7 @@ def _tensor_names(config: decoder.ModelConfig, module: str, name: str, matrix: s
 
 def save_adapter(
     directory: pathlib.Path,
-    config: decoder.ModelConfig,
+    config: model_config.ModelConfig,
     adapter,
     *,
     alpha: float,
@@ -78,7 +78,7 @@ def save_adapter(
     files.write_atomically(directory / "adapter_config.json", files.to_json(description, indent=2) + "\n")
 
 
-def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> tuple[decoder.ModelConfig, dict]:
+def load_adapter(directory: str | pathlib.Path, config: model_config.ModelConfig) -> tuple[model_config.ModelConfig, dict]:
     """Reads a PEFT LoRA directory.
 
     Returns:
@@ -116,7 +116,7 @@ def load_adapter(directory: str | pathlib.Path, config: decoder.ModelConfig) -> 
     return dataclasses.replace(config, adapter_scale=scale), {"layers": modules}
 
 
-def _first_layer(config: decoder.ModelConfig, tensors: dict[str, np.ndarray], file: pathlib.Path) -> int:
+def _first_layer(config: model_config.ModelConfig, tensors: dict[str, np.ndarray], file: pathlib.Path) -> int:
     """The first layer of an adapter; it must have all from there to the last one."""
     pattern = re.compile(re.escape("base_model.model." + config.record.outer_names["layers"]) + r"\.(\d{1,6})\.")
     matches = map(pattern.match, tensors)

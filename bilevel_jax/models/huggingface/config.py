@@ -1,10 +1,10 @@
-"""config.json to `decoder.ModelConfig`. What depends on the architecture is in its record."""
+"""config.json to `model_config.ModelConfig`. What depends on the architecture is in its record."""
 
 import pathlib
 
 import jax
 
-from bilevel_jax.models import architectures, decoder
+from bilevel_jax.models import architectures, model_config
 from bilevel_jax.models.huggingface.directory import ModelError, positive, read_json
 from bilevel_jax.models.huggingface.rope import GLOBAL, LOCAL, read_rope, read_scaling
 from bilevel_jax.models.quantization import BLOCK
@@ -23,7 +23,7 @@ FACTORS = ("embedding_scale", "residual_scale", "logit_divisor")  # so too; 1 is
 
 def read_config(
     directory: pathlib.Path, dtype: str = "float32", activations: str | None = None, quantization: str = "none"
-) -> decoder.ModelConfig:
+) -> model_config.ModelConfig:
     """The shape of the decoder from `config.json`.
 
     Args:
@@ -43,13 +43,13 @@ def read_config(
     record = _read_architecture(raw, file)
     try:
         activation = record.activation.read(raw)
-        if not isinstance(activation, str) or activation not in decoder.ACTIVATIONS:
-            raise ModelError(f"{file}: hidden_act '{activation}' is not among {', '.join(decoder.ACTIVATIONS)}")
+        if not isinstance(activation, str) or activation not in model_config.ACTIVATIONS:
+            raise ModelError(f"{file}: hidden_act '{activation}' is not among {', '.join(model_config.ACTIVATIONS)}")
         rope = read_rope(raw, record, file)
         sizes = {field: positive(file, key, raw[key], is_integer=True) for field, key in SIZES.items()}
         sizes |= _read_heads(raw, record, sizes, rope.fraction, file)
         max_positions = positive(file, "max_position_embeddings", raw.get("max_position_embeddings", 2048), is_integer=True)
-        config = decoder.ModelConfig(
+        config = model_config.ModelConfig(
             architecture=record.model_type,
             **sizes,
             **_read_switches(raw, record, file),
@@ -72,7 +72,7 @@ def read_config(
     return config
 
 
-def _check_blocks(config: decoder.ModelConfig, file: pathlib.Path) -> None:
+def _check_blocks(config: model_config.ModelConfig, file: pathlib.Path) -> None:
     """Refuses input widths that blocks of NF4 do not divide."""
     for name, (_, linear) in config.record.projections.items():
         width = config.width(linear.inputs)

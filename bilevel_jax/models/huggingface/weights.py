@@ -17,7 +17,7 @@ import safetensors.numpy
 import tqdm
 
 from bilevel_jax import sharding
-from bilevel_jax.models import decoder
+from bilevel_jax.models import decoder, model_config
 from bilevel_jax.models import quantization as quantizing
 from bilevel_jax.models.huggingface.config import read_config
 from bilevel_jax.models.huggingface.directory import ModelError, locate, read_json
@@ -100,7 +100,7 @@ def check_finite(tensor: np.ndarray, name: str, file: pathlib.Path) -> None:
         raise ModelError(f"{what}; the file is damaged, or its values are too large for this dtype")
 
 
-def hf_name(path: tuple[str, ...], config: decoder.ModelConfig) -> tuple[str, bool]:
+def hf_name(path: tuple[str, ...], config: model_config.ModelConfig) -> tuple[str, bool]:
     """The Hugging Face name of a parameter, with `{}` for the index of the layer, and whether the tensor is transposed."""
     first, *rest = path
     prefix = config.record.outer_names[first]
@@ -132,7 +132,7 @@ def _insert(stack, tensor, layer, stack_sharding):
     return jax.lax.with_sharding_constraint(stack.at[layer].set(tensor), stack_sharding)
 
 
-def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.sharding.Mesh | None = None):
+def load_params(directory: pathlib.Path, config: model_config.ModelConfig, mesh: jax.sharding.Mesh | None = None):
     """Base weights in `config.dtype`, stacked over layers and sharded over the mesh; without a mesh, on the first device.
 
     Tensors are read, cast or quantised, and put on the devices one at a time. In addition to the weights, the host holds at most
@@ -155,7 +155,7 @@ def load_params(directory: pathlib.Path, config: decoder.ModelConfig, mesh: jax.
     return _unflatten(params)
 
 
-def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, mesh, directory: pathlib.Path):
+def _load_stack(reader: TensorReader, path, leaf, config: model_config.ModelConfig, mesh, directory: pathlib.Path):
     """One parameter of all layers: an array, or the arrays of a quantised kernel."""
     name, transposed = hf_name(path, config)
     shape = leaf.shape[1:]
@@ -178,7 +178,7 @@ def _load_stack(reader: TensorReader, path, leaf, config: decoder.ModelConfig, m
     return stacks if is_quantised else stacks[""]
 
 
-def load_model(path: str, dtype: str = "float32", quantization: str = "none") -> tuple[decoder.ModelConfig, dict]:
+def load_model(path: str, dtype: str = "float32", quantization: str = "none") -> tuple[model_config.ModelConfig, dict]:
     """Config and base weights of a model directory or hub id, on the first device.
 
     Raises:
@@ -191,7 +191,7 @@ def load_model(path: str, dtype: str = "float32", quantization: str = "none") ->
     return config, load_params(directory, config)
 
 
-def save_params(directory: pathlib.Path, config: decoder.ModelConfig, params, dtype: str | None = None) -> None:
+def save_params(directory: pathlib.Path, config: model_config.ModelConfig, params, dtype: str | None = None) -> None:
     """Writes `model.safetensors` with Hugging Face names, in `dtype`, by default that of the weights."""
     tensors = {}
     for path, leaf in flatten(params):

@@ -1,0 +1,84 @@
+"""Checks of a config against its model, rows and devices, which are known once a run starts or is planned."""
+
+from bilevel_jax import config as configuration
+from bilevel_jax.config import Config, ConfigError
+from bilevel_jax.models import fused_attention, model_config
+
+
+def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
+    """Refuses lengths beyond the model's `max_positions`, and sizes that the `num_parts` of mesh.data · mesh.fsdp do not divide.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    if config.data.max_length > max_positions:
+        what = f"data.max_length={config.data.max_length} is over the model's {max_positions} positions"
+        raise ConfigError(f"{what}; set data.max_length={max_positions} or less")
+    for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
+        if number % num_parts:
+            raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
+
+
+def attention(config: Config, model: model_config.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
+    """What `model.attention` is on these devices, `xla` or `fused`, and why `auto` is `xla` on a TPU, or an empty text.
+
+    Args:
+      config: of the run.
+      model: its model.
+      platform: the name that JAX has for the kind of device, such as `tpu`.
+      tensor: length of the axis of the mesh that splits heads.
+
+    Raises:
+      ConfigError: `fused`, which this platform or these shapes do not allow; one line that names the key.
+    """
+    setting, is_tpu = config.model.attention, platform == "tpu"
+    if setting == "xla" or setting == "auto" and not is_tpu:
+        return "xla", ""
+    problem, change = f"the kernel is for a TPU, and this run is for a {platform.upper()}", ""
+    if is_tpu:
+        problem, change = fused_attention.problem(config.data.max_length, model.head_dim, model.num_kv_heads, tensor)
+    if setting == "fused" and problem:
+        raise ConfigError(f"model.attention=fused: {problem}; set {change + ' or ' if change else ''}model.attention=xla")
+    return ("xla", problem) if problem else ("fused", "")
+
+
+def check_masks(config: Config, num_steps: int) -> None:
+    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    o = config.online
+    if config.method != "dynamic" or config.selection.init or o.ratio in (0, 1) or o.refresh_every < num_steps:
+        return
+    raise ConfigError(
+        f"method=dynamic masks nothing before the weights have moved, and online.refresh_every={o.refresh_every} reaches to the "
+        f"end of this run of {num_steps} steps; lower it, or take method=online or offline"
+    )
+
+
+def check_profile(config: Config, num_steps: int) -> None:
+    """Refuses to trace steps that a run of `num_steps` does not have.
+
+    Raises:
+      ConfigError: one line that names the key.
+    """
+    traced = configuration.profiled_steps(config)
+    if traced and traced[1] > num_steps:
+        raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
+
+
+def check_rows(config: Config, num_rows: int, devices: int) -> None:
+    """Refuses to split ω where the number of `devices` does not divide the lower-level rows.
+
+    Raises:
+      ConfigError: one line that names the key and the number to take.
+    """
+    left = num_rows % devices
+    if config.mesh.shard_selector and left:
+        what = f"mesh.shard_selector=True: {devices} devices do not divide {num_rows} lower-level rows"
+        held_out = config.eval.num_lower
+        more = (
+            f"some more (eval.num_lower={held_out + left:g})" if held_out.is_integer() else f"{left} more of them (eval.num_lower)"
+        )
+        raise ConfigError(f"{what}; hold out {more}, or leave ω whole")
