@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import sharding, token_choice
-from bilevel_jax.models import decoder, lora, model_config
-from bilevel_jax.models import decoding as model_decoding
+from bilevel_jax.models import decoder, kv_cache, lora, model_config
 
 SHORTEST_WINDOW = 256  # decoding windows of the cache are this times a power of 2
 LEEWAY = 32  # minimum number of tokens that fit into a window after the longest response
@@ -19,7 +18,7 @@ LEEWAY = 32  # minimum number of tokens that fit into a window after the longest
 class Slots(NamedTuple):
     """The device state of S responses in progress, each of at most X tokens."""
 
-    cache: list  # see `models.decoding.init_cache`
+    cache: list  # see `models.kv_cache.init_cache`
     token: jax.Array  # [S] int32, the latest token, not in the cache yet
     position: jax.Array  # [S] int32, its position; 0 while the slot is free
     key: jax.Array  # [S, 2] uint32
@@ -48,7 +47,7 @@ def init_slots(config: model_config.ModelConfig, num_slots: int, length: int, ma
     int_S = functools.partial(jnp.zeros, num_slots, jnp.int32)
     float_SxX = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
     return Slots(
-        cache=model_decoding.init_cache(config, num_slots, length),
+        cache=kv_cache.init_cache(config, num_slots, length),
         token=int_S(),
         position=int_S(),
         key=jnp.zeros((num_slots, 2), jnp.uint32),
@@ -67,8 +66,8 @@ def slot_shardings(mesh, slots: Slots) -> Slots:
 
 
 def prefill(config: model_config.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
-    """`models.decoding.prefill` with the weights in use."""
-    return model_decoding.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
+    """`models.kv_cache.prefill` with the weights in use."""
+    return kv_cache.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
 
 
 def fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
@@ -103,7 +102,7 @@ def advance(
     config: model_config.ModelConfig, settings: token_choice.Settings, eos: tuple[int, ...], params, adapter, slots: Slots
 ) -> Slots:
     """Generates one token for every active slot."""
-    hidden, cache = model_decoding.decode(config, params, adapter, slots.cache, slots.token, slots.position)
+    hidden, cache = kv_cache.decode(config, params, adapter, slots.cache, slots.token, slots.position)
     logits = sharding.constrain(decoder.project(hidden, decoder.head(params), config.logit_cap), "rows")
     chosen, log_prob, sampled_log_prob = token_choice.choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen.astype(jnp.int32)
@@ -170,14 +169,14 @@ def merges_adapter(config: model_config.ModelConfig) -> bool:
 
 
 def make_weights(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
-    """Builds `(base, adapter) -> (params, adapter)`, the weights for `models.decoding.decode`.
+    """Builds `(base, adapter) -> (params, adapter)`, the weights for `models.kv_cache.decode`.
 
     They are a copy only where adapters are merged into it, or where all weights are learned, in float32, and must be rounded.
     """
 
     @jax.jit
     def merged(base, adapter):
-        base = model_decoding.split_layers(lora.merge_adapter(config, base, adapter), config)
+        base = kv_cache.split_layers(lora.merge_adapter(config, base, adapter), config)
         return jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
 
     @jax.jit

@@ -14,7 +14,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.config import ConfigError
 from bilevel_jax.data import packing
 from bilevel_jax.errors import Interrupted, RunError
-from bilevel_jax.models import decoder, decoding, huggingface, layer_range, lora
+from bilevel_jax.models import decoder, huggingface, kv_cache, layer_range, lora
 from bilevel_jax.runtime import state_store
 from tests.conftest import TRAINED, make_model, stop_at, summary_of
 from tests.test_step import LLAMA, NEOX, jitter
@@ -90,8 +90,8 @@ def test_prefill_and_decoding_with_an_adapter_of_the_last_layers():
 
     @jax.jit
     def decoded(adapter):
-        cache = decoding.prefill(MODEL, params, adapter, tokens[:, :9])
-        hidden, cache = decoding.decode(MODEL, params, adapter, cache, tokens[:, 9], jnp.full(2, 9))
+        cache = kv_cache.prefill(MODEL, params, adapter, tokens[:, :9])
+        hidden, cache = kv_cache.decode(MODEL, params, adapter, cache, tokens[:, 9], jnp.full(2, 9))
         return hidden, cache
 
     for one, other in zip(jax.tree.leaves(decoded(adapter)), jax.tree.leaves(decoded(padded))):

@@ -5,8 +5,8 @@ collections of one `apply` call.
 
 - `params`: the frozen base weights.
 - `adapter`: LoRA. Without this collection, a call computes the base model, as a reference policy requires.
-- `cache`: with this collection, a layer decodes. Its input is one token of each row, see `decoding.decode`.
-- `prefilled`: if mutable, a call stores the keys and values in it, see `decoding.prefill`.
+- `cache`: with this collection, a layer decodes. Its input is one token of each row, see `kv_cache.decode`.
+- `prefilled`: if mutable, a call stores the keys and values in it, see `kv_cache.prefill`.
 
 Layers are stacked and scanned, so compile time does not grow with depth. Submodules have their Hugging Face names, so weights
 convert by one rule, see `huggingface/weights.py`.
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 def _apply_layer(config: ModelConfig, table, segments_SxL, stores: bool, weights, adapter, x_TxD, settings, key):
-    """A layer with the weights given, and the keys and values that it stores for `decoding.prefill`, if any."""
+    """A layer with the weights given, and the keys and values that it stores for `kv_cache.prefill`, if any."""
     variables = {"params": weights} | ({"adapter": adapter} if adapter is not None else {})
     arguments = variables, x_TxD, table, segments_SxL, settings
     rngs = {} if key is None else {"dropout": key}

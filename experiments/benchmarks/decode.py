@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import sampling, sharding
-from bilevel_jax.models import decoder, decoding, huggingface, lora
+from bilevel_jax.models import decoder, huggingface, kv_cache, lora
 from experiments.benchmarks import timing, train_step
 
 BATCHES = 8, 32
@@ -148,7 +148,7 @@ def _random_adapter(config, model):
 def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
     """The adapter merged into the weights against applied beside them."""
     merge = jax.jit(functools.partial(lora.merge_adapter, model))
-    split = jax.jit(lambda base, adapter: tuple(tree and decoding.split_layers(tree, model) for tree in (base, adapter)))
+    split = jax.jit(lambda base, adapter: tuple(tree and kv_cache.split_layers(tree, model) for tree in (base, adapter)))
     weights = {"merged": split(merge(base, adapter), None), "applied": split(base, adapter)}
 
     @jax.jit
@@ -156,7 +156,7 @@ def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
         def step(i, carry):
             cache, token_S = carry
             position_S = jnp.full_like(token_S, NEW) + i
-            hidden, cache = decoding.decode(model, *weights, cache, token_S, position_S)
+            hidden, cache = kv_cache.decode(model, *weights, cache, token_S, position_S)
             return cache, jnp.argmax(hidden @ decoder.head(weights[0]).T, axis=-1).astype(jnp.int32)
 
         return jax.lax.fori_loop(0, ADAPTER_STEPS, step, (cache, token_S))[1]
@@ -166,7 +166,7 @@ def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for batch in BATCHES:
-        start = decoding.init_cache(model, batch, NEW + ADAPTER_STEPS), jnp.arange(batch, dtype=jnp.int32)
+        start = kv_cache.init_cache(model, batch, NEW + ADAPTER_STEPS), jnp.arange(batch, dtype=jnp.int32)
         runs = {name: lambda k, used=used, start=start: decode(used, *start) for name, used in weights.items()}
         seconds = timing.in_turn(runs, rounds)
         step = {name: 1000 * statistics.median(times) / ADAPTER_STEPS for name, times in seconds.items()}

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax.models import attention, decoder, decoding, lora
+from bilevel_jax.models import attention, decoder, kv_cache, lora
 from tests.models import models
 from tests.models.test_decoder import KINDS, load
 
-prefill = jax.jit(decoding.prefill, static_argnums=0)
-split_layers = jax.jit(decoding.split_layers, static_argnums=1)
+prefill = jax.jit(kv_cache.prefill, static_argnums=0)
+split_layers = jax.jit(kv_cache.split_layers, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_step(config, params, layers, adapter_layers, cache, token_S, position_S):
-    hidden, cache = decoding.decode(config, layers, adapter_layers, cache, token_S, position_S)
+    hidden, cache = kv_cache.decode(config, layers, adapter_layers, cache, token_S, position_S)
     return decoder.project(hidden, decoder.head(params), config.logit_cap), cache
 
 
@@ -31,7 +31,7 @@ def initial_cache(config, length, prefix, valid, stale):
         return jnp.full_like(room, stale).at[:, :, : values.shape[2]].set(values)
 
     num_sequences = valid["key"].shape[0]
-    return jax.tree_util.tree_map_with_path(fill, decoding.init_cache(config, num_sequences, length), prefix)
+    return jax.tree_util.tree_map_with_path(fill, kv_cache.init_cache(config, num_sequences, length), prefix)
 
 
 def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float = 0.0):
@@ -98,7 +98,7 @@ def test_stale_cache_entries_have_no_influence(variant):
 def test_bfloat16_decodes_in_bfloat16_and_stays_near():
     config, params, _ = load("llama_gqa_tied", "bfloat16")
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (2, 70))
-    cache = decoding.init_cache(config, 2, 70)
+    cache = kv_cache.init_cache(config, 2, 70)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
     decoded = decoded_logits(config, params, None, tokens, np.array([1, 66]))
     exact = dataclasses.replace(config, dtype="float32")
