@@ -21,6 +21,7 @@ CELLS = (
     "dynamic",
     "dynamic, eq. (7)",
     *published.DEFAULTS,
+    *published.METAGRADIENT,
 )
 
 
@@ -36,6 +37,7 @@ def _claims(text: str, cell: str, than: str) -> tuple[comparing.Claim, ...]:
 CLAIMS = (
     *_claims("default selection better than uniform ω", "default, offline", "uniform ω, offline"),
     *_claims("default selection better than by loss", "default, offline", "offline"),
+    *_claims("metagradient better than default selection", "metagradient, offline", "default, offline"),
     *_claims("selection by loss better than uniform ω", "offline", "uniform ω, offline"),
     *_claims("selection by the paper's Adam better than uniform ω", "bds, Adam 1e-4", "uniform ω, offline"),
     *_claims("dynamic better than selection, by loss", "dynamic", "offline"),

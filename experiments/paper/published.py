@@ -169,13 +169,14 @@ LENGTHS = {  # of the study of Tajwar et al. 2024 on a language model, `experime
     },
 }
 DEFAULT = {"selection.cost": "influence"}
+METAGRADIENT = {"metagradient, offline": {"method": "offline", "selection.rule": "metagradient"}}
 DEFAULTS = {  # the default selector
     "default, offline": {"method": "offline", **DEFAULT},
     "default, online, R=10%": _online(0.1, **DEFAULT),
     "default, dynamic, R=10%": _dynamic(**DEFAULT),
     "default, dynamic, R=30%": _dynamic(**DEFAULT) | {"online.ratio": 0.3},
 }
-CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | DEFAULTS | SOURCES | WORDS | COMPARED | LENGTHS
+CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | DEFAULTS | METAGRADIENT | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (
     *("mixing, ρ=0.1", "uniform ω, offline", "dynamic, r ≡ 1", "dynamic, stale", "bds, Adam 1e-4", "dynamic, Adam 1e-4"),
