@@ -35,15 +35,15 @@ from bilevel_jax.step import Learner, Scales
 def _floats(tree) -> tuple[list, Callable]:
     """The float leaves of a tree, and the function that puts others in their place."""
     leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)]
+    indices = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)]
 
     def put(floats):
         new = list(leaves)
-        for i, leaf in zip(places, floats):
+        for i, leaf in zip(indices, floats):
             new[i] = leaf
         return jax.tree.unflatten(structure, new)
 
-    return [leaves[i] for i in places], put
+    return [leaves[i] for i in indices], put
 
 
 def make_replay(config: model_config.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
@@ -90,10 +90,10 @@ def make_replay(config: model_config.ModelConfig, objective: Objective, optimize
         _, pull_back = jax.vjp(update, before, gradient)
         adjoint, c = pull_back(adjoint)
         hessian_c, change_E = step_gradient(base, learner.adapter, weight_N, batch, scales, tangent=c)
-        own = put(adjoint)
-        own = own._replace(adapter=jax.tree.map(jnp.add, own.adapter, hessian_c))
+        earlier = put(adjoint)
+        earlier = earlier._replace(adapter=jax.tree.map(jnp.add, earlier.adapter, hessian_c))
         gradient_N = jnp.zeros_like(weight_N).at[batch.row_index].add(change_E, mode="drop")
-        return _floats(own)[0], gradient_N
+        return _floats(earlier)[0], gradient_N
 
     return replay
 

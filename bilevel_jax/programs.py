@@ -98,8 +98,8 @@ def frozen_program(config: configuration.Config, shapes: Shapes, mesh, other: in
     """The layers below the first adapter, for the longest rows. `other` as in `scoring_program`."""
     length = frozen.padded_length(config.data.max_length)
     tokens = np.zeros((frozen.num_sequences(length, sharding.num_parts(mesh, "rows")), length), np.int32)
-    placed = sharded(tokens, sharding.shardings(mesh, tokens, "rows"))
-    arguments = shapes.model, frozen.num_frozen(shapes.model, shapes.adapter), shapes.base, placed
+    on_devices = sharded(tokens, sharding.shardings(mesh, tokens, "rows"))
+    arguments = shapes.model, frozen.num_frozen(shapes.model, shapes.adapter), shapes.base, on_devices
     held = other + device_bytes(shapes.adapter)
     return Program("frozen layers", frozen.enter, arguments, held, memory.TRAINING, "a batch of rows")
 

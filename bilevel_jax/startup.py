@@ -195,8 +195,8 @@ def _check_growth(
 def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
     """A copy of the state, whose buffers a step may be given, with these logits."""
     copy = jax.tree.map(jnp.copy, state)
-    placed = sharding.device_put(logits, state.selector.logits.sharding)
-    return copy._replace(selector=copy.selector._replace(logits=placed))
+    on_devices = sharding.device_put(logits, state.selector.logits.sharding)
+    return copy._replace(selector=copy.selector._replace(logits=on_devices))
 
 
 def _with_first_weights(

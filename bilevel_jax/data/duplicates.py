@@ -59,9 +59,9 @@ def _near_pairs(rows: Sequence[Row], indices: Sequence[int]) -> list[tuple[int, 
     empty = datasketch.MinHash(num_perm=NUM_HASHES, seed=1)
     pairs = []
     for i in tqdm.tqdm(indices, desc="near-duplicates", unit="row", delay=2, leave=False, disable=None):
-        own, sketch = shingles(rows[i]), empty.copy()
-        sketch.update_batch([shingle.encode() for shingle in own])
-        pairs += [(j, i) for j in sorted(index.query(sketch)) if similarity(shingles(rows[j]), own) >= SIMILARITY]
+        shingles_i, sketch = shingles(rows[i]), empty.copy()
+        sketch.update_batch([shingle.encode() for shingle in shingles_i])
+        pairs += [(j, i) for j in sorted(index.query(sketch)) if similarity(shingles(rows[j]), shingles_i) >= SIMILARITY]
         index.insert(i, sketch, check_duplication=False)
     return pairs
 

@@ -40,10 +40,10 @@ def read_objects(name: str) -> Iterator[tuple[int, Any]]:
 
 def read_encoded(name: str) -> Iterator[tuple[int, Any]]:
     """`read_objects` without parsing JSON Lines, whose objects are bytes; `decode` gives the objects. Arguments as there."""
-    found = parts.resolve(name)
-    for part in found:
+    source_parts = parts.resolve(name)
+    for part in source_parts:
         for line, value in _read_part(part.path):
-            if len(found) > 1:
+            if len(source_parts) > 1:
                 line = Line(line, part.path, part.source)
                 value = Rejection(line, value.reason) if isinstance(value, Rejection) else value
             yield line, value

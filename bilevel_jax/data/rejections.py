@@ -45,7 +45,7 @@ def location(path: str, line: int) -> str:
     return f"{path}:{line}" if suffix_of(path) in NUMBERED_BY_LINE else f"{path} row {line}"
 
 
-def place(line: int) -> dict:
+def location_fields(line: int) -> dict:
     """The fields of an output row that name an input row: `line`, and `file` where there are several."""
     file = getattr(line, "file", "")
     return {"line": line} | ({"file": file} if file else {})

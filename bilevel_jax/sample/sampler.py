@@ -135,7 +135,7 @@ def sample_prompts(
     for prompt in prompts:
         if prompt.reason is not None:
             nulls = dict.fromkeys(("sample", "text", "tokens", "logprob", "sampled_logprob", "finish_reason"))
-            reason = {"question": prompt.question, "reason": prompt.reason} | rejections.place(prompt.line)
+            reason = {"question": prompt.question, "reason": prompt.reason} | rejections.location_fields(prompt.line)
             results.append({"id": prompt.id} | nulls | reason)
             continue
         for sample_index, response in enumerate(next(responses)):

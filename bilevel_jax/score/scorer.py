@@ -117,16 +117,16 @@ def score_rows(
         result = {"id": getattr(item, "id", None), "loss": None, "logprob": None, "num_tokens": 0}
         results.append(result)
         if isinstance(item, rows.Rejection):
-            result |= {"reason": item.reason} | rejections.place(item.line)
+            result |= {"reason": item.reason} | rejections.location_fields(item.line)
             continue
         example = next(encoded)
         if _scores(example, model):
             scored.append(result)
             segments.append(packing.Segment(example.prompt, example.response, earlier=example.earlier))
         elif example.size > model.max_positions:
-            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.place(item.line)
+            result |= {"reason": f"over the model's {model.max_positions} positions"} | rejections.location_fields(item.line)
         else:
-            result |= {"reason": example.reason or "no token to score"} | rejections.place(item.line)
+            result |= {"reason": example.reason or "no token to score"} | rejections.location_fields(item.line)
     if not segments:
         return results
     model = layer_settings.for_length(model, longest or max(segment.size for segment in segments))

@@ -89,17 +89,17 @@ def _digest(path: str) -> str:
     return readers.open_indexed(path)._fingerprint  # of the hub: of its files and the code that reads them
 
 
-def _name(found: list[parts.Part], digest: str, options: Options) -> str:
+def _name(source_parts: list[parts.Part], digest: str, options: Options) -> str:
     """The name of the entry of a source: any change of content, tokenizer or options gives another one."""
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        contents = list(threads.map(_digest, [part.path for part in found]))
+        contents = list(threads.map(_digest, [part.path for part in source_parts]))
     seed = options.seed if options.num_rows else 0
-    what = [[suffix_of(part.path), part.source] for part in found], contents, digest, options._replace(seed=seed, label="")
+    what = [[suffix_of(part.path), part.source] for part in source_parts], contents, digest, options._replace(seed=seed, label="")
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
 
-def _is_small(found: list[parts.Part]) -> bool:
-    paths = [part.path for part in found]
+def _is_small(source_parts: list[parts.Part]) -> bool:
+    paths = [part.path for part in source_parts]
     if all(os.path.isfile(path) for path in paths):
         return sum(map(os.path.getsize, paths)) < SMALL
     return (
@@ -132,8 +132,8 @@ def open_rows(setting: str, source: str, tokenizer, options: Options, columns: C
     if setting == OFF or any(entry.strip().startswith(("recipe:", "synthetic:")) for entry in source.split(",")):
         return None
     try:
-        found = parts.resolve(source)
-        if not all(_is_readable(part.path) for part in found) or (setting == AUTO and _is_small(found)):
+        source_parts = parts.resolve(source)
+        if not all(_is_readable(part.path) for part in source_parts) or (setting == AUTO and _is_small(source_parts)):
             return None
     except DataError:
         return None  # reading it says the same
@@ -149,12 +149,12 @@ def open_rows(setting: str, source: str, tokenizer, options: Options, columns: C
         preference=options.preference,
         columns=options.columns,
         label=options.label,
-        files=tuple(part.path for part in found) if len(found) > 1 else (),
+        files=tuple(part.path for part in source_parts) if len(source_parts) > 1 else (),
     )
     options = options._replace(template=job.template)
-    name = functools.partial(_name, found, digest, options)
+    name = functools.partial(_name, source_parts, digest, options)
     entry = directory(setting) / name()
-    described = Source(source, found, job, options.num_rows, options.seed)
+    described = Source(source, source_parts, job, options.num_rows, options.seed)
     try:
         with _disk_errors(entry):
             store, summary = _prepared(entry, described, tokenizer, setting == AUTO, name)

@@ -85,10 +85,10 @@ def _bar(source: Source, text: str) -> tqdm.tqdm:
     return tqdm.tqdm(total=_expected(source.parts), desc=text, unit="row", delay=2, leave=False, disable=None)
 
 
-def _expected(found: Sequence[parts.Part]) -> int | None:
+def _expected(source_parts: Sequence[parts.Part]) -> int | None:
     """About how many objects there are; None if that is not known before they are read."""
     total = 0
-    for part in found:
+    for part in source_parts:
         suffix = suffix_of(part.path)
         if not os.path.isfile(part.path):
             total += len(readers.open_indexed(part.path))
@@ -173,12 +173,12 @@ def _subset(source: Source, tokenizer, processes: int) -> tuple[list[np.ndarray]
     contents = []
     with _bar(source, "counting rows") as bar:
         tasks = (workers.Task(source.job, shards.Chunk(objects), None) for objects in _chunks(source))
-        for found in _results(tasks, source.job, tokenizer, processes):
-            contents.append(found)
-            bar.update(len(found))
-    ends = np.cumsum([len(found) for found in contents])
+        for content in _results(tasks, source.job, tokenizer, processes):
+            contents.append(content)
+            bar.update(len(content))
+    ends = np.cumsum([len(content) for content in contents])
     picked = sources.subset_indices(int(ends[-1]) if contents else 0, source.num_rows, source.seed)
-    picks = [picked[(picked >= end - len(found)) & (picked < end)] - (end - len(found)) for found, end in zip(contents, ends)]
+    picks = [picked[(picked >= end - len(content)) & (picked < end)] - (end - len(content)) for content, end in zip(contents, ends)]
     return picks, _copies(np.concatenate([np.zeros(0, np.uint64), *contents]))[picked]
 
 
@@ -244,8 +244,8 @@ def _merged(summaries: Sequence[dict]) -> dict[str, Any]:
     for one in summaries:
         for name, counter in counts.items():
             counter.update(one[name])
-        for reason, count, place in one["rejected"]:
-            before, first = rejected.get(reason, (0, place))
+        for reason, count, location in one["rejected"]:
+            before, first = rejected.get(reason, (0, location))
             rejected[reason] = (before + count, first)
     missing = [set(one["columns"][0]) for one in summaries]
     seen = dict.fromkeys(name for one in summaries for name in one["columns"][1])
@@ -254,7 +254,7 @@ def _merged(summaries: Sequence[dict]) -> dict[str, Any]:
         **{name: dict(counter) for name, counter in counts.items()},
         "rejected": [[reason, *values] for reason, values in rejected.items()],
         "first": next((one["first"] for one in summaries if one["first"]), None),
-        "cut": [place for one in summaries for place in one["cut"]][:1],
+        "cut": [location for one in summaries for location in one["cut"]][:1],
         "num_cut": sum(one["num_cut"] for one in summaries),
         "missing": sorted(set.intersection(*missing)) if missing else [],
         "seen": list(seen)[:MAX_SEEN],
@@ -262,8 +262,8 @@ def _merged(summaries: Sequence[dict]) -> dict[str, Any]:
     }
 
 
-def _line(place: Sequence[int], source: Source) -> int:
-    line, file = place
+def _line(location: Sequence[int], source: Source) -> int:
+    line, file = location
     return line if file < 0 else Line(line, source.parts[file].path, source.parts[file].source)
 
 
@@ -282,9 +282,9 @@ def _unusable(source: Source, summary: dict) -> Exception:
 def report(source: Source, summary: dict) -> Report:
     """The report on a prepared source. Of the rejections with one reason it has the first, as often as there are."""
     rejections: list[Rejection] = []
-    for reason, count, place in summary["rejected"]:
-        rejections += [Rejection(_line(place, source), reason)] * count
-    cut = [Rejection(_line(place, source), rows.CUT) for place in summary["cut"]] * summary["num_cut"]
+    for reason, count, location in summary["rejected"]:
+        rejections += [Rejection(_line(location, source), reason)] * count
+    cut = [Rejection(_line(location, source), rows.CUT) for location in summary["cut"]] * summary["num_cut"]
     return Report(
         source.name,
         summary["schemas"],

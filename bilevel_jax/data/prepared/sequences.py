@@ -205,7 +205,7 @@ class StoredExamples(Stored):
             shorter, note = templates.fit_one(self.store.example(self.index[i]), max_length, cut_turns)
             noted.setdefault(note, []).append(int(i))
             keeps[i] = shorter is not None
-        in_order = sorted((found[0], note, len(found)) for note, found in noted.items() if found)
+        in_order = sorted((indices[0], note, len(indices)) for note, indices in noted.items() if indices)
         counts = {note: (number, self.store.line(self.index[first])) for first, note, number in in_order}
         kept = np.flatnonzero(keeps)
         return kept, StoredExamples(self.store, self.index[kept], max_length, cut_turns), counts
@@ -262,20 +262,20 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
     """`by_turn.split` of stored rows."""
     turns = stored_rows.store.index["turns"][stored_rows.index]
     whole = np.flatnonzero(turns == 1)
-    places, numbers, starts, stops = [whole], [np.full(len(whole), -1)], [np.full(len(whole), -1)], [np.full(len(whole), -1)]
+    rows_at, numbers, starts, stops = [whole], [np.full(len(whole), -1)], [np.full(len(whole), -1)], [np.full(len(whole), -1)]
     several = np.flatnonzero(turns > 1)
     for i in tqdm.tqdm(several, desc="splitting conversations", unit="row", delay=2, leave=False, disable=None):
         example = examples[i]
         spans = [*example.earlier, (len(example.prompt), example.size)][: turns[i]]  # fewer spans than answers if it is cut
         learned = np.array([(k, start, stop) for k, (start, stop) in enumerate(spans) if 0 < start < stop]).reshape(-1, 3)
-        places.append(np.full(len(learned), i))
+        rows_at.append(np.full(len(learned), i))
         for column, values in zip((numbers, starts, stops), learned.T):
             column.append(values)
-    place, number, start, stop = map(np.concatenate, (places, numbers, starts, stops))
-    order = np.lexsort((number, place))
-    place, number, start, stop = place[order], number[order].astype(np.int32), start[order], stop[order]
-    new_rows = dataclasses.replace(stored_rows.take(place), turn=number, of_last=tuple(of_last))
-    return new_rows, dataclasses.replace(examples.take(place), start=start.astype(np.int32), stop=stop.astype(np.int32))
+    row_at, number, start, stop = map(np.concatenate, (rows_at, numbers, starts, stops))
+    order = np.lexsort((number, row_at))
+    row_at, number, start, stop = row_at[order], number[order].astype(np.int32), start[order], stop[order]
+    new_rows = dataclasses.replace(stored_rows.take(row_at), turn=number, of_last=tuple(of_last))
+    return new_rows, dataclasses.replace(examples.take(row_at), start=start.astype(np.int32), stop=stop.astype(np.int32))
 
 
 def sizes(examples: Sequence[templates.Example]) -> np.ndarray:

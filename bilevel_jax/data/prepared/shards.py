@@ -180,27 +180,27 @@ def _parse(job: Job, objects: Sequence[tuple[int, Any]]) -> tuple[dict, list[tup
         "usable": len(usable),
         "schemas": dict(collections.Counter(row.schema for _, row in usable)),
         "not_read": dict(collections.Counter(name for _, row in usable for name in row.not_read)),
-        "cut": [place(job, row.line) for _, row in usable if row.is_cut][:1],
+        "cut": [location_of(job, row.line) for _, row in usable if row.is_cut][:1],
         "num_cut": sum(row.is_cut for _, row in usable),
         "rejected": [],
         "first": None,
     }
     counts = collections.Counter(one.reason for one in rejections)
     for rejection in {one.reason: one for one in reversed(rejections)}.values():  # the first one of each reason
-        summary["rejected"].insert(0, [rejection.reason, counts[rejection.reason], place(job, rejection.line)])
+        summary["rejected"].insert(0, [rejection.reason, counts[rejection.reason], location_of(job, rejection.line)])
     if rejections:
-        summary["first"] = [place(job, rejections[0].line), rejections[0].reason, list(rejections[0].columns)]
+        summary["first"] = [location_of(job, rejections[0].line), rejections[0].reason, list(rejections[0].columns)]
     return summary, usable, columns
 
 
-def place(job: Job, line: int) -> tuple[int, int]:
+def location_of(job: Job, line: int) -> tuple[int, int]:
     """A line as the summary has it: its number, and the index of its file, -1 for the only one."""
     file = getattr(line, "file", "")
     return int(line), job.files.index(file) if file else -1
 
 
 def _batch(job: Job, values: list[bytes], kept: Sequence[Row], examples: Sequence[templates.Example]) -> pa.RecordBatch:
-    places = [place(job, row.line) for row in kept]
+    locations = [location_of(job, row.line) for row in kept]
     marks = [rows.mark(row, job.label) for row in kept]
     columns = {
         "value": pa.array(values, pa.large_binary()),
@@ -210,8 +210,8 @@ def _batch(job: Job, values: list[bytes], kept: Sequence[Row], examples: Sequenc
         "earlier": _lists([np.ravel(np.array(example.earlier, np.int32)) for example in examples]),
         "reason": pa.array([example.reason for example in examples], pa.string()),
         "content": pa.array([_content(row) for row in kept], pa.uint64()),
-        "line": pa.array([line for line, _ in places], pa.int64()),
-        "file": pa.array([file for _, file in places], pa.int32()),
+        "line": pa.array([line for line, _ in locations], pa.int64()),
+        "file": pa.array([file for _, file in locations], pa.int32()),
         "source": pa.array([row.source for row in kept], pa.string()),
         "marked": pa.array([-1 if mark is None else int(mark) for mark in marks], pa.int8()),
         "turns": pa.array([by_turn.num_rows(row) for row in kept], pa.int32()),
