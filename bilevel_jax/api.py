@@ -69,7 +69,7 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
             directory = pathlib.Path(os.path.abspath(workdir or inputs.default_workdir(config, levels)))
             if overwrite:
                 inputs.remove_run(directory, config, levels)
-            with inputs.placed(config, levels, directory):
+            with inputs.stored(config, levels, directory):
                 if (directory / "summary.json").exists():
                     refuse_another(config, directory)
                 else:

@@ -60,7 +60,7 @@ def configure(model: Any, settings: Mapping[str, Any]) -> ml_collections.ConfigD
         target = config[section] if section else config
         with target.ignore_type():  # `checks.build` refuses wrong types, in one line
             target[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    config.data.upper = config.data.lower = "rows"  # until `place`
+    config.data.upper = config.data.lower = "rows"  # until `stored`
     checks.build(config)
     return config
 
@@ -136,7 +136,7 @@ def default_workdir(config: ml_collections.ConfigDict, levels: Mapping[str, Leve
 
 
 @contextlib.contextmanager
-def placed(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workdir: pathlib.Path):
+def stored(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workdir: pathlib.Path):
     """Moves rows in memory into the workdir, where commands and later calls read them, and names the sources in the config.
 
     If the run cannot start, the rows are removed again.
