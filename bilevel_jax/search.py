@@ -3,7 +3,7 @@
 The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part; the
 second part gives the metagradient g_j = dL0(θ^T)/dw at w(ω_j), see `metagradient`; the third part measures. Then
 
-    z = Σ_j g_j / rms(g_j),    ω_{j+1} = -max(a z, b z),   a = `STEEP`, b = `FLAT`
+    z = Σ_j g_j / rms(g_j),    ω_{j+1} = -c z / (z + 0.1) where z > 0, else -0.01 z;   c = `DROPPED`
 
 so rows whose weight raises the trusted loss are all but dropped, and the others have nearly equal weights, in the order of z. To
 first order this is the best choice among all weights in [0, 1]: the one that lowers the loss most has w_i = 1 where g_i < 0. Every
@@ -37,7 +37,7 @@ from bilevel_jax.runtime import phases
 
 FILE = "metagradient.npz"
 SMOOTH_RATE, SMOOTH_EPS_ROOT = 0.3, 1e-6
-STEEP, FLAT = 100.0, 0.01  # slopes of the logit in z, for rows that raise the trusted loss and for the others
+DROPPED = 10.0  # rows that raise the trusted loss have logits down to minus this: weights of e^-10, as good as none
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 MIN_ROWS = 6  # trusted rows, so that every part has one
 TINY = 1e-30
@@ -110,7 +110,8 @@ def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
     z = np.zeros(num_rows)
     for gradient in gradients:
         z += gradient / max(np.sqrt(np.mean(np.square(gradient, dtype=np.float64))), TINY)
-    return -np.maximum(STEEP * z, FLAT * z).astype(np.float32)
+    harmful = np.maximum(z, 0.0)
+    return (-DROPPED * harmful / (harmful + 0.1) - 0.01 * np.minimum(z, 0.0)).astype(np.float32)
 
 
 def _write(file: pathlib.Path, gradients: list[np.ndarray], losses: list[float]) -> None:

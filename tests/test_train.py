@@ -719,13 +719,13 @@ def test_metagradient(make_config, tmp_path, monkeypatch):
 
 
 def test_logits_of_metagradients():
-    """-100 z for rows that raise the loss, -0.01 z for the others; z sums g / rms(g) over the iterations."""
+    """-10 z / (z + 0.1) for rows that raise the loss, -0.01 z for the others; z sums g / rms(g) over the iterations."""
     first, second = np.array([3.0, -4.0]), np.array([0.0, -2.0])  # rms √12.5 and √2
+    z = 3 / 12.5**0.5, -4 / 12.5**0.5
     np.testing.assert_array_equal(search.to_logits([], 2), [0, 0])
-    np.testing.assert_allclose(search.to_logits([first], 2), [-300 / 12.5**0.5, 0.04 / 12.5**0.5], rtol=1e-6)
-    np.testing.assert_allclose(
-        search.to_logits([first, second], 2), [-300 / 12.5**0.5, 0.04 / 12.5**0.5 + 0.02 / 2**0.5], rtol=1e-6
-    )
+    np.testing.assert_allclose(search.to_logits([first], 2), [-10 * z[0] / (z[0] + 0.1), -0.01 * z[1]], rtol=1e-6)
+    summed = search.to_logits([first, second], 2)
+    np.testing.assert_allclose(summed, [-10 * z[0] / (z[0] + 0.1), -0.01 * (z[1] - 2 / 2**0.5)], rtol=1e-6)
 
 
 def test_uniform(make_config, tmp_path):
