@@ -3,13 +3,13 @@
 The trusted rows are split in three. In outer iteration j a model is trained, with frozen weights w(ω_j), beside the first part; the
 second part gives the metagradient g_j = dL0(θ^T)/dw at w(ω_j), see `metagradient`; the third part measures. Then
 
-    z = Σ_j g_j / rms(g_j),    ω_{j+1} = -c z / (z + 0.1) where z > 0, else -0.01 z;   c = `DROPPED`
+    z = Σ_j (g_j - mean g_j) / std(g_j),    ω_{j+1} = -c z / (z + 0.1) where z > 0, else -0.01 z;   c = `DROPPED`
 
-so rows whose weight raises the trusted loss are all but dropped, and the others have nearly equal weights, in the order of z. To
-first order this is the best choice among all weights in [0, 1]: the one that lowers the loss most has w_i = 1 where g_i < 0. Every
-iteration has an order of the rows of its own, and one more training measures the last weights: those with the lowest loss on the
-third part are taken. The run itself follows, with these, beside all trusted rows. An iteration costs about four runs. Each is
-written to the workdir as it ends, so an interrupted search goes on with the next one.
+so rows that help less than the average row are all but dropped, and the others have nearly equal weights, in the order of z. The
+mean is subtracted because the mean of the weights is fixed: to first order, the trusted loss falls where weight moves from rows
+above the mean of g to rows below it. Every iteration has an order of the rows of its own, and one more training measures the last
+weights: those with the lowest loss on the third part are taken. The run itself follows, with these, beside all trusted rows. An
+iteration costs about four runs. Each is written to the workdir as it ends, so an interrupted search goes on with the next one.
 
 The derivative is taken of *smooth training*: with large steps the loss after training is a rough function of the weights, and its
 derivative at a point says little about larger changes. So the search trains with `SMOOTH_RATE` times the learning rate, which falls
@@ -37,7 +37,7 @@ from bilevel_jax.runtime import phases
 
 FILE = "metagradient.npz"
 SMOOTH_RATE, SMOOTH_EPS_ROOT = 0.3, 1e-6
-DROPPED = 10.0  # rows that raise the trusted loss have logits down to minus this: weights of e^-10, as good as none
+DROPPED = 10.0  # rows that help less than the average have logits down to minus this: weights of e^-10, as good as none
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 MIN_ROWS = 6  # trusted rows, so that every part has one
 TINY = 1e-30
@@ -109,7 +109,8 @@ def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
     """The logits ω_j [N] that follow from the metagradients g_0 ... g_{j-1}, [N] each; 0 without one."""
     z = np.zeros(num_rows)
     for gradient in gradients:
-        z += gradient / max(np.sqrt(np.mean(np.square(gradient, dtype=np.float64))), TINY)
+        centred = gradient.astype(np.float64) - np.mean(gradient, dtype=np.float64)
+        z += centred / max(np.sqrt(np.mean(centred**2)), TINY)
     harmful = np.maximum(z, 0.0)
     return (-DROPPED * harmful / (harmful + 0.1) - 0.01 * np.minimum(z, 0.0)).astype(np.float32)
 
