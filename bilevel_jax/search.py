@@ -12,8 +12,8 @@ weights: those with the lowest loss on the third part are taken. The run itself 
 iteration costs about four runs. Each is written to the workdir as it ends, so an interrupted search goes on with the next one.
 
 The derivative is taken of *smooth training*: with large steps the loss after training is a rough function of the weights, and its
-derivative at a point says little about larger changes. So the search trains with `SMOOTH_RATE` times the learning rate, which falls
-to 0, and with `SMOOTH_EPS_ROOT` under the root of Adam, which bounds the steps of parameters whose gradients are small.
+derivative at a point says little about larger changes. So the learning rate falls to 0, with the mean that the run has, and
+`SMOOTH_EPS_ROOT` under the root of Adam bounds the steps of parameters whose gradients are small.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import phases
 
 FILE = "metagradient.npz"
-SMOOTH_RATE, SMOOTH_EPS_ROOT = 0.3, 1e-6
+SMOOTH_EPS_ROOT = 1e-6
 DROPPED = 10.0  # rows that help less than the average have logits down to minus this: weights of e^-10, as good as none
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 MIN_ROWS = 6  # trusted rows, so that every part has one
@@ -143,7 +143,8 @@ def _smooth_state(state: step.State, optimizer: optax.GradientTransformation) ->
 
 def smooth_optimizer(config: configuration.Config, num_steps: int) -> optax.GradientTransformation:
     """The optimizer of smooth training."""
-    settings = dataclasses.replace(config.optimizer, learning_rate=SMOOTH_RATE * config.optimizer.learning_rate, schedule="linear")
+    rate = config.optimizer.learning_rate * (2 if config.optimizer.schedule == "constant" else 1)  # the mean rate stays
+    settings = dataclasses.replace(config.optimizer, learning_rate=rate, schedule="linear")
     return configuration.to_optimizer(dataclasses.replace(config, optimizer=settings), num_steps, SMOOTH_EPS_ROOT)
 
 

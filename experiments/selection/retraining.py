@@ -22,6 +22,7 @@ from bilevel_jax.data import packing, shuffle
 
 NEVER = -1e9  # the logit of a row of weight 0
 EPS_ROOT = 1e-10  # of Adam
+SMOOTH_RATE = 0.3  # of the learning rate, in smooth training
 
 
 class Measured(NamedTuple):
@@ -72,7 +73,7 @@ class Bed:
         """The same bed with smooth training, see `search`: its loss is nearly linear in the weights."""
         bed = copy.copy(self)
         bed._selects, bed._selected = {}, {}
-        bed._set_optimizer(search.SMOOTH_RATE * self.config.optimizer.learning_rate, search.SMOOTH_EPS_ROOT)
+        bed._set_optimizer(SMOOTH_RATE * self.config.optimizer.learning_rate, search.SMOOTH_EPS_ROOT)
         return bed
 
     def order(self, seed: int, separate: bool = False) -> list[packing.Batch]:
