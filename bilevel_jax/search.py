@@ -108,9 +108,8 @@ def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int
 def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
     """The logits ω_j [N] that follow from the metagradients g_0 ... g_{j-1}, [N] each; 0 without one."""
     z = np.zeros(num_rows)
-    for gradient in gradients:
-        centred = gradient.astype(np.float64) - np.mean(gradient, dtype=np.float64)
-        z += centred / max(np.sqrt(np.mean(centred**2)), TINY)
+    for gradient in np.asarray(gradients, np.float64):
+        z += (gradient - gradient.mean()) / max(gradient.std(), TINY)
     harmful = np.maximum(z, 0.0)
     return (-DROPPED * harmful / (harmful + 0.1) - 0.01 * np.minimum(z, 0.0)).astype(np.float32)
 
@@ -188,7 +187,7 @@ def search(
         with jax.set_mesh(setup.mesh):
             adapter, past = _train(it, state, j, keep=differentiated)
         losses.append(_measured(it, adapter))
-        if differentiated and losses[j] <= min(losses):
+        if differentiated and losses[j] == min(losses):
             gradients.append(_metagradient(it, logits, adapter, past, j))
         _write(directory / FILE, gradients, losses)
     best = int(np.argmin(losses))

@@ -701,7 +701,7 @@ def test_metagradient(make_config, tmp_path, monkeypatch):
     It keeps equal weights where those by the metagradient have the higher loss."""
     measured = [2.0, 1.0]
     monkeypatch.setattr(search, "_measured", lambda *_: measured.pop(0))
-    changes = {"method": "offline", "selection.rule": "metagradient", "selection.outer_steps": 1, "selection.learning_rate": 0.3}
+    changes = {"method": "offline", "selection.rule": "metagradient", "selection.outer_steps": 1}
     train.run(make_config(changes), tmp_path / "run")
     first = table_of(tmp_path / "run", 1)["logit"].to_numpy()
     assert np.ptp(first) > 0.1 and (table_of(tmp_path / "run", EPOCHS)["logit"].to_numpy() == first).all()
