@@ -20,6 +20,7 @@ from bilevel_jax import cli, main, train
 from bilevel_jax import config as configuration
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.report import page
 from bilevel_jax.runtime import distributed, step_log
 
 
@@ -261,6 +262,13 @@ EVERYTHING = {
     "selection.value_function": "tracked",
     "selection.coefficient_at": "current",  # half the compilation
 }
+
+
+def train_without_report(*arguments) -> dict:
+    """`train.run` without report.html, whose pictures take a third of the time of a run of seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", lambda *_: None)
+        return train.run(*arguments)
 
 
 TRAINED = ("adapter/adapter_model.safetensors", *(f"weights/epoch_{k}.parquet" for k in range(1, EPOCHS + 1)))

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import checks, dry_run, forward, frozen, memory, program_costs, sharding, train
+from bilevel_jax import checks, dry_run, forward, frozen, memory, program_costs, sharding
 from bilevel_jax import setup as setups
 from bilevel_jax.config import ConfigError
 from bilevel_jax.data import packing
 from bilevel_jax.errors import Interrupted, RunError
 from bilevel_jax.models import decoder, huggingface, kv_cache, layer_range, lora
 from bilevel_jax.runtime import state_store
-from tests.conftest import TRAINED, make_model, stop_at, summary_of
+from tests.conftest import TRAINED, make_model, stop_at, summary_of, train_without_report
 from tests.test_step import LLAMA, NEOX, jitter
 
 LAYERS, ADAPTED = 4, 1
@@ -295,9 +295,9 @@ def test_runs_with_and_without_the_cache_have_the_same_bits(deep, make_config, t
         if cache == "disk":
             with monkeypatch.context() as patch, pytest.raises(Interrupted):
                 stop_at(patch, 7)
-                train.run(config, workdir)
+                train_without_report(config, workdir)
             assert state_store.bytes_on_disk(workdir) > 0
-        train.run(config, workdir)
+        train_without_report(config, workdir)
         assert not (workdir / state_store.FOLDER).exists()
         for file in TRAINED:
             assert (workdir / file).read_bytes() == (tmp_path / "off" / file).read_bytes(), (cache, file)

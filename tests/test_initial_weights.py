@@ -10,7 +10,7 @@ from bilevel_jax import initial_weights, train
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data import shuffle
 from bilevel_jax.runtime import weight_table
-from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
+from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, train_without_report, write_jsonl
 
 WEIGHTS = [3.0, 0.5, None, 1.0, 0.0, 1.5]
 
@@ -115,7 +115,7 @@ def test_a_run_with_the_weights_of_another(finished, make_config, data, neox, tm
     run_command("export", [f"--workdir={finished}", f"--selected={exported}", "--keep=1"])
     for name, source in [("workdir", finished), ("file", exported)]:
         changes = {"selection.freeze": True, "selection.init": str(source), "num_epochs": 1, "log.every": 1}
-        train.run(make_config(changes), tmp_path / name)
+        train_without_report(make_config(changes), tmp_path / name)
         assert f"selection.init={source}: weights for 21 of 21 rows\n" in capsys.readouterr().out
         assert weights_of(tmp_path / name) == pytest.approx(expected, rel=1e-5)
 
@@ -134,7 +134,7 @@ def test_a_run_starts_from_weights_and_moves_them(finished, make_config, tmp_pat
     shutil.copytree(finished / "weights", tmp_path / "before" / "weights")
     settings = {"data.lower": str(write_jsonl(tmp_path / "lower.jsonl", changed)), "selection.init": str(tmp_path / "before")}
     workdir = tmp_path / "run"
-    train.run(make_config(settings | {"num_epochs": 1, "selection.learning_rate": 1e-6}), workdir)
+    train_without_report(make_config(settings | {"num_epochs": 1, "selection.learning_rate": 1e-6}), workdir)
     before, after = weights_of(finished), weights_of(workdir)
     shared = before.keys() & after.keys()
     assert 0 < len(shared) < len(after)
@@ -144,7 +144,7 @@ def test_a_run_starts_from_weights_and_moves_them(finished, make_config, tmp_pat
 
     (workdir / "summary.json").unlink()
     shutil.rmtree(tmp_path / "before")
-    train.run(make_config(settings | {"num_epochs": 2, "selection.learning_rate": 1e-6}), workdir)
+    train_without_report(make_config(settings | {"num_epochs": 2, "selection.learning_rate": 1e-6}), workdir)
     assert weights_of(workdir) == pytest.approx(expected, rel=1e-4)
     assert json.loads((workdir / "config.json").read_text())["num_epochs"] == 2
 
@@ -154,4 +154,4 @@ def test_other_data_is_refused_before_compiling(finished, make_config, tmp_path,
     lower = write_jsonl(tmp_path / "lower.jsonl", make_rows(12, seed=8))
     config = make_config({"selection.init": str(finished), "data.lower": str(lower)})
     with pytest.raises(data_rows.DataError, match="none of its 21 ids belongs to a training row"):
-        train.run(config, tmp_path / "run")
+        train_without_report(config, tmp_path / "run")

@@ -53,9 +53,11 @@ TOKENS = OFFLINE | {"selection.unit": "token", "selection.token_learning_rate": 
 LLAMAS = {  # run -> mesh and what differs; it has fewer heads of keys and values than `tensor` has parts, and a tied head
     "llama": (SINGLE, {}),
     "llama, eight": ((1, 2, 4), {}),
-    "llama, offline": (SINGLE, OFFLINE),
     "llama, tokens": (SINGLE, TOKENS),
     "llama, tokens, eight": ((1, 2, 4), TOKENS),
+}
+HALVES = {
+    "llama, offline": (SINGLE, OFFLINE),
     "llama, half": (SINGLE, OFFLINE | {"model.dtype": "bfloat16"}),
     "llama, half, eight": ((1, 2, 4), OFFLINE | {"model.dtype": "bfloat16"}),
 }
@@ -119,8 +121,8 @@ def run_on_meshes(directory: str, shapes):
         (pathlib.Path(directory) / f"{NAMES[shape]}.json").write_text(json.dumps(record))
 
 
-def run_llamas(directory: str):
-    for name, (shape, changes) in LLAMAS.items():
+def run_llamas(directory: str, runs):
+    for name, (shape, changes) in runs.items():
         model = {"model.path": str(pathlib.Path(directory) / "model")}
         with recorded_shardings():
             train.run(configured(directory, shape, model | changes), pathlib.Path(directory) / name)
@@ -198,7 +200,7 @@ def directory(make_config, llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def under_way(directory):
     """The process of the other runs on eight devices, and two processes that share a run meanwhile."""
-    alone = start_on_eight_devices(directory, "run_llamas(d); run_moved(d)")
+    alone = start_on_eight_devices(directory, "run_llamas(d, LLAMAS); run_moved(d)")
     pair = start_pair(directory, "pair")
     yield alone, pair
     for process in (alone, *pair):
@@ -216,6 +218,13 @@ def all_runs(directory, under_way):
 def more_meshes(directory):
     """Runs on `MORE_MESHES`."""
     wait(start_on_eight_devices(directory, f"run_on_meshes(d, {MORE_MESHES})"))
+
+
+@pytest.fixture(scope="module")
+def half_runs(directory):
+    """The directory, with the runs of `HALVES`."""
+    wait(start_on_eight_devices(directory, "run_llamas(d, HALVES)"))
+    return directory
 
 
 @pytest.fixture
@@ -275,10 +284,10 @@ def test_and_with_weights_of_tokens(all_runs):
     assert np.ptp(one) > 0.01
 
 
-@pytest.mark.slow
-def test_in_half_precision_a_mesh_changes_less_than_the_precision_does(all_runs):
+@pytest.mark.long
+def test_in_half_precision_a_mesh_changes_less_than_the_precision_does(half_runs):
     """Both are rounding to 8 bits: on a mesh sums are split, and their parts rounded, but inputs and weights stay as they are."""
-    runs = [learned(all_runs / name) for name in ("llama, offline", "llama, half", "llama, half, eight")]
+    runs = [learned(half_runs / name) for name in ("llama, offline", "llama, half", "llama, half, eight")]
     for full, half, eight in zip(*runs):
         assert 0 < np.linalg.norm(eight - half) < np.linalg.norm(half - full) < 0.1 * np.linalg.norm(full)
 

@@ -42,6 +42,7 @@ from tests.conftest import (
     stop_at,
     summary_of,
     token_log_probs,
+    train_without_report,
     without,
     write_jsonl,
 )
@@ -106,7 +107,7 @@ def test_seconds_add_up(make_config, tmp_path):
     """To the wall time of the run, the time before it included; the rest is loading the test's own modules."""
     began = time.perf_counter()
     time.sleep(0.1)
-    summary = train.run(make_config({"log.profile": "1:2", "num_epochs": 1}), tmp_path / "run", began)
+    summary = train_without_report(make_config({"log.profile": "1:2", "num_epochs": 1}), tmp_path / "run", began)
     wall = time.perf_counter() - began
     assert sum(value for key, value in summary.items() if key.startswith("time/")) == pytest.approx(wall, rel=0.02)
     assert summary["time/start"] >= 0.1
@@ -115,7 +116,7 @@ def test_seconds_add_up(make_config, tmp_path):
 
 def test_refuses_to_trace_steps_beyond_the_run(make_config, tmp_path):
     with pytest.raises(ValueError, match=f"log.profile='0:{STEPS + 1}' goes beyond the {STEPS} steps"):
-        train.run(make_config({"log.profile": f"0:{STEPS + 1}"}), tmp_path / "run")
+        train_without_report(make_config({"log.profile": f"0:{STEPS + 1}"}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -240,7 +241,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
         assert "".join(re.findall(rf"resuming .* at step (\d+) of {STEPS}", done.stdout)) in resumed
         assert (f"saved at step {at} of {STEPS}" in done.stderr) == (how == "term")
         assert not (workdir / "summary.json").exists()
-    train.run(make_config(EVERYTHING), workdir)
+    train_without_report(make_config(EVERYTHING), workdir)
     assert f"at step {STEPS} of {STEPS}" in capsys.readouterr().out
 
     for file in ("config.json", "adapter/adapter_model.safetensors", *(f"weights/epoch_{k}.parquet" for k in (1, 2))):
@@ -263,7 +264,7 @@ def interrupted(make_config, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 3)
         with pytest.raises(errors.Interrupted, match=f"SIGTERM: saved at step 3 of {STEPS}"):
-            train.run(config, directory / "run")
+            train_without_report(config, directory / "run")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     return directory, config
 
@@ -285,9 +286,9 @@ def test_more_epochs_and_other_logs(finished, make_config, tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 3, signal.SIGINT)
         with pytest.raises(errors.Interrupted, match=f"SIGINT: saved at step 3 of {EPOCH_STEPS}"):
-            train.run(make_config(EVERYTHING | {"num_epochs": 1}), workdir)
+            train_without_report(make_config(EVERYTHING | {"num_epochs": 1}), workdir)
     config = make_config(EVERYTHING | {"log.every": 1, "log.tensorboard": False, "checkpoint.every": 0, "checkpoint.keep": 1})
-    train.run(config, workdir)
+    train_without_report(config, workdir)
     for file in TRAINED:
         assert (workdir / file).read_bytes() == (finished / file).read_bytes(), file
     evaluations = [{k: v for k, v in summary_of(x).items() if k.startswith(("eval/", "selector/"))} for x in (workdir, finished)]
@@ -302,12 +303,12 @@ def test_more_epochs_than_there_are_responses_for(make_config, tmp_path, capsys)
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 3)
         with pytest.raises(errors.Interrupted):
-            train.run(make_config(changes), workdir)
+            train_without_report(make_config(changes), workdir)
     before = snapshot(workdir)
     with pytest.raises(errors.RunError, match="the responses of step 0 are for the steps before 6 only; put num_epochs back"):
-        train.run(make_config(changes | {"num_epochs": 2}), workdir)
+        train_without_report(make_config(changes | {"num_epochs": 2}), workdir)
     assert snapshot(workdir) == before
-    train.run(make_config(changes), workdir)
+    train_without_report(make_config(changes), workdir)
     assert summary_of(workdir)["steps"] == 6
 
 
@@ -328,7 +329,7 @@ def test_refuses_another_config(interrupted, changes, named):
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(changes)
     with pytest.raises(errors.RunError, match=named):
-        train.run(other, directory / "run")
+        train_without_report(other, directory / "run")
     assert snapshot(directory / "run") == before
 
 
@@ -342,7 +343,7 @@ def test_refuses_changed_data(interrupted, level, number, seed):
     count = {"upper": NUM_UPPER, "lower": NUM_LOWER}[level] + number
     write_jsonl(file, make_rows(count, seed) if seed else read_jsonl(file)[:count])
     with pytest.raises(errors.RunError, match="the data changed"):
-        train.run(config, directory / "run")
+        train_without_report(config, directory / "run")
     file.write_text(text)
     assert snapshot(directory / "run") == before
 
@@ -350,15 +351,15 @@ def test_refuses_changed_data(interrupted, level, number, seed):
 def test_refuses_a_finished_run(finished, make_config):
     before = snapshot(finished)
     with pytest.raises(errors.RunError, match="finished run"):
-        train.run(make_config(EVERYTHING), finished)
+        train_without_report(make_config(EVERYTHING), finished)
     assert snapshot(finished) == before
 
 
 def test_a_run_that_could_not_start_leaves_its_workdir_to_the_next(make_config, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        train.run(make_config({"data.lower": "absent.jsonl"}), tmp_path / "run")
+        train_without_report(make_config({"data.lower": "absent.jsonl"}), tmp_path / "run")
     with pytest.raises(ValueError, match="eval.num_lower=25.*lower.jsonl"):
-        train.run(make_config({"eval.num_lower": NUM_LOWER}), tmp_path / "run")  # not: another config
+        train_without_report(make_config({"eval.num_lower": NUM_LOWER}), tmp_path / "run")  # not: another config
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
     level = {name: data_levels.load_level(config, name, load_tokenizer(config)) for name in ("upper", "lower")}
     ids = batch_ids(config, level, 1)
     with pytest.raises(errors.RunError) as caught:  # the first step is the one that leaps
-        train.run(config, tmp_path / "run")
+        train_without_report(config, tmp_path / "run")
     message = str(caught.value)
     assert message.startswith("step 2: ") and all(row_id in message for row_id in ids)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -381,7 +382,7 @@ def test_stops_where_the_loss_is_not_finite(make_config, tmp_path, data):
 def test_stops_where_the_last_step_spoils_the_model(make_config, tmp_path):
     config = make_config({"optimizer.learning_rate": 1e30, "batch.size": 32, "num_epochs": 1})  # a single step
     with pytest.raises(errors.RunError, match="step 1: eval/upper_loss, .* not finite"):
-        train.run(config, tmp_path / "run")
+        train_without_report(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -389,7 +390,7 @@ def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_c
     leap = {"method": "mixing", "optimizer.name": "sgd", "optimizer.learning_rate": 1e38, "lora.alpha": 1e3}
     single = {"batch.size": 32, "num_epochs": 1, "eval.num_upper": 0, "eval.num_lower": 0}
     with pytest.raises(errors.RunError, match="step 1: θ not finite"):
-        train.run(make_config(leap | single), tmp_path / "run")
+        train_without_report(make_config(leap | single), tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -411,7 +412,7 @@ def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_c
 def test_refuses_before_compiling(make_config, tmp_path, monkeypatch, changes, reason):
     monkeypatch.setattr(train.step, "make_step", None)
     with pytest.raises((ValueError, errors.RunError), match=reason) as caught:
-        train.run(make_config(changes), tmp_path / "run")
+        train_without_report(make_config(changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
@@ -572,7 +573,7 @@ SHORT = {"num_epochs": 1, "checkpoint.every": 0}
 
 
 def finish(make_config, changes, workdir):
-    summary = train.run(make_config(SHORT | changes), workdir)
+    summary = train_without_report(make_config(SHORT | changes), workdir)
     assert summary == summary_of(workdir)
     assert all(math.isfinite(value) for value in summary.values())
     return summary, [event for event in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in event]
@@ -622,9 +623,9 @@ def test_features(amortised, make_config, tmp_path, monkeypatch):
     with monkeypatch.context() as once:
         stop_at(once, 3)
         with pytest.raises(errors.Interrupted):
-            train.run(make_config(AMORTISED), tmp_path)
+            train_without_report(make_config(AMORTISED), tmp_path)
     monkeypatch.setattr(features, "pooled", None)
-    train.run(make_config(AMORTISED), tmp_path)
+    train_without_report(make_config(AMORTISED), tmp_path)
     for file in ("adapter/adapter_model.safetensors", f"weights/epoch_{EPOCHS}.parquet", features.FILE, features.PARAMS_FILE):
         assert (tmp_path / file).read_bytes() == (amortised / file).read_bytes(), file
 
@@ -638,8 +639,8 @@ def test_rows_of_a_source_weigh_the_same(by_source, tmp_path, monkeypatch):
     with monkeypatch.context() as once:
         stop_at(once, 3)
         with pytest.raises(errors.Interrupted):
-            train.run(config, tmp_path)
-    train.run(config, tmp_path)
+            train_without_report(config, tmp_path)
+    train_without_report(config, tmp_path)
     file = f"weights/epoch_{EPOCHS}.parquet"
     assert (tmp_path / file).read_bytes() == (workdir / file).read_bytes()
 
@@ -647,7 +648,7 @@ def test_rows_of_a_source_weigh_the_same(by_source, tmp_path, monkeypatch):
 def test_one_source_is_nothing_to_choose_from(make_config, tmp_path):
     changes = {"selection.unit": "domain", "selection.optimizer": "adam"}
     with pytest.raises(data_rows.DataError, match="lower.jsonl: all rows have source 'sums-2'; .* needs several"):
-        train.run(make_config(changes), tmp_path)
+        train_without_report(make_config(changes), tmp_path)
 
 
 @pytest.mark.slow
@@ -658,7 +659,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     changes = {"selection.unit": "token", "selection.token_learning_rate": 0.3, "data.spans": "odd"}
     config = make_config(changes | {"data.lower": str(write_jsonl(tmp_path / "lower.jsonl", spans))})
     workdir, broken = tmp_path / "run", tmp_path / "broken"
-    summary = train.run(config, workdir)
+    summary = train_without_report(config, workdir)
     phi = np.array([summary["selector/token_own"], summary["selector/token_before"]])
     assert phi[0] < -0.05  # a token that is more surprising than others of its response is trusted less
 
@@ -678,8 +679,8 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     with monkeypatch.context() as once:
         stop_at(once, 3)
         with pytest.raises(errors.Interrupted):
-            train.run(config, broken)
-    train.run(config, broken)
+            train_without_report(config, broken)
+    train_without_report(config, broken)
     for file in (weight_table.TOKENS, f"weights/epoch_{EPOCHS}.parquet", "adapter/adapter_model.safetensors"):
         assert (broken / file).read_bytes() == (workdir / file).read_bytes()
 
@@ -688,7 +689,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 def test_influence(make_config, tmp_path):
     """The default: its numbers are in the table, and an interrupted run ends with the same bits."""
     changes = {"selection.cost": "influence"}
-    assert np.isfinite(list(train.run(make_config(changes), tmp_path / "whole").values())).all()
+    assert np.isfinite(list(train_without_report(make_config(changes), tmp_path / "whole").values())).all()
     table = table_of(tmp_path / "whole", EPOCHS)
     assert np.ptp(table["logit"]) > 0.1
     assert table["useful"].null_count == 0 and 0 < min(table["plausible"].to_pylist()) <= max(table["plausible"].to_pylist()) <= 1
@@ -702,7 +703,7 @@ def test_metagradient(make_config, tmp_path, monkeypatch):
     measured = [2.0, 1.0]
     monkeypatch.setattr(search, "_measured", lambda *_: measured.pop(0))
     changes = {"method": "offline", "selection.rule": "metagradient", "selection.outer_steps": 1}
-    train.run(make_config(changes), tmp_path / "run")
+    train_without_report(make_config(changes), tmp_path / "run")
     first = table_of(tmp_path / "run", 1)["logit"].to_numpy()
     assert np.ptp(first) > 0.1 and (table_of(tmp_path / "run", EPOCHS)["logit"].to_numpy() == first).all()
     stored = np.load(tmp_path / "run" / search.FILE)
@@ -711,11 +712,11 @@ def test_metagradient(make_config, tmp_path, monkeypatch):
     assert ((first < -0.1) <= (gradient > gradient.mean())).all()  # rows that help less than the average, and no other, lose weight
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / search.FILE).write_bytes((tmp_path / "run" / search.FILE).read_bytes())
-    train.run(make_config(changes), tmp_path / "again")
+    train_without_report(make_config(changes), tmp_path / "again")
     assert (table_of(tmp_path / "again", 1)["logit"].to_numpy() == first).all()
     (tmp_path / "worse").mkdir()
     np.savez(tmp_path / "worse" / search.FILE, gradients=stored["gradients"], losses=[1.0, 2.0])
-    train.run(make_config(changes | {"num_epochs": 1}), tmp_path / "worse")
+    train_without_report(make_config(changes | {"num_epochs": 1}), tmp_path / "worse")
     assert (table_of(tmp_path / "worse", 1)["logit"].to_numpy() == 0).all()
 
 
@@ -789,7 +790,7 @@ def refined(make_config, tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(response_log.ResponseLog, "write", write_and_keep)
-            train.run(make_config(REFINED | dict(items)), workdir)
+            train_without_report(make_config(REFINED | dict(items)), workdir)
         return workdir, [store for store in stores if store.step >= 0]
 
     return lambda changes=(): run(tuple(sorted(dict(changes).items())))
@@ -939,7 +940,7 @@ def test_without_generation_the_rows_in_use_are_those_of_the_data(finished):
 
 def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(phases, "EVERY", 1e6)  # on a busy machine a phase takes longer than that
-    train.run(make_config(REFINED | {"num_epochs": 1, "checkpoint.every": 0}), tmp_path / "run")
+    train_without_report(make_config(REFINED | {"num_epochs": 1, "checkpoint.every": 0}), tmp_path / "run")
     about_rows = ".jsonl", "no chat template"
     printed = [line for line in capsys.readouterr().out.splitlines() if not any(part in line for part in about_rows)]
     printed = [line for line in printed if line and not line.startswith(" ")]  # without the row that shows the template
@@ -964,7 +965,7 @@ def test_a_dynamic_run_that_would_mask_nothing(make_config, tmp_path, monkeypatc
     monkeypatch.setattr(train.step, "make_step", None)  # what is not refused fails here
     changes = REFINED | {"online.refresh_every": STEPS} | changes
     with pytest.raises(configuration.ConfigError if refused else TypeError) as caught:
-        train.run(make_config(changes), tmp_path / "run")
+        train_without_report(make_config(changes), tmp_path / "run")
     assert not refused or "online.refresh_every=12 reaches to the end of this run of 12 steps; lower it" in str(caught.value)
 
 
@@ -1023,7 +1024,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_refresh(patch, at)
                 with pytest.raises(errors.Interrupted, match=f"SIGTERM: saved at step {at} of {STEPS}"):
-                    train.run(config, workdir)
+                    train_without_report(config, workdir)
             printed = capsys.readouterr().out
         else:
             command = [sys.executable, "-u", "-c", COMMAND, how, str(at), str(workdir)]
@@ -1031,7 +1032,7 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
             assert done.returncode == -signal.SIGKILL, done.stderr
             printed = done.stdout
         assert "".join(re.findall(rf"resuming .* at step (\d+) of {STEPS}", printed)) == resumed
-    train.run(config, workdir)
+    train_without_report(config, workdir)
     assert f"at step 9 of {STEPS}" in capsys.readouterr().out
 
     for file in ("config.json", "responses.jsonl", *TRAINED):
@@ -1118,18 +1119,18 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
     run ends with the same bits: rewards and references are saved with the responses."""
     config = make_config(COMPARED | {"data.lower": make_flipped(tmp_path)})
     expected, workdir = tmp_path / "whole", tmp_path / "parts"
-    train.run(config, expected)
+    train_without_report(config, expected)
     printed = capsys.readouterr().out
     assert "left out 1: no field 'rejected'" in printed and "left out 1: chosen and rejected are the same" in printed
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 1)
         with pytest.raises(errors.Interrupted):
-            train.run(config, workdir)
+            train_without_report(config, workdir)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_refresh(patch, 3)
         with pytest.raises(errors.Interrupted):
-            train.run(config, workdir)
-    train.run(config, workdir)
+            train_without_report(config, workdir)
+    train_without_report(config, workdir)
     for file in ("responses.jsonl", *TRAINED):
         assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
     summary = summary_of(workdir)
@@ -1168,7 +1169,7 @@ def test_pair_accuracy(make_config, tmp_path, neox, level):
 def test_a_reward_that_cannot_be_had_stops_the_run_before_it_begins(make_config, tmp_path):
     changes = REFINED | {"online.objective": "best_of", "online.reward": "nowhere_at_all:reward"}
     with pytest.raises(rewards.RewardError, match="^online.reward=nowhere_at_all:reward: cannot be imported"):
-        train.run(make_config(changes), tmp_path / "run")
+        train_without_report(make_config(changes), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 
 
@@ -1176,7 +1177,7 @@ def test_a_reward_that_cannot_be_had_stops_the_run_before_it_begins(make_config,
 def test_devices_take_equal_parts(make_config, tmp_path, monkeypatch, key):
     monkeypatch.setattr(train.sharding, "make_mesh", memory.make_mesh)
     with pytest.raises(ValueError, match=f"{key}=3 must be a multiple of mesh.data · mesh.fsdp, 2 devices"):
-        train.run(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")
+        train_without_report(make_config(REFINED | {"mesh.data": 2, key: 3}), tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1207,7 +1208,7 @@ def test_weights_that_overflow(make_config, tmp_path, optimizer, outcome):
     changes = {"selection.optimizer": optimizer, "selection.learning_rate": rate, "selection.baseline": "none"}
     if outcome == "stops":
         with pytest.raises(errors.RunError, match=r"^step \d+: .*not finite") as caught:
-            train.run(make_config(SHORT | changes), tmp_path)
+            train_without_report(make_config(SHORT | changes), tmp_path)
         assert "\n" not in str(caught.value) and not (tmp_path / "summary.json").exists()
         return
     summary, _ = finish(make_config, changes, tmp_path)

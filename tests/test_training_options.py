@@ -3,12 +3,12 @@
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import early_stopping, errors, files, scoring, sharding, train
+from bilevel_jax import early_stopping, errors, files, scoring, sharding
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import checkpoint
-from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, read_jsonl, run_command, stop_at, summary_of, without
+from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, read_jsonl, run_command, stop_at, summary_of, train_without_report, without
 
 STEPS = EPOCHS * EPOCH_STEPS
 OPTIONS = {
@@ -50,7 +50,7 @@ def with_options(make_config, tmp_path_factory):
     """A run with many options, and its workdir."""
     config = make_config(OPTIONS | {"checkpoint.keep": 9})
     workdir = tmp_path_factory.mktemp("options") / "run"
-    train.run(config, workdir)
+    train_without_report(config, workdir)
     return config, workdir
 
 
@@ -73,8 +73,8 @@ def test_a_run_with_all_options_continues_with_the_same_bits(with_options, tmp_p
     for at in (3, 8, 11):
         with monkeypatch.context() as patch, pytest.raises(errors.Interrupted):
             stop_at(patch, at)
-            train.run(config, workdir)
-    train.run(config, workdir)
+            train_without_report(config, workdir)
+    train_without_report(config, workdir)
     for file in TRAINED:
         assert (workdir / file).read_bytes() == (uninterrupted / file).read_bytes(), file
     assert evaluations(workdir) == evaluations(uninterrupted)
@@ -96,8 +96,8 @@ def test_a_run_ends_when_the_trusted_loss_no_longer_falls(with_options, tmp_path
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint.Checkpoints, "save", save_and_die)
-        train.run(changed, workdir)
-    train.run(changed, workdir)  # killed after its last step: goes on to the end without a further one
+        train_without_report(changed, workdir)
+    train_without_report(changed, workdir)  # killed after its last step: goes on to the end without a further one
     assert summary_of(workdir)["steps"] == stops
     assert {k: v for k, v in losses.items() if k <= stops} == evaluations(workdir)
     assert sorted(path.name for path in (workdir / "weights").iterdir()) == [
@@ -110,11 +110,11 @@ def test_all_weights_are_learned(make_config, tmp_path):
     changes = {"lora.rank": 0, "optimizer.learning_rate": 1e-3, "selection.cost": "influence", "num_epochs": 1}
     changes["optimizer.schedule"] = "cosine"
     workdir, other = tmp_path / "run", tmp_path / "other"
-    train.run(make_config(changes), workdir)
+    train_without_report(make_config(changes), workdir)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted):
         stop_at(patch, 3)
-        train.run(make_config(changes), other)
-    train.run(make_config(changes), other)
+        train_without_report(make_config(changes), other)
+    train_without_report(make_config(changes), other)
     name = "model/model.safetensors"
     assert (workdir / name).read_bytes() == (other / name).read_bytes()
     assert not (workdir / "adapter").exists()
@@ -137,12 +137,12 @@ def test_a_quantised_base(make_config, tmp_path):
     config, workdir = make_config(changes | {"online.max_new_tokens": 6, "online.slots": 4}), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted):
         stop_at(patch, 3)
-        train.run(config, workdir)
+        train_without_report(config, workdir)
     other = config.copy_and_resolve_references()
     other.model.quantization = "none"
     with pytest.raises(errors.RunError, match="model.quantization: 'int8' there, 'none' now"):
-        train.run(other, workdir)
-    train.run(config, workdir)
+        train_without_report(other, workdir)
+    train_without_report(config, workdir)
     summary = summary_of(workdir)
     tokenizer = templates.load_tokenizer(config.model.path)
     segments = scoring.example_segments(data_levels.load_level(config, "upper", tokenizer).eval_examples)
@@ -160,7 +160,7 @@ def test_a_quantised_base(make_config, tmp_path):
 def test_continues_an_adapter(finished, make_config, tmp_path):
     """A run that starts from an adapter begins at its losses; one of another shape is refused with what to set."""
     changes = {"lora.init": str(finished / "adapter"), "num_epochs": 1}
-    train.run(make_config(changes), tmp_path / "run")
+    train_without_report(make_config(changes), tmp_path / "run")
     assert summary_of(tmp_path / "run")["start/upper_loss"] == pytest.approx(summary_of(finished)["eval/upper_loss"], rel=1e-6)
     with pytest.raises(configuration.ConfigError, match="has rank 2, scale 2 .* set lora.rank=2, lora.alpha=4 and lora.targets="):
-        train.run(make_config(changes | {"lora.rank": 4}), tmp_path / "other")
+        train_without_report(make_config(changes | {"lora.rank": 4}), tmp_path / "other")

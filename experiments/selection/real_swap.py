@@ -3,8 +3,8 @@
 The rows are ordinary questions (Alpaca, Dolly, FLAN), requests for harm refused (SafeInstr), and requests for harm complied with
 (HH-RLHF's rejected answers of tier A, and BeaverTails' unsafe ones). Half of the trusted rows are ordinary; the other half refuse
 (A), or comply (B). Nothing else changes. Neither the model nor a rule sees which row is of which kind. In A the complied rows are
-also what a user with trusted safe rows wants to see found: they are compared with all others, and with the refused ones, which are
-hard because they are about the same things.
+also the ones that a user with trusted safe rows wants to find. They are compared with all others, and with the refused ones, which
+are the hard case, because they are about the same things.
 """
 
 import collections
@@ -31,6 +31,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/real_swap", "Directory of the mea
 MODEL = flags.DEFINE_string("model", "local/smollm2", "The base model.", flag_values=FLAGS)
 RATE = flags.DEFINE_float("learning_rate", 5e-4, "Of the adapter.", lower_bound=0.0, flag_values=FLAGS)
 EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the mixture.", lower_bound=1, flag_values=FLAGS)
+LAYERS = flags.DEFINE_string("layers", "all", "Layers with an adapter, as lora.layers.", flag_values=FLAGS)
 ORDINARY = flags.DEFINE_integer("ordinary", 100, "Ordinary rows of the mixture.", lower_bound=1, flag_values=FLAGS)
 EACH = flags.DEFINE_integer("each", 60, "Refused rows of the mixture, and as many complied ones.", lower_bound=1, flag_values=FLAGS)
 TRUSTED = flags.DEFINE_integer("trusted", 80, "Trusted rows.", lower_bound=2, flag_values=FLAGS)
@@ -91,7 +92,7 @@ def make_bed(upper: list[dict], mixture: list[dict], folder: pathlib.Path, seed:
     config = presets.get("smollm2")
     config.method, config.seed, config.model.path = "offline", seed, MODEL.value
     config.num_epochs, config.batch.size, config.data.max_length = EPOCHS.value, 16, MAX_LENGTH
-    config.optimizer.learning_rate, config.lora.rank = RATE.value, 8
+    config.optimizer.learning_rate, config.lora.rank, config.lora.layers = RATE.value, 8, LAYERS.value
     config.eval.num_upper = config.eval.num_lower = 0
     swap_test.set_rows(config, upper, mixture, folder)
     return Bed(config)
@@ -127,7 +128,7 @@ def measure_seed(rows: dict[str, list[dict]], seed: int) -> dict[tuple[str, str]
         with tempfile.TemporaryDirectory() as folder:
             bed = None
             for rule in COSTS:
-                name = f"{rule}/{swap}/{sizes}/{EPOCHS.value}/{RATE.value}"
+                name = f"{rule}/{swap}/{sizes}/{EPOCHS.value}/{RATE.value}/{LAYERS.value}"
                 if name not in record.values and bed is None:
                     bed = make_bed(*make_rows(rows, swap, seed, sizes), pathlib.Path(folder), seed)
                 results[rule, swap] = record.get(name, lambda rule=rule, swap=swap, bed=bed: measure(bed, rule, swap, seed))
@@ -147,7 +148,9 @@ def page(results: list[dict]) -> list[str]:
             }
             table.append([rule, number, *(judgement.interval(of_seeds) for of_seeds in values.values())])
     sizes = f"{ORDINARY.value} ordinary rows, {EACH.value} refused, {EACH.value} complied, {TRUSTED.value} trusted rows"
-    settings = f"{EPOCHS.value} epochs, learning rate {RATE.value:g}; AUROC, 95% intervals over seeds."
+    settings = (
+        f"{EPOCHS.value} epochs, learning rate {RATE.value:g}, adapters in layers {LAYERS.value}; AUROC, 95% intervals over seeds."
+    )
     head = [" ".join(__doc__.split("\n\n")[1].split()), "", f"{len(results)} seeds, {sizes}, {settings}", ""]
     return [*head, *runs.markdown(headings, table)]
 

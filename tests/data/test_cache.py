@@ -15,12 +15,12 @@ import types
 import numpy as np
 import pytest
 
-from bilevel_jax import errors, train
+from bilevel_jax import errors
 from bilevel_jax.data import parts, rows, templates
 from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.prepared import cache, preparation, sequences, shards, stored, workers
 from bilevel_jax.data.rejections import DataError
-from tests.conftest import EVERYTHING, TRAINED, make_rows, stop_at, write_jsonl
+from tests.conftest import EVERYTHING, TRAINED, make_rows, stop_at, train_without_report, write_jsonl
 from tests.data.test_templates import CHATTING, PLAIN, make_tokenizer
 
 OPTIONS = cache.Options(template="auto", learn="all", preference=False, columns="", num_rows=0, seed=0, label="bad")
@@ -430,8 +430,8 @@ def test_a_run_of_prepared_rows(make_config, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as stopped:
         stop_at(stopped, 5)
         with pytest.raises(errors.Interrupted):
-            train.run(make_config(EVERYTHING | prepared), tmp_path / "run")
+            train_without_report(make_config(EVERYTHING | prepared), tmp_path / "run")
     assert len(entries(tmp_path / "cache")) == 2
-    train.run(make_config(EVERYTHING | {"data.cache": "off"}), tmp_path / "run")
+    train_without_report(make_config(EVERYTHING | {"data.cache": "off"}), tmp_path / "run")
     for name in TRAINED:
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()

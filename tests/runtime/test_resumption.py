@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bilevel_jax import errors, train
-from tests.conftest import EPOCH_STEPS, EPOCHS
+from tests.conftest import EPOCH_STEPS, EPOCHS, train_without_report
 
 STEPS = EPOCHS * EPOCH_STEPS
 RATE = {"optimizer.learning_rate": 3e-3}
@@ -24,7 +24,7 @@ def interrupted(make_config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Outputs, "stopped", stopped)
         with pytest.raises(errors.Interrupted, match=f"saved at step 6 of {STEPS}"):
-            train.run(make_config(), workdir)
+            train_without_report(make_config(), workdir)
     return workdir
 
 
@@ -37,7 +37,7 @@ def refused(config, workdir) -> str:
     """The error of a run, which leaves the workdir as it is."""
     before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file() and file.name != ".lock"}
     with pytest.raises(errors.RunError) as caught:
-        train.run(config, workdir)
+        train_without_report(config, workdir)
     assert {file: file.read_bytes() for file in before} == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -68,7 +68,7 @@ def test_a_renamed_checkpoint_is_not_used(make_config, workdir, name, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Outputs, "stopped", lambda outputs: True)
         with pytest.raises(errors.Interrupted, match=f"saved at step 5 of {STEPS}"):
-            train.run(make_config(), workdir)
+            train_without_report(make_config(), workdir)
     printed = capsys.readouterr().out
     assert f"is damaged (it is that of step 6): renamed to damaged-{name}; step 4 is used" in printed
     assert f"at step 4 of {STEPS}" in printed
