@@ -48,20 +48,20 @@ def rejudged(page: str, tables_of_claims: Sequence[Sequence[str]]) -> str:
     Raises:
       ValueError: the page has another number of tables of claims.
     """
-    lines, kept, found = page.split("\n"), [], 0
+    lines, kept, count = page.split("\n"), [], 0
     inside = False
     for line in lines:
         if line.startswith(HEAD):
-            if found < len(tables_of_claims):
-                kept += tables_of_claims[found]
-            found, inside = found + 1, True
+            if count < len(tables_of_claims):
+                kept += tables_of_claims[count]
+            count, inside = count + 1, True
         elif line.startswith(RULE_START):
             kept.append(f"{comparing.RULE} {NOTE}" if NOTE in line or not line.startswith(comparing.RULE) else line)
         elif not (inside and line.startswith("|")):
             inside = False
             kept.append(line)
-    if found != len(tables_of_claims):
-        raise ValueError(f"the page has {found} tables of claims, its JSON file {len(tables_of_claims)}")
+    if count != len(tables_of_claims):
+        raise ValueError(f"the page has {count} tables of claims, its JSON file {len(tables_of_claims)}")
     return "\n".join(kept)
 
 

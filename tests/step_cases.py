@@ -137,11 +137,11 @@ def _choice(rng, values):
 
 def values_of(config: configuration.Config) -> dict[str, object]:
     """The value of each key that is drawn."""
-    found = {}
+    result = {}
     for key in VALUES:
         section, _, name = key.rpartition(".")
-        found[key] = getattr(getattr(config, section) if section else config, name)
-    return found
+        result[key] = getattr(getattr(config, section) if section else config, name)
+    return result
 
 
 def changes(config: configuration.Config) -> str:
@@ -311,9 +311,9 @@ def compile_step(chain: Chain):
 
 def all_keys() -> set[str]:
     """Every key of the config."""
-    found = set()
+    result = set()
     for field in dataclasses.fields(configuration.Config):
         section = getattr(configuration.Config(), field.name)
         is_section = dataclasses.is_dataclass(section)
-        found |= {f"{field.name}.{inner.name}" for inner in dataclasses.fields(section)} if is_section else {field.name}
-    return found
+        result |= {f"{field.name}.{inner.name}" for inner in dataclasses.fields(section)} if is_section else {field.name}
+    return result

@@ -91,13 +91,13 @@ def own_entries(config, store, i: int, prompt, **fields) -> list[Entry]:
 
 def entries_of(config, upper, lower, store, lower_rows, upper_rows) -> list[Entry]:
     """All responses of a step: the rows of the lower level, then those of the upper one."""
-    found = []
+    result = []
     for group, i in enumerate(lower_rows):
         fields = {"row": int(i), "group": group}
-        found += own_entries(config, store, i, lower.examples[i].prompt, **fields) or data_entries(lower, i, **fields)
+        result += own_entries(config, store, i, lower.examples[i].prompt, **fields) or data_entries(lower, i, **fields)
     for j in upper_rows:
-        found += data_entries(upper, j, row=-1)
-    return found
+        result += data_entries(upper, j, row=-1)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,10 +231,13 @@ def descend(settings, num_steps: int, k: int, eps_root: float, before, after, gr
     if settings.name == "sgd":
         return {"θ": theta - eta * gradient}
     first, second = moments(before.optimizer)
-    found = {"mu": settings.b1 * first + (1 - settings.b1) * gradient, "nu": settings.b2 * second + (1 - settings.b2) * gradient**2}
+    result = {
+        "mu": settings.b1 * first + (1 - settings.b1) * gradient,
+        "nu": settings.b2 * second + (1 - settings.b2) * gradient**2,
+    }
     move = adam_move(settings.b1, settings.b2, *moments(after.optimizer), k, eps_root)
     decay = settings.weight_decay * theta if settings.name == "adamw" else 0.0
-    return found | {"θ": theta - eta * (move + decay)}
+    return result | {"θ": theta - eta * (move + decay)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -258,10 +261,10 @@ def move_omega(config, selector, before, after, k, entries, cost, count, gamma, 
     offset = {"none": 0.0, "batch": batch_mean, "running": batch_mean if math.isnan(baseline) else baseline}[selector.baseline]
     if num_rows:
         baseline = batch_mean if math.isnan(baseline) else 0.9 * baseline + 0.1 * batch_mean
-    found = {"baseline": np.array(baseline)}
+    result = {"baseline": np.array(baseline)}
     if selector.frozen:
         unmoved = moments(before.optimizer)
-        return found | {"ω": omega} | ({} if unmoved is None else dict(zip(("mu of ω", "nu of ω"), unmoved)))
+        return result | {"ω": omega} | ({} if unmoved is None else dict(zip(("mu of ω", "nu of ω"), unmoved)))
     sigma, gradient = softmax(omega), np.zeros(N)
     scale = N if selector.weight_scale == "dataset" else 1.0
     for e in used:
@@ -275,12 +278,12 @@ def move_omega(config, selector, before, after, k, entries, cost, count, gamma, 
             slope[i] += sigma[i]
             gradient += gamma * scale * count[e] / num_rows * centred * slope
     if features is None:
-        return found | _move(selector, k, omega, gradient, after.optimizer, before.optimizer, "ω")
+        return result | _move(selector, k, omega, gradient, after.optimizer, before.optimizer, "ω")
     matrix = np.eye(len(before.feature_params))[features] if features.ndim == 1 else double(features)
     phi = double(before.feature_params)
     ridge = selector.ridge * (num_rows if selector.rule == "bmo" else 1)
     gradient = matrix.T @ gradient + ridge * phi
-    return found | _move(selector, k, phi, gradient, after.optimizer, before.optimizer, "φ") | {
+    return result | _move(selector, k, phi, gradient, after.optimizer, before.optimizer, "φ") | {
         "ω": matrix @ double(after.feature_params)
     }  # fmt: skip
 
@@ -395,8 +398,8 @@ def _row_factors(inputs) -> np.ndarray:
 
 def _learner(inputs, kind, before, after, k, gradient) -> dict[str, np.ndarray]:
     settings = configuration.optimizer_settings(inputs.config)
-    found = descend(settings, inputs.num_steps, k, settings.eps_root, getattr(before, kind), getattr(after, kind), gradient)
-    return {f"{kind}: {name}": value for name, value in found.items()}
+    result = descend(settings, inputs.num_steps, k, settings.eps_root, getattr(before, kind), getattr(after, kind), gradient)
+    return {f"{kind}: {name}": value for name, value in result.items()}
 
 
 def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray], np.ndarray]:
@@ -491,13 +494,13 @@ def _phi_slope(config, phi, nll) -> np.ndarray:
 
 def _records(before, entries, count, surprise, harm) -> dict[str, np.ndarray]:
     """Visits, and what is noted of the responses of the data."""
-    found = {name: double(getattr(before, name)) for name in ("visits", "data_visits", "surprise", "harm")}
+    result = {name: double(getattr(before, name)) for name in ("visits", "data_visits", "surprise", "harm")}
     for e, one in enumerate(entries):
         if not count[e]:
             continue
-        found["visits"][one.row] += count[e]
+        result["visits"][one.row] += count[e]
         if not one.generated:
-            found["data_visits"][one.row] += 1
-            found["surprise"][one.row] = surprise[e]
-            found["harm"][one.row] += harm[e]
-    return found
+            result["data_visits"][one.row] += 1
+            result["surprise"][one.row] = surprise[e]
+            result["harm"][one.row] += harm[e]
+    return result

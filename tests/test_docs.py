@@ -52,9 +52,11 @@ def commands(page: pathlib.Path) -> list[tuple[str, list[str]]]:
     """The `python -m MODULE ...` and `bilevel-jax NAME ...` commands of a page: (module, arguments)."""
     text = re.sub(r"\s*\\\n\s*", " ", page.read_text())  # joins continued lines
     text = re.sub(r"`([^`\n]*)\n([^`\n]*)`", r"`\1 \2`", text)  # and code spans over two lines
-    found = re.findall(r"python -m ([\w.]+)([^`\n]*)", text)
-    found += [(MODULES.get(name, f"bilevel_jax.{name}"), rest) for name, rest in re.findall(r"bilevel-jax ([\w-]+)([^`\n]*)", text)]
-    return [(module, arguments(rest)) for module, rest in found if module not in PLACEHOLDERS]
+    result = re.findall(r"python -m ([\w.]+)([^`\n]*)", text)
+    result += [
+        (MODULES.get(name, f"bilevel_jax.{name}"), rest) for name, rest in re.findall(r"bilevel-jax ([\w-]+)([^`\n]*)", text)
+    ]
+    return [(module, arguments(rest)) for module, rest in result if module not in PLACEHOLDERS]
 
 
 def arguments(rest: str) -> list[str]:

@@ -297,13 +297,13 @@ def test_odd_rows(read, must, files, settings, number, printed):
         assert line in output, must
 
 
-@pytest.mark.parametrize("must, files, settings, said", [case[1:] for case in REFUSED_ROWS], ids=[case[0] for case in REFUSED_ROWS])
-def test_rows_that_are_refused(read, must, files, settings, said):
+@pytest.mark.parametrize("must, files, settings, told", [case[1:] for case in REFUSED_ROWS], ids=[case[0] for case in REFUSED_ROWS])
+def test_rows_that_are_refused(read, must, files, settings, told):
     with pytest.raises(ValueError) as caught:
         read(files, settings)
     message = str(caught.value)
     assert "\n" not in message, must
-    for part in said:
+    for part in told:
         assert part in message, must
 
 
@@ -359,8 +359,8 @@ MISTAKES = [  # name; what must happen; arguments; exit status; what the one lin
 ]
 
 
-@pytest.mark.parametrize("must, arguments, status, said", [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
-def test_mistakes(here, monkeypatch, capsys, must, arguments, status, said):
+@pytest.mark.parametrize("must, arguments, status, told", [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+def test_mistakes(here, monkeypatch, capsys, must, arguments, status, told):
     """Each ends with one line on standard error, and without a workdir full of files."""
     write_jsonl(here / "a.jsonl", make_rows(30, seed=1))
     for name, config in (
@@ -373,7 +373,7 @@ def test_mistakes(here, monkeypatch, capsys, must, arguments, status, said):
         call_main(monkeypatch, *arguments)
     stderr = capsys.readouterr().err
     assert caught.value.code == status, must
-    assert said in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, must
+    assert told in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, must
     assert not list(here.glob("runs/*/config.json")), must
 
 
@@ -563,12 +563,12 @@ PYTHON_MISTAKES = [  # name; what must happen; arguments; what the one line says
 ]
 
 
-@pytest.mark.parametrize("must, arguments, said", [case[1:] for case in PYTHON_MISTAKES], ids=[case[0] for case in PYTHON_MISTAKES])
-def test_mistakes_in_python(here, must, arguments, said):
+@pytest.mark.parametrize("must, arguments, told", [case[1:] for case in PYTHON_MISTAKES], ids=[case[0] for case in PYTHON_MISTAKES])
+def test_mistakes_in_python(here, must, arguments, told):
     with pytest.raises(ValueError) as caught:
         bj.select(**{"upper": named(), "lower": named(), "workdir": "run"} | arguments)
     message = str(caught.value)
-    assert said in message and "\n" not in message and "--" not in message, must
+    assert told in message and "\n" not in message and "--" not in message, must
 
 
 def test_a_run_of_the_command_in_python(finished, data):
@@ -660,9 +660,9 @@ EXPORT_MISTAKES = [  # name; what must happen; arguments; what the one line says
 ]
 
 
-@pytest.mark.parametrize("must, arguments, said", [case[1:] for case in EXPORT_MISTAKES], ids=[case[0] for case in EXPORT_MISTAKES])
-def test_mistakes_of_export(finished, here, must, arguments, said):
-    with pytest.raises((ValueError, OSError), match=said) as caught:
+@pytest.mark.parametrize("must, arguments, told", [case[1:] for case in EXPORT_MISTAKES], ids=[case[0] for case in EXPORT_MISTAKES])
+def test_mistakes_of_export(finished, here, must, arguments, told):
+    with pytest.raises((ValueError, OSError), match=told) as caught:
         export(finished, *arguments)
     assert "\n" not in str(caught.value), must
 

@@ -248,13 +248,13 @@ def assert_same_run(workdir, other):
     omega, like = (pyarrow.parquet.read_table(run / "weights" / "epoch_1.parquet") for run in (workdir, other))
     assert omega["id"] == like["id"]
     np.testing.assert_allclose(omega["logit"].to_numpy(), like["logit"].to_numpy(), rtol=0, atol=1e-5)
-    said, like = (read_jsonl(run / "responses.jsonl") for run in (workdir, other))
+    responses, like = (read_jsonl(run / "responses.jsonl") for run in (workdir, other))
     keys = "step", "id", "sample", "text", "finish_reason"
-    assert [[x[key] for key in keys] for x in said] == [[x[key] for key in keys] for x in like] and len(said) > 4
+    assert [[x[key] for key in keys] for x in responses] == [[x[key] for key in keys] for x in like] and len(responses) > 4
     for key in ("logprob", "ratio"):
-        found, expected = (np.array([x[key] for x in lines], float) for lines in (said, like))  # NaN: not used
-        assert np.isfinite(found).sum() > 4
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        result, expected = (np.array([x[key] for x in lines], float) for lines in (responses, like))  # NaN: not used
+        assert np.isfinite(result).sum() > 4
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -334,8 +334,8 @@ def test_no_device_sees_all_of_a_split_omega(directory):
 def test_omega_is_split_where_it_is_to_be(all_runs):
     """Logits, both counts of visits, losses and costs, nothing else: mirror descent has no moments."""
     for last, split in ((1, 0), (3, 5), (None, 0)):
-        found = json.loads((all_runs / f"moved_{last}.json").read_text())["replicated"]
-        assert found.count(0) == split and set(found) - {0} == {1 if last == 1 else 8}
+        result = json.loads((all_runs / f"moved_{last}.json").read_text())["replicated"]
+        assert result.count(0) == split and set(result) - {0} == {1 if last == 1 else 8}
 
 
 @pytest.mark.slow

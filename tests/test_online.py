@@ -39,25 +39,25 @@ def entries(seed, spread=1.0, start=-40.0):
 def by_hand(kind, log_prob, old, length, group, clip):
     log_prob, old = np.float64(log_prob), np.float64(old)
     own = [e for e in range(len(old)) if not np.isnan(old[e])]
-    found = np.ones(len(old))
+    result = np.ones(len(old))
     for e in own:
         if kind == "sequence":
-            found[e] = min(math.exp(log_prob[e] - old[e]), clip)
+            result[e] = min(math.exp(log_prob[e] - old[e]), clip)
         elif kind == "geometric":
-            found[e] = min(math.exp(log_prob[e] - old[e]) ** (1 / length[e]), clip)
+            result[e] = min(math.exp(log_prob[e] - old[e]) ** (1 / length[e]), clip)
         elif kind == "softmax":
             rivals = [f for f in own if group[f] == group[e]]
-            found[e] = len(rivals) / sum(math.exp(log_prob[f] - log_prob[e]) for f in rivals)
-    return found
+            result[e] = len(rivals) / sum(math.exp(log_prob[f] - log_prob[e]) for f in rivals)
+    return result
 
 
 @KINDS
 @pytest.mark.parametrize("seed, spread, start", [(0, 1.0, -40.0), (1, 0.1, -2.0), (2, 4.0, -900.0)])
 def test_response_weights(kind, seed, spread, start):
     """The last case is one of long responses, whose probabilities are 0 in float32 and float64 alike."""
-    found = weights(kind, *entries(seed, spread, start), 1.7)
-    np.testing.assert_allclose(found, by_hand(kind, *entries(seed, spread, start), 1.7), rtol=2e-5)
-    assert (np.asarray(found)[list(FROM_DATA)] == 1).all()
+    result = weights(kind, *entries(seed, spread, start), 1.7)
+    np.testing.assert_allclose(result, by_hand(kind, *entries(seed, spread, start), 1.7), rtol=2e-5)
+    assert (np.asarray(result)[list(FROM_DATA)] == 1).all()
 
 
 @pytest.mark.parametrize("clip", [1.0, 2.0, 2.45, 3.68, 4.67, 10.0])
@@ -66,34 +66,34 @@ def test_clipped_ratios_are_the_clip_itself(kind, clip):
     """The share of clipped ratios is counted by comparing with it, and exp(log 3.68) is less than 3.68 in float32."""
     log_prob, old, length, group = entries(0)
     old[0], old[1], length[:2] = log_prob[0] - 1000, log_prob[1] + 1000, 3
-    found = np.asarray(weights(kind, log_prob, old, length, group, clip))
-    assert found[0] == np.float32(clip) == found.max() and found[1] < 1e-30
+    result = np.asarray(weights(kind, log_prob, old, length, group, clip))
+    assert result[0] == np.float32(clip) == result.max() and result[1] < 1e-30
 
 
 def test_lemma_6():
     """λ_{i,g} = exp(-L_g) / Σ_g' exp(-L_g') with L the summed NLL; π_old has no part in it; and r^g · π_old^g ∝ λ_{i,g}."""
     log_prob, old, length, group = entries(3, start=-5.0)
     own = ~np.isnan(old)
-    found = np.asarray(weights("softmax", log_prob, old, length, group, 2.0))
+    result = np.asarray(weights("softmax", log_prob, old, length, group, 2.0))
     ratio = np.float64(weights("sequence", log_prob, old, length, group, 1e9))
     for question in np.unique(group[own]):
         mine = own & (group == question)
         likelihood = np.exp(np.float64(log_prob[mine]))
         lemma = likelihood / likelihood.sum()
-        np.testing.assert_allclose(found[mine] / mine.sum(), lemma, rtol=1e-5)
+        np.testing.assert_allclose(result[mine] / mine.sum(), lemma, rtol=1e-5)
         factor = ratio[mine] * np.exp(np.float64(old[mine])) / lemma
         np.testing.assert_allclose(factor, factor[0], rtol=1e-5)
-    np.testing.assert_array_equal(weights("softmax", log_prob, old - 7, length, group, 2.0), found)
+    np.testing.assert_array_equal(weights("softmax", log_prob, old - 7, length, group, 2.0), result)
 
 
 def test_softmax_has_mean_one_and_is_one_where_there_is_no_choice():
     log_prob, old, length, group = entries(4)
     own = ~np.isnan(old)
-    found = np.asarray(weights("softmax", log_prob, old, length, group, 2.0))
+    result = np.asarray(weights("softmax", log_prob, old, length, group, 2.0))
     sizes = {question: (own & (group == question)).sum() for question in group}
     assert sorted(sizes.values()) == [1, 1, 2, 4]
     for question, size in sizes.items():
-        mine = found[own & (group == question)]
+        mine = result[own & (group == question)]
         np.testing.assert_allclose(mine.mean(), 1, rtol=1e-5)
         assert size > 1 or mine == 1  # exactly
     alone = weights("softmax", log_prob, old, length, np.arange(12, dtype=np.int32)[::-1], 2.0)
@@ -108,8 +108,8 @@ def test_nothing_is_nan(kind):
     old = np.float32([-5000, 0, nan, nan, -7, -9100])
     length, group = np.array([40, 900, 3, 0, 1, 0], np.int32), np.array([0, 0, 6, 6, 1, 1], np.int32)
     with jax.debug_nans(True):
-        found = np.asarray(weights(kind, log_prob, old, length, group, 2.0))
-    assert (found >= 0).all() and (found <= 2).all() and (found[2:4] == 1).all()
+        result = np.asarray(weights(kind, log_prob, old, length, group, 2.0))
+    assert (result >= 0).all() and (result <= 2).all() and (result[2:4] == 1).all()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,16 +123,16 @@ def test_size_of_the_mask(num_rows):
     logits = np.random.default_rng(0).normal(size=num_rows)
     for percent in range(101):
         for given in (None, logits):
-            found = online.masked_rows(given, num_rows, percent / 100, seed=1)
-            assert len(found) == math.floor(fractions.Fraction(percent, 100) * num_rows)
-            assert (np.diff(found) > 0).all() and ((found >= 0) & (found < num_rows)).all()
+            result = online.masked_rows(given, num_rows, percent / 100, seed=1)
+            assert len(result) == math.floor(fractions.Fraction(percent, 100) * num_rows)
+            assert (np.diff(result) > 0).all() and ((result >= 0) & (result < num_rows)).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dynamic_masks_hold_the_smallest_weights(seed):
     logits = np.random.default_rng(seed).normal(size=50).astype(np.float32)
-    found = online.masked_rows(logits, 50, 0.3, seed)
-    assert set(found) == {i for i in range(50) if sum(logits < logits[i]) < 15}
+    result = online.masked_rows(logits, 50, 0.3, seed)
+    assert set(result) == {i for i in range(50) if sum(logits < logits[i]) < 15}
 
 
 def test_rows_of_equal_weight_are_taken_at_random():
@@ -241,15 +241,15 @@ def judged():
 def test_arrays_hold_everything(own):
     arrays = own.arrays()
     assert all(array.size for array in arrays.values())  # an empty one could not be saved
-    found = online.from_arrays(arrays)
-    assert found.step == own.step
+    result = online.from_arrays(arrays)
+    assert result.step == own.step
     for name in ("masked", "row_index", "sample_index", "log_prob", "log_ratio"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(own, name))
-        assert getattr(found, name).dtype == getattr(own, name).dtype
+        np.testing.assert_array_equal(getattr(result, name), getattr(own, name))
+        assert getattr(result, name).dtype == getattr(own, name).dtype
     for name in ("reward", "reference"):  # None where there are none
-        np.testing.assert_array_equal(getattr(found, name), getattr(own, name))
-    assert [list(tokens) for tokens in found.tokens] == [list(tokens) for tokens in own.tokens]
-    assert all(tokens.dtype == np.int32 for tokens in found.tokens)
+        np.testing.assert_array_equal(getattr(result, name), getattr(own, name))
+    assert [list(tokens) for tokens in result.tokens] == [list(tokens) for tokens in own.tokens]
+    assert all(tokens.dtype == np.int32 for tokens in result.tokens)
 
 
 def test_arrays_stay_as_they_were():
@@ -289,9 +289,9 @@ REWARDED = dataclasses.replace(
 
 @pytest.mark.parametrize("objective", ["rwr", "reinforce"])
 def test_rewards_travel_with_all_responses(objective):
-    found = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, objective)
-    assert [place for place, _ in found] == [0, 2, 3, 4]
-    assert [(s.share, s.reward, s.sign, s.old_log_prob) for _, s in found] == [
+    result = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, objective)
+    assert [index for index, _ in result] == [0, 2, 3, 4]
+    assert [(s.share, s.reward, s.sign, s.old_log_prob) for _, s in result] == [
         (0.125, 0.5, 0, -1.0),
         (0.125, 2.0, 0, -3.0),
         (0.125, -1.0, 0, -4.0),
@@ -301,10 +301,10 @@ def test_rewards_travel_with_all_responses(objective):
 
 def test_the_best_stands_for_all():
     """And the first of equals, as `objectives.best_of` has it, which gives it the weight of all G."""
-    [(place, segment)] = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
-    assert (place, segment.share, segment.sign, list(segment.response)) == (2, 0.5, 0, [7, 7]) and np.isnan(segment.reward)
-    [(place, _)] = online.response_segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
-    assert place == 1
+    [(index, segment)] = online.response_segments(REWARDED, 4, int32(3, 3), 0.5, 6, "best_of")
+    assert (index, segment.share, segment.sign, list(segment.response)) == (2, 0.5, 0, [7, 7]) and np.isnan(segment.reward)
+    [(index, _)] = online.response_segments(REWARDED, 1, int32(3, 3), 0.5, 6, "best_of")
+    assert index == 1
     weight = objectives.best_of(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
     assert np.flatnonzero(weight).tolist() == [1, 2]
 
@@ -314,19 +314,19 @@ def test_the_best_against_the_worst(objective):
     """The pair of `objectives.best_against_worst`, each with its reference and the whole share; none of equals, nor of two that
     do not fit together."""
     prompt, sign = int32(3, 3), objectives.best_against_worst(jnp.asarray(REWARDED.reward), jnp.asarray(REWARDED.row_index))
-    found = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, max_pair_tokens=2 * 2 + 2 + 5)
-    assert [(place, s.share, s.sign, s.reference, s.group) for place, s in found] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
-    assert [int(sign[place]) for place, _ in found] == [1, -1] and np.abs(sign).sum() == 2
+    result = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, max_pair_tokens=2 * 2 + 2 + 5)
+    assert [(index, s.share, s.sign, s.reference, s.group) for index, s in result] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
+    assert [int(sign[index]) for index, _ in result] == [1, -1] and np.abs(sign).sum() == 2
     for row, room, best in ((4, 2 * 2 + 2 + 5 - 1, 2), (1, 100, 1)):
-        [(place, segment)] = online.response_segments(REWARDED, row, prompt, 0.5, 6, objective, room)
-        assert (place, segment.share, segment.sign, segment.old_log_prob) == (best, 0.5, 0, REWARDED.log_prob[best])
+        [(index, segment)] = online.response_segments(REWARDED, row, prompt, 0.5, 6, objective, room)
+        assert (index, segment.share, segment.sign, segment.old_log_prob) == (best, 0.5, 0, REWARDED.log_prob[best])
     rounded = dataclasses.replace(REWARDED, reward=np.array([0.5, 1.0, 2.0, -1.0, 2.0, 1.0 - 1e-7]))  # of one and the same text
-    assert [place for place, _ in online.response_segments(rounded, 1, prompt, 0.5, 6, objective, 100)] == [1]
+    assert [index for index, _ in online.response_segments(rounded, 1, prompt, 0.5, 6, objective, 100)] == [1]
 
 
 def test_responses_to_one_question_divide_its_share():
     own, prompt = some(), int32(3, 3)
-    assert [place for place, _ in online.response_segments(own, 4, prompt, 0.25, group=6)] == [1, 2]
+    assert [index for index, _ in online.response_segments(own, 4, prompt, 0.25, group=6)] == [1, 2]
     two = segments(own, 4, prompt, 0.25, group=6)
     assert [(s.row_index, s.share, s.group, s.sign, s.old_log_prob) for s in two] == [
         (4, 0.125, 6, 0, -1 / 3),
@@ -399,22 +399,22 @@ MASKED, VISITED = [1, 2, 4, 6], [0, 2, 3, 6, 7]
 
 def test_asks_what_is_masked_and_will_be_visited():
     model = Model()
-    own, said = model.refresh(MASKED, VISITED)
+    own, produced = model.refresh(MASKED, VISITED)
     assert rows_asked(model) == [[2, 6]]
     assert own.step == 6 and np.flatnonzero(own.masked).tolist() == MASKED and len(own.masked) == NUM_ROWS
     assert own.row_index.tolist() == [2, 2, 6, 6] and own.sample_index.tolist() == [0, 1, 0, 1]
     assert [list(tokens) for tokens in own.tokens] == [[10, EOS], [11, 10]] * 2
     assert np.isnan(own.log_ratio).all()
     expected = [(2, 0, "yes"), (2, 1, "noyes"), (6, 0, "yes"), (6, 1, "noyes")]
-    assert [(one.row_index, one.sample_index, one.text) for one in said] == expected
+    assert [(one.row_index, one.sample_index, one.text) for one in produced] == expected
 
 
 def test_all_asks_the_needed_ones_first_and_by_themselves():
     """So that these are computed exactly as `needed` computes them."""
     needed, every = Model(), Model()
     own, _ = needed.refresh(MASKED, VISITED)
-    more, said = every.refresh(MASKED, VISITED, "all")
-    assert rows_asked(every) == [[2, 6], [1, 4]] and len(said) == 8
+    more, produced = every.refresh(MASKED, VISITED, "all")
+    assert rows_asked(every) == [[2, 6], [1, 4]] and len(produced) == 8
     np.testing.assert_array_equal(every.asked[0][1], needed.asked[0][1])
     assert every.scored[0] == needed.scored[0]
     assert more.row_index.tolist() == [2, 2, 6, 6, 1, 1, 4, 4] and more.sample_index.tolist() == [0, 1] * 4
@@ -434,10 +434,10 @@ def test_all_asks_the_needed_ones_first_and_by_themselves():
 )
 def test_nothing_is_asked_in_vain(masked, visited, generate, expected):
     model = Model()
-    own, said = model.refresh(masked, visited, generate)
+    own, produced = model.refresh(masked, visited, generate)
     assert rows_asked(model) == expected and len(model.scored) == len(expected)
     assert np.flatnonzero(own.masked).tolist() == masked
-    assert len(said) == len(own.row_index) == len(own.tokens) == len(own.log_prob) == sum(map(len, expected)) * 2
+    assert len(produced) == len(own.row_index) == len(own.tokens) == len(own.log_prob) == sum(map(len, expected)) * 2
 
 
 @pytest.mark.parametrize("step, seed, num_samples", [(6, 3, 2), (7, 3, 2), (6, 4, 2), (6, 3, 1)])
@@ -464,9 +464,9 @@ def test_old_log_probabilities_are_those_of_the_training_forward():
 def test_responses_without_words_are_dropped():
     """An EOS at once, and blanks. A question without any keeps the response of the data; one with fewer keeps its share."""
     model = Model({2: [answer(), answer(1, 0, reason="length")], 4: [answer(1), answer(10)]})
-    own, said = model.refresh([2, 4, 6], range(NUM_ROWS))
+    own, produced = model.refresh([2, 4, 6], range(NUM_ROWS))
     assert own.row_index.tolist() == [4, 6, 6] and own.sample_index.tolist() == [1, 0, 1]
-    assert len(said) == 6 and [one.text for one in said[:4]] == ["", " \n", " \n", "yes"]
+    assert len(produced) == 6 and [one.text for one in produced[:4]] == ["", " \n", " \n", "yes"]
     np.testing.assert_array_equal(own.log_prob, [-412, -612, -621])  # each of its own
     assert own.masked[2] and online.response_segments(own, 2, PROMPTS[2], 0.5, 9) == []
     assert [s.share for s in segments(own, 4, PROMPTS[4], 0.5, 9)] == [0.5]
@@ -475,8 +475,8 @@ def test_responses_without_words_are_dropped():
 
 def test_nobody_has_words():
     model = Model({row: [answer(), answer(0)] for row in range(NUM_ROWS)})
-    own, said = model.refresh([2, 4], [2, 4])
-    assert len(said) == 4 and len(own.row_index) == 0 and model.scored == []
+    own, produced = model.refresh([2, 4], [2, 4])
+    assert len(produced) == 4 and len(own.row_index) == 0 and model.scored == []
     assert online.from_arrays(own.arrays()).masked.tolist() == own.masked.tolist()
 
 
@@ -484,9 +484,9 @@ def test_rewards_and_references_of_what_is_kept():
     """Judged once, all together, after the scoring that both need; the reference is the base without its adapter."""
     model, judged = Model({2: [answer(), answer(10)]}), []
 
-    def judge(said, log_prob):
-        judged.append(([(one.row_index, one.sample_index, one.text) for one in said], log_prob))
-        return np.arange(len(said), dtype=np.float64)
+    def judge(produced, log_prob):
+        judged.append(([(one.row_index, one.sample_index, one.text) for one in produced], log_prob))
+        return np.arange(len(produced), dtype=np.float64)
 
     def score(base, adapter, segments, description):
         if adapter is None:
@@ -535,8 +535,8 @@ def test_group_ess():
 
 def test_ratio_measures():
     """Percentiles between the values: 0.5 + 0.1 · 0.5 and 1 + 0.9 · 3."""
-    found = response_metrics.ratio_metrics(np.log([4, 0.5, 1]), [np.array([True, False]), np.array([False])], [0.5, 1.0])
-    assert found == pytest.approx(
+    result = response_metrics.ratio_metrics(np.log([4, 0.5, 1]), [np.array([True, False]), np.array([False])], [0.5, 1.0])
+    assert result == pytest.approx(
         {
             "online/ratio_mean": 5.5 / 3,
             "online/ratio_p05": 0.55,
@@ -554,8 +554,8 @@ def test_ratio_measures():
 def tell(bad, truths):
     """Rows 2, 4 and 6 are masked; 2 answers nothing and the truth, 4 blanks and something else, 6 twice the same."""
     answers = {2: [answer(), answer(10)], 4: [answer(1), answer(10, 11)], 6: [answer(11, reason="length")] * 2}
-    own, said = Model(answers).refresh([2, 4, 6], range(NUM_ROWS))
-    return response_metrics.refresh_metrics(own, said, bad, truths)
+    own, produced = Model(answers).refresh([2, 4, 6], range(NUM_ROWS))
+    return response_metrics.refresh_metrics(own, produced, bad, truths)
 
 
 def test_refresh_measures():
@@ -580,11 +580,11 @@ def test_refresh_measures():
 def test_measures_of_rewards():
     """Rows 2 and 4 answer right and wrong, 6 wrong twice, 3 without a known truth; the right one wins in row 2 alone."""
     answers = {2: [answer(10), answer(11)], 4: [answer(10), answer(11)], 6: [answer(11)] * 2, 3: [answer(10), answer(11)]}
-    own, said = Model(answers).refresh([2, 3, 4, 6], range(NUM_ROWS))
+    own, produced = Model(answers).refresh([2, 3, 4, 6], range(NUM_ROWS))
     own = dataclasses.replace(own, reward=np.array([3.0, 1.0, 0.0, 0.5, 0.0, 2.0, 7.0, 7.0]))
     assert own.row_index.tolist() == [2, 2, 3, 3, 4, 4, 6, 6]
-    found = response_metrics.refresh_metrics(own, said, None, [None, None, "yes", None, "yes ", None, "yes", None])
-    assert {key: value for key, value in found.items() if "reward" in key or "right" in key} == pytest.approx(
+    result = response_metrics.refresh_metrics(own, produced, None, [None, None, "yes", None, "yes ", None, "yes", None])
+    assert {key: value for key, value in result.items() if "reward" in key or "right" in key} == pytest.approx(
         {
             "online/reward": 20.5 / 8,
             "online/reward_gap": (2 + 0.5 + 2 + 0) / 4,
@@ -614,15 +614,15 @@ def test_counts_of_all_refreshes():
 
 @pytest.mark.parametrize("bad", [None, np.zeros(NUM_ROWS, bool)], ids=["unknown", "none"])
 def test_measures_without_bad_rows(bad):
-    found = tell(bad, ["yes"] * NUM_ROWS)
-    assert "online/correction_rate" not in found
-    assert found.get("online/masked_bad") == (None if bad is None else 0.0)
+    result = tell(bad, ["yes"] * NUM_ROWS)
+    assert "online/correction_rate" not in result
+    assert result.get("online/masked_bad") == (None if bad is None else 0.0)
 
 
 def test_measures_of_an_empty_mask():
-    own, said = Model().refresh([], VISITED)
-    found = response_metrics.refresh_metrics(own, said, np.ones(NUM_ROWS, bool), ["yes"] * NUM_ROWS)
-    assert found == {"online/masked": 0, "online/responses": 0}
+    own, produced = Model().refresh([], VISITED)
+    result = response_metrics.refresh_metrics(own, produced, np.ones(NUM_ROWS, bool), ["yes"] * NUM_ROWS)
+    assert result == {"online/masked": 0, "online/responses": 0}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -651,13 +651,13 @@ def test_what_is_recorded(tmp_path):
     own.log_ratio[2] = 5000.0
     write(log, own)
     log.close()
-    found = recorded(tmp_path / "responses.jsonl")
-    assert [list(line) for line in found] == [["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"]] * 3
+    result = recorded(tmp_path / "responses.jsonl")
+    assert [list(line) for line in result] == [["step", "id", "sample", "text", "logprob", "ratio", "finish_reason"]] * 3
     first = {"step": 8, "id": "row-1", "sample": 1, "text": "Grüße ☃\u2028\x85\n", "logprob": -1.5, "ratio": None}
-    assert found[0] == first | {"finish_reason": "stop"}
+    assert result[0] == first | {"finish_reason": "stop"}
     second = {"id": "row-4", "sample": 0, "text": '"', "logprob": -1 / 3, "ratio": math.exp(0.25), "finish_reason": "length"}
-    assert found[1] == first | second
-    assert found[2]["ratio"] > 1e30 and math.isfinite(found[2]["ratio"])
+    assert result[1] == first | second
+    assert result[2]["ratio"] > 1e30 and math.isfinite(result[2]["ratio"])
 
 
 def test_rewards_are_recorded(tmp_path):

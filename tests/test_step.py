@@ -206,8 +206,8 @@ def test_a_batch_without_a_token_to_predict_moves_nothing():
     lower = [segment(rng, 0, 1, row_index=4, share=0.5), *(segment(rng, 0, 1, row_index=1, share=0.25, **own) for _ in range(2))]
     batch = packing.pack_step([*upper, *lower], N, 2, LAYOUT)
     advance = compiled(LLAMA, Objective(response_weight="geometric"))
-    state, found = advance(model(LLAMA)[0], begin(LLAMA), batch, Scales(1.0, GAMMA))
-    assert found["loss"] == found["gradient_norm"] == found["response_tokens"] == 0
+    state, result = advance(model(LLAMA)[0], begin(LLAMA), batch, Scales(1.0, GAMMA))
+    assert result["loss"] == result["gradient_norm"] == result["response_tokens"] == 0
     assert_close(state.policy.adapter, model(LLAMA)[1], atol=0, rtol=0)
     np.testing.assert_array_equal(state.selector.logits, OMEGA)
     np.testing.assert_array_equal(state.selector.visits, [0, 1, 0, 0, 1, 0])
@@ -433,13 +433,13 @@ def test_weights_of_tokens(layout, reduction):
     state = begin(config, TOKENS)
     state = state._replace(token_params=jnp.array(PHI))
     advance = compiled(config, Objective(reduction=reduction), TOKENS)
-    after, found = advance(model(config)[0], state, pack(upper, lower, layout), Scales(1.0, GAMMA))
+    after, result = advance(model(config)[0], state, pack(upper, lower, layout), Scales(1.0, GAMMA))
     atol = 3e-6 if reduction == "mean" else 1e-4
     assert_close(after.policy.adapter, theta, atol=atol)
     np.testing.assert_allclose(after.selector.logits, omega, rtol=1e-5, atol=10 * atol)
     np.testing.assert_allclose(PHI - after.token_params, 0.5 * pull, rtol=1e-3)
     of_upper = [row_loss(config, adapter, row, reduction) for row in upper]
-    np.testing.assert_allclose(found["row_loss"][: len(upper)], of_upper, rtol=1e-4)
+    np.testing.assert_allclose(result["row_loss"][: len(upper)], of_upper, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -709,8 +709,8 @@ def response_weight(kind, row):
 def own_gradients():
     """∇ℓ at θ of all rows."""
     upper, lower = own_rows()
-    found = [(own_nll(model(LLAMA)[1], row)[1], num_predicted(row)) for row in upper + lower]
-    return [jax.tree.map(lambda x, n=n: np.asarray(x) / n, gradient) for gradient, n in found]
+    result = [(own_nll(model(LLAMA)[1], row)[1], num_predicted(row)) for row in upper + lower]
+    return [jax.tree.map(lambda x, n=n: np.asarray(x) / n, gradient) for gradient, n in result]
 
 
 def own_descent(kind, scales):
@@ -730,10 +730,10 @@ def own_descent(kind, scales):
 
 def plain_costs(adapter):
     """(10c): the mean of ℓ over the responses to each visited row, without r; 0 elsewhere."""
-    found = [
+    result = [
         [float(own_nll(adapter, row)[0]) / num_predicted(row) for row in own_rows()[1] if row.row_index == i] for i in range(N)
     ]
-    return np.array([np.mean(losses) if losses else 0.0 for losses in found])
+    return np.array([np.mean(losses) if losses else 0.0 for losses in result])
 
 
 def cost_of(state):
@@ -756,8 +756,8 @@ def test_own_responses_stand_in_for_those_of_the_data(kind, coefficient_at):
     spread = []
     for pack_rows in (pack, pack_padded):
         batch = pack_rows(upper, lower, ROOM, num_lower=4)
-        place = micro_batches(batch.packed, 10)[3:]
-        spread.append([len({m for m, row in zip(place, lower) if row.row_index == i}) for i in ASKED])
+        positions = micro_batches(batch.packed, 10)[3:]
+        spread.append([len({m for m, row in zip(positions, lower) if row.row_index == i}) for i in ASKED])
         after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
         assert_close(after.policy.adapter, theta, atol=2e-6)
         np.testing.assert_allclose(cost_of(after), costs[coefficient_at], atol=1e-5)
@@ -1019,8 +1019,8 @@ def compared_rows(objective):
                 reward=np.array(REWARDS[i]),
                 reference=-rng.uniform(5, 25, len(mine)),
             )
-            found = online.response_segments(own, i, mine[0].prompt, 1 / 4, group, objective.generated, ROOMY.length)
-            lower += [row for _, row in found]
+            result = online.response_segments(own, i, mine[0].prompt, 1 / 4, group, objective.generated, ROOMY.length)
+            lower += [row for _, row in result]
         elif objective.lower == "sft":
             lower.append(segment(rng, 3, int(rng.integers(2, 7)), row_index=i, share=1 / 4))
         else:
@@ -1063,26 +1063,26 @@ def numpy_losses(objective, base, adapter):
         else mean(numpy_pair(objective.upper, objective, nll, *two) for two in zip(upper[::2], upper[1::2]))
     )
     below, cost = [], np.zeros(N)
-    for i, found in by_question(lower).items():
-        own, signs = not math.isnan(found[0].old_log_prob), [row.sign for row in found]
-        weight = [response_weight("sequence", row) for row in found]
+    for i, result in by_question(lower).items():
+        own, signs = not math.isnan(result[0].old_log_prob), [row.sign for row in result]
+        weight = [response_weight("sequence", row) for row in result]
         reward = np.array(REWARDS[i]) if own else None
         if signs == [1, -1]:
-            loss = numpy_pair(objective.generated if own else objective.lower, objective, nll, *found)
-            cost[i] = loss if objective.lower != "sft" else plain(found[0])
+            loss = numpy_pair(objective.generated if own else objective.lower, objective, nll, *result)
+            cost[i] = loss if objective.lower != "sft" else plain(result[0])
         elif not own:
-            loss = cost[i] = plain(*found)
+            loss = cost[i] = plain(*result)
         elif objective.generated in ("dpo", "ipo"):  # no pair
-            loss, cost[i] = 0.0, plain(*found) if objective.lower == "sft" else 0.0
+            loss, cost[i] = 0.0, plain(*result) if objective.lower == "sft" else 0.0
         else:
             likelihood = np.exp(reward / TEMPERATURE)
             factor = {
                 "rwr": len(reward) * likelihood / likelihood.sum(),
                 "reinforce": [r - np.mean(np.delete(reward, g)) for g, r in enumerate(reward)],
             }[objective.generated]
-            assert len(found) == len(reward)
-            loss = mean(f * w * plain(row) for f, w, row in zip(factor, weight, found))
-            cost[i] = mean(map(plain, found))
+            assert len(result) == len(reward)
+            loss = mean(f * w * plain(row) for f, w, row in zip(factor, weight, result))
+            cost[i] = mean(map(plain, result))
         below.append(N * softmax(np.float64(OMEGA))[i] * loss)
     return above + GAMMA * mean(below), cost
 
@@ -1109,8 +1109,8 @@ def test_objectives_against_finite_differences(name):
         after, metrics = compiled(LLAMA, objective)(base, begin(LLAMA), batch, Scales(1.0, GAMMA))
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
         moved = jax.tree.map(lambda x, y: (np.float64(x) - y) / RATE, model(LLAMA)[1], after.policy.adapter)
-        found = [sum(np.sum(d * g) for d, g in zip(jax.tree.leaves(u), jax.tree.leaves(moved))) for u in directions]
-        np.testing.assert_allclose(found, slopes, rtol=1e-4, atol=1e-4 * scale)
+        result = [sum(np.sum(d * g) for d, g in zip(jax.tree.leaves(u), jax.tree.leaves(moved))) for u in directions]
+        np.testing.assert_allclose(result, slopes, rtol=1e-4, atol=1e-4 * scale)
         if objective.coefficient_at == "next":
             theta = jax.tree.map(lambda x: np.array(x, np.float64), after.policy.adapter)
             cost = numpy_losses(objective, base64, theta)[1]

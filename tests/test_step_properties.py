@@ -26,29 +26,29 @@ SUMS = 3e-5  # of losses and gradients, relative to the largest entry
 
 def actual(after, metrics, num_entries: int) -> dict[str, np.ndarray]:
     """The results of the compiled step, named as those of the reference."""
-    found = {name: np.asarray(value, float) for name, value in metrics.items()}
-    found |= {name: found[name][:num_entries] for name in ("row_loss", "log_ratio", "response_weight")}
+    result = {name: np.asarray(value, float) for name, value in metrics.items()}
+    result |= {name: result[name][:num_entries] for name in ("row_loss", "log_ratio", "response_weight")}
     for kind in ("policy", "tracker"):
         if (learner := getattr(after, kind)) is None:
             continue
-        found[f"{kind}: θ"] = step_reference.flat(learner.adapter)
+        result[f"{kind}: θ"] = step_reference.flat(learner.adapter)
         if (moments := step_reference.moments(learner.optimizer)) is not None:
-            found |= {f"{kind}: mu": moments[0], f"{kind}: nu": moments[1]}
+            result |= {f"{kind}: mu": moments[0], f"{kind}: nu": moments[1]}
     omega = after.selector
     for name in ("visits", "data_visits", "surprise", "harm", "baseline"):
-        found[f"selector: {name}"] = np.asarray(getattr(omega, name), float)
-    found["selector: ω"] = np.asarray(omega.logits, float)
+        result[f"selector: {name}"] = np.asarray(getattr(omega, name), float)
+    result["selector: ω"] = np.asarray(omega.logits, float)
     if omega.feature_params is not None:
-        found["selector: φ"] = np.asarray(omega.feature_params, float)
+        result["selector: φ"] = np.asarray(omega.feature_params, float)
     if (moments := step_reference.moments(omega.optimizer)) is not None:
-        found |= {"selector: mu of ω": moments[0], "selector: nu of ω": moments[1]}
+        result |= {"selector: mu of ω": moments[0], "selector: nu of ω": moments[1]}
     if after.token_params is not None:
-        found["φ of tokens"] = np.asarray(after.token_params, float)
+        result["φ of tokens"] = np.asarray(after.token_params, float)
     if after.influence is not None:
-        found["memory: upper_gradient"] = step_reference.flat(after.influence.upper_gradient)
+        result["memory: upper_gradient"] = step_reference.flat(after.influence.upper_gradient)
         for name in ("mean_square", "surprise_mean", "surprise_square"):
-            found[f"memory: {name}"] = np.asarray(getattr(after.influence, name), float)
-    return found
+            result[f"memory: {name}"] = np.asarray(getattr(after.influence, name), float)
+    return result
 
 
 def difference(name: str, value, expected, noise: float) -> str:
@@ -85,11 +85,11 @@ def take_step(chain, compiled, k: int) -> str:
     batch, scales, inputs = chain.inputs(k)
     after, metrics = compiled(step_cases.base(), chain.state, batch, scales, chain.features)
     expected, noise = step_reference.predict(inputs, chain.state, after, k)
-    found = actual(after, metrics, len(inputs.entries))
+    result = actual(after, metrics, len(inputs.entries))
     chain.state = after
-    if missing := sorted(found.keys() - expected.keys()):
+    if missing := sorted(result.keys() - expected.keys()):
         return f"{missing[0]} is not compared"
-    wrong = (difference(name, found[name], expected[name], noise.get(name, 0.0)) for name in expected)
+    wrong = (difference(name, result[name], expected[name], noise.get(name, 0.0)) for name in expected)
     return next(filter(None, wrong), "")
 
 

@@ -164,11 +164,11 @@ def test_evaluation(finished, neox, data, when):
     assert len(held_out["lower"]) == HELD_OUT and not weighted & {row.id for row in held_out["lower"]}
     upper, lower = ([row.fields for row in held_out[level]] for level in ("upper", "lower"))
     assert any(row["bad"] for row in lower)
-    found = summary_of(finished)
-    assert found[f"{when}/upper_loss"] == pytest.approx(mean_loss(upper), rel=1e-5)
-    assert found[f"{when}/lower_loss"] == pytest.approx(mean_loss(lower), rel=1e-5)
-    assert found[f"{when}/lower_clean_loss"] == pytest.approx(mean_loss(lower, "truth"), rel=1e-5)
-    assert found[f"{when}/upper_right"] == right(upper) and found[f"{when}/lower_clean_right"] == right(lower, "truth")
+    result = summary_of(finished)
+    assert result[f"{when}/upper_loss"] == pytest.approx(mean_loss(upper), rel=1e-5)
+    assert result[f"{when}/lower_loss"] == pytest.approx(mean_loss(lower), rel=1e-5)
+    assert result[f"{when}/lower_clean_loss"] == pytest.approx(mean_loss(lower, "truth"), rel=1e-5)
+    assert result[f"{when}/upper_right"] == right(upper) and result[f"{when}/lower_clean_right"] == right(lower, "truth")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(finished, make_config, tm
     assert without(summary_of(workdir), "time/") == without(summary_of(finished), "time/")
     events, expected = (read_jsonl(directory / "metrics.jsonl") for directory in (workdir, finished))
     assert [event["step"] for event in events] == [event["step"] for event in expected]
-    evaluations = [[event for event in found if "eval/upper_loss" in event] for found in (events, expected)]
+    evaluations = [[event for event in result if "eval/upper_loss" in event] for result in (events, expected)]
     assert evaluations[0] == evaluations[1]
 
 
@@ -664,7 +664,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     assert phi[0] < -0.05  # a token that is more surprising than others of its response is trusted less
 
     rows, loaded = {row.id: row for row in data_levels.reopen(config)}, load(config.model.path, workdir / "adapter")
-    marked, found = [], []
+    marked, result = [], []
     for of_row in weight_table.read_tokens(workdir).to_pylist():
         row = rows[of_row["id"]]
         nll = -np.array(token_log_probs(loaded, row.question, row.response))
@@ -672,8 +672,8 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
         np.testing.assert_allclose(of_row["weight"], len(nll) * share / share.sum(), rtol=1e-3)
         assert of_row["start"][-1] == of_row["stop"][-1] == len(row.response)
         marked += [start < 2 for start in of_row["start"]] if row.fields.get("odd") else [False] * len(nll)
-        found += of_row["weight"]
-    by_hand = [(a < b) + 0.5 * (a == b) for a, bad in zip(found, marked) if bad for b, other in zip(found, marked) if not other]
+        result += of_row["weight"]
+    by_hand = [(a < b) + 0.5 * (a == b) for a, bad in zip(result, marked) if bad for b, other in zip(result, marked) if not other]
     assert summary["selector/token_auroc"] == pytest.approx(np.mean(by_hand))
 
     with monkeypatch.context() as once:
@@ -927,10 +927,10 @@ def test_loss_of_the_rows_in_use(refined, neox, make_config):
         own = [-np.mean(token_log_probs(plain, prompt, answer, template="none", eos=False)) for answer in answers]
         losses.append((np.mean(own) if own else of_data, of_data, bool(own)))
     summary = summary_of(workdir)
-    found = [summary[f"eval/used_{key}"] for key in ("loss", "data_loss", "generated")]
+    result = [summary[f"eval/used_{key}"] for key in ("loss", "data_loss", "generated")]
     means = [np.mean(four, axis=0) for four in itertools.combinations(losses, HELD_OUT)]
-    assert sum(np.allclose(mean, found, rtol=1e-5) for mean in means) == 1
-    assert found[2] > 0 and abs(found[0] - found[1]) > 0.01
+    assert sum(np.allclose(mean, result, rtol=1e-5) for mean in means) == 1
+    assert result[2] > 0 and abs(result[0] - result[1]) > 0.01
 
 
 def test_without_generation_the_rows_in_use_are_those_of_the_data(finished):
@@ -984,12 +984,12 @@ def test_answers_that_are_not_needed_change_nothing(refined, method):
     (needed, _), (every, _) = refined({"method": method}), refined({"method": method, "online.generate": "all"})
     for file in TRAINED:
         assert (every / file).read_bytes() == (needed / file).read_bytes()
-    found, expected = ([e for e in read_jsonl(x / "metrics.jsonl") if "online/masked" not in e] for x in (every, needed))
-    assert [without(event, "speed/") for event in found] == [without(event, "speed/") for event in expected]
-    found, expected = responses_of(every), responses_of(needed)
-    assert [line for line in found if line["ratio"] is not None] == expected
+    result, expected = ([e for e in read_jsonl(x / "metrics.jsonl") if "online/masked" not in e] for x in (every, needed))
+    assert [without(event, "speed/") for event in result] == [without(event, "speed/") for event in expected]
+    result, expected = responses_of(every), responses_of(needed)
+    assert [line for line in result if line["ratio"] is not None] == expected
     first = 2 * NUM_MASKED if method == "online" else 0
-    assert [sum(line["step"] == step for line in found) for step in range(0, STEPS, EVERY)] == [first, *[2 * NUM_MASKED] * 3]
+    assert [sum(line["step"] == step for line in result) for step in range(0, STEPS, EVERY)] == [first, *[2 * NUM_MASKED] * 3]
 
 
 def interrupt_refresh(patch, at):
@@ -1039,8 +1039,8 @@ def test_an_interrupted_refresh_ends_as_if_it_had_not_been(refined, make_config,
         assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
     assert without(summary_of(workdir), "time/") == without(summary_of(expected), "time/")
     timings = "speed/", "online/time_share"
-    found, events = ([without(e, timings) for e in read_jsonl(x / "metrics.jsonl")] for x in (workdir, expected))
-    assert found == events
+    result, events = ([without(e, timings) for e in read_jsonl(x / "metrics.jsonl")] for x in (workdir, expected))
+    assert result == events
 
 
 @pytest.mark.slow

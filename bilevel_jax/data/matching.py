@@ -12,6 +12,12 @@ from bilevel_jax.data.rows import Row
 BLOCK = 1 << 12  # rows whose ids are looked up at once
 
 
+def as_bytes(ids: pa.ChunkedArray) -> np.ndarray:
+    """The ids, at least one, as bytes, [n]: a few bytes each, where Python's strings take 65."""
+    parts = (ids.slice(first, BLOCK).to_pylist() for first in range(0, len(ids), BLOCK))
+    return np.concatenate([np.array([one.encode() for one in part]) for part in parts])
+
+
 def match(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True) -> Iterator[tuple[int, Row]]:
     """Yields the candidates whose ids are among `ids`, each with the index of its id, in the order of the candidates.
 
@@ -32,7 +38,7 @@ def blocks(candidates: Iterable[Row], ids: pa.ChunkedArray, strict: bool = True)
     Raises:
       DataError: at the end, if one does not: the ids are from other data.
     """
-    stored = np.concatenate([np.array([one.encode() for one in chunk.to_pylist()]) for chunk in ids.chunks if len(chunk)])
+    stored = as_bytes(ids)
     order = np.argsort(stored, kind="stable")
     stored, matched, candidates = stored[order], np.zeros(len(ids), bool), iter(candidates)
     while block := list(itertools.islice(candidates, BLOCK)):

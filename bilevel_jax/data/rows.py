@@ -17,6 +17,7 @@ import numpy as np
 
 from bilevel_jax.data import in_memory, readers, schemas
 from bilevel_jax.data.columns import Columns, suggestion
+from bilevel_jax.data.copies import CopyCounter
 from bilevel_jax.data.rejections import DataError, Rejection, location, tally
 from bilevel_jax.text import one_line
 
@@ -167,7 +168,7 @@ def parse(
       questions_only: the response may be missing or empty.
       named: fields that the user named, as in `schemas.detect`.
     """
-    counts: collections.Counter[str] = collections.Counter()
+    copies = CopyCounter()
     for line, value in objects:
         if isinstance(value, Rejection):
             yield value
@@ -178,8 +179,8 @@ def parse(
             fields = value.items() if isinstance(value, Mapping) else ()
             yield Rejection(line, one_line(str(error), MAX_REASON), tuple(str(key) for key, field in fields if field is not None))
             continue
-        counts[row.id] += 1
-        yield row if counts[row.id] == 1 else dataclasses.replace(row, id=f"{row.id}-{counts[row.id]}")
+        count = copies.add(row.id)
+        yield row if count == 1 else dataclasses.replace(row, id=f"{row.id}-{count}")
 
 
 def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = False, columns: str = "") -> Iterator[Row | Rejection]:

@@ -1,5 +1,6 @@
 """The rows that a run keeps, with their columns: for the command, which writes them, and for `Run.kept`."""
 
+import array
 import dataclasses
 import itertools
 import pathlib
@@ -64,7 +65,7 @@ class _Gathered(NamedTuple):
     """Kept rows before the names of their fields are final; for the fields see `Selection`."""
 
     records: Records
-    order: list[int]
+    order: array.array
     refined: np.ndarray
     labels: np.ndarray
     traits: selected_rows.Traits
@@ -142,7 +143,7 @@ def _writer(config, form: str, names: list[str], responses: Mapping[str, str] | 
 def _gather(candidates: Iterable[rows.Row], table: pa.Table, kept: np.ndarray, writer: _Writer, form: str) -> _Gathered:
     """Reads the candidates once. Ends early at a kept row that calls for another form."""
     refined, labels = np.zeros(len(kept), bool), np.full(len(kept), UNLABELLED, np.int8)
-    gathered = _Gathered(Records(), [], refined, labels, selected_rows.Traits())
+    gathered = _Gathered(Records(), array.array("q"), refined, labels, selected_rows.Traits())
     numbers = selected_rows.numbers(table)
     for indices, block in matching.blocks(tqdm.tqdm(candidates, **BAR), table["id"]):
         marks = [rows.mark(row, writer.label) for row in block]

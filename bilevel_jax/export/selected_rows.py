@@ -166,7 +166,7 @@ def replaced(workdir: pathlib.Path, ids: pa.ChunkedArray) -> np.ndarray:
     """Which rows were masked in the run, [n] bool: at the end of an epoch, or with a generated response that a step used."""
     masked = pa.chunked_array([], pa.string())
     for file in weight_table.epoch_files(workdir).values():
-        table = weight_table.read(file)
+        table = weight_table.read(file, weight_table.MASKS)
         masked = pa.chunked_array([*masked.chunks, *table.filter(table["masked"])["id"].chunks], pa.string())
     responses = workdir / "responses.jsonl"
     if responses.exists():

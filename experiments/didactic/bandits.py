@@ -43,9 +43,9 @@ class Problem(NamedTuple):
 def best_of(probabilities: np.ndarray, reward: np.ndarray) -> np.ndarray:
     """Distribution of the best of G independent samples: differences of F^G along the reward, no two of which are equal."""
     order = np.argsort(reward)
-    found = np.empty(len(reward))
-    found[order] = np.diff(np.cumsum(probabilities[order]) ** G, prepend=0)
-    return found
+    result = np.empty(len(reward))
+    result[order] = np.diff(np.cumsum(probabilities[order]) ** G, prepend=0)
+    return result
 
 
 @functools.cache
@@ -187,13 +187,13 @@ def learned(name: str, cases, features=SMOOTH, rates=RATES, betas=None, weights:
     shape = len(cases), len(betas), len(rates), len(TUNED_ON) + len(SEEDS), -1
     gain, *rest = (part.reshape(shape) for part in (gain, chosen - start[:, 2], rejected - start[:, 3], policy))
     reported = slice(len(TUNED_ON), None)
-    found = {}
+    result = {}
     for c, case in enumerate(cases):
         tuning = np.nan_to_num(gain[c, :, :, : len(TUNED_ON), -1].mean(-1), nan=-np.inf)
         b, r = np.unravel_index(tuning.argmax(), tuning.shape)
         parts = (part[c, b, r, reported] for part in (gain, *rest))
-        found[case] = Learned(*parts, rates[r], betas[b], gain[c, b, :, reported, -1])
-    return found
+        result[case] = Learned(*parts, rates[r], betas[b], gain[c, b, :, reported, -1])
+    return result
 
 
 def _start(p: Problem) -> tuple[float, float, float, float]:

@@ -238,11 +238,11 @@ def rewritten(text: str) -> str:
     """
     for name, rows in TABLES.items():
         mark = MARK.format(name)
-        before, found, rest = text.partition(mark + "\n")
+        before, result, rest = text.partition(mark + "\n")
         _, closed, after = rest.partition(END)
-        if not found or not closed:
+        if not result or not closed:
             raise ValueError(f"the text has no {mark} with {END} after it")
-        text = before + found + "\n".join(["", *table(rows), "", ""]) + closed + after
+        text = before + result + "\n".join(["", *table(rows), "", ""]) + closed + after
     return text
 
 

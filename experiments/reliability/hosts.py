@@ -159,15 +159,15 @@ def interrupt(directory: pathlib.Path, settings: dict, moment: tuple = ("train",
     Returns:
       `faults`, and the names of the files that differ at the end, `mismatches`.
     """
-    found = []
+    outcomes = []
     with two_hosts() as hosts:
         undisturbed = train(hosts, directory / "hosts", settings)
         if any(undisturbed.codes):
             raise RuntimeError(f"the undisturbed run ended with statuses {undisturbed.codes}: {undisturbed.lines}")
         workdir = directory / "hosts_0"
         for fault in FAULTS:
-            found.append(train(hosts, workdir, settings, fault, moment)._asdict())
+            outcomes.append(train(hosts, workdir, settings, fault, moment)._asdict())
         last = train(hosts, workdir, settings)
     differing = [f"status {last.codes}: {last.lines}"] if any(last.codes) else []
     differing += kills.differing(kills.results(workdir), kills.results(directory / "hosts"))
-    return {"faults": found, "mismatches": differing}
+    return {"faults": outcomes, "mismatches": differing}

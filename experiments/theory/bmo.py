@@ -83,7 +83,7 @@ def paragraph(results: dict) -> str:
         ]
         body.append(f"| {name} | {listed(np.array(PROBLEMS[name].optimal, float))} | {' | '.join([*cells, *excess])} |")
     table = "\n".join(body)
-    found = {tau: results["problems"]["c"][tau]["sigma"][0] for tau in TAUS}
+    sigma = {tau: results["problems"]["c"][tau]["sigma"][0] for tau in TAUS}
     return f"""\
 (42) descends L0 + γ·softmin_τ(ℓ), where λ, the softmax of -τℓ, is the gradient of the softmin: an average weighted towards the rows
 of the lowest loss. It takes a pass over all rows in every step, so it is here, and not in the package. The problems and the
@@ -91,7 +91,7 @@ of the lowest loss. It takes a pass over all rows in every step, so it is here, 
 
 *A solution by hand.* In problem c the answers of the limit are m = (p + γ(λ_1 p + λ_2 q))/(1 + γ), with λ_1 = 1/(1 + exp(τ(ℓ_1 -
 ℓ_2))) at m, one equation in λ_1: {results["by_hand"][1.0]:.4f} for τ = 1 and {results["by_hand"][10.0]:.4f} for τ = 10, at γ =
-{GAMMA:.0f}. The descent ends at {found[1.0]:.4f} and {found[10.0]:.4f}. The solution of (4) is 1: row 1, identical to the trusted
+{GAMMA:.0f}. The descent ends at {sigma[1.0]:.4f} and {sigma[10.0]:.4f}. The solution of (4) is 1: row 1, identical to the trusted
 rows, has the higher entropy, hence the higher loss and the smaller weight, as under (10b). A larger τ is worse here.
 
 | | solution of (4) | λ, τ = 1 | λ, τ = 10 | σ(ω) of (46)-(48), τ = 1 | retrained, τ = 1 | retrained, τ = 10 |

@@ -85,8 +85,8 @@ def test_copies_are_counted(make_levels, capsys, tmp_path):
     """Three rows of one content and two of another: clusters of 3 and 2, with 2 + 1 copies."""
     _, lower = make_levels(UPPER, [*LOWER, LOWER[4], LOWER[4], LOWER[9]])
     assert (lower.counts["duplicates"], lower.counts["duplicate_clusters"]) == (3, {"2": 1, "3": 1})
-    place = f"{tmp_path}/low.jsonl:21 is one of {tmp_path}/low.jsonl:5"
-    assert f"  3 copies of 2 other rows, the largest cluster has 3 ({place})" in capsys.readouterr().out
+    location = f"{tmp_path}/low.jsonl:21 is one of {tmp_path}/low.jsonl:5"
+    assert f"  3 copies of 2 other rows, the largest cluster has 3 ({location})" in capsys.readouterr().out
 
 
 def test_copies_of_held_out_rows_are_not_trained_on(make_levels):

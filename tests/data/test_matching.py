@@ -27,8 +27,8 @@ def test_match(size, seed):
     parsed = list(rows.parse(enumerate(OBJECTS, 1)))
     rng = np.random.default_rng(seed)
     chosen, order = rng.permutation(8)[:5], rng.permutation(8)
-    found = list(matching.match((parsed[i] for i in order), ids_of(parsed, chosen)))
-    assert found == [([*chosen].index(i), parsed[i]) for i in order if i in chosen]
+    result = list(matching.match((parsed[i] for i in order), ids_of(parsed, chosen)))
+    assert result == [([*chosen].index(i), parsed[i]) for i in order if i in chosen]
 
 
 def test_ids_of_other_data(size):
@@ -67,6 +67,6 @@ def test_a_stream_without_rows(make_config, tmp_path, objects):
     config = make_config({"data.lower": str(write_jsonl(tmp_path / "rows.jsonl", objects))})
     with pytest.raises(DataError) as expected:
         levels.reopen(config)
-    with pytest.raises(DataError) as found:
+    with pytest.raises(DataError) as result:
         list(streaming.reopen(config))
-    assert str(found.value) == str(expected.value)
+    assert str(result.value) == str(expected.value)

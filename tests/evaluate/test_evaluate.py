@@ -40,7 +40,7 @@ def make_lm(loaded, eos=None):
 
 
 def instances(kind, *arguments):
-    return [Instance(kind, {}, each, place) for place, each in enumerate(arguments)]
+    return [Instance(kind, {}, each, position) for position, each in enumerate(arguments)]
 
 
 def logits_after(loaded, tokens):
@@ -94,8 +94,8 @@ def test_loglikelihood(neox, adapter, adapted):
         ("a", LONG[:200]): (encode("a"), encode("a" + LONG[:200])[1:]),
     }
     assert len(encode(LONG)) > 128 > len(encode(LONG[:200])) > 40
-    found = make_lm(loaded).loglikelihood(instances("loglikelihood", *requests), disable_tqdm=True)
-    for (log_likelihood, greedy), tokens in zip(found, requests.values()):
+    result = make_lm(loaded).loglikelihood(instances("loglikelihood", *requests), disable_tqdm=True)
+    for (log_likelihood, greedy), tokens in zip(result, requests.values()):
         expected, likely = by_hand(loaded, *tokens)
         assert log_likelihood == pytest.approx(expected, rel=1e-5) and greedy == likely
 
@@ -105,19 +105,19 @@ def test_greedy_means_every_token(neox):
     loaded = load(neox)
     prompt = loaded[3].encode("1 and 2 make")
     best = greedy_tokens(loaded, prompt, 128)
-    swapped = [best[:place] + [(best[place] + 1) % 256] + best[place + 1 : 6] for place in (0, 3, 5)]
+    swapped = [best[:position] + [(best[position] + 1) % 256] + best[position + 1 : 6] for position in (0, 3, 5)]
     continuations = [best[:1], best[:6], best[: 129 - len(prompt)], *swapped]
-    found = make_lm(loaded)._loglikelihood_tokens([(None, prompt, continuation) for continuation in continuations])
-    assert [greedy for _, greedy in found] == [True, True, True, False, False, False]
-    assert [by_hand(loaded, prompt, continuation)[1] for continuation in continuations] == [greedy for _, greedy in found]
+    result = make_lm(loaded)._loglikelihood_tokens([(None, prompt, continuation) for continuation in continuations])
+    assert [greedy for _, greedy in result] == [True, True, True, False, False, False]
+    assert [by_hand(loaded, prompt, continuation)[1] for continuation in continuations] == [greedy for _, greedy in result]
 
 
 def test_equal_requests_are_scored_once(neox, monkeypatch):
     lm, number = make_lm(load(neox)), []
     score = lm._score
     monkeypatch.setattr(lm, "_score", lambda segments: number.append(len(segments)) or score(segments))
-    found = lm.loglikelihood(instances("loglikelihood", ("a", " b"), ("a", " c"), ("a", " b")), disable_tqdm=True)
-    assert number == [2] and found[0] == found[2] != found[1]
+    result = lm.loglikelihood(instances("loglikelihood", ("a", " b"), ("a", " c"), ("a", " b")), disable_tqdm=True)
+    assert number == [2] and result[0] == result[2] != result[1]
 
 
 def test_rolling(neox):
@@ -132,9 +132,9 @@ def test_rolling(neox):
         (tokens[n - 129 : 256], tokens[256:]),
     ]
     short = ([loaded[3].eos_token_id], loaded[3].encode("short"))
-    found = make_lm(loaded).loglikelihood_rolling(instances("loglikelihood_rolling", (text,), ("",), ("short",)))
+    result = make_lm(loaded).loglikelihood_rolling(instances("loglikelihood_rolling", (text,), ("",), ("short",)))
     expected = [sum(by_hand(loaded, *window)[0] for window in windows), 0, by_hand(loaded, *short)[0]]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [("a", ""), (" ", "a"), ("a", LONG)])
@@ -160,10 +160,10 @@ def test_generate_until(neox):
     requests = [(prompt, {"until": [], "max_gen_toks": 12}) for prompt in prompts]
     requests += [(prompt, {"until": ends, "max_gen_toks": 12}) for prompt in prompts]
     requests += [("so", {"until": "never said", "max_new_tokens": 3, "do_sample": False, "temperature": 0.7})]
-    found = make_lm(loaded, eos=[]).generate_until(instances("generate_until", *requests))
-    assert found[:4] == texts
-    assert found[4:8] == [text.split(ends[0])[0].split(ends[1])[0] for text in texts]
-    assert found[8] == tokenizer.decode(tokens[1][:3])
+    result = make_lm(loaded, eos=[]).generate_until(instances("generate_until", *requests))
+    assert result[:4] == texts
+    assert result[4:8] == [text.split(ends[0])[0].split(ends[1])[0] for text in texts]
+    assert result[8] == tokenizer.decode(tokens[1][:3])
 
 
 def test_generation_ends_at_the_eos(neox):
@@ -171,8 +171,8 @@ def test_generation_ends_at_the_eos(neox):
     tokens = greedy_tokens(loaded, loaded[3].encode("so"), 12)
     last = max(tokens.index(token) for token in set(tokens))
     assert last < 11
-    (found,) = make_lm(loaded, eos=[tokens[last]]).generate_until(instances("generate_until", ("so", {"max_gen_toks": 12})))
-    assert found == loaded[3].decode(tokens[: last + 1])
+    (result,) = make_lm(loaded, eos=[tokens[last]]).generate_until(instances("generate_until", ("so", {"max_gen_toks": 12})))
+    assert result == loaded[3].decode(tokens[: last + 1])
 
 
 def test_options():
@@ -242,8 +242,8 @@ def test_local_tasks_are_the_official_ones(name):
     """Prompt, target, choices and metrics, to the letter."""
 
     def described(file):
-        found = {key: value for key, value in load_yaml(file).items() if key not in OF_THE_DATA}
-        return {key: f"{value.__module__}.{value.__name__}" if callable(value) else value for key, value in found.items()}
+        result = {key: value for key, value in load_yaml(file).items() if key not in OF_THE_DATA}
+        return {key: f"{value.__module__}.{value.__name__}" if callable(value) else value for key, value in result.items()}
 
     assert described(LOCAL / f"local_{name}.yaml") == described(OFFICIAL / FILES[name])
 
@@ -257,7 +257,7 @@ def test_requests_of_local_tasks(name, bench, monkeypatch):
     requests, right = RENDERED[name]
     assert [instance.args for instance in task.instances] == requests
     for best in (0, 1):
-        results = [(-1.0 if place == best else -2.0, False) for place in (0, 1)]
+        results = [(-1.0 if position == best else -2.0, False) for position in (0, 1)]
         assert task.process_results(task.instances[0].doc, results)["acc"] == (best == right)
 
 
@@ -328,8 +328,8 @@ def test_command(command, finished):
             hits["acc"].append(expected.argmax() == right)
             if "acc_norm" in hits:
                 hits["acc_norm"].append((expected / lengths).argmax() == right)
-        for measure, found in hits.items():
-            assert results["results"][name][f"{measure},none"] == pytest.approx(np.mean(found))
+        for measure, result in hits.items():
+            assert results["results"][name][f"{measure},none"] == pytest.approx(np.mean(result))
 
 
 def test_command_on_a_model(command, neox, adapter, tmp_path):

@@ -15,9 +15,9 @@ DETECTED = 25  # seconds, see `distributed.KEEPALIVE`
 def test_both_processes_end_in_one_line_and_the_pair_goes_on_to_the_same_bits(tmp_path):
     if problem():
         pytest.skip(problem())
-    found = hosts.interrupt(tmp_path, SETTINGS)
-    assert found["mismatches"] == []
-    by_name = {fault["name"]: fault for fault in found["faults"]}
+    result = hosts.interrupt(tmp_path, SETTINGS)
+    assert result["mismatches"] == []
+    by_name = {fault["name"]: fault for fault in result["faults"]}
     assert list(by_name) == list(hosts.FAULTS)
     for victim in (0, 1):
         fault = by_name[f"process {victim} killed"]
@@ -29,7 +29,7 @@ def test_both_processes_end_in_one_line_and_the_pair_goes_on_to_the_same_bits(tm
     assert cut["codes"] == (1, 1)
     assert all(line.startswith(f"error: process {1 - i} cannot be reached, ") for i, line in enumerate(cut["lines"])), cut
     assert all(0.5 * DETECTED < seconds < DETECTED + 15 for seconds in cut["seconds"]), cut
-    assert all(fault["tracebacks"] == 0 for fault in found["faults"])
+    assert all(fault["tracebacks"] == 0 for fault in result["faults"])
 
 
 def test_the_page_has_seconds_and_lines():

@@ -42,14 +42,14 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
     A row without a link has those of the paragraph above the table. Tables of claims, which are generated, are left out.
     """
     text = re.sub(r"<!-- claims.*?<!-- end of claims -->|β₂ = [\d.]+", "", text, flags=re.S)  # a setting is no result
-    found: list[tuple[str, list[str]]] = []
+    result: list[tuple[str, list[str]]] = []
     above: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         inherited = above if paragraph.startswith("|") else []
         for block in re.split(r"\n(?=\||- )", paragraph):
-            found.append((block, LINK.findall(block) or inherited))
+            result.append((block, LINK.findall(block) or inherited))
         above = LINK.findall(paragraph)
-    return found
+    return result
 
 
 def quoted(text: str, folder: pathlib.Path) -> list[tuple[str, list[float]]]:

@@ -95,8 +95,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     flags = [f"--workdir={tmp_path / 'soak'}", f"--out={tmp_path / 'out'}", "--kills=200", "--pair_kills=0", "--long_steps=0"]
 
     def counted() -> list[int]:
-        found = json.loads((tmp_path / "out.json").read_text())
-        return [soak.killed(found.get(name)) for name in ("runs", *soak.SHARES)]
+        result = json.loads((tmp_path / "out.json").read_text())
+        return [soak.killed(result.get(name)) for name in ("runs", *soak.SHARES)]
 
     with command_line("experiments.soak", flags, soak.FLAGS), pytest.raises(Stopped):
         soak.main()
@@ -109,8 +109,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     with command_line("experiments.soak", [*flags, "--resume"], soak.FLAGS):
         soak.main()
     assert left[0] == 96  # nothing is left to do
-    found = json.loads((tmp_path / "out.json").read_text()) | {"version": "another"}
-    (tmp_path / "out.json").write_text(json.dumps(found))
+    result = json.loads((tmp_path / "out.json").read_text()) | {"version": "another"}
+    (tmp_path / "out.json").write_text(json.dumps(result))
     with command_line("experiments.soak", [*flags, "--resume"], soak.FLAGS), pytest.raises(ValueError, match="another version"):
         soak.main()
 
@@ -119,5 +119,5 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_a_command_that_is_killed(name, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "reference")
-    found = commands.interrupt(name, tmp_path, 2, np.random.default_rng(0))
-    assert found == {"ended": 1, "kills": 2, "mismatches": []}
+    result = commands.interrupt(name, tmp_path, 2, np.random.default_rng(0))
+    assert result == {"ended": 1, "kills": 2, "mismatches": []}

@@ -89,9 +89,9 @@ def test_score_new_by_source(by_source, tmp_path):
     objects = [{"question": f"{name}?", "response": "yes", "source": name} for name in logits]
     new, out = write_jsonl(tmp_path / "new.jsonl", objects), tmp_path / "ranked.jsonl"
     command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
-    found = {row["source"]: row["weight"] for row in read_jsonl(out)}
+    result = {row["source"]: row["weight"] for row in read_jsonl(out)}
     expected = np.exp([*logits.values()])
-    np.testing.assert_allclose([found[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose([result[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
 
     renamed = [{"query": row["question"], "response": row["response"], "source": row["source"]} for row in objects]
     command(f"--workdir={workdir}", f"--score-new={write_jsonl(new, renamed)}", f"--selected={out}", "--columns=question:query")

@@ -54,11 +54,11 @@ def test_the_form_follows_from_all_rows(tmp_path, objects, form):
     """Also from a last row that is unlike those before it: all of them have its columns."""
     workdir, parsed, config, _ = make_workdir(tmp_path, objects, np.arange(len(objects)))
     selection = kept_rows.collect(workdir, config, keep=1.0)
-    found = [*selection.records]
+    result = [*selection.records]
     assert selection.form == form and selection.order.tolist() == [*range(len(objects))]
-    assert [record["id"] for record in found] == [row.id for row in parsed]
-    assert all(record.get("completion", "").strip() in "cr" for record in found)
-    assert ("original_prompt" in found[-1]) == (form == "text" and objects[-1] is PAIRED)
+    assert [record["id"] for record in result] == [row.id for row in parsed]
+    assert all(record.get("completion", "").strip() in "cr" for record in result)
+    assert ("original_prompt" in result[-1]) == (form == "text" and objects[-1] is PAIRED)
     assert selection.labels.tolist() == [1 if value is PLAIN else kept_rows.UNLABELLED for value in objects]
 
 

@@ -33,10 +33,10 @@ def parse(objects):
 
 
 def traits(parsed):
-    found = selected_rows.Traits()
+    result = selected_rows.Traits()
     for row in parsed:
-        found.add(row)
-    return found
+        result.add(row)
+    return result
 
 
 def join(parsed, columns, reserved):

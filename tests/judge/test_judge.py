@@ -106,19 +106,19 @@ def test_a_comparison_and_its_repetition(files, tmp_path):
         assert len(server.requests) == len(asked)
 
     # Won, lost, the same, a tie, won: scores 1, 0, ½, ½, 1, of standard deviation √(0.7 / 4).
-    found = shown(done)
-    assert found["win rate (win 1, tie ½, loss 0)"] == "0.6000 ± 0.1871"
-    assert found["pairs won, tied, lost"] == "2, 2, 1"
-    assert found["pairs with both verdicts"] == "5 of 5"
-    assert found["pairs whose two orders disagree"] == "0.0%"
-    assert found["verdicts for the answer that is first"] == "50.0%"
-    assert found["pairs won by the longer answer"] == "100.0%"
-    assert found["mean length, characters"] == "9 against 10"  # 13 + 5 + 9 + 13 + 7 and 6 + 21 + 9 + 13 + 1
+    result = shown(done)
+    assert result["win rate (win 1, tie ½, loss 0)"] == "0.6000 ± 0.1871"
+    assert result["pairs won, tied, lost"] == "2, 2, 1"
+    assert result["pairs with both verdicts"] == "5 of 5"
+    assert result["pairs whose two orders disagree"] == "0.0%"
+    assert result["verdicts for the answer that is first"] == "50.0%"
+    assert result["pairs won by the longer answer"] == "100.0%"
+    assert result["mean length, characters"] == "9 against 10"  # 13 + 5 + 9 + 13 + 7 and 6 + 21 + 9 + 13 + 1
     # 8 x 100 and 8 x 3 tokens: 800 x 2 + 24 x 10 millionths
-    assert found["tokens in and out, says the endpoint"] == "800, 24; cost 0.00184 at 2 and 10 a million"
+    assert result["tokens in and out, says the endpoint"] == "800, 24; cost 0.00184 at 2 and 10 a million"
     written = json.loads(summary.read_text())
     assert written["win_rate"] == pytest.approx(0.6) and [written[key] for key in ("wins", "ties", "losses")] == [2, 2, 1]
-    assert shown(again) == found and "8 verdicts, 8 of them in" in again.stdout
+    assert shown(again) == result and "8 verdicts, 8 of them in" in again.stdout
 
     # What was asked: all but the pair of the same answers, in both orders, once.
     expected = [(row["question"], row["response"], text) for row, text in OBJECTS if row["question"] != "Two?"]
@@ -140,16 +140,16 @@ def test_a_comparison_and_its_repetition(files, tmp_path):
     by_hand = {"Zero?": "answers", "One?": "against", "Three?": "tie", "Four?": "answers"}
     assert winners == {(name, first): winner for name, winner in by_hand.items() for first in ("answers", "against")}
 
-    for place in (done.stdout, done.stderr, again.stdout, again.stderr, *(file.read_text() for file in tmp_path.iterdir())):
-        assert KEY not in place
+    for content in (done.stdout, done.stderr, again.stdout, again.stderr, *(file.read_text() for file in tmp_path.iterdir())):
+        assert KEY not in content
 
 
 def test_a_judge_that_always_prefers_the_first_answer(files, tmp_path):
     with serve(lambda *_: completion("A")) as server:
-        found = shown(run(*files, *judged(server, tmp_path, "--yes")))
-    assert found["win rate (win 1, tie ½, loss 0)"] == "0.5000 ± 0.0000"
-    assert found["pairs whose two orders disagree"] == "80.0%"  # all but that of the same answers
-    assert found["verdicts for the answer that is first"] == "100.0%"
+        result = shown(run(*files, *judged(server, tmp_path, "--yes")))
+    assert result["win rate (win 1, tie ½, loss 0)"] == "0.5000 ± 0.0000"
+    assert result["pairs whose two orders disagree"] == "80.0%"  # all but that of the same answers
+    assert result["verdicts for the answer that is first"] == "100.0%"
 
 
 def test_replies_that_cannot_be_read(files, tmp_path):
@@ -163,20 +163,20 @@ def test_replies_that_cannot_be_read(files, tmp_path):
 
     with serve(answer) as server:
         arguments = [*files, *judged(server, tmp_path, "--yes")]
-        found = shown(run(*arguments))
+        result = shown(run(*arguments))
         assert len(server.requests) == 8 + 4
-        assert shown(run(*arguments)) == found and len(server.requests) == 12
+        assert shown(run(*arguments)) == result and len(server.requests) == 12
     # Zero ½ (the second wins in both orders), Two ½, Three ½, Four 1
-    assert found["win rate (win 1, tie ½, loss 0)"] == "0.6250 ± 0.1250"
-    assert found["pairs with both verdicts"] == "4 of 5" and found["verdicts that could not be read"] == "2"
+    assert result["win rate (win 1, tie ½, loss 0)"] == "0.6250 ± 0.1250"
+    assert result["pairs with both verdicts"] == "4 of 5" and result["verdicts that could not be read"] == "2"
 
 
 def test_against_other_answers(files, tmp_path):
     others = [{"id": row.id, "sample": 0, "text": "the other model's answer"} for row in rows.iter_rows(tmp_path / "prompts.jsonl")]
     against = write_jsonl(tmp_path / "others.jsonl", others)
     with serve(longer) as server:
-        found = shown(run(*files, f"--against={against}", *judged(server, tmp_path, "--yes")))
-    assert found["win rate (win 1, tie ½, loss 0)"] == "0.0000 ± 0.0000"
+        result = shown(run(*files, f"--against={against}", *judged(server, tmp_path, "--yes")))
+    assert result["win rate (win 1, tie ½, loss 0)"] == "0.0000 ± 0.0000"
     assert len(server.requests) == 10
     assert all("the other model's answer" in texts(body)[1:] for _, _, body, _ in server.requests)
 
@@ -187,8 +187,8 @@ def test_a_limit_selects_a_subset(files, tmp_path):
         with serve(longer) as server:
             directory = tmp_path / str(limit)
             directory.mkdir()
-            found = shown(run(*files, f"--limit={limit}", *judged(server, directory, "--yes")))
-        assert found["pairs with both verdicts"] == f"{limit} of {limit}"
+            result = shown(run(*files, f"--limit={limit}", *judged(server, directory, "--yes")))
+        assert result["pairs with both verdicts"] == f"{limit} of {limit}"
         asked.append({texts(body) for _, _, body, _ in server.requests})
     assert asked[0] < asked[1] or asked[0] == asked[1]  # equal where the third is the pair of the same answers
 
@@ -204,9 +204,9 @@ def test_transient_errors_do_not_change_the_result(files, tmp_path):
         return troubles[number % 5] if number < 10 else longer(number, body)
 
     with serve(answer) as server:
-        found = shown(run(*files, *judged(server, tmp_path, "--yes", "--concurrency=3")))
+        result = shown(run(*files, *judged(server, tmp_path, "--yes", "--concurrency=3")))
         assert len(server.requests) == 18
-    assert found["win rate (win 1, tie ½, loss 0)"] == "0.6000 ± 0.1871"
+    assert result["win rate (win 1, tie ½, loss 0)"] == "0.6000 ± 0.1871"
 
 
 def test_an_error_ends_it_in_one_line(files, tmp_path):
@@ -237,7 +237,7 @@ def wait_for(condition):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_signals_and_resuming(tmp_path, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and hands that on
-    files, out = write(tmp_path, MANY, ["a" * place for place in range(40)]), tmp_path / "verdicts.jsonl"
+    files, out = write(tmp_path, MANY, ["a" * size for size in range(40)]), tmp_path / "verdicts.jsonl"
     hold, replied = threading.Event(), []
 
     def answer(count, body):
@@ -265,7 +265,7 @@ def test_signals_and_resuming(tmp_path, number):
         wait_for(lambda: len(replied) == asked)
 
         out.write_bytes(before + b'{"request": "00ff", "id"')  # as if it had been writing
-        found = shown(run(*arguments))
+        result = shown(run(*arguments))
         done = read_jsonl(out)
     assert out.read_bytes().startswith(before) and len(done) == 80
     names = {row.id: row.question for row in rows.iter_rows(tmp_path / "prompts.jsonl")}
@@ -273,7 +273,7 @@ def test_signals_and_resuming(tmp_path, number):
     earlier = {(names[verdict["id"]], verdict["first"] == "against") for verdict in kept}
     assert len(later) == len(server.requests) - asked == 80 - len(kept) and not later & earlier
     # Lengths 0 to 39 against 20: 19 wins, 1 tie, 20 losses.
-    assert found["pairs won, tied, lost"] == "19, 1, 20" and found["win rate (win 1, tie ½, loss 0)"].startswith("0.4875")
+    assert result["pairs won, tied, lost"] == "19, 1, 20" and result["win rate (win 1, tie ½, loss 0)"].startswith("0.4875")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -281,13 +281,13 @@ def test_signals_and_resuming(tmp_path, number):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said, requests", [("y\n", 8), ("n\n", 0), ("\n", 0), ("\x04", 0)])  # \x04 ends a terminal's input
-def test_confirmation(files, tmp_path, said, requests):
+@pytest.mark.parametrize("message, requests", [("y\n", 8), ("n\n", 0), ("\n", 0), ("\x04", 0)])  # \x04 ends a terminal's input
+def test_confirmation(files, tmp_path, message, requests):
     main, side = pty.openpty()
     with serve(longer) as server:
         arguments = command(*files, *judged(server, tmp_path))
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stdin=side, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        os.write(main, said.encode())
+        os.write(main, message.encode())
         told, error = process.communicate(timeout=30)
     os.close(main)
     os.close(side)

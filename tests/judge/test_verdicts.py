@@ -57,8 +57,8 @@ def test_both_orders_are_asked():
         assert request.body["model"] == "judge-1" and request.body["temperature"] == 0
         [message] = request.body["messages"]
         assert message["role"] == "user"
-        found = re.findall(r"^<(question|answer-A|answer-B)-(\w+)>\n(.*?)\n</\1-\2>$", message["content"], re.M | re.S)
-        assert [(tag, text) for tag, _, text in found] == list(zip(("question", "answer-A", "answer-B"), ["Why {x}?", *texts]))
+        result = re.findall(r"^<(question|answer-A|answer-B)-(\w+)>\n(.*?)\n</\1-\2>$", message["content"], re.M | re.S)
+        assert [(tag, text) for tag, _, text in result] == list(zip(("question", "answer-A", "answer-B"), ["Why {x}?", *texts]))
 
 
 def test_an_answer_cannot_close_its_tag():
@@ -124,8 +124,10 @@ def test_an_unreadable_reply_is_asked_again_once(second, winner):
     verdict = verdicts.judge_once(ONE, chat)
     assert (verdict["winner"], verdict["reply"], verdict["tokens"]) == (winner, second, (14, 3))
     assert bodies[0] == ONE.body
-    first, said, again = bodies[1]["messages"]
-    assert first == ONE.body["messages"][0] and (said["role"], again["role"]) == ("assistant", "user") and said["content"]
+    first, reply_turn, again = bodies[1]["messages"]
+    assert (
+        first == ONE.body["messages"][0] and (reply_turn["role"], again["role"]) == ("assistant", "user") and reply_turn["content"]
+    )
     assert {key: bodies[1][key] for key in ("model", "temperature")} == {"model": "judge-1", "temperature": 0}
 
 
@@ -155,11 +157,11 @@ def test_summarize():
     # The first two names win whatever the place; the third has the same two answers; the fourth depends on the place, and the
     # last cannot be judged.
     winners = [(A, A), (A, T), (T, T), (B, B), (A, None)]
-    found = verdicts.summarize(pairs, winners)
+    result = verdicts.summarize(pairs, winners)
     scores = [1.0, 0.75, 0.5, 0.0]
     mean = sum(scores) / 4
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 3)
-    assert found == {
+    assert result == {
         "pairs": 5,
         "judged": 4,
         "win_rate": pytest.approx(0.5625),
@@ -175,17 +177,17 @@ def test_summarize():
         "length_against": pytest.approx((1 + 5 + 2 + 8) / 4),
         "longer": pytest.approx(2 / 3),  # won by the longer, by the shorter, (no one), by the longer
     }
-    assert "0.5625 ± 0.2135" in verdicts.table(found) and "4 of 5" in verdicts.table(found)
+    assert "0.5625 ± 0.2135" in verdicts.table(result) and "4 of 5" in verdicts.table(result)
 
 
 @pytest.mark.parametrize(
     "winners, rate", [([(None, "tie")], "none"), ([("answers",) * 2, (None, "tie")], "1.0000"), ([("answers",) * 2] * 2, "1.0000")]
 )
 def test_too_few_pairs_for_an_interval(winners, rate):
-    found = verdicts.summarize([PAIR] * len(winners), winners)
+    result = verdicts.summarize([PAIR] * len(winners), winners)
     judged = sum(None not in results for results in winners)
-    assert found["judged"] == judged and math.isnan(found["standard_error"]) == (judged < 2)
-    table = verdicts.table(found)
+    assert result["judged"] == judged and math.isnan(result["standard_error"]) == (judged < 2)
+    table = verdicts.table(result)
     assert "nan" not in table and "±" not in table and f"{judged} of {len(winners)}" in table
     assert re.search(rf"loss 0\) +{rate}$", table, re.M)
     assert f"an interval of the win rate needs more pairs: {judged} of at least 3 are judged" in table
@@ -275,9 +277,9 @@ def test_a_torn_line_is_left_out(tmp_path):
     size = len(json.dumps(VERDICTS[0])) + 1
     for end in range(len(whole) + 1):
         file.write_text(whole[:end])
-        found, kept = verdicts.read_verdicts(file)
+        result, kept = verdicts.read_verdicts(file)
         lines = (end >= size) + (end == len(whole))
-        assert list(found) == [ONE.hash, TWO.hash][:lines] and kept == [0, size, len(whole)][lines]
+        assert list(result) == [ONE.hash, TWO.hash][:lines] and kept == [0, size, len(whole)][lines]
 
 
 ANSWER = '{"id": "x", "text": ""}'

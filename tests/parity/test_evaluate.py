@@ -44,7 +44,7 @@ def smollm2():
 
 def ask(pair, kind, *arguments):
     """The results of both backends."""
-    return [getattr(lm, kind)([Instance(kind, {}, each, place) for place, each in enumerate(arguments)]) for lm in pair]
+    return [getattr(lm, kind)([Instance(kind, {}, each, index) for index, each in enumerate(arguments)]) for lm in pair]
 
 
 def assert_same_scores(theirs, ours):
@@ -56,11 +56,11 @@ def assert_same_scores(theirs, ours):
 @needs_smollm2
 def test_tasks(smollm2):
     """Same items and requests, accuracies equal, log-likelihoods within 1e-3."""
-    found = []
+    result = []
     for lm in smollm2:
         manager = TaskManager(include_path="bilevel_jax/evaluate/tasks", include_defaults=False)
-        found.append(evaluator.simple_evaluate(lm, tasks=TASKS, limit=LIMIT, task_manager=manager, bootstrap_iters=0))
-    theirs, ours = found
+        result.append(evaluator.simple_evaluate(lm, tasks=TASKS, limit=LIMIT, task_manager=manager, bootstrap_iters=0))
+    theirs, ours = result
     for task in TASKS:
         for key, value in theirs["results"][task].items():
             assert ours["results"][task][key] == value, f"{task}: {key}"
@@ -84,9 +84,9 @@ def test_smollm2(smollm2):
 
     texts = [(prefixes[0], "Paris"), (prefixes[0], "London"), ("", "Hello world"), ("", "<|im_start|>user"), (templated, "Paris.")]
     texts.append((templated, answers[2]))  # what greedy decoding gives
-    found = ask(smollm2, "loglikelihood", *texts)
-    assert_same_scores(*found)
-    assert {greedy for _, greedy in found[1]} == {False, True}
+    result = ask(smollm2, "loglikelihood", *texts)
+    assert_same_scores(*result)
+    assert {greedy for _, greedy in result[1]} == {False, True}
     rolled = ask(smollm2, "loglikelihood_rolling", ("A text by itself, scored as it stands.",), ("Another one\n",))
     np.testing.assert_allclose(rolled[1], rolled[0], rtol=0, atol=ATOL)
 
@@ -97,10 +97,10 @@ def test_peft_adapter(architecture, make_adapter, request, tmp_path):
     directory = request.getfixturevalue(architecture)
     plain, adapted = make_pair(directory), make_pair(directory, make_adapter(directory, tmp_path / "adapter"))
     texts = [("1 and 2 make ", "345"), ("", "nothing"), (LONG + "so", " yes"), ("a", LONG[:200]), ("so", " 1 and")]
-    found = ask(adapted, "loglikelihood", *texts)
-    assert_same_scores(*found)
+    result = ask(adapted, "loglikelihood", *texts)
+    assert_same_scores(*result)
     (base,) = ask(plain[1:], "loglikelihood", *texts)
-    assert min(abs(one - other) for (one, _), (other, _) in zip(base, found[1])) > 10 * ATOL
+    assert min(abs(one - other) for (one, _), (other, _) in zip(base, result[1])) > 10 * ATOL
     rolled = ask(adapted, "loglikelihood_rolling", (LONG,), ("short",))
     np.testing.assert_allclose(rolled[1], rolled[0], rtol=0, atol=ATOL)
     options = {"until": ["e"], "max_gen_toks": 20}

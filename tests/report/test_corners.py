@@ -32,15 +32,15 @@ def make(workdir, measures, **options):
     return workdir
 
 
-def words_of(found, section="corners"):
-    return " ".join(found.words[section].split())
+def words_of(result, section="corners"):
+    return " ".join(result.words[section].split())
 
 
 def test_corners_by_hand(tmp_path):
     run = run_data.read(make(tmp_path / "run", BOTH))
-    found = corners.split(run.tables[2], run_data.labels(run))
-    assert [corner.name for corner in found] == list(CORNERS)
-    for corner, (number, weight, bad, examples) in zip(found, CORNERS.values()):
+    result = corners.split(run.tables[2], run_data.labels(run))
+    assert [corner.name for corner in result] == list(CORNERS)
+    for corner, (number, weight, bad, examples) in zip(result, CORNERS.values()):
         assert (corner.number, corner.share, corner.examples.tolist()) == (number, number / N, examples)
         assert corner.weight == pytest.approx(weight) and corner.bad == pytest.approx(bad)
 
@@ -54,8 +54,8 @@ def test_rows_without_a_label_are_not_good(tmp_path):
 
 
 def test_page(tmp_path):
-    found = report(make(tmp_path / "run", BOTH))
-    head, *cells = found.tables["corners"]
+    result = report(make(tmp_path / "run", BOTH))
+    head, *cells = result.tables["corners"]
     assert head == ["", "rows", "share of rows", "mean weight", "rows that are bad"]
     assert cells[:4] == [
         ["Plausible and useful", "4", "20.0%", "1.25", "0.0%"],
@@ -65,61 +65,61 @@ def test_page(tmp_path):
     ]
     shown = [int(re.search(r"Question (\d+)\?", row[2])[1]) for row in cells[4:] if row[0] != "rank"]
     assert shown == [i for *_, examples in CORNERS.values() for i in examples]
-    assert "plausible 0.05 · useful -2 · a · 2 visits" in words_of(found, "rows")  # row 0
+    assert "plausible 0.05 · useful -2 · a · 2 visits" in words_of(result, "rows")  # row 0
     for section in ("rows", "corners"):
-        assert "Plausible: how likely the model finds" in words_of(found, section)
-        assert "Useful: how much the row helps the trusted rows; below 0 it harms them." in words_of(found, section)
-    assert "For masked rows" in words_of(found) and "left out" not in words_of(found)
-    assert len([tag for tag, _ in found.elements if tag == "svg"]) == 8
+        assert "Plausible: how likely the model finds" in words_of(result, section)
+        assert "Useful: how much the row helps the trusted rows; below 0 it harms them." in words_of(result, section)
+    assert "For masked rows" in words_of(result) and "left out" not in words_of(result)
+    assert len([tag for tag, _ in result.elements if tag == "svg"]) == 8
 
 
 def test_without_useful_there_are_two_halves(tmp_path):
-    found = report(make(tmp_path / "run", {"plausible": PLAUSIBLE, "useful": np.full(N, np.nan)}))
-    assert found.tables["corners"][1:3] == [
+    result = report(make(tmp_path / "run", {"plausible": PLAUSIBLE, "useful": np.full(N, np.nan)}))
+    assert result.tables["corners"][1:3] == [
         ["Plausible", "10", "50.0%", "1.1", "0.0%"],
         ["Implausible", "10", "50.0%", "0.9", "20.0%"],
     ]
-    assert "did not measure how useful the rows are, which selection.cost=influence does" in words_of(found)
-    assert "Useful:" not in words_of(found) and "useful -" not in words_of(found, "rows")
-    assert "plausible 0.05 · a" in words_of(found, "rows")
-    extreme = [row[2] for row in found.tables["corners"][3:] if row[0] != "rank"]
+    assert "did not measure how useful the rows are, which selection.cost=influence does" in words_of(result)
+    assert "Useful:" not in words_of(result) and "useful -" not in words_of(result, "rows")
+    assert "plausible 0.05 · a" in words_of(result, "rows")
+    extreme = [row[2] for row in result.tables["corners"][3:] if row[0] != "rank"]
     assert [re.search(r"Question (\d+)", cell)[1] for cell in extreme] == ["19", "18", "17", "0", "1", "2"]
 
 
 @pytest.mark.parametrize("measures", [{}, {"useful": USEFUL}])
 def test_tables_of_earlier_versions(tmp_path, measures):
-    found = report(make(tmp_path / "run", measures))
-    assert "which earlier versions did not write" in words_of(found) and not found.tables["corners"]
-    assert "plausible" not in words_of(found, "rows") and "Plausible" not in words_of(found, "rows")
+    result = report(make(tmp_path / "run", measures))
+    assert "which earlier versions did not write" in words_of(result) and not result.tables["corners"]
+    assert "plausible" not in words_of(result, "rows") and "Plausible" not in words_of(result, "rows")
 
 
 def test_rows_that_no_step_used_are_left_out(tmp_path):
     """Without row 19 the median is that of row 9, 0.5."""
     workdir = make(tmp_path / "run", BOTH | {"plausible": np.where(np.arange(N) == 19, np.nan, PLAUSIBLE)})
-    found = report(workdir)
-    assert [row[1] for row in found.tables["corners"][1:5]] == ["4", "6", "3", "6"]
-    assert "Rows that no step used are left out." in words_of(found)
-    assert "useful 2 · b" in words_of(found, "rows")  # row 19, the heaviest
+    result = report(workdir)
+    assert [row[1] for row in result.tables["corners"][1:5]] == ["4", "6", "3", "6"]
+    assert "Rows that no step used are left out." in words_of(result)
+    assert "useful 2 · b" in words_of(result, "rows")  # row 19, the heaviest
 
 
 def test_without_labels_and_with_empty_corners(tmp_path):
     rows = [{name: value for name, value in row.items() if name != "bad"} for row in ROWS]
-    found = report(make(tmp_path / "run", {"plausible": np.ones(N), "useful": np.ones(N)}, rows=rows))
-    assert found.tables["corners"][:3] == [
+    result = report(make(tmp_path / "run", {"plausible": np.ones(N), "useful": np.ones(N)}, rows=rows))
+    assert result.tables["corners"][:3] == [
         ["", "rows", "share of rows", "mean weight"],
         ["Plausible and useful", "20", "100.0%", "1"],
         ["Plausible, not useful", "0", "0.0%", ""],
     ]
-    assert "other rows" not in words_of(found)
+    assert "other rows" not in words_of(result)
 
 
 def test_texts_are_escaped(tmp_path):
     label = "<b>bad</b>"
     rows = [row | {"question": SCRIPT, "response": f"{SCRIPT} \x1b[2J {i}", label: i < 2} for i, row in enumerate(ROWS)]
     workdir = make(tmp_path / "run", BOTH, rows=rows, changes={"data.label": label})
-    found = report(workdir)
-    assert not {"script", "img"} & {tag for tag, _ in found.elements}
-    assert SCRIPT in words_of(found) and "marked <b>bad</b>" in words_of(found)
+    result = report(workdir)
+    assert not {"script", "img"} & {tag for tag, _ in result.elements}
+    assert SCRIPT in words_of(result) and "marked <b>bad</b>" in words_of(result)
     assert "\x1b" not in (workdir / "report.html").read_text()
 
 

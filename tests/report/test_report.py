@@ -142,10 +142,10 @@ def test_duplicates(tmp_path, run_dir):
 
 def test_share_of_weight_by_source(run_dir):
     """Source a: 5 rows of 20, then 4.5 and 4 of a total of 20; b has the rest."""
-    head, *found = report(run_dir).tables["sources"]
+    head, *result = report(run_dir).tables["sources"]
     assert head == ["source", "rows", "share of rows", "weight, epoch 1", "weight, epoch 2", "mean weight now"]
     a, b = ["a", "5", "25.00%", "22.50%", "20.00%", "0.8"], ["b", "15", "75.00%", "77.50%", "80.00%", "1.07"]
-    assert sorted(found) == [a, b]
+    assert sorted(result) == [a, b]
 
 
 def test_response_lengths(run_dir):
@@ -161,15 +161,15 @@ def test_response_lengths(run_dir):
 
 
 def test_top_and_bottom_rows_of_every_epoch(run_dir):
-    found = report(run_dir)
-    cells = [row for row in found.tables["rows"] if row[0] != "rank"]
+    result = report(run_dir)
+    cells = [row for row in result.tables["rows"] if row[0] != "rank"]
     number = re.compile(r"Question (\d+)\?")
     shown = [(int(rank), weight, int(number.search(words)[1])) for rank, weight, words in cells]
     assert shown[:2] == [(20, "0.2", 0), (19, "0.8", 1)] and shown[5:7] == [(1, "1.6", 19), (2, "1.4", 18)]  # the last epoch first
     assert shown[10] == (20, "0.5", 0) and shown[15:17] == [(1, "1.5", 19), (2, "1", 1)]
     assert "bad" in cells[0][2] and "bad" in cells[1][2] and "bad" not in cells[2][2]
     assert "2 visits" in cells[0][2] and "1 visit " in cells[10][2]
-    opened = ["open" in attributes for _, attributes in found.elements if attributes.get("class") == "epoch"]
+    opened = ["open" in attributes for _, attributes in result.elements if attributes.get("class") == "epoch"]
     assert opened == [False, True, False]  # all sources, the last epoch, the first
 
 
@@ -217,21 +217,21 @@ def test_head(run_dir):
 
 
 def test_time_split(run_dir):
-    found = report(run_dir)
-    assert found.tables["time"] == [["train", "60.0 s"], ["generate", "15.0 s"], ["load", "5.0 s"]]
-    assert "75%" in found.words["time"]
+    result = report(run_dir)
+    assert result.tables["time"] == [["train", "60.0 s"], ["generate", "15.0 s"], ["load", "5.0 s"]]
+    assert "75%" in result.words["time"]
 
 
 def test_figures(run_dir):
     """Two of losses, two histograms, sources, lengths, time. No event has the ESS or the percentiles."""
-    found = [attributes["aria-label"] for tag, attributes in report(run_dir).elements if tag == "svg"]
-    assert len(found) == 7 and len(set(found)) == 7
+    result = [attributes["aria-label"] for tag, attributes in report(run_dir).elements if tag == "svg"]
+    assert len(result) == 7 and len(set(result)) == 7
 
 
 def test_many_points_are_averaged():
     assert plots.thinned([1, 2, 3]).tolist() == [1, 2, 3]
-    found = plots.thinned(np.arange(601))
-    assert len(found) == 201 and found[:2].tolist() == [1, 4] and found[-1] == 600
+    result = plots.thinned(np.arange(601))
+    assert len(result) == 201 and result[:2].tolist() == [1, 4] and result[-1] == 600
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -299,18 +299,18 @@ def test_sections_without_data_say_why(run_dir, tmp_path, change, empty, reason)
     config = (workdir / "config.json").read_text()
     (workdir / "config.json").write_text(config.replace(str(run_dir), str(workdir)))
     change(workdir)
-    found = report(workdir)
-    shown = {attributes["id"] for tag, attributes in found.elements if tag == "section"}
+    result = report(workdir)
+    shown = {attributes["id"] for tag, attributes in result.elements if tag == "section"}
     assert shown == {*ALL, "corners", "settings"}
-    assert reason in " ".join("".join(found.words.values()).split())
+    assert reason in " ".join("".join(result.words.values()).split())
     for section in ALL:
-        assert (section in found.filled) == (section not in empty), section
+        assert (section in result.filled) == (section not in empty), section
 
 
 def test_without_its_rows_a_report_shows_ids(run_dir, tmp_path):
-    found = page.render(run_data.read(run_dir, rows=[]))
+    result = page.render(run_data.read(run_dir, rows=[]))
     ids = pyarrow.parquet.read_table(run_dir / "weights" / "epoch_2.parquet")["id"].to_pylist()
-    assert ids[0] in found and "Question 0?" not in found
+    assert ids[0] in result and "Question 0?" not in result
 
 
 def test_a_report_of_many_rows_shows_the_same(run_dir, monkeypatch):
@@ -345,9 +345,9 @@ def test_many_sources_and_epochs(tmp_path):
     workdir, _ = make_workdir(tmp_path / "run", [row | {"question": f"{i}"} for i, row in enumerate(rows)])
     for epoch in range(3, 31):
         shutil.copy(workdir / "weights" / "epoch_2.parquet", workdir / "weights" / f"epoch_{epoch}.parquet")
-    found = report(workdir)
-    assert len(found.tables["sources"]) == 1 + page.MAX_TABLE_SOURCES and "and 20 more sources" in found.words["sources"]
-    assert [row[0] for row in found.tables["weights"][1:]] == [str(epoch) for epoch in range(1, 31)]  # by number, not by name
+    result = report(workdir)
+    assert len(result.tables["sources"]) == 1 + page.MAX_TABLE_SOURCES and "and 20 more sources" in result.words["sources"]
+    assert [row[0] for row in result.tables["weights"][1:]] == [str(epoch) for epoch in range(1, 31)]  # by number, not by name
     assert (workdir / "report.html").stat().st_size < 1_000_000
 
 
@@ -387,16 +387,16 @@ def nasty(tmp_path_factory):
 
 def test_nothing_of_a_row_is_markup(nasty):
     text = page.write(nasty).read_text(encoding="utf-8")
-    found = Parsed(text)
-    tags = {tag for tag, _ in found.elements}
+    result = Parsed(text)
+    tags = {tag for tag, _ in result.elements}
     assert not tags & {"script", "img", "iframe", "object", "embed", "form", "input", "base"}
-    assert sum(tag == "h1" for tag, _ in found.elements) == 1
-    assert sum(tag == "b" for tag, _ in found.elements) == sum(a.get("class") == "tile" for _, a in found.elements)
-    for _, attributes in found.elements:
+    assert sum(tag == "h1" for tag, _ in result.elements) == 1
+    assert sum(tag == "b" for tag, _ in result.elements) == sum(a.get("class") == "tile" for _, a in result.elements)
+    for _, attributes in result.elements:
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
         assert re.match(r"#|data:,$", attributes.get("href") or attributes.get("xlink:href") or "#")
-    assert not re.search(r"url\((?!#)|@import|https?://", "".join(v or "" for _, a in found.elements for v in a.values()))
-    words = "".join(found.words.values())
+    assert not re.search(r"url\((?!#)|@import|https?://", "".join(v or "" for _, a in result.elements for v in a.values()))
+    words = "".join(result.words.values())
     for shown in (SCRIPT, "</summary>", "{{ 7 * 7 }}", "$\\frac{1}{2}$", "中文 ☃ 👩‍👩‍👧 𝔘"):
         assert shown in words
 
@@ -411,8 +411,8 @@ def test_control_characters_are_escaped(nasty):
 
 
 def test_policy(run_dir):
-    found = report(run_dir).elements
-    policy = next(a["content"] for tag, a in found if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    result = report(run_dir).elements
+    policy = next(a["content"] for tag, a in result if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
     assert rules == {
         "default-src": "'none'", "style-src": "'unsafe-inline'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
@@ -597,17 +597,17 @@ def browse(directory, text: str, dark: bool):
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
 
     class Output(html.parser.HTMLParser):
-        found, inside = "", False
+        result, inside = "", False
 
         def handle_starttag(self, tag, attributes):
             self.inside = tag == "pre"
 
         def handle_data(self, data):
-            self.found += data if self.inside else ""
+            self.result += data if self.inside else ""
 
     output = Output()
     output.feed(done.stdout.decode())
-    return json.loads(output.found), matplotlib.image.imread(shot)[: PHONE[1], : PHONE[0], :3]
+    return json.loads(output.result), matplotlib.image.imread(shot)[: PHONE[1], : PHONE[0], :3]
 
 
 def luminance(color: str) -> float:
@@ -639,9 +639,9 @@ def test_screenshot(run_dir, tmp_path):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_browser(seen, dark):
-    found, picture = seen[dark]
-    assert found["wide"]["width"] > 600 and found["harm"]["title"] == "hacked"  # failures are detected
-    page_results = found["page"]
+    result, picture = seen[dark]
+    assert result["wide"]["width"] > 600 and result["harm"]["title"] == "hacked"  # failures are detected
+    page_results = result["page"]
     assert page_results["width"] == PHONE[0]  # nothing overflows, with all parts unfolded
     assert page_results["title"].endswith("bilevel_jax") and page_results["scripts"] == 0 and page_results["fetched"] == 0
     assert SCRIPT in page_results["text"] and "left \\u202eright" in page_results["text"]
@@ -690,9 +690,9 @@ def test_words_are_tinted_by_their_weight(tmp_path):
     assert "words" not in report(workdir).words  # this run has no token weights
     table = {"id": [ids[2], ids[1]], "weight": [[1.0, 1.0], [1.7, 0.3]], "start": [[0, 5], [0, 4]], "stop": [[4, 9], [3, 7]]}
     weight_table.write(workdir / weight_table.TOKENS, pa.table(table, schema=weight_table.TOKENS_SCHEMA))
-    found = page.token_weighted_responses(run_data.read(workdir))
-    assert [row["id"] for row in found] == [ids[1], ids[2]]
-    assert found[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
-    assert found[0]["ess"] == pytest.approx(2 / (1.7**2 + 0.3**2))
+    result = page.token_weighted_responses(run_data.read(workdir))
+    assert [row["id"] for row in result] == [ids[1], ids[2]]
+    assert result[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
+    assert result[0]["ess"] == pytest.approx(2 / (1.7**2 + 0.3**2))
     shown = report(workdir)
     assert "<b> end" in " ".join(shown.words["words"].split()) and ("span", {"class": "w3"}) in shown.elements

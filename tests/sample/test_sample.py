@@ -194,8 +194,8 @@ def test_the_log_prob_is_that_of_score(sampled, tmp_path):
     compared = {"stop": 0, "length": 0}
     for reason in compared:
         ended = [(i // 4, r) for i, r in enumerate(results) if r["finish_reason"] == reason and r["text"].strip()]
-        same = [(place, r) for place, r in ended if loaded[3](r["text"])["input_ids"] == r["tokens"]]
-        answered = [objects[place] | {"response": result["text"]} for place, result in same]
+        same = [(position, r) for position, r in ended if loaded[3](r["text"])["input_ids"] == r["tokens"]]
+        answered = [objects[position] | {"response": result["text"]} for position, result in same]
         items = list(rows.parse(enumerate(answered, 1)))
         scores = scorer.score_rows(items, *loaded, template="auto", eos=reason == "stop", batch_size=4)
         for (_, result), scored in zip(same, scores):
@@ -273,12 +273,12 @@ def test_stop_strings(sampled, neox):
     ended = sampled(neox, *SOME[:2], "--max_new_tokens=60", *(f"--stop={stop}" for stop in stops))
     cut = 0
     for before, after, text in zip(free, ended, TEXTS):
-        found = [before["text"].index(stop) for stop in stops if stop in before["text"]]
-        if not found:
+        actual = [before["text"].index(stop) for stop in stops if stop in before["text"]]
+        if not actual:
             assert after == before
             continue
         cut += 1
-        assert after["text"] == before["text"][: min(found)] and after["finish_reason"] == "stop"
+        assert after["text"] == before["text"][: min(actual)] and after["finish_reason"] == "stop"
         count = next(n for n in range(61) if any(stop in loaded[3].decode(before["tokens"][:n]) for stop in stops))
         assert after["tokens"] == before["tokens"][:count]
         log_probs = log_softmax(logits_after(loaded, text, after["tokens"]))
@@ -323,12 +323,12 @@ def test_eos_of_the_model(sampled, neox, model_copy, name, several):
     file.write_text(json.dumps(content | {"eos_token_id": chosen}))
     ends = {loaded[3].eos_token_id} | set(chosen if several else [chosen])
     for old, new, text in zip(before, sampled(model_copy, *GREEDY), TEXTS):
-        said = with_eos(old, loaded[3])
-        count = next((place for place, token in enumerate(said) if token in ends), len(said))
-        assert new["tokens"] == said[:count]
-        assert new["finish_reason"] == ("stop" if count < len(said) else "length")
-        log_probs = log_softmax(logits_after(loaded, text, said[: count + 1]))
-        assert new["logprob"] == pytest.approx(total(log_probs, said[: count + 1]), rel=1e-5)
+        own_tokens = with_eos(old, loaded[3])
+        count = next((position for position, token in enumerate(own_tokens) if token in ends), len(own_tokens))
+        assert new["tokens"] == own_tokens[:count]
+        assert new["finish_reason"] == ("stop" if count < len(own_tokens) else "length")
+        log_probs = log_softmax(logits_after(loaded, text, own_tokens[: count + 1]))
+        assert new["logprob"] == pytest.approx(total(log_probs, own_tokens[: count + 1]), rel=1e-5)
 
 
 def test_template_none_takes_the_question_as_it_is(sampled, neox):
@@ -367,12 +367,12 @@ def test_command(neox, adapter, tmp_path):
 
     results = read_jsonl(out)
     bad = {2: "JSON", 5: "empty question", 6: "128 positions", 13: "no field"}
-    for (place, reason), line in zip(bad.items(), (2, 4, 5, 9)):
-        assert reason in results[place].pop("reason") and results[place].pop("line") == line
-        assert (results[place].pop("id") is not None) == (place == 6)
-        assert results[place].pop("question") == ("so " * 200 if place == 6 else None)
-        assert results[place] == dict.fromkeys(KEYS[1:-1])
-    used = [result for place, result in enumerate(results) if place not in bad]
+    for (position, reason), line in zip(bad.items(), (2, 4, 5, 9)):
+        assert reason in results[position].pop("reason") and results[position].pop("line") == line
+        assert (results[position].pop("id") is not None) == (position == 6)
+        assert results[position].pop("question") == ("so " * 200 if position == 6 else None)
+        assert results[position] == dict.fromkeys(KEYS[1:-1])
+    used = [result for position, result in enumerate(results) if position not in bad]
     assert all(list(result) == KEYS for result in used) and [result["sample"] for result in used] == [0, 1] * 5
     stops = sum(result["finish_reason"] == "stop" for result in used)
     mean = np.mean([len(result["tokens"]) for result in used])

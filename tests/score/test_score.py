@@ -166,12 +166,12 @@ def test_command(neox, adapters, tmp_path):
 
     results = read_jsonl(out)
     bad = {1: "JSON", 3: "empty response", 4: "128 positions", 8: "no field"}
-    for place, reason in bad.items():
-        assert reason in results[place].pop("reason")
-        assert results[place].pop("line") == place + 1
-        nulls = {"id": results[4]["id"] if place == 4 else None, "loss": None, "logprob": None, "num_tokens": 0}
-        assert results[place] == nulls
-    scored = [result for place, result in enumerate(results) if place not in bad]
+    for location, reason in bad.items():
+        assert reason in results[location].pop("reason")
+        assert results[location].pop("line") == location + 1
+        nulls = {"id": results[4]["id"] if location == 4 else None, "loss": None, "logprob": None, "num_tokens": 0}
+        assert results[location] == nulls
+    scored = [result for location, result in enumerate(results) if location not in bad]
     assert all(result.keys() == {"id", "loss", "logprob", "num_tokens"} for result in scored)
     check(scored, load(neox, adapters[neox]), OBJECTS[-5:], *NONE)
 
