@@ -100,7 +100,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(folder, mode
 
     monkeypatch.setattr(huggingface, "load_params", lambda *_: pytest.fail("the model is loaded"))
     rows = "--data" if command == "score" else "--prompts"
-    line = line_of(run_command, command, [f"--model={model}", f"{rows}={source}", f"--out= {folder / 'out.jsonl'}"])
+    line = line_of(run_command, command, [f"--model={model}", f"{rows}={source}", f"--out={folder / 'out.jsonl'}"])
     assert line == f"--out: no file can be written to {folder} (Permission denied)"
 
 
@@ -126,7 +126,7 @@ def test_a_finished_run_of_somebody_else(folder, finished):
     workdir = pathlib.Path(shutil.copytree(finished, folder / "run"))
     before = snapshot(workdir)
     assert str(workdir) in line_of(run_command, "report", [f"--workdir={workdir}"])
-    assert str(folder) in line_of(run_command, "export", [f"--workdir={workdir}", f"--selected= {folder / 'kept.jsonl'}"])
+    assert str(folder) in line_of(run_command, "export", [f"--workdir={workdir}", f"--selected={folder / 'kept.jsonl'}"])
     assert snapshot(workdir) == before
     (workdir / "config.json").chmod(0)
     assert str(workdir / "config.json") in line_of(run_command, "report", [f"--workdir={workdir}"])
@@ -138,7 +138,7 @@ def test_a_cache_of_rows_that_cannot_be_written(folder, source, monkeypatch, cap
     with ordinary_user():
         assert test_cache.open_rows(folder / "cache", str(source)) is None
     printed = capsys.readouterr().out
-    assert f"{source}: its rows are not cached:  {folder / 'cache'}" in printed and "Permission denied" in printed
+    assert f"{source}: its rows are not cached: {folder / 'cache'}" in printed and "Permission denied" in printed
     # The default one, which belongs to root.
     monkeypatch.setenv(cache.VARIABLE, str(folder / "cache"))
     monkeypatch.setattr(cache, "SMALL", 0)
@@ -164,7 +164,7 @@ def test_a_cache_of_programs_that_cannot_be_written(folder, monkeypatch, capsys)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     with ordinary_user():
         compilations.enable()
-    assert f"compiled programs are not cached:  {folder / 'bilevel_jax'}: Permission denied" in capsys.readouterr().err
+    assert f"compiled programs are not cached: {folder / 'bilevel_jax'}: Permission denied" in capsys.readouterr().err
     assert compilations.VARIABLE not in os.environ
 
 
