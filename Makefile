@@ -61,7 +61,7 @@ parity-install: .venv-parity/installed local/smollm2/model.safetensors
 	touch $@
 
 compile: .venv-compile/installed
-	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest tests/test_compile_plan.py
+	JAX_PLATFORMS=cpu .venv-compile/bin/python -m pytest tests/planning/test_compile_plan.py
 
 .venv-compile/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-compile
@@ -70,7 +70,7 @@ compile: .venv-compile/installed
 	touch $@
 
 compile-gpu: .venv-compile-gpu/installed
-	JAX_PLATFORMS=cpu .venv-compile-gpu/bin/python -m pytest tests/test_compile_plan.py
+	JAX_PLATFORMS=cpu .venv-compile-gpu/bin/python -m pytest tests/planning/test_compile_plan.py
 
 .venv-compile-gpu/installed: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-compile-gpu

@@ -58,7 +58,7 @@ def print_compiled(text: str) -> None:
     if not PLAN.value or CHECK.value:
         raise ValueError(f"--compile={text} belongs to --plan; add --plan, without --check")
     jax.config.update("jax_platforms", "cpu")  # of this machine, which only traces
-    from bilevel_jax import compile_plan, targets
+    from bilevel_jax.planning import compile_plan, targets
 
     for part in compile_plan.compile_run(CONFIG.value, targets.parse(text)):
         say(f"{part}\n", flush=True)
@@ -71,7 +71,8 @@ def main() -> None:
     if COMPILE.value is not None:
         print_compiled(COMPILE.value)
         return
-    from bilevel_jax import dry_run, memory, train
+    from bilevel_jax import train
+    from bilevel_jax.planning import dry_run, memory
     from bilevel_jax.runtime import distributed, summary_table
 
     if PLAN.value and not CHECK.value:

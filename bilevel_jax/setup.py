@@ -16,7 +16,6 @@ from bilevel_jax import (
     evaluation,
     features,
     frozen,
-    memory,
     online,
     preferences,
     sampling,
@@ -219,9 +218,18 @@ def init_state(config: configuration.Config, setup: Setup, num_features: int) ->
     return jax.tree.map(sharding.device_put, state, shardings), shardings
 
 
+def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
+    """The most bytes that the generated responses of one refresh take, all of maximum length."""
+    max_new_tokens = min(config.online.max_new_tokens, config.data.max_length - 1)
+    masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
+    answered = masked if config.online.generate == "all" else min(masked, visited)
+    num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
+    return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
+
+
 def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: int) -> int:
     """The most bytes of a checkpoint, with the most generated responses there can be."""
-    responses = memory.response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
+    responses = response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
     return checkpoint.num_bytes(state) + responses
 
 

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 
-from bilevel_jax import compile_plan, files, presets, targets
+from bilevel_jax import files, presets
 from bilevel_jax.errors import RunError
+from bilevel_jax.planning import compile_plan, targets
 
 PAGE, RESULTS = (pathlib.Path(__file__).with_suffix(suffix) for suffix in (".md", ".json"))
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"

@@ -51,7 +51,7 @@ LONGEST = [  # files, longest first
     "test_step.py",
     "test_metagradient.py",
     "experiments/test_notebook.py",
-    "test_memory.py",
+    "planning/test_memory.py",
     "test_training_options.py",
     "experiments/test_swap.py",
 ]

@@ -20,9 +20,10 @@ import zstandard
 
 import bilevel_jax as bj
 from bilevel_jax import __main__ as console
-from bilevel_jax import checks, cli, dry_run, errors, initial_weights, train
+from bilevel_jax import checks, cli, errors, initial_weights, train
 from bilevel_jax.data import levels, rows, templates
 from bilevel_jax.data.rejections import DataError
+from bilevel_jax.planning import dry_run
 from bilevel_jax.runtime import disk
 from bilevel_jax.runtime.workdir import locked
 from tests.conftest import EVERYTHING, NUM_LOWER, call_main, make_rows, read_jsonl, run_command, write_jsonl

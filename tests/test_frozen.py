@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import checks, dry_run, forward, frozen, memory, program_costs, sharding
+from bilevel_jax import checks, forward, frozen, sharding
 from bilevel_jax import setup as setups
 from bilevel_jax.config import ConfigError
 from bilevel_jax.data import packing
 from bilevel_jax.errors import Interrupted, RunError
 from bilevel_jax.models import decoder, huggingface, kv_cache, layer_range, lora
+from bilevel_jax.planning import dry_run, memory, program_costs
 from bilevel_jax.runtime import state_store
 from tests.conftest import TRAINED, make_model, stop_at, summary_of, train_without_report
 from tests.test_step import LLAMA, NEOX, jitter

@@ -19,12 +19,13 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import batches, errors, features, memory, online, rewards, sampling, search, train
+from bilevel_jax import batches, errors, features, online, rewards, sampling, search, train
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import packing, shuffle, templates
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.planning import memory
 from bilevel_jax.runtime import phases, response_log, weight_table
 from tests.conftest import (
     AMORTISED,

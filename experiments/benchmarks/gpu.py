@@ -26,10 +26,11 @@ import numpy as np
 import optax
 from absl import flags
 
-from bilevel_jax import cli, files, memory, objective, sampling, selector, sharding, step, targets
+from bilevel_jax import cli, files, objective, sampling, selector, sharding, step
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, huggingface, lora
 from bilevel_jax.models.kv_cache import init_cache
+from bilevel_jax.planning import memory, targets
 from experiments.benchmarks import random_model, timing, train_step
 
 LIMIT = 450  # seconds after which no section starts

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bilevel_jax import decoding, memory, sampling, sharding
+from bilevel_jax import decoding, sampling, sharding
 from bilevel_jax.models import decoder, huggingface, lora, quantization
+from bilevel_jax.planning import memory
 from bilevel_jax.runtime import checkpoint
 from tests.models import models
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import memory, presets, step
+from bilevel_jax import presets, step
 from bilevel_jax.data import packing
 from bilevel_jax.models import huggingface, model_config
+from bilevel_jax.planning import memory
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 128256,

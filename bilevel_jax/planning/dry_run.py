@@ -15,25 +15,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_jax import (
-    batches,
-    checks,
-    features,
-    finish,
-    initial_weights,
-    memory,
-    online,
-    preferences,
-    rewards,
-    scoring,
-    sharding,
-    step,
-)
+from bilevel_jax import batches, checks, features, finish, initial_weights, online, preferences, rewards, scoring, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, templates
 from bilevel_jax.data.prepared import sequences
 from bilevel_jax.data.rejections import location
+from bilevel_jax.planning import memory
 from bilevel_jax.runtime import disk, state_store, workdir
 
 TIMED_STEPS = 2

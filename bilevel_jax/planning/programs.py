@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, decoding, features, frozen, memory, sampling, scoring, sharding
+from bilevel_jax import batches, decoding, features, frozen, sampling, scoring, sharding
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle
 from bilevel_jax.models import attention, layer_settings, lora, model_config
+from bilevel_jax.planning import memory
 
 EOS = (0,)  # stands for the ids that end a response, which are values and not shapes
 

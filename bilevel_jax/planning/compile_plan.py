@@ -11,8 +11,9 @@ import jax
 import ml_collections
 import tqdm
 
-from bilevel_jax import checks, memory, program_costs, programs, sharding, targets
+from bilevel_jax import checks, sharding
 from bilevel_jax.errors import RunError
+from bilevel_jax.planning import memory, program_costs, programs, targets
 from bilevel_jax.runtime.disk import amount
 from bilevel_jax.text import one_line
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas
 
-from bilevel_jax import program_costs
-from bilevel_jax.program_costs import Collective, Cost
+from bilevel_jax.planning import program_costs
+from bilevel_jax.planning.program_costs import Collective, Cost
 
 IN_LAYER = 'metadata={op_name="jit(f)/while/body/a/while/body/dot"}'
 HLO = f"""

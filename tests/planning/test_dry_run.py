@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from bilevel_jax import checks, dry_run, errors
+from bilevel_jax import checks, errors
 from bilevel_jax import setup as setups
 from bilevel_jax.data import templates
 from bilevel_jax.data.prepared import sequences
+from bilevel_jax.planning import dry_run
 from bilevel_jax.runtime import disk
 from tests.conftest import make_rows, write_jsonl
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bilevel_jax import targets
+from bilevel_jax.planning import targets
 
 
 @pytest.mark.parametrize(

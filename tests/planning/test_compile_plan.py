@@ -8,8 +8,8 @@ import types
 import jax
 import pytest
 
-from bilevel_jax import compile_plan, memory, program_costs, programs, targets
 from bilevel_jax import config as configuration
+from bilevel_jax.planning import compile_plan, memory, program_costs, programs, targets
 from tests.conftest import call_main
 
 V5E, H100 = targets.parse("tpu-v5e:2x4"), targets.parse("gpu-h100:8")

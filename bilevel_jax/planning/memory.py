@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, startup_checks, step
 from bilevel_jax import config as configuration
+from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, shuffle, sources
 from bilevel_jax.models import decoder, huggingface, layer_settings, lora, model_config
 from bilevel_jax.models.layers import Layer
@@ -277,15 +278,6 @@ def _entering_items(config: configuration.Config, model: model_config.ModelConfi
     return items
 
 
-def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
-    """The most bytes that the generated responses of one refresh take, all of maximum length."""
-    max_new_tokens = min(config.online.max_new_tokens, config.data.max_length - 1)
-    masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
-    answered = masked if config.online.generate == "all" else min(masked, visited)
-    num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
-    return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
-
-
 def _refresh_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base) -> list[Item]:
     """The arrays of a refresh: the sampler and the response store."""
     length = config.data.max_length
@@ -299,7 +291,7 @@ def _refresh_items(config: configuration.Config, model: model_config.ModelConfig
         Item("KV cache", cache, SAMPLING),
         Item("KV cache, copy of the decoding window", cache, SAMPLING, "formula: the full cache"),
         Item("responses in progress", size_of(slots, shardings) - cache, SAMPLING),
-        Item("response store", response_store_bytes(config, num_rows), HOST, "formula: all of maximum length"),
+        Item("response store", setups.response_store_bytes(config, num_rows), HOST, "formula: all of maximum length"),
     ]
 
 
