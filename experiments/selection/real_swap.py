@@ -141,6 +141,8 @@ def page(results: list[dict]) -> list[str]:
     table = []
     for rule in COSTS:
         for number in SCORES:
+            if number == "useful" and COSTS[rule] == "loss":
+                continue  # it comes of influences
             values = {
                 (swap, key): [result[rule, swap][number][key] for result in results if key in result[rule, swap][number]]
                 for swap in "AB"
@@ -151,7 +153,7 @@ def page(results: list[dict]) -> list[str]:
     settings = (
         f"{EPOCHS.value} epochs, learning rate {RATE.value:g}, adapters in layers {LAYERS.value}; AUROC, 95% intervals over seeds."
     )
-    head = [" ".join(__doc__.split("\n\n")[1].split()), "", f"{len(results)} seeds, {sizes}, {settings}", ""]
+    head = [" ".join(__doc__.split("\n\n")[1].split()), "", f"Seeds: {len(results)}. {sizes}, {settings}", ""]
     return [*head, *runs.markdown(headings, table)]
 
 
