@@ -3,7 +3,8 @@
 The base model knows most of the answers, but not the style of the trusted rows, so that training and self-refining have room; 60%
 of the rows of the mixture are bad or of no use (`configs/safety.py`). *Offline* and *dynamic* have the paper's cost, the loss of a
 row; *default* ones have the default cost, influence. The optimizer of ω is mirror descent, but for *bds, Adam 1e-4*, the paper's.
-Equation (7) and Algorithm 1 of the paper differ in how much the model's own responses count (`online.normalization`).
+Equation (7) and Algorithm 1 of the paper differ in how much the model's own responses count (`online.normalization`). All
+learning rates are those of the config; [rates](rates-bed.md) has some cells with rates that were chosen on other seeds.
 """
 
 import functools
