@@ -11,7 +11,7 @@ from experiments.reliability import commands, kills, page, soak
 from tests.experiments.commands import command_line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twice(neox, tmp_path, monkeypatch):
     """With a smaller model than that of the command, and shorter."""
     smaller = {"model.path": str(neox), "data.max_length": 128, "num_epochs": 1, "online.refresh_every": 3, "checkpoint.every": 2}
