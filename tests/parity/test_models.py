@@ -212,8 +212,7 @@ def test_committed_fixtures_are_up_to_date(tmp_path):
             now, then = (safetensors.numpy.load_file(root / name) for root in (tmp_path, make.HERE))
             assert now.keys() == then.keys(), name
             for key in now:
-                # Another processor rounds the float32 logits of PyTorch otherwise, which are up to 10: by 1.3e-5 so far.
-                np.testing.assert_allclose(now[key], then[key], rtol=0, atol=5e-5 if key == "logits" else 0)
+                np.testing.assert_allclose(now[key], then[key], rtol=0, atol=1e-5 if key == "logits" else 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
