@@ -11,7 +11,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 from absl import flags
@@ -75,25 +75,22 @@ def run(task: str, names: Sequence[str]) -> Results:
         if name not in published.CELLS:
             raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(published.CELLS)}")
     root, tier = pathlib.Path(WORKDIR.value), TIER.value
-    cells = {
-        name: {seed: published.make(root, task, tier, name, seed, overrides) for seed in (*range(SEEDS.value), "SEED")}
-        for name in names
-        if name not in LEAVE_OUT.value
-    }
-    return run_cells(task, cells)
+    names = [name for name in names if name not in LEAVE_OUT.value]
+    return run_cells(task, names, range(SEEDS.value), lambda *of_run: published.make(root, task, tier, *of_run, overrides))
 
 
-def run_cells(task: str, cells: Mapping[str, Mapping[int | str, runs.Cell]]) -> Results:
-    """Results of the runs of each cell by seed; missing runs are started first. The key SEED has the run of the command to print.
+def run_cells(task: str, names: Sequence[str], seeds: Iterable[int], make: Callable[[str, int | str], runs.Cell]) -> Results:
+    """Results of these cells with these seeds; missing runs are started first.
+
+    Args:
+      make: the run of a cell and a seed; for the command on the page the seed is `SEED`.
 
     Raises:
       Interrupted: after SIGTERM or SIGINT.
     """
-    commands = {name: printed(by_seed["SEED"]) for name, by_seed in cells.items() if "SEED" in by_seed}
-    seeds = dict.fromkeys(seed for by_seed in cells.values() for seed in by_seed if seed != "SEED")
-    of_runs = [(name, seed, cells[name][seed]) for seed in seeds for name in cells if seed in cells[name]]
+    of_runs = [(name, seed, make(name, seed)) for seed in seeds for name in names]
     note_commits([cell for *_, cell in of_runs])
-    by_cell: dict[str, dict[int, Run]] = {name: {} for name in cells}
+    by_cell: dict[str, dict[int, Run]] = {name: {} for name in names}
     failures, commits = [], {}
     for (name, seed, cell), result in zip(of_runs, runs.run_all([cell for *_, cell in of_runs], runs.local(JOBS.value))):
         if isinstance(result, str):
@@ -101,6 +98,7 @@ def run_cells(task: str, cells: Mapping[str, Mapping[int | str, runs.Cell]]) -> 
         else:
             by_cell[name][seed] = Run(pathlib.Path(cell.workdir), result)
             commits[_commit_file(cell).read_text().strip() if _commit_file(cell).exists() else "unknown"] = None
+    commands = {name: printed(make(name, "SEED")) for name in names}
     return Results(task, by_cell, commands, failures, list(commits))
 
 

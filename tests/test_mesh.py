@@ -14,11 +14,10 @@ import pytest
 import safetensors.numpy
 
 from bilevel_jax import config as configuration
-from bilevel_jax import selector, sharding, train
+from bilevel_jax import selector, sharding
 from bilevel_jax.models import huggingface
-from bilevel_jax.report import page
 from bilevel_jax.runtime import checkpoint, weight_table
-from tests.conftest import read_jsonl
+from tests.conftest import read_jsonl, train_without_report
 from tests.runtime.test_distributed import free_address
 
 SINGLE = (1, 1, 1)
@@ -109,7 +108,6 @@ def recorded_shardings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface, "load_params", load_and_record)
         patch.setattr(checkpoint.Checkpoints, "save", save_and_record)
-        patch.setattr(page, "write", lambda *_: None)
         yield record
 
 
@@ -117,7 +115,7 @@ def run_on_meshes(directory: str, shapes):
     """One run for each mesh, with a file of its shardings beside it. In a process of its own."""
     for shape in shapes:
         with recorded_shardings() as record:
-            train.run(configured(directory, shape), pathlib.Path(directory) / NAMES[shape])
+            train_without_report(configured(directory, shape), pathlib.Path(directory) / NAMES[shape])
         (pathlib.Path(directory) / f"{NAMES[shape]}.json").write_text(json.dumps(record))
 
 
@@ -125,7 +123,7 @@ def run_llamas(directory: str, runs):
     for name, (shape, changes) in runs.items():
         model = {"model.path": str(pathlib.Path(directory) / "model")}
         with recorded_shardings():
-            train.run(configured(directory, shape, model | changes), pathlib.Path(directory) / name)
+            train_without_report(configured(directory, shape, model | changes), pathlib.Path(directory) / name)
 
 
 def run_moved(directory: str):
@@ -140,7 +138,7 @@ def run_moved(directory: str):
                     raise InterruptedError
 
             patch.setattr(checkpoint.Checkpoints, "save", save_and_stop)
-            train.run(configured(directory, shape, {"checkpoint.every": 1} | changes), pathlib.Path(directory) / "moved")
+            train_without_report(configured(directory, shape, {"checkpoint.every": 1} | changes), pathlib.Path(directory) / "moved")
         (pathlib.Path(directory) / f"moved_{last}.json").write_text(json.dumps(record))
 
 

@@ -129,7 +129,7 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # part by part, which takes a third of the memory
             names = [name for name in schema.names if name not in measures or name in file.schema_arrow.names]
             parts = [file.read_row_group(i, names, use_threads=False) for i in range(file.num_row_groups)]
-            stored = pa.concat_tables([file.schema_arrow.empty_table().select(names), *(part.select(names) for part in parts)])
+            stored = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
         for name in measures:
             if name not in names:
                 stored = stored.append_column(name, pa.nulls(len(stored), pa.float32()))

@@ -14,6 +14,7 @@ from experiments import comparing, tables
 from experiments.paper import published
 
 UPPER, RIGHT, ANSWERED = "eval/upper_loss", "eval/lower_clean_loss", "eval/upper_right"
+COLUMNS = {"trusted loss": UPPER, "answered right": ANSWERED, "mixture, right answers": RIGHT}
 CELLS = (
     "mixing, ρ=0.5",
     "uniform ω, offline",
@@ -51,9 +52,8 @@ CLAIMS = (
 
 def main() -> None:
     results = tables.run("safety", CELLS)
-    columns = {"trusted loss": UPPER, "answered right": ANSWERED, "mixture, right answers": RIGHT}
-    rows = comparing.rows(results, columns | {"AUROC": "selector/auroc", "correction rate": "online/correction_rate"})
-    draw = functools.partial(comparing.dots, results=results, columns=columns, published=CELLS)
+    rows = comparing.rows(results, COLUMNS | {"AUROC": "selector/auroc", "correction rate": "online/correction_rate"})
+    draw = functools.partial(comparing.dots, results=results, columns=COLUMNS, published=CELLS)
     lines = [" ".join(__doc__.split("\n\n")[1].split()), "", *rows]
     tables.write("table3", "Table 3 on the test bed", [results], lines, CLAIMS, draw, (8.0, 3.2), command="bed")
 

@@ -238,11 +238,11 @@ def rewritten(text: str) -> str:
     """
     for name, rows in TABLES.items():
         mark = MARK.format(name)
-        before, result, rest = text.partition(mark + "\n")
+        before, start, rest = text.partition(mark + "\n")
         _, closed, after = rest.partition(END)
-        if not result or not closed:
+        if not start or not closed:
             raise ValueError(f"the text has no {mark} with {END} after it")
-        text = before + result + "\n".join(["", *table(rows), "", ""]) + closed + after
+        text = before + start + "\n".join(["", *table(rows), "", ""]) + closed + after
     return text
 
 

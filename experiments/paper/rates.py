@@ -36,8 +36,10 @@ def choose(cell: str) -> tuple[dict, list[list[str]]]:
     for key, grid in GRIDS.items():
         if key.startswith("selection") and not selects:
             continue
-        tried = {f"{value:g}": {seed: make(cell, seed, chosen | {key: value}) for seed in TUNING_SEEDS} for value in grid}
-        results = tables.run_cells("safety", tried)
+        tried = {f"{value:g}": chosen | {key: value} for value in grid}
+        results = tables.run_cells(
+            "safety", list(tried), TUNING_SEEDS, lambda name, seed, tried=tried: make(cell, seed, tried[name])
+        )
         if results.failures:
             raise ValueError(results.failures[0])
         losses = {value: statistics.mean(results.values(f"{value:g}", bed.UPPER).values()) for value in grid}
@@ -48,16 +50,18 @@ def choose(cell: str) -> tuple[dict, list[list[str]]]:
 
 def main() -> None:
     chosen = {cell: choose(cell) for cell in CELLS}
-    made = {
-        cell: {seed: make(cell, seed, rates) for seed in (*range(tables.SEEDS.value), "SEED")}
-        for cell, (rates, _) in chosen.items()
-    }
-    results = tables.run_cells("safety", made)
-    columns = {"trusted loss": bed.UPPER, "answered right": bed.ANSWERED, "mixture, right answers": bed.RIGHT}
-    lines = [" ".join(__doc__.split("\n\n")[1].split()), "", *comparing.rows(results, columns | {"AUROC": "selector/auroc"}), ""]
+    rates = {cell: of_cell for cell, (of_cell, _) in chosen.items()}
+    seeds = range(tables.SEEDS.value)
+    results = tables.run_cells("safety", CELLS, seeds, lambda cell, seed: make(cell, seed, rates[cell]))
+    lines = [
+        " ".join(__doc__.split("\n\n")[1].split()),
+        "",
+        *comparing.rows(results, bed.COLUMNS | {"AUROC": "selector/auroc"}),
+        "",
+    ]
     lines += [f"Mean trusted loss of the seeds {' and '.join(map(str, TUNING_SEEDS))} by learning rate:", ""]
     lines += runs.markdown(["cell", "key", "loss by value", "chosen"], [line for _, of_cell in chosen.values() for line in of_cell])
-    draw = functools.partial(comparing.dots, results=results, columns=columns, published=CELLS)
+    draw = functools.partial(comparing.dots, results=results, columns=bed.COLUMNS, published=CELLS)
     tables.write("rates", "Learning rates of the test bed", [results], lines, CLAIMS, draw, (8.0, 2.2))
 
 

@@ -98,6 +98,11 @@ def make_bed(upper: list[dict], mixture: list[dict], folder: pathlib.Path, seed:
     return Bed(config)
 
 
+def scores_of(rule: str) -> dict:
+    """The numbers of a row that a rule gives: `useful` comes of influences, which the loss rule does not measure."""
+    return {name: of for name, of in SCORES.items() if name != "useful" or COSTS[rule] == "influence"}
+
+
 def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, dict[str, float]]:
     """By number of a row (weight, plausible, useful): how surely the rows like the trusted ones have the higher one.
 
@@ -108,7 +113,7 @@ def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, dict[str, fl
     kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
     like, unlike = ("refused", "complied") if swap == "A" else ("complied", "refused")
     both, measured = np.isin(kind, (like, unlike)), {}
-    for name, of in SCORES.items():
+    for name, of in scores_of(rule).items():
         value = np.asarray(of(state), float)
         measured[name] = {
             "like": metrics.auroc(value[both], kind[both] == like),
@@ -140,9 +145,7 @@ def page(results: list[dict]) -> list[str]:
     headings += ["B: complied over refused", "B: all others over refused", "B: mean weight of complied"]
     table = []
     for rule in COSTS:
-        for number in SCORES:
-            if number == "useful" and COSTS[rule] == "loss":
-                continue  # it comes of influences
+        for number in scores_of(rule):
             values = {
                 (swap, key): [result[rule, swap][number][key] for result in results if key in result[rule, swap][number]]
                 for swap in "AB"
