@@ -67,8 +67,8 @@ class Selection:
     tau: float = 1.0  # of bmo
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
     baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
-    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows and, half as much, how unlikely
-    # its tokens are), loss (10b, the paper)
+    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows, and how unlikely its tokens
+    # are as far as unlikely rows do so), loss (10b, the paper)
     cost: str = "influence"
     value_function: str = "zero"  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
     weight_scale: str = "dataset"  # dataset: N·σ(ω), mean 1; literal: σ(ω)

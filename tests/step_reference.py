@@ -347,17 +347,24 @@ def _influence(inputs, before, after, entries, loss, surprise, share) -> tuple[d
     square = running(memory.mean_square, np.sum(share * change**2))
     center = running(memory.surprise_mean, np.sum(share * surprise))
     spread = running(memory.surprise_square, np.sum(share * (surprise - center) ** 2))
-    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread}
-    named = {key: np.array(value) for key, value in named.items()}
+    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread, "correlation": memory.correlation}
+    named = {key: np.array(value, float) for key, value in named.items()}
     if not share.any():
         return named, np.zeros(len(entries)), np.zeros(len(entries)), {}
     root, width = (max(math.sqrt(value), TINY) for value in (square, spread))
-    harm = np.tanh(change / root)
-    cost = harm + 0.5 * np.tanh((surprise - center) / width)
+    harm, excess = np.tanh(change / root), np.tanh((surprise - center) / width)
+    rms = [max(math.sqrt(share @ value**2), TINY) for value in (harm, excess)]
+    correlation = running(memory.correlation, share @ (harm * excess) / np.prod(rms))
+    named["correlation"] = np.array(correlation)
+    part = max(correlation, 0) * (2 / 3) / (1 / 3 - correlation**2) if correlation < 1 / 3 else 1.0
+    cost = harm + part * excess
     # Differences of losses lose digits. Of these, the first is over a short move, and the second between rows.
     lost = ROUNDING * np.max(np.abs(loss)) / root, ROUNDING * np.max(np.abs(surprise)) / width
     noise = {"memory: mean_square": 2 * lost[0] * square, "memory: surprise_square": 2 * lost[1] * spread}
-    return named, harm, cost, noise | {"selector: harm": lost[0], "cost": lost[0] + 0.5 * lost[1]}
+    of_correlation = 0.2 * (lost[0] / rms[0] + lost[1] / rms[1])
+    noise |= {"memory: correlation": of_correlation, "selector: harm": lost[0]}
+    # 6 is the largest slope of the part of the surprise in the correlation.
+    return named, harm, cost, noise | {"cost": sum(lost) + 6 * of_correlation}
 
 
 class _Evaluated(NamedTuple):

@@ -331,9 +331,18 @@ def test_a_batch_without_a_cost_leaves_the_running_mean(before):
 
 def test_costs_of_influence_without_a_cost():
     """The running means of a batch in which no row has a cost stay as they are."""
-    memory = influence.Memory({}, jnp.float32(2.0), jnp.float32(np.nan), jnp.float32(0.5))
+    memory = influence.Memory({}, jnp.float32(2.0), jnp.float32(np.nan), jnp.float32(0.5), jnp.float32(0.25))
     after, _, _ = influence.costs(memory, {}, jnp.ones(2), jnp.ones(2), jnp.zeros(2))
     np.testing.assert_array_equal([after.mean_square, after.surprise_mean, after.surprise_square], np.float32([2, np.nan, 0.5]))
+    assert after.correlation == 0.25
+
+
+@pytest.mark.parametrize("correlation", [-0.4, 0.0, 0.1, 0.25, 0.33, 0.5, 1.0])
+def test_part_of_the_surprise_is_that_of_the_best_linear_estimate(correlation):
+    """A harm without noise is regressed on its noisy measure and on the surprise; of the former a third is not noise."""
+    of_harm, of_surprise = np.linalg.solve([[1, correlation], [correlation, 1 + 1e-12]], [1 / 3, correlation])
+    expected = np.clip(of_surprise / of_harm, 0, 1) if correlation < 1 / 3 else 1.0
+    np.testing.assert_allclose(influence.surprise_part(jnp.float32(correlation)), expected, rtol=1e-5)
 
 
 def test_first_batch_is_its_own_running_mean():

@@ -536,7 +536,7 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
     upper, lower = rows()
     base, advance = model(LLAMA)[0], jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
     state, total, logits = begin_influence(optimizer), np.zeros(N), np.zeros(N)
-    mean = square = center = spread = None
+    mean, square, center, spread, r = None, None, None, None, 0.0
     for _ in range(2):
         adapter = state.policy.adapter
         after, _ = advance(base, state, pack(upper, lower, layout), Scales(1.0, GAMMA))
@@ -554,8 +554,9 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
         below = [jax.grad(lambda x, row=row: row_loss(LLAMA, x, row))(adapter) for row in lower]
         cost = np.array([-float(size * optax.tree.vdot(one, direction)) for one in below])
         square = np.mean(cost**2) if square is None else 0.9 * square + 0.1 * np.mean(cost**2)
-        harm = np.tanh(cost / np.sqrt(square))
-        cost = harm + 0.5 * np.tanh((surprises - center) / np.sqrt(spread))
+        harm, excess = np.tanh(cost / np.sqrt(square)), np.tanh((surprises - center) / np.sqrt(spread))
+        r = 0.9 * r + 0.1 * (harm @ excess) / np.linalg.norm(harm) / np.linalg.norm(excess)
+        cost = harm + (1.0 if r > 1 / 3 else max(r, 0) * (2 / 3) / (1 / 3 - r**2)) * excess
         for row, value, whole in zip(lower, harm, cost):
             total[row.row_index] += value
             logits[row.row_index] -= ALPHA * GAMMA * whole
