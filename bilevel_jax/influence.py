@@ -35,7 +35,7 @@ TINY = 1e-30
 FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
 UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
 SPREAD_DECAY = 0.9  # of the other running means
-RELIABILITY = 1 / 3  # q: the correlation of the harms of a row at its first and its second visit, .32 to .35 on the test bed
+RELIABILITY = 1 / 3  # q: the correlation of a row's harms at its first two visits (`python -m experiments.influence_noise`)
 
 
 class Memory(NamedTuple):
