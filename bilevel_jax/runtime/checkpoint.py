@@ -289,10 +289,20 @@ class Checkpoints:
 
         Returns:
           The state, the response store, and that adapter or None.
+
+        Raises:
+          RunError: the checkpoint has other arrays, as those of another version of the package may.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         wanted = {"state": abstract, "responses": None} | ({"best": abstract.policy.adapter} if keeps_best else {})
-        tree = self._checkpointer.load_checkpointables(step, wanted)
+        try:
+            tree = self._checkpointer.load_checkpointables(step, wanted)
+        except Exception as error:  # its files are intact; Orbax has many types for arrays of other names and shapes
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise RunError(
+                f"{self._directory / str(step)}: this version of the package does not read it ({reason:.120}); continue with the "
+                "version that wrote it, or start again in another --workdir"
+            ) from error
         return tree["state"], online.from_arrays(tree["responses"]), tree.get("best")
 
     def close(self) -> None:

@@ -56,6 +56,19 @@ def test_round_trip(tmp_path, optimizer, tracked):
     second.close()
 
 
+@pytest.mark.parametrize("saved, wanted", [(True, False), (False, True)])
+def test_a_state_with_other_arrays_is_refused(tmp_path, saved, wanted):
+    """As of another version of the package. Its files are intact, so it is not set aside as damaged."""
+    first = checkpoint.Checkpoints(tmp_path, keep=1)
+    first.save(5, make_state(tracked=saved), online.empty(7), COUNTERS)
+    first.close()
+    second = checkpoint.Checkpoints(tmp_path, keep=1)
+    with pytest.raises(errors.RunError, match=r"5: this version of the package does not read it \(.*tracker.*\); continue with"):
+        second.restore(5, make_state(tracked=wanted))
+    second.close()
+    assert (tmp_path / "5").is_dir()
+
+
 def make_responses(number):
     """A response store: responses of different lengths, some of them used."""
     rng = np.random.default_rng(number)
