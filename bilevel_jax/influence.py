@@ -115,14 +115,18 @@ def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:
 
 
 def _running(mean, value_E, share_E):
-    """The running mean with that of a batch; as it was where no row of the batch has a cost."""
-    of_batch = jnp.sum(share_E * value_E)
+    """The running mean with that of a batch."""
+    return _moved(mean, jnp.sum(share_E * value_E), share_E)
+
+
+def _moved(mean, of_batch, share_E):
+    """The running mean after a batch; the first one is its own, and one in which no row has a cost changes nothing."""
     moved = jnp.where(jnp.isnan(mean), of_batch, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * of_batch)
     return jnp.where(jnp.sum(share_E) > 0, moved, mean)
 
 
 def _running_correlation(mean, harm_E, excess_E, share_E):
-    """The running mean of h·x / |h||x| of the batches; as it was where no row of the batch has a cost."""
+    """The running mean of h·x / |h||x| of the batches."""
     product, harm_square, excess_square = (share_E @ value_E for value_E in (harm_E * excess_E, harm_E**2, excess_E**2))
     of_batch = product / jnp.maximum(jnp.sqrt(harm_square * excess_square), TINY)
-    return jnp.where(jnp.sum(share_E) > 0, SPREAD_DECAY * mean + (1 - SPREAD_DECAY) * of_batch, mean)
+    return _moved(mean, of_batch, share_E)
