@@ -142,9 +142,13 @@ def decode_steps(
     def body(carry):
         return carry[0] + 1, advance(config, settings, eos, params, adapter, carry[1])
 
+    def put_back(cache, window):
+        # XLA does not see that a scatter replaces the whole cache, and would hold both.
+        return window if window.shape == cache.shape else jax.lax.dynamic_update_slice(cache, window, (0,) * cache.ndim)
+
     window = jax.tree.map(lambda cache: cache[:, :, :num_blocks], slots.cache)
     after = jax.lax.while_loop(unfinished, body, (0, slots._replace(cache=window)))[1]
-    return after._replace(cache=jax.tree.map(lambda cache, new: cache.at[:, :, :num_blocks].set(new), slots.cache, after.cache))
+    return after._replace(cache=jax.tree.map(put_back, slots.cache, after.cache))
 
 
 def window_size(longest: int, cache_length: int) -> int:

@@ -71,11 +71,7 @@ def entry_means(config: model_config.ModelConfig, base, packed: packing.Packed) 
         hidden_TxD = forward.hidden_states(config, base, None, packed, m).astype(jnp.float32)
         response_token_P = packed.logit_index[m] + 1  # the flat index of the target itself; above T - 1 for padding
         is_response_T = jnp.zeros(S * L, jnp.int32).at[response_token_P].set(1, mode="drop")
-        # Segment ids restart in every sequence; these are unique in the micro-batch. Targets map them to entries.
-        segment_T = (jnp.arange(S)[:, None] * (L + 1) + packed.segment_ids[m]).reshape(-1)
-        segment_P = segment_T.at[response_token_P].get(mode="fill", fill_value=S * (L + 1))
-        entry_T = jnp.full(S * (L + 1), E, jnp.int32).at[segment_P].set(packed.entry[m], mode="drop")[segment_T]
-        slot_T = 2 * entry_T + is_response_T
+        slot_T = 2 * forward.token_entries(packed, m) + is_response_T
         total_Ex2xD += jax.ops.segment_sum(hidden_TxD, slot_T, num_segments=2 * E).reshape(total_Ex2xD.shape)
         count_Ex2 += jax.ops.segment_sum(jnp.ones(S * L), slot_T, num_segments=2 * E).reshape(count_Ex2.shape)
         return total_Ex2xD, count_Ex2

@@ -1,19 +1,40 @@
 """Forward passes over packed micro-batches: hidden states, and the NLL of each target and of each response."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevel_jax import losses
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, lora, model_config
+from bilevel_jax.models import decoder, lora, model_config, probes
 
 
-def hidden_states(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
+class Probe(NamedTuple):
+    """Measures the derivative of the entries' losses along a direction of the learned parameters, see `models.probes`."""
+
+    directions: dict  # from `probes.along`
+    value_E: jax.Array  # zeros; the derivative in it is what is measured
+
+
+def token_entries(packed: packing.Packed, m) -> jax.Array:
+    """The entry of each token of micro-batch m, [T] int32; E for padding."""
+    E, (S, L) = packed.length.shape[0], packed.tokens.shape[1:]
+    # Segment ids restart in every sequence; these are unique in the micro-batch. Targets map them to entries.
+    segment_T = (jnp.arange(S)[:, None] * (L + 1) + packed.segment_ids[m]).reshape(-1)
+    segment_P = segment_T.at[packed.logit_index[m]].get(mode="fill", fill_value=S * (L + 1))
+    return jnp.full(S * (L + 1), E, jnp.int32).at[segment_P].set(packed.entry[m], mode="drop")[segment_T]
+
+
+def hidden_states(
+    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
+) -> jax.Array:
     """Final hidden states [T, D] of micro-batch m; with a key, the adapter's dropout is on."""
     base, adapter = lora.in_use(config, base, adapter)
+    if probe is not None:
+        probe_T = probe.value_E.at[token_entries(packed, m)].get(mode="fill", fill_value=0.0)
+        adapter = probes.attach(adapter, probe.directions, probe_T)
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}
     batch = packed.tokens[m], packed.positions[m], packed.segment_ids[m]
@@ -22,9 +43,11 @@ def hidden_states(config: model_config.ModelConfig, base, adapter, packed: packi
     return hidden_SxLxD.reshape(-1, config.hidden_size)
 
 
-def target_nll(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None) -> jax.Array:
+def target_nll(
+    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
+) -> jax.Array:
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
-    hidden_TxD = hidden_states(config, base, adapter, packed, m, key)
+    hidden_TxD = hidden_states(config, base, adapter, packed, m, key, probe)
     # The fast version has no derivative in the output matrix.
     token_nll = losses.token_nll_plain if config.second_order or lora.is_full(adapter) else losses.token_nll
     head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
@@ -40,7 +63,14 @@ def micro_nll(
 
 
 def micro_nll_and_power(
-    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
+    config: model_config.ModelConfig,
+    base,
+    adapter,
+    packed: packing.Packed,
+    m,
+    token_weights: Callable | None = None,
+    key=None,
+    probe: Probe | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over the tokens of every entry's response in micro-batch m: of their NLL, and of its power `losses.POWER`.
 
@@ -49,11 +79,12 @@ def micro_nll_and_power(
       m: index of the micro-batch.
       token_weights: `(nll_P, entry_P) -> weight_P`, the factor of each token's NLL; None for 1.
       key: of the adapter's dropout in this step; None for none.
+      probe: see `Probe`.
 
     Returns:
       Two arrays [E] float32, nats and their power; 0 for entries of other micro-batches. The second has no derivative.
     """
-    nll_P = target_nll(config, base, adapter, packed, m, key)
+    nll_P = target_nll(config, base, adapter, packed, m, key, probe)
     power_P = jax.lax.stop_gradient(nll_P) ** losses.POWER
     if token_weights is not None:
         nll_P *= token_weights(nll_P, packed.entry[m])
@@ -71,13 +102,12 @@ def entry_nll(
     packed: packing.Packed,
     num_micro=None,
     token_weights: Callable | None = None,
-    key=None,
 ) -> jax.Array:
     """Summed NLL of every entry [E], nats, over the first `num_micro` micro-batches (default: all in use). Forward only."""
     num_micro = packed.num_micro if num_micro is None else num_micro
     start = jnp.zeros(packed.length.shape[0], jnp.float32)
 
     def add(m, nll_E):
-        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights, key)
+        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights)
 
     return jax.lax.fori_loop(0, num_micro, add, start)

@@ -7,8 +7,9 @@ times
     I_i = ⟨∇ℓ_i(θ^k), D m⟩,   m = a running mean of ∇L0 over the last batches                                       (I)
 
 One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product
-is a finite difference of ℓ_i along D m, one forward pass. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al.
-2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
+comes from the backward pass of the lower level, see `models.probes`, so it costs nothing either. D m has length 1, and v is that
+before the step, whose gradient is not known yet. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al. 2024; in
+the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
 
     C_b = h_b + c x_b,   h_b = -tanh(I_b / σ_I),   x_b = tanh((s_b - s̄) / σ_s),   s_b = (mean_t (-log p_t)^4)^{1/4}     (C)
 
@@ -32,7 +33,6 @@ import jax.numpy as jnp
 import optax
 
 TINY = 1e-30
-FD_SCALE = {"float32": 1e-3, "bfloat16": 1e-2}  # length of the finite difference along D m, as a share of θ's norm
 UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
 SPREAD_DECAY = 0.9  # of the other running means
 RELIABILITY = 1 / 3  # q: the correlation of a row's harms at its first two visits (`python -m experiments.influence_noise`)
@@ -58,34 +58,31 @@ def init(adapter) -> Memory:
     return Memory(jax.tree.map(jnp.zeros_like, adapter), scalar(jnp.nan), scalar(jnp.nan), scalar(jnp.nan), scalar(0.0))
 
 
-def displaced(memory: Memory, upper_gradient, adapter, optimizer_state, dtype: str) -> tuple[dict, dict]:
-    """The running mean m with the gradient of a batch, and θ^k moved a little along -D m.
+def direction(memory: Memory, upper_gradient, optimizer_state) -> tuple[dict, dict]:
+    """The running mean m with the gradient of a batch, and D m, of any length.
 
     Args:
       upper_gradient: ∇L0 of the batch at θ^k.
-      adapter: θ^k.
-      optimizer_state: after the step, with Adam's v.
-      dtype: of the model's arithmetic, which bounds how small the move may be.
+      optimizer_state: before the step, with Adam's v.
     """
     mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, memory.upper_gradient, upper_gradient)
-    direction = _preconditioned(optimizer_state, mean)
-    size = FD_SCALE[dtype] * optax.tree.norm(adapter) / jnp.maximum(optax.tree.norm(direction), TINY)
-    return mean, jax.tree.map(lambda leaf, d: leaf - size * d, adapter, direction)
+    return mean, _preconditioned(optimizer_state, mean)
 
 
-def costs(memory: Memory, upper_gradient, change_E, surprise_E, share_E) -> tuple[Memory, jax.Array, jax.Array]:
+def costs(memory: Memory, upper_gradient, influence_E, surprise_E, share_E) -> tuple[Memory, jax.Array, jax.Array]:
     """The cost of each entry.  (C)
 
     Args:
       memory: before the step.
-      upper_gradient, change_E: m, and what moving along -D m does to the losses of the entries, which is -I up to a factor.
+      upper_gradient: m.
+      influence_E: I.
       surprise_E: s at θ^k.
       share_E: of the entries in the mean over the lower level.
 
     Returns:
       memory after the step; [E] h_b; [E] C_b.
     """
-    mean_square, harm_E = _scaled(memory.mean_square, change_E, share_E)
+    mean_square, harm_E = _scaled(memory.mean_square, -influence_E, share_E)
     surprise_mean = _running(memory.surprise_mean, surprise_E, share_E)
     surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, share_E)
     correlation = _running_correlation(memory.correlation, harm_E, excess_E, share_E)
@@ -100,12 +97,14 @@ def surprise_part(correlation) -> jax.Array:
 
 
 def _preconditioned(optimizer_state, gradient):
-    """D times a gradient: divided by √v where the optimizer keeps v, a running mean of squares."""
+    """D times a gradient: divided by √v where the optimizer keeps v, a running mean of squares.
+
+    An entry without a gradient before this step has v = 0. Adam's first step is its sign, whatever its size.
+    """
     square = optax.tree.get(optimizer_state, "nu", default=None)
     if square is None:
         return gradient
-    # An entry without a gradient so far has v = 0, and m = 0 with it.
-    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
+    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), jnp.sign(g)), gradient, square)
 
 
 def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:

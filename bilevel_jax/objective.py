@@ -42,8 +42,8 @@ class Objective:
       reward_temperature: β of reward-weighted regression.
       reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`). It applies to the log-ratios of IPO too; those
         of DPO are always sums.
-      cost: C_b, what lowers a row's weight: its `loss`, or its `influence`, what it does to the trusted rows, with half of
-        its surprise, see (C) in `influence`.
+      cost: C_b, what lowers a row's weight: its `loss`, or its `influence`, what it does to the trusted rows, with as
+        much of its surprise as does them harm, see (C) in `influence`.
       coefficient_at: with `cost="loss"`, the θ at which C_b is taken: θ^{k+1} (`next`, eq. (10c)) or θ^k (`current`).
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.
@@ -147,8 +147,8 @@ def entry_surprises(objective: Objective, batch: packing.Batch, power_E, loss_E)
     return losses.surprises(power_E, batch.packed.length) if objective.lower == "sft" else loss_E
 
 
-def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m) -> jax.Array:
-    """`entry_losses` of the lower level in micro-batch m, with generated responses used as `objective.generated` says."""
+def lower_losses(objective: Objective, batch: packing.Batch, nll_E, m=None) -> jax.Array:
+    """`entry_losses` of the lower level, with generated responses used as `objective.generated` says."""
     loss_E = entry_losses(objective.lower, objective, batch, nll_E, m)
     if objective.generated == "rwr":
         return preferences.reward_weighted(batch.reward, batch.group, objective.reward_temperature) * loss_E

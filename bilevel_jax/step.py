@@ -32,7 +32,7 @@ from bilevel_jax import forward, losses, preferences, token_weights
 from bilevel_jax import influence as influences
 from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
-from bilevel_jax.models import model_config
+from bilevel_jax.models import model_config, probes
 from bilevel_jax.objective import Objective, check_combination, entry_losses, entry_surprises, lower_losses
 from bilevel_jax.shares import Shares, entry_shares, response_weights, weigh_tokens
 
@@ -102,10 +102,6 @@ class Problem:
         return jax.random.fold_in(jax.random.key(self.seed), state.step) if self.model.adapter_dropout else None
 
     @property
-    def influence(self) -> bool:
-        return measures_influence(self.objective, self.selector)
-
-    @property
     def costs_at_next(self) -> bool:
         o = self.objective
         return o.cost == "loss" and o.coefficient_at == "next" and not self.selector.frozen
@@ -138,6 +134,13 @@ def _descend(optimizer: optax.GradientTransformation, learner: Learner, gradient
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Slopes(NamedTuple):
+    """What the backward pass of the lower level measured."""
+
+    upper_mean: dict  # m, the running mean of ∇L0, with this batch
+    lower_E: jax.Array  # derivative of the lower level's loss along D m, the part of each entry
+
+
 class PolicyUpdate(NamedTuple):
     """θ^{k+1} and what its update computed at θ^k."""
 
@@ -148,7 +151,34 @@ class PolicyUpdate(NamedTuple):
     power_E: jax.Array  # the sum of its tokens' NLLs to the power of `losses.POWER`
     response_weight_E: jax.Array  # r^g
     gradient: dict  # of the θ-loss
-    upper_gradient: dict | None  # ∇L0, where the cost needs it
+    slopes: Slopes | None  # where the cost needs them
+
+
+def _level_by_level(loss_of: Callable, memory: influences.Memory, state: State, batch: packing.Batch, scales: Scales):
+    """The θ-loss and its gradient by one pass over each level: the second one measures slopes along D m, which the first one gives.
+
+    Args:
+      loss_of: `(scales, probe) -> loss_of_micro` for `_gradient`.
+      memory: before the step.
+
+    Returns:
+      (loss, (upper loss, NLL, power)), gradient, slopes.
+    """
+    adapter, first, end = state.policy.adapter, batch.first_upper_micro, batch.packed.num_micro
+    (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(loss_of(Scales(1.0, 0.0)), adapter, end, first)
+    mean, direction = influences.direction(memory, upper_gradient, state.policy.optimizer)
+    directions = probes.along(direction)
+
+    def lower_of_micro(variables, m):
+        adapter, probe_E = variables
+        return loss_of(Scales(0.0, 1.0), forward.Probe(directions, probe_E))(adapter, m)
+
+    variables = adapter, jnp.zeros_like(upper_nll_E)
+    (lower, (_, nll_E, power_E)), (lower_gradient, slope_E) = _gradient(lower_of_micro, variables, batch.num_lower_micro)
+    loss = scales.upper * upper + scales.lower * lower
+    gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, lower_gradient)
+    nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
+    return (loss, (upper, nll_E, power_E)), gradient, Slopes(mean, slope_E)
 
 
 def update_policy(problem: Problem, base, state: State, batch: packing.Batch, shares: Shares, scales: Scales) -> PolicyUpdate:
@@ -161,9 +191,9 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
         fixed_E = response_weights(objective, batch, forward.entry_nll(model, base, adapter, packed, batch.num_lower_micro))
 
-    def scaled_loss(scales: Scales):
+    def loss_of(scales: Scales, probe: forward.Probe | None = None):
         def loss_of_micro(adapter, m):
-            nll_E, power_E = forward.micro_nll_and_power(model, base, adapter, packed, m, weigh, key)
+            nll_E, power_E = forward.micro_nll_and_power(model, base, adapter, packed, m, weigh, key, probe)
             upper = jnp.sum(shares.upper * entry_losses(objective.upper, objective, batch, nll_E, m))
             response_E = jax.lax.stop_gradient(response_weights(objective, batch, nll_E)) if fixed_E is None else fixed_E
             lower = jnp.sum(shares.lower * shares.weight * response_E * lower_losses(objective, batch, nll_E, m))
@@ -171,20 +201,15 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
         return loss_of_micro
 
-    upper_gradient = None
-    if problem.influence:  # ∇L0 is needed alone: one pass over each level
-        upper_only, lower_only = scaled_loss(Scales(1.0, 0.0)), scaled_loss(Scales(0.0, 1.0))
-        first, end = batch.first_upper_micro, packed.num_micro
-        (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(upper_only, adapter, end, first)
-        (lower, (_, nll_E, power_E)), gradient = _gradient(lower_only, adapter, batch.num_lower_micro)
-        loss = scales.upper * upper + scales.lower * lower
-        nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
-        gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, gradient)
+    slopes = None
+    if state.influence is not None:
+        parts, gradient, slopes = _level_by_level(loss_of, state.influence, state, batch, scales)
     else:  # both levels in one pass
-        (loss, (upper, nll_E, power_E)), gradient = _gradient(scaled_loss(scales), adapter, packed.num_micro)
+        parts, gradient = _gradient(loss_of(scales), adapter, packed.num_micro)
+    loss, (upper, nll_E, power_E) = parts
     policy = _descend(problem.optimizer, state.policy, gradient)
     response_E = response_weights(objective, batch, nll_E) if fixed_E is None else fixed_E
-    return PolicyUpdate(policy, loss, upper, nll_E, power_E, response_E, gradient, upper_gradient)
+    return PolicyUpdate(policy, loss, upper, nll_E, power_E, response_E, gradient, slopes)
 
 
 def update_tracker(
@@ -234,30 +259,34 @@ def update_token_params(
 
 
 def influence_costs(
-    problem: Problem,
-    base,
+    objective: Objective,
     memory: influences.Memory,
-    state: State,
+    slopes: Slopes,
     update: PolicyUpdate,
-    loss_E,
     surprise_E,
     batch: packing.Batch,
     shares: Shares,
 ) -> tuple[influences.Memory, jax.Array, jax.Array]:
-    """What `influence.costs` returns, after one more forward pass over the micro-batches of the lower level.  (I), (C)
+    """What `influence.costs` returns.  (I), (C)
+
+    Divided by the derivative of the lower level's loss in the NLL of an entry, its slope is that of the NLL itself, and from this
+    follows that of ℓ. An entry that has no part in the loss, such as one with r = 0, has no influence.
 
     Args:
       memory: before the step.
-      update: of θ, with ∇L0 of the batch at θ^k.
-      loss_E, surprise_E: losses ℓ and surprises s of the entries at θ^k.
+      slopes, update: of θ^k.
+      surprise_E: surprises s of the entries at θ^k.
     """
-    model, objective = problem.model, problem.objective
-    mean, moved = influences.displaced(memory, update.upper_gradient, state.policy.adapter, update.policy.optimizer, model.dtype)
-    # With the dropout of θ^k: another one would change the losses more than the small move does.
-    key = problem.dropout_key(state)
-    nll_E = forward.entry_nll(model, base, moved, batch.packed, batch.num_lower_micro, key=key)
-    change_E = entry_losses(objective.lower, objective, batch, nll_E) - loss_E
-    return influences.costs(memory, mean, change_E, surprise_E, shares.cost)
+
+    def lower(nll_E):
+        factor_E = shares.lower * shares.weight * update.response_weight_E
+        return jnp.sum(factor_E * lower_losses(objective, batch, nll_E))
+
+    factor_E = jax.grad(lower)(update.nll_E)
+    has_part_E = factor_E != 0
+    nll_slope_E = jnp.where(has_part_E, slopes.lower_E / jnp.where(has_part_E, factor_E, 1.0), 0.0)
+    _, influence_E = jax.jvp(lambda nll_E: entry_losses(objective.lower, objective, batch, nll_E), (update.nll_E,), (nll_slope_E,))
+    return influences.costs(memory, slopes.upper_mean, influence_E, surprise_E, shares.cost)
 
 
 def row_costs(
@@ -365,8 +394,8 @@ def make_step(
         memory, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
         selector_state = state.selector
         if not weights_first:
-            if memory is not None:
-                memory, harm_E, cost_E = influence_costs(problem, base, memory, state, update, loss_E, surprise_E, batch, shares)
+            if memory is not None and update.slopes is not None:
+                memory, harm_E, cost_E = influence_costs(objective, memory, update.slopes, update, surprise_E, batch, shares)
             else:
                 cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             selector_state = update_weights(problem, state.selector, batch, shares, cost_E, scales, features)

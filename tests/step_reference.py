@@ -326,18 +326,25 @@ def _means(inputs: Inputs, counted) -> tuple[np.ndarray, np.ndarray]:
     return upper / max(upper.sum(), 1e-300), lower / max(lower.sum(), 1e-300)
 
 
-def _influence(inputs, before, after, entries, loss, surprise, share) -> tuple[dict, np.ndarray, np.ndarray, dict]:
-    """The memory, harm and cost of (I) and (C), from the move along -D m, and what rounding to float32 may change in them."""
-    memory, theta = before.influence, flat(before.policy.adapter)
-    direction, known = flat(after.influence.upper_gradient), moments(after.policy.optimizer)
+def _measured(learned) -> np.ndarray:
+    """1 for the parameters along which influences are measured, [P]: all of an adapter; of all weights the kernels of layers."""
+
+    def of_leaf(path, leaf):
+        names = [key.key for key in path]
+        return np.full(leaf.shape, float("embed_tokens" not in learned or (names[0], names[-1]) == ("layers", "kernel")))
+
+    return flat(jax.tree_util.tree_map_with_path(of_leaf, learned))
+
+
+def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, np.ndarray, np.ndarray, dict]:
+    """The memory, harm and cost of (I) and (C), from gradients of single rows, and what rounding to float32 may change in them."""
+    memory, surprise, share = before.influence, at.surprise, at.share
+    direction, known = flat(after.influence.upper_gradient), moments(before.policy.optimizer)
     if known is not None:
-        direction = np.where(known[1] > 0, direction / np.sqrt(np.maximum(known[1], 1e-300)), 0.0)
-    move = 1e-3 * np.linalg.norm(theta) / max(np.linalg.norm(direction), TINY) * direction
-    leaves, tree = jax.tree.flatten(double(before.policy.adapter))
-    parts = np.split(theta - move, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    moved = tree.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)])
-    _, nll, _ = inputs.model.evaluate(moved, entries)
-    change = entry_losses(inputs.config.loss.lower, inputs.config, entries, nll)[0] - loss
+        direction = np.where(known[1] > 0, direction / np.sqrt(np.maximum(known[1], 1e-300)), np.sign(direction))
+    direction = direction * _measured(before.policy.adapter)
+    direction = direction / max(np.linalg.norm(direction), TINY)
+    change = -at.loss_slope @ np.where(at.has_part, at.gradient @ direction, 0.0)
 
     def running(mean, value):
         if not share.any():
@@ -358,8 +365,9 @@ def _influence(inputs, before, after, entries, loss, surprise, share) -> tuple[d
     named["correlation"] = np.array(correlation)
     part = max(correlation, 0) * (2 / 3) / (1 / 3 - correlation**2) if correlation < 1 / 3 else 1.0
     cost = harm + part * excess
-    # Differences of losses lose digits. Of these, the first is over a short move, and the second between rows.
-    lost = ROUNDING * np.max(np.abs(loss)) / root, ROUNDING * np.max(np.abs(surprise)) / width
+    # A product of vectors that are nearly orthogonal loses digits, and so does a difference between rows.
+    size = np.abs(at.loss_slope) @ np.linalg.norm(at.gradient, axis=1)
+    lost = ROUNDING * np.max(size) / root, ROUNDING * np.max(np.abs(surprise)) / width
     noise = {"memory: mean_square": 2 * lost[0] * square, "memory: surprise_square": 2 * lost[1] * spread}
     of_correlation = 0.2 * (lost[0] / rms[0] + lost[1] / rms[1])
     noise |= {"memory: correlation": of_correlation, "selector: harm": lost[0]}
@@ -376,6 +384,9 @@ class _Evaluated(NamedTuple):
     loss: np.ndarray  # its loss
     surprise: np.ndarray
     of_upper: np.ndarray  # ∇L0, [P]
+    gradient: np.ndarray  # of the NLL of each entry, [E, P]
+    loss_slope: np.ndarray  # derivatives of the losses in the NLLs, [E, E]
+    has_part: np.ndarray  # whether the loss of the lower level depends on its NLL
     weigh: Any  # of tokens
 
 
@@ -426,7 +437,7 @@ def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray],
     r = response_weights(config, objective, entries, nll)
     above, above_slope = entry_losses(objective.upper, config, entries, nll)
     below, below_slope = training_losses(config, objective, entries, nll)
-    pull, loss = lower * weight * r, entry_losses(objective.lower, config, entries, nll)[0]
+    pull, (loss, loss_slope) = lower * weight * r, entry_losses(objective.lower, config, entries, nll)
     of_upper = upper @ above_slope @ gradient
     joint = inputs.scales[0] * of_upper + inputs.scales[1] * pull @ below_slope @ gradient
     share, count = _means(inputs, has_cost)[1], np.where(has_cost, [one.part for one in entries], 0.0)
@@ -440,7 +451,9 @@ def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray],
         "log_ratio": -nll - np.array([one.old_log_prob for one in entries]),
         "response_weight": r,
     }
-    return _Evaluated(share, count, pull, loss, surprises(config, entries, token_nll, loss), of_upper, weigh), metrics, joint
+    surprise, has_part = surprises(config, entries, token_nll, loss), pull @ below_slope != 0
+    evaluated = _Evaluated(share, count, pull, loss, surprise, of_upper, gradient, loss_slope, has_part, weigh)
+    return evaluated, metrics, joint
 
 
 def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
@@ -454,7 +467,7 @@ def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.nda
         expected |= _learner(inputs, "tracker", before, after, k, at.pull @ tracked_slope @ slopes)
     if before.influence is not None:
         expected["memory: upper_gradient"] = 0.9 * flat(before.influence.upper_gradient) + 0.1 * at.of_upper
-        memory, harm, cost, noise = _influence(inputs, before, after, entries, at.loss, at.surprise, at.share)
+        memory, harm, cost, noise = _influence(inputs, before, after, entries, at)
         return cost, harm, expected | {f"memory: {name}": value for name, value in memory.items()}, noise
     if objective.coefficient_at == "next" and not selector.frozen:
         token_nll, nll, _ = model.evaluate(after.policy.adapter, entries, at.weigh)

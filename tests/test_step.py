@@ -284,7 +284,7 @@ def test_dropout_is_of_the_step():
         after, metrics = advance(base, state, batch, Scales(1.0, GAMMA))
         losses.append(float(metrics["loss"]))
     assert losses[0] == losses[1] and len(set(losses)) == 3
-    # The move along D m changes losses by about a thousandth. Another dropout would change them by far more.
+    # The derivatives are those of the losses with the dropout of the step.
     without, _ = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, SGD))(base, begin_influence(SGD), batch, Scales(1.0, GAMMA))
     ratio = np.sqrt(float(after.influence.mean_square) / float(without.influence.mean_square))
     assert 0.2 < ratio < 5
@@ -544,15 +544,14 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
         mean = jax.tree.map(lambda g: 0.1 * g, above) if mean is None else jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, above)
         direction = mean
         if optimizer is not SGD:
-            nu = after.policy.optimizer[0].nu
-            direction = jax.tree.map(lambda m, v: jnp.where(v > 0, m / jnp.sqrt(v), 0.0), mean, nu)
+            nu = state.policy.optimizer[0].nu
+            direction = jax.tree.map(lambda m, v: jnp.where(v > 0, m / jnp.sqrt(v), jnp.sign(m)), mean, nu)
         surprises = np.array([surprise(LLAMA, adapter, row) for row in lower])
         center = surprises.mean() if center is None else 0.9 * center + 0.1 * surprises.mean()
         deviation = np.mean((surprises - center) ** 2)
         spread = deviation if spread is None else 0.9 * spread + 0.1 * deviation
-        size = 1e-3 * optax.tree.norm(adapter) / optax.tree.norm(direction)
         below = [jax.grad(lambda x, row=row: row_loss(LLAMA, x, row))(adapter) for row in lower]
-        cost = np.array([-float(size * optax.tree.vdot(one, direction)) for one in below])
+        cost = np.array([-float(optax.tree.vdot(one, direction) / optax.tree.norm(direction)) for one in below])
         square = np.mean(cost**2) if square is None else 0.9 * square + 0.1 * np.mean(cost**2)
         harm, excess = np.tanh(cost / np.sqrt(square)), np.tanh((surprises - center) / np.sqrt(spread))
         r = 0.9 * r + 0.1 * (harm @ excess) / np.linalg.norm(harm) / np.linalg.norm(excess)
@@ -562,9 +561,9 @@ def test_influence_is_the_product_with_the_preconditioned_mean_gradient(optimize
             logits[row.row_index] -= ALPHA * GAMMA * whole
         state = after
     np.testing.assert_allclose(state.selector.surprise[np.array(SAMPLES)], surprises, rtol=1e-4)
-    np.testing.assert_allclose(state.selector.harm, total, atol=0.03)  # a difference over a way that is not infinitely small
+    np.testing.assert_allclose(state.selector.harm, total, atol=1e-4)
     np.testing.assert_allclose(
-        state.selector.logits - begin_influence(optimizer).selector.logits, logits, atol=0.03 * ALPHA * GAMMA
+        state.selector.logits - begin_influence(optimizer).selector.logits, logits, atol=3e-4 * ALPHA * GAMMA
     )
 
 

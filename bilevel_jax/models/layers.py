@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bilevel_jax import sharding
-from bilevel_jax.models import architectures, attention, fused_attention, layer_settings, quantization, rotary
+from bilevel_jax.models import architectures, attention, fused_attention, layer_settings, probes, quantization, rotary
 from bilevel_jax.models.model_config import ACTIVATIONS, ModelConfig
 
 
@@ -51,6 +51,8 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 class Projection(nn.Module):
     """y = x W + b + scale · (x A) B. The last term needs A [I, r] and B [r, O] in the collection `adapter`.
 
+    With a `probe` [T] and a direction in it, the derivative of the probe is measured, see `probes`.
+
     A quantised W is dequantised here, so that only one layer has it in full at a time.
     """
 
@@ -69,9 +71,21 @@ class Projection(nn.Module):
         if self.has_variable("adapter", "a"):
             a = self.get_variable("adapter", "a").astype(dtype)
             b = self.get_variable("adapter", "b").astype(dtype)
-            low_rank = attention.save(product(self._dropped(x_TxI), a))
-            y = y + product(low_rank, b) * jnp.asarray(self.config.adapter_scale, y.dtype)
+            dropped = self._dropped(x_TxI)
+            low_rank = attention.save(product(dropped, a))
+            update = self._probed(probes.of_adapter, product(low_rank, b), dropped, low_rank, b)
+            y = y + update * jnp.asarray(self.config.adapter_scale, y.dtype)
+        else:
+            y = self._probed(probes.of_weights, y, x_TxI)
         return attention.save(y)
+
+    def _probed(self, function, y_TxO: jax.Array, *factors) -> jax.Array:
+        """y itself; with a probe, the function measures the derivative along the directions in the collection."""
+        if not self.has_variable("adapter", "probe"):
+            return y_TxO
+        names = ("direction_a", "direction_b") if function is probes.of_adapter else ("direction_kernel",)
+        directions = (self.get_variable("adapter", name).astype(self.config.dtype) for name in names)
+        return function(y_TxO, self.get_variable("adapter", "probe"), *factors, *directions)
 
     def _kernel(self, width: int, dtype) -> jax.Array:
         """W [I, O]."""
