@@ -12,10 +12,10 @@ from bilevel_jax.models import decoder, lora, model_config, probes
 
 
 class Probe(NamedTuple):
-    """Measures the derivative of the entries' losses along a direction of the learned parameters, see `models.probes`."""
+    """Measures the derivatives of the entries' losses along a direction of the learned parameters, see `models.probes`."""
 
     directions: dict  # from `probes.along`
-    value_E: jax.Array  # zeros; the derivative in it is what is measured
+    values: dict  # from `probes.zeros`; the derivative in them is what is measured
 
 
 def token_entries(packed: packing.Packed, m) -> jax.Array:
@@ -33,8 +33,9 @@ def hidden_states(
     """Final hidden states [T, D] of micro-batch m; with a key, the adapter's dropout is on."""
     base, adapter = lora.in_use(config, base, adapter)
     if probe is not None:
-        probe_T = probe.value_E.at[token_entries(packed, m)].get(mode="fill", fill_value=0.0)
-        adapter = probes.attach(adapter, probe.directions, probe_T)
+        entry_T = token_entries(packed, m)
+        of_tokens = jax.tree.map(lambda value_NxE: value_NxE.at[:, entry_T].get(mode="fill", fill_value=0.0), probe.values)
+        adapter = probes.attach(adapter, probe.directions, of_tokens)
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}
     batch = packed.tokens[m], packed.positions[m], packed.segment_ids[m]

@@ -1,15 +1,17 @@
 """The default cost: what a row does to the trusted loss, and how likely its tokens are.
 
-The rule of the paper follows the gradient of the penalty. With `cost="influence"`, ω follows the gradient of L0 itself. With D the
+The rule of the paper follows the gradient of the penalty. With `cost="influence"`, ω follows what rows do to L0 itself. With D the
 preconditioner of the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i
-times
+times ⟨∇ℓ_i(θ^k), D m⟩, where m is ∇L0. This is a sum over the projections p of the model with an adapter. A few of them dominate
+it, so each has one vote:
 
-    I_i = ⟨∇ℓ_i(θ^k), D m⟩,   m = a running mean of ∇L0 over the last batches                                       (I)
+    I_i = mean_p sign ⟨∇_p ℓ_i(θ^k), D m_p⟩,   m = a running mean of ∇L0 over the last batches                      (I)
 
-One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The product
-comes from the backward pass of the lower level, see `models.probes`, so it costs nothing either. D m has length 1, and v is that
-before the step, whose gradient is not known yet. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia et al. 2024; in
-the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023.) The cost is
+One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The products
+come from the backward pass of the lower level, see `models.probes`, so they cost next to nothing. The gradient of the step is not
+known before that pass, so v is that after a step with ∇L0 alone. (TracIn, Pruthi et al. 2020; with
+Adam's preconditioner LESS, Xia et al. 2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA,
+Choe et al. 2023. Votes: signSGD, Bernstein et al. 2018, between workers.) The cost is
 
     C_b = h_b + c x_b,   h_b = -tanh(I_b / σ_I),   x_b = tanh((s_b - s̄) / σ_s),   s_b = (mean_t (-log p_t)^4)^{1/4}     (C)
 
@@ -35,14 +37,14 @@ import optax
 TINY = 1e-30
 UPPER_DECAY = 0.9  # of the running mean of ∇L0: about 10 batches
 SPREAD_DECAY = 0.9  # of the other running means
-RELIABILITY = 1 / 3  # q: the correlation of a row's harms at its first two visits (`python -m experiments.influence_noise`)
+RELIABILITY = 0.43  # q: the correlation of a row's harms at its first two visits (`python -m experiments.influence_noise`)
 
 
 class Memory(NamedTuple):
     """What the cost remembers from step to step."""
 
     upper_gradient: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, running mean square of the influences; this and the next two are NaN before the first
+    mean_square: jax.Array  # [] float32, σ_I², running mean square of the influences; this and the next two are NaN at first
     surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
     surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
     correlation: jax.Array  # [] float32, r
@@ -63,10 +65,15 @@ def direction(memory: Memory, upper_gradient, optimizer_state) -> tuple[dict, di
 
     Args:
       upper_gradient: ∇L0 of the batch at θ^k.
-      optimizer_state: before the step, with Adam's v.
+      optimizer_state: after a step with ∇L0 alone, with Adam's v.
     """
     mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, memory.upper_gradient, upper_gradient)
     return mean, _preconditioned(optimizer_state, mean)
+
+
+def votes(slope_PxE) -> jax.Array:
+    """I of each entry, from the derivatives of its loss along D m in each projection.  (I)"""
+    return jnp.mean(jnp.sign(slope_PxE), axis=0)
 
 
 def costs(memory: Memory, upper_gradient, influence_E, surprise_E, share_E) -> tuple[Memory, jax.Array, jax.Array]:
@@ -97,14 +104,12 @@ def surprise_part(correlation) -> jax.Array:
 
 
 def _preconditioned(optimizer_state, gradient):
-    """D times a gradient: divided by √v where the optimizer keeps v, a running mean of squares.
-
-    An entry without a gradient before this step has v = 0. Adam's first step is its sign, whatever its size.
-    """
+    """D times a gradient: divided by √v where the optimizer keeps v, a running mean of squares."""
     square = optax.tree.get(optimizer_state, "nu", default=None)
     if square is None:
         return gradient
-    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), jnp.sign(g)), gradient, square)
+    # An entry without a gradient so far has v = 0, and m = 0 with it.
+    return jax.tree.map(lambda g, v: jnp.where(v > 0, g / (jnp.sqrt(v) + TINY), 0.0), gradient, square)
 
 
 def _scaled(mean_square, value_E, share_E) -> tuple[jax.Array, jax.Array]:

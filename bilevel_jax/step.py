@@ -138,7 +138,7 @@ class Slopes(NamedTuple):
     """What the backward pass of the lower level measured."""
 
     upper_mean: dict  # m, the running mean of ∇L0, with this batch
-    lower_E: jax.Array  # derivative of the lower level's loss along D m, the part of each entry
+    lower_PxE: jax.Array  # derivative of the lower level's loss along D m, the parts of each projection and each entry
 
 
 class PolicyUpdate(NamedTuple):
@@ -154,38 +154,49 @@ class PolicyUpdate(NamedTuple):
     slopes: Slopes | None  # where the cost needs them
 
 
-def _level_by_level(loss_of: Callable, memory: influences.Memory, state: State, batch: packing.Batch, scales: Scales):
+def _level_by_level(
+    problem: Problem,
+    loss_of: Callable,
+    memory: influences.Memory,
+    policy: Learner,
+    batch: packing.Batch,
+    num_rows: int,
+    scales: Scales,
+):
     """The θ-loss and its gradient by one pass over each level: the second one measures slopes along D m, which the first one gives.
 
     Args:
       loss_of: `(scales, probe) -> loss_of_micro` for `_gradient`.
-      memory: before the step.
+      memory, policy: before the step.
+      num_rows: N.
 
     Returns:
       (loss, (upper loss, NLL, power)), gradient, slopes.
     """
-    adapter, first, end = state.policy.adapter, batch.first_upper_micro, batch.packed.num_micro
+    adapter, first, end = policy.adapter, batch.first_upper_micro, batch.packed.num_micro
     (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(loss_of(Scales(1.0, 0.0)), adapter, end, first)
-    mean, direction = influences.direction(memory, upper_gradient, state.policy.optimizer)
+    # The gradient of the step is not known yet. D is that of a step with ∇L0 alone.
+    mean, direction = influences.direction(memory, upper_gradient, _descend(problem.optimizer, policy, upper_gradient).optimizer)
     directions = probes.along(direction)
 
     def lower_of_micro(variables, m):
-        adapter, probe_E = variables
-        return loss_of(Scales(0.0, 1.0), forward.Probe(directions, probe_E))(adapter, m)
+        adapter, values = variables
+        return loss_of(Scales(0.0, 1.0), forward.Probe(directions, values))(adapter, m)
 
-    variables = adapter, jnp.zeros_like(upper_nll_E)
-    (lower, (_, nll_E, power_E)), (lower_gradient, slope_E) = _gradient(lower_of_micro, variables, batch.num_lower_micro)
+    variables = adapter, probes.zeros(directions, len(upper_nll_E))
+    (lower, (_, nll_E, power_E)), (lower_gradient, slopes) = _gradient(lower_of_micro, variables, batch.num_lower_micro)
     loss = scales.upper * upper + scales.lower * lower
     gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, lower_gradient)
-    nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
-    return (loss, (upper, nll_E, power_E)), gradient, Slopes(mean, slope_E)
+    nll_E = jnp.where(batch.row_index < num_rows, nll_E, upper_nll_E)
+    return (loss, (upper, nll_E, power_E)), gradient, Slopes(mean, jnp.concatenate(jax.tree.leaves(slopes)))
 
 
 def update_policy(problem: Problem, base, state: State, batch: packing.Batch, shares: Shares, scales: Scales) -> PolicyUpdate:
     """One optimizer step on the θ-loss.  (7)-(9), (10a)"""
     model, objective, packed = problem.model, problem.objective, batch.packed
     adapter = state.policy.adapter
-    weigh, key = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
+    num_rows, key = state.selector.logits.shape[0], problem.dropout_key(state)
+    weigh = weigh_tokens(state.token_params, batch, num_rows)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
@@ -203,7 +214,8 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
     slopes = None
     if state.influence is not None:
-        parts, gradient, slopes = _level_by_level(loss_of, state.influence, state, batch, scales)
+        levels = problem, loss_of, state.influence, state.policy, batch, num_rows, scales
+        parts, gradient, slopes = _level_by_level(*levels)
     else:  # both levels in one pass
         parts, gradient = _gradient(loss_of(scales), adapter, packed.num_micro)
     loss, (upper, nll_E, power_E) = parts
@@ -269,8 +281,8 @@ def influence_costs(
 ) -> tuple[influences.Memory, jax.Array, jax.Array]:
     """What `influence.costs` returns.  (I), (C)
 
-    Divided by the derivative of the lower level's loss in the NLL of an entry, its slope is that of the NLL itself, and from this
-    follows that of ℓ. An entry that has no part in the loss, such as one with r = 0, has no influence.
+    Divided by the derivative of the lower level's loss in the NLL of an entry, its slopes are those of the NLL itself, and from
+    these follow those of ℓ. An entry that has no part in the loss, such as one with r = 0, has no influence.
 
     Args:
       memory: before the step.
@@ -284,8 +296,9 @@ def influence_costs(
 
     factor_E = jax.grad(lower)(update.nll_E)
     has_part_E = factor_E != 0
-    nll_slope_E = jnp.where(has_part_E, slopes.lower_E / jnp.where(has_part_E, factor_E, 1.0), 0.0)
-    _, influence_E = jax.jvp(lambda nll_E: entry_losses(objective.lower, objective, batch, nll_E), (update.nll_E,), (nll_slope_E,))
+    nll_slope_PxE = jnp.where(has_part_E, slopes.lower_PxE / jnp.where(has_part_E, factor_E, 1.0), 0.0)
+    _, slopes_of = jax.linearize(lambda nll_E: entry_losses(objective.lower, objective, batch, nll_E), update.nll_E)
+    influence_E = influences.votes(jax.vmap(slopes_of)(nll_slope_PxE))
     return influences.costs(memory, slopes.upper_mean, influence_E, surprise_E, shares.cost)
 
 

@@ -22,6 +22,7 @@ PAIRS = ("dpo", "ipo")
 LARGEST_LOG_RATIO = 80.0
 TINY = 1e-30
 ROUNDING = 2e-6  # of a loss in float32, relative
+DOUBTFUL = 1e-4  # cosine below which float32 may have another sign
 
 
 class Entry(NamedTuple):
@@ -326,25 +327,44 @@ def _means(inputs: Inputs, counted) -> tuple[np.ndarray, np.ndarray]:
     return upper / max(upper.sum(), 1e-300), lower / max(lower.sum(), 1e-300)
 
 
-def _measured(learned) -> np.ndarray:
-    """1 for the parameters along which influences are measured, [P]: all of an adapter; of all weights the kernels of layers."""
+def _projections(learned) -> np.ndarray:
+    """A number for the projection and layer of each parameter, [P]; -1 for those that have no vote: of all weights, no kernels."""
+    names: dict = {}
 
     def of_leaf(path, leaf):
-        names = [key.key for key in path]
-        return np.full(leaf.shape, float("embed_tokens" not in learned or (names[0], names[-1]) == ("layers", "kernel")))
+        keys = [key.key for key in path]
+        if "embed_tokens" in learned and (keys[0], keys[-1]) != ("layers", "kernel"):
+            return np.full(leaf.shape, -1)
+        first = names.setdefault(tuple(keys[:-1]), len(names)) * 100  # layers
+        return np.broadcast_to((first + np.arange(len(leaf))).reshape(-1, *[1] * (leaf.ndim - 1)), leaf.shape)
 
-    return flat(jax.tree_util.tree_map_with_path(of_leaf, learned))
+    leaves = jax.tree.leaves(jax.tree_util.tree_map_with_path(of_leaf, learned))
+    return np.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def _products(inputs, before, after, at: "_Evaluated") -> tuple[np.ndarray, np.ndarray]:
+    """⟨∇_p ℓ, D m_p⟩ of each projection and entry, over the lengths of both, and whether rounding leaves its sign in doubt."""
+    config, direction = inputs.config, flat(after.influence.upper_gradient)
+    settings = configuration.optimizer_settings(config)
+    if moments(before.policy.optimizer) is not None:  # v after a step with ∇L0 alone
+        k = int(before.step)
+        square = descend(settings, inputs.num_steps, k, settings.eps_root, before.policy, after.policy, at.of_upper)["nu"]
+        direction = np.where(square > 0, direction / np.sqrt(np.maximum(square, 1e-300)), 0.0)
+    gradient = at.loss_slope @ np.where(at.has_part[:, None], at.gradient, 0.0)
+    number = _projections(before.policy.adapter)
+    cosines = []
+    for one in np.unique(number[number >= 0]):
+        of_rows, along = gradient[:, number == one], direction[number == one]
+        lengths = np.maximum(np.linalg.norm(of_rows, axis=1) * np.linalg.norm(along), 1e-300)
+        cosines.append(of_rows @ along / lengths)
+    return np.array(cosines), np.abs(cosines) < DOUBTFUL
 
 
 def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, np.ndarray, np.ndarray, dict]:
     """The memory, harm and cost of (I) and (C), from gradients of single rows, and what rounding to float32 may change in them."""
     memory, surprise, share = before.influence, at.surprise, at.share
-    direction, known = flat(after.influence.upper_gradient), moments(before.policy.optimizer)
-    if known is not None:
-        direction = np.where(known[1] > 0, direction / np.sqrt(np.maximum(known[1], 1e-300)), np.sign(direction))
-    direction = direction * _measured(before.policy.adapter)
-    direction = direction / max(np.linalg.norm(direction), TINY)
-    change = -at.loss_slope @ np.where(at.has_part, at.gradient @ direction, 0.0)
+    cosine, doubtful = _products(inputs, before, after, at)
+    change, doubt = -np.sign(cosine).mean(axis=0), 2 * doubtful.mean(axis=0)
 
     def running(mean, value):
         if not share.any():
@@ -363,11 +383,10 @@ def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, 
     rms = [max(math.sqrt(share @ value**2), TINY) for value in (harm, excess)]
     correlation = running(memory.correlation, share @ (harm * excess) / np.prod(rms))
     named["correlation"] = np.array(correlation)
-    part = max(correlation, 0) * (2 / 3) / (1 / 3 - correlation**2) if correlation < 1 / 3 else 1.0
+    part = min(1.0, max(correlation, 0) * 0.57 / (0.43 - correlation**2)) if correlation < 0.43 else 1.0
     cost = harm + part * excess
-    # A product of vectors that are nearly orthogonal loses digits, and so does a difference between rows.
-    size = np.abs(at.loss_slope) @ np.linalg.norm(at.gradient, axis=1)
-    lost = ROUNDING * np.max(size) / root, ROUNDING * np.max(np.abs(surprise)) / width
+    # A vote of vectors that are nearly orthogonal may be another one, and a difference between rows loses digits.
+    lost = np.max(doubt) / root, ROUNDING * np.max(np.abs(surprise)) / width
     noise = {"memory: mean_square": 2 * lost[0] * square, "memory: surprise_square": 2 * lost[1] * spread}
     of_correlation = 0.2 * (lost[0] / rms[0] + lost[1] / rms[1])
     noise |= {"memory: correlation": of_correlation, "selector: harm": lost[0]}

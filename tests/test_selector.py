@@ -339,9 +339,9 @@ def test_costs_of_influence_without_a_cost():
 
 @pytest.mark.parametrize("correlation", [-0.4, 0.0, 0.1, 0.25, 0.33, 0.5, 1.0])
 def test_part_of_the_surprise_is_that_of_the_best_linear_estimate(correlation):
-    """A harm without noise is regressed on its noisy measure and on the surprise; of the former a third is not noise."""
-    of_harm, of_surprise = np.linalg.solve([[1, correlation], [correlation, 1 + 1e-12]], [1 / 3, correlation])
-    expected = np.clip(of_surprise / of_harm, 0, 1) if correlation < 1 / 3 else 1.0
+    """A harm without noise is regressed on its noisy measure and on the surprise; of the former 43% is not noise."""
+    of_harm, of_surprise = np.linalg.solve([[1, correlation], [correlation, 1 + 1e-12]], [0.43, correlation])
+    expected = np.clip(of_surprise / of_harm, 0, 1) if correlation < 0.43 else 1.0
     np.testing.assert_allclose(influence.surprise_part(jnp.float32(correlation)), expected, rtol=1e-5)
 
 

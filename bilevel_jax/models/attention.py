@@ -177,10 +177,12 @@ def in_blocks(key_SxKxLxC: jax.Array, value_SxKxLxC: jax.Array) -> tuple[jax.Arr
 
 def append(cache: dict[str, jax.Array], key_SxKxC: jax.Array, value_SxKxC: jax.Array, position_S: jax.Array) -> dict:
     """Writes the new key and value of each row into the cache of one layer, at the position of the row."""
-    row, block, offset = jnp.arange(position_S.shape[0]), position_S // CACHE_BLOCK, position_S % CACHE_BLOCK
+    S, K, _ = key_SxKxC.shape
+    row, head = jnp.arange(S)[:, None], jnp.arange(K)
+    block, offset = position_S[:, None] // CACHE_BLOCK, position_S[:, None] % CACHE_BLOCK
     return {
-        "key": cache["key"].at[row, :, block, :, offset].set(key_SxKxC.astype(cache["key"].dtype)),
-        "value": cache["value"].at[row, :, block, offset].set(value_SxKxC.astype(cache["value"].dtype)),
+        "key": cache["key"].at[row, head, block, :, offset].set(key_SxKxC.astype(cache["key"].dtype)),
+        "value": cache["value"].at[row, head, block, offset].set(value_SxKxC.astype(cache["value"].dtype)),
     }
 
 

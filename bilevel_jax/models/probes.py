@@ -1,4 +1,4 @@
-"""Derivatives of the losses of single tokens along a direction, from the backward pass that the gradient takes anyway.
+"""Derivatives of the losses of single rows along a direction, from the backward pass that the gradient takes anyway.
 
 A probe is an input of a projection, one number for each token. It changes nothing in the forward pass, and the number is 0: only
 its derivative is of interest. With g_t the derivative of the loss in the output of a projection y = x W + x A B at token t, that of
@@ -9,11 +9,11 @@ the token's probe is the inner product of what the token adds to the gradient of
 All products have the rank of the adapter, so they cost about as much as its forward pass. Where all weights are learned, it is
 g_t · (x_t W'), and costs as much as the forward pass of the projection.
 
-Tokens of different rows do not attend to each other. So the sum over the tokens of a row and over all projections is the inner
-product of the gradient of the row's loss with the direction, although no gradient of a single row is computed. (The ghost
-dot-product of Wang et al. 2024, "Data Shapley in One Training Run", with a direction in place of a second batch.)
+Tokens of different rows do not attend to each other. So the sum over the tokens of a row is the inner product of the gradient of
+the row's loss in A and B with the direction, although no gradient of a single row is computed. (The ghost dot-product of Wang et
+al. 2024, "Data Shapley in One Training Run", with a direction in place of a second batch.)
 
-Axes: T tokens, I input and O output width of a projection, r rank, N layers with an adapter.
+Axes: T tokens, E rows, I input and O output width of a projection, r rank, N layers with an adapter.
 """
 
 from typing import Any
@@ -88,20 +88,28 @@ def along(direction) -> dict:
     return jax.tree.map(lambda leaf: leaf / jnp.maximum(length, jnp.finfo(jnp.float32).tiny), layers)
 
 
-def attach(adapter, directions: dict, probe_T: jax.Array) -> dict:
+def zeros(directions: dict, rows: int) -> dict:
+    """A probe for each row in each projection: module -> name -> zeros [N, E]."""
+
+    def of_projection(leaves):
+        return jnp.zeros((jax.tree.leaves(leaves)[0].shape[0], rows))
+
+    return {module: {name: of_projection(leaves) for name, leaves in weights.items()} for module, weights in directions.items()}
+
+
+def attach(adapter, directions: dict, probes: dict) -> dict:
     """The collection `adapter` of a forward pass with probes.
 
     Args:
       adapter: that of a forward pass without; None where all weights are learned.
       directions: from `along`.
-      probe_T: of the tokens, the same in all projections.
+      probes: of the tokens, module -> name -> [N, T].
     """
     layers = {}
     for module, weights in directions.items():
         layers[module] = {}
         for name, leaves in weights.items():
             own = {} if adapter is None else adapter["layers"][module][name]
-            number = jax.tree.leaves(leaves)[0].shape[0]
-            probe_NxT = jnp.broadcast_to(probe_T, (number, *probe_T.shape))
-            layers[module][name] = own | {f"direction_{key}": leaf for key, leaf in leaves.items()} | {"probe": probe_NxT}
+            of_projection = {f"direction_{key}": leaf for key, leaf in leaves.items()} | {"probe": probes[module][name]}
+            layers[module][name] = own | of_projection
     return {"layers": layers}

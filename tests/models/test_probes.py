@@ -24,13 +24,14 @@ CASES = {
 }
 
 
-def kernels_only(tree):
-    """The tree with zeros in place of what is not a kernel of a layer."""
+def norm_of_measured(learned, direction) -> float:
+    """The length of the part of a direction that probes measure: of all weights only the kernels of layers."""
 
     def keep(path, leaf):
-        return leaf if path[0].key == "layers" and path[-1].key == "kernel" else jnp.zeros_like(leaf)
+        measured = not lora.is_full(learned) or (path[0].key == "layers" and path[-1].key == "kernel")
+        return leaf if measured else jnp.zeros_like(leaf)
 
-    return jax.tree_util.tree_map_with_path(keep, tree)
+    return float(optax.tree.norm(jax.tree_util.tree_map_with_path(keep, direction)))
 
 
 @pytest.mark.parametrize("config, learned", CASES.values(), ids=CASES)
@@ -45,16 +46,19 @@ def test_derivatives_are_those_of_the_gradient_of_each_row(config, learned):
         micro = range(int(packed.num_micro))
         return sum(forward.micro_nll_and_power(config, base, learned, packed, m, probe=probe)[0] for m in micro)
 
-    def weighted(learned, value_E=None):
-        return weight_E @ nll(learned, None if value_E is None else forward.Probe(directions, value_E))
+    def weighted(learned, values=None):
+        return weight_E @ nll(learned, None if values is None else forward.Probe(directions, values))
 
-    gradient, slope_E = jax.jit(jax.grad(weighted, argnums=(0, 1)))(learned, jnp.zeros(E))
-    by_row = jax.jit(jax.jacrev(nll))(learned)
-    measured = kernels_only(direction) if lora.is_full(learned) else direction
-    expected_E = sum(
-        np.tensordot(rows_ExP, leaf, leaf.ndim) for rows_ExP, leaf in zip(jax.tree.leaves(by_row), jax.tree.leaves(measured))
-    ) / optax.tree.norm(measured)
-    np.testing.assert_allclose(slope_E / weight_E, expected_E, rtol=1e-4, atol=1e-4 * np.abs(expected_E).max())
-    assert np.ptp(expected_E[: len(upper) + len(lower)]) > 0.01
+    gradient, slopes = jax.jit(jax.grad(weighted, argnums=(0, 1)))(learned, probes.zeros(directions, E))
+    by_row, length = jax.jit(jax.jacrev(nll))(learned), norm_of_measured(learned, direction)
+    for module, projections in directions.items():
+        for name, leaves in projections.items():
+            expected_NxE = sum(
+                np.einsum("enio,nio->ne", by_row["layers"][module][name][key], direction["layers"][module][name][key])
+                for key in leaves
+            )
+            measured_NxE = slopes[module][name] / weight_E * length
+            np.testing.assert_allclose(measured_NxE, expected_NxE, rtol=1e-4, atol=1e-4 * np.abs(expected_NxE).max())
+            assert np.ptp(expected_NxE[:, : len(upper) + len(lower)]) > 0.01
     plain = jax.jit(jax.grad(weighted))(learned)  # probes change nothing else
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), gradient, plain)
