@@ -9,9 +9,9 @@ it, so each has one vote:
 
 One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The products
 come from the backward pass of the lower level, see `models.probes`, so they cost next to nothing. The gradient of the step is not
-known before that pass, so v is that after a step with ∇L0 alone. (TracIn, Pruthi et al. 2020; with
-Adam's preconditioner LESS, Xia et al. 2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA,
-Choe et al. 2023. Votes: signSGD, Bernstein et al. 2018, between workers.) The cost is
+known before that pass, so v is that after a step with ∇L0 alone. (TracIn, Pruthi et al. 2020; with Adam's preconditioner LESS, Xia
+et al. 2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023. Votes: signSGD,
+Bernstein et al. 2018, between workers.) The cost is
 
     C_b = h_b + c x_b,   h_b = -tanh(I_b / σ_I),   x_b = tanh((s_b - s̄) / σ_s),   s_b = (mean_t (-log p_t)^4)^{1/4}     (C)
 

@@ -4,8 +4,8 @@ The same run is made on one device and on eight virtual ones (2 x 2 x 2), with A
 step is also made on the eight devices from the state of the run on one device: what one step adds, apart from what earlier
 steps have left. Sums over devices are rounded in another order. SGD moves θ by the gradient, so the difference of a step is
 that of the gradient. Adam divides by the root of the mean square of each parameter's gradients, however small they are: where
-they are mostly rounding, the move is as large as elsewhere, and its sign is that of the rounding. The influence of a row is a
-small difference of two losses, divided by its root mean square, so rounding counts more in it than in a loss.
+they are mostly rounding, the move is as large as elsewhere, and its sign is that of the rounding. The influence of a row
+counts signs of products, and where one is near 0 rounding may change its sign.
 """
 
 import jax
