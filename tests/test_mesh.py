@@ -49,12 +49,14 @@ SETTINGS = {
 }
 OFFLINE = {"method": "offline"}  # a greedy answer would hang on the last bit
 TOKENS = OFFLINE | {"selection.unit": "token", "selection.token_learning_rate": 0.5, "selection.coefficient_at": "next"}
+INFLUENCE = OFFLINE | {"selection.cost": "influence", "selection.coefficient_at": "next"}
 LLAMAS = {  # run -> mesh and what differs; it has fewer heads of keys and values than `tensor` has parts, and a tied head
     "llama": (SINGLE, {}),
     "llama, eight": ((1, 2, 4), {}),
-    "llama, tokens": (SINGLE, TOKENS),
-    "llama, tokens, eight": ((1, 2, 4), TOKENS),
+    "llama, influence": (SINGLE, INFLUENCE),
+    "llama, influence, eight": ((1, 2, 4), INFLUENCE),
 }
+LLAMAS_OF_TOKENS = {"llama, tokens": (SINGLE, TOKENS), "llama, tokens, eight": ((1, 2, 4), TOKENS)}
 HALVES = {
     "llama, offline": (SINGLE, OFFLINE),
     "llama, half": (SINGLE, OFFLINE | {"model.dtype": "bfloat16"}),
@@ -225,6 +227,13 @@ def half_runs(directory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def token_runs(directory):
+    """The directory, with the runs of `LLAMAS_OF_TOKENS`."""
+    wait(start_on_eight_devices(directory, "run_llamas(d, LLAMAS_OF_TOKENS)"))
+    return directory
+
+
 @pytest.fixture
 def run_of(directory, request):
     """`f(shape)` -> the workdir of the run on a mesh."""
@@ -273,8 +282,19 @@ def test_so_it_does_with_few_heads_of_keys_and_a_tied_head(all_runs):
 
 
 @pytest.mark.slow
-def test_and_with_weights_of_tokens(all_runs):
-    runs = [all_runs / name for name in ("llama, tokens", "llama, tokens, eight")]
+def test_and_with_influences(all_runs):
+    """SGD: a mesh rounds other sums, and a sign changes only where a product is nearly 0."""
+    runs = [all_runs / name for name in ("llama, influence", "llama, influence, eight")]
+    for one, eight in zip(*map(learned, runs)):
+        np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+    useful = [pyarrow.parquet.read_table(run / "weights" / "epoch_1.parquet")["useful"].to_numpy() for run in runs]
+    np.testing.assert_allclose(useful[1], useful[0], rtol=0, atol=1e-5)
+    assert np.ptp(useful[0]) > 0.1
+
+
+@pytest.mark.long
+def test_and_with_weights_of_tokens(token_runs):
+    runs = [token_runs / name for name in ("llama, tokens", "llama, tokens, eight")]
     for one, eight in zip(*map(learned, runs)):
         np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
     one, eight = (np.concatenate(weight_table.read_tokens(run)["weight"].to_pylist()) for run in runs)

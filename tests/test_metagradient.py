@@ -88,7 +88,7 @@ def trained_loss(weights, optimizer):
     return row_losses(adapter)[-1]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name != "adam" else []) for name in OPTIMIZERS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name != "adam" else []) for name in OPTIMIZERS])
 def test_metagradient_is_the_derivative_of_the_whole_run(name):
     optimizer, (base, adapter), (upper, lower, last) = OPTIMIZERS[name], parameters(), rows()
     uniform = selector.Selector(rule="uniform")
