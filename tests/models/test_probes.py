@@ -13,7 +13,7 @@ from bilevel_jax.data import packing
 from bilevel_jax.models import lora, probes
 from tests.test_step import LLAMA, NEOX, jitter, make_adapter, model, rows
 
-LAYOUT = packing.Layout(sequences=2, length=16, entries=8)
+LAYOUT = packing.Layout(sequences=5, length=16, entries=8)  # one micro-batch: the step adds up several
 LAST = jax.tree.map(lambda leaf: leaf[1:], make_adapter(LLAMA, 2))  # of the last of two layers
 CASES = {
     "llama": (LLAMA, make_adapter(LLAMA, 2)),
@@ -42,15 +42,16 @@ def test_derivatives_are_those_of_the_gradient_of_each_row(config, learned):
     direction = jitter(jax.tree.map(jnp.zeros_like, learned), 5, 1.0)
     directions, weight_E = probes.along(direction), jnp.linspace(0.5, 2.0, E)
 
-    def nll(learned, probe=None):
-        micro = range(int(packed.num_micro))
-        return sum(forward.micro_nll_and_power(config, base, learned, packed, m, probe=probe)[0] for m in micro)
+    assert packed.num_micro == 1
 
-    def weighted(learned, values=None):
-        return weight_E @ nll(learned, None if values is None else forward.Probe(directions, values))
+    def weighted(learned, weight_E, values=None):
+        probe = None if values is None else forward.Probe(directions, values)
+        return weight_E @ forward.micro_nll_and_power(config, base, learned, packed, 0, probe=probe)[0]
 
-    gradient, slopes = jax.jit(jax.grad(weighted, argnums=(0, 1)))(learned, probes.zeros(directions, E))
-    by_row, length = jax.jit(jax.jacrev(nll))(learned), norm_of_measured(learned, direction)
+    gradient, slopes = jax.jit(jax.grad(weighted, argnums=(0, 2)))(learned, weight_E, probes.zeros(directions, E))
+    plain = jax.jit(jax.grad(weighted))
+    by_row = jax.tree.map(lambda *of_rows: np.stack(of_rows), *(plain(learned, row_E) for row_E in jnp.eye(E)))
+    length = norm_of_measured(learned, direction)
     for module, projections in directions.items():
         for name, leaves in projections.items():
             expected_NxE = sum(
@@ -60,5 +61,5 @@ def test_derivatives_are_those_of_the_gradient_of_each_row(config, learned):
             measured_NxE = slopes[module][name] / weight_E * length
             np.testing.assert_allclose(measured_NxE, expected_NxE, rtol=1e-4, atol=1e-4 * np.abs(expected_NxE).max())
             assert np.ptp(expected_NxE[:, : len(upper) + len(lower)]) > 0.01
-    plain = jax.jit(jax.grad(weighted))(learned)  # probes change nothing else
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), gradient, plain)
+    without = plain(learned, weight_E)  # probes change nothing else
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), gradient, without)
