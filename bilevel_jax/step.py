@@ -155,26 +155,19 @@ class PolicyUpdate(NamedTuple):
 
 
 def _level_by_level(
-    problem: Problem,
-    loss_of: Callable,
-    memory: influences.Memory,
-    policy: Learner,
-    batch: packing.Batch,
-    num_rows: int,
-    scales: Scales,
+    problem: Problem, loss_of: Callable, memory: influences.Memory, state: State, batch: packing.Batch, scales: Scales
 ):
     """The θ-loss and its gradient by one pass over each level: the second one measures slopes along D m, which the first one gives.
 
     Args:
       loss_of: `(scales, probe) -> loss_of_micro` for `_gradient`.
-      memory, policy: before the step.
-      num_rows: N.
+      memory: that of the state.
 
     Returns:
       (loss, (upper loss, NLL, power)), gradient, slopes.
     """
-    adapter, first, end = policy.adapter, batch.first_upper_micro, batch.packed.num_micro
-    (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(loss_of(Scales(1.0, 0.0)), adapter, end, first)
+    policy, first, end = state.policy, batch.first_upper_micro, batch.packed.num_micro
+    (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(loss_of(Scales(1.0, 0.0)), policy.adapter, end, first)
     # The gradient of the step is not known yet. D is that of a step with ∇L0 alone.
     mean, direction = influences.direction(memory, upper_gradient, _descend(problem.optimizer, policy, upper_gradient).optimizer)
     directions = probes.along(direction)
@@ -183,11 +176,11 @@ def _level_by_level(
         adapter, values = variables
         return loss_of(Scales(0.0, 1.0), forward.Probe(directions, values))(adapter, m)
 
-    variables = adapter, probes.zeros(directions, len(upper_nll_E))
+    variables = policy.adapter, probes.zeros(directions, len(upper_nll_E))
     (lower, (_, nll_E, power_E)), (lower_gradient, slopes) = _gradient(lower_of_micro, variables, batch.num_lower_micro)
     loss = scales.upper * upper + scales.lower * lower
     gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, lower_gradient)
-    nll_E = jnp.where(batch.row_index < num_rows, nll_E, upper_nll_E)
+    nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
     return (loss, (upper, nll_E, power_E)), gradient, Slopes(mean, jnp.concatenate(jax.tree.leaves(slopes)))
 
 
@@ -195,8 +188,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     """One optimizer step on the θ-loss.  (7)-(9), (10a)"""
     model, objective, packed = problem.model, problem.objective, batch.packed
     adapter = state.policy.adapter
-    num_rows, key = state.selector.logits.shape[0], problem.dropout_key(state)
-    weigh = weigh_tokens(state.token_params, batch, num_rows)
+    weigh, key = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
@@ -214,8 +206,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
     slopes = None
     if state.influence is not None:
-        levels = problem, loss_of, state.influence, state.policy, batch, num_rows, scales
-        parts, gradient, slopes = _level_by_level(*levels)
+        parts, gradient, slopes = _level_by_level(problem, loss_of, state.influence, state, batch, scales)
     else:  # both levels in one pass
         parts, gradient = _gradient(loss_of(scales), adapter, packed.num_micro)
     loss, (upper, nll_E, power_E) = parts

@@ -343,8 +343,9 @@ def _projections(learned) -> np.ndarray:
 
 
 def _products(inputs, before, after, at: "_Evaluated") -> tuple[np.ndarray, np.ndarray]:
-    """⟨∇_p ℓ, D m_p⟩ of each projection and entry, over the lengths of both, and whether rounding leaves its sign in doubt."""
-    config, direction = inputs.config, flat(after.influence.upper_gradient)
+    """⟨∇_p ℓ, D m_p⟩ of each projection and entry, and whether rounding leaves its sign in doubt."""
+    config, mean = inputs.config, flat(after.influence.upper_gradient)
+    direction = mean
     settings = configuration.optimizer_settings(config)
     if moments(before.policy.optimizer) is not None:  # v after a step with ∇L0 alone
         k = int(before.step)
@@ -352,19 +353,24 @@ def _products(inputs, before, after, at: "_Evaluated") -> tuple[np.ndarray, np.n
         direction = np.where(square > 0, direction / np.sqrt(np.maximum(square, 1e-300)), 0.0)
     gradient = at.loss_slope @ np.where(at.has_part[:, None], at.gradient, 0.0)
     number = _projections(before.policy.adapter)
-    cosines = []
+    size = np.abs(at.loss_slope) @ np.where(at.has_part, np.linalg.norm(at.gradient, axis=1), 0.0)  # before those of a pair cancel
+    products, rounding = [], []
     for one in np.unique(number[number >= 0]):
         of_rows, along = gradient[:, number == one], direction[number == one]
-        lengths = np.maximum(np.linalg.norm(of_rows, axis=1) * np.linalg.norm(along), 1e-300)
-        cosines.append(of_rows @ along / lengths)
-    return np.array(cosines), np.abs(cosines) < DOUBTFUL
+        products.append(of_rows @ along)
+        # A part of the gradient that is 0, as where a token attends to itself alone, is rounding of the others.
+        length = DOUBTFUL * np.linalg.norm(of_rows, axis=1) + 5 * ROUNDING * size
+        # Adam divides a gradient of the trusted rows that is rounding by its own size.
+        vague = np.linalg.norm(mean[number == one]) < 5 * ROUNDING * np.linalg.norm(mean)
+        rounding.append(np.where(at.has_part, np.inf, 0.0) if vague else length * np.linalg.norm(along))
+    return np.array(products), (np.abs(products) < np.array(rounding)) | at.doubtful_part
 
 
 def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, np.ndarray, np.ndarray, dict]:
     """The memory, harm and cost of (I) and (C), from gradients of single rows, and what rounding to float32 may change in them."""
     memory, surprise, share = before.influence, at.surprise, at.share
-    cosine, doubtful = _products(inputs, before, after, at)
-    change, doubt = -np.sign(cosine).mean(axis=0), 2 * doubtful.mean(axis=0)
+    product, doubtful = _products(inputs, before, after, at)
+    change, doubt = -np.sign(product).mean(axis=0), 2 * doubtful.mean(axis=0)
 
     def running(mean, value):
         if not share.any():
@@ -406,6 +412,7 @@ class _Evaluated(NamedTuple):
     gradient: np.ndarray  # of the NLL of each entry, [E, P]
     loss_slope: np.ndarray  # derivatives of the losses in the NLLs, [E, E]
     has_part: np.ndarray  # whether the loss of the lower level depends on its NLL
+    doubtful_part: np.ndarray  # whether it does by so little that float32 may say that it does not
     weigh: Any  # of tokens
 
 
@@ -470,8 +477,9 @@ def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray],
         "log_ratio": -nll - np.array([one.old_log_prob for one in entries]),
         "response_weight": r,
     }
-    surprise, has_part = surprises(config, entries, token_nll, loss), pull @ below_slope != 0
-    evaluated = _Evaluated(share, count, pull, loss, surprise, of_upper, gradient, loss_slope, has_part, weigh)
+    surprise, part = surprises(config, entries, token_nll, loss), np.abs(pull @ below_slope)
+    doubtful = (part > 0) & (part < ROUNDING * part.max())
+    evaluated = _Evaluated(share, count, pull, loss, surprise, of_upper, gradient, loss_slope, part > 0, doubtful, weigh)
     return evaluated, metrics, joint
 
 

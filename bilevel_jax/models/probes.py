@@ -109,7 +109,7 @@ def attach(adapter, directions: dict, probes: dict) -> dict:
     for module, weights in directions.items():
         layers[module] = {}
         for name, leaves in weights.items():
-            own = {} if adapter is None else adapter["layers"][module][name]
-            of_projection = {f"direction_{key}": leaf for key, leaf in leaves.items()} | {"probe": probes[module][name]}
-            layers[module][name] = own | of_projection
+            low_rank = {} if adapter is None else adapter["layers"][module][name]
+            measuring = {f"direction_{key}": leaf for key, leaf in leaves.items()} | {"probe": probes[module][name]}
+            layers[module][name] = low_rank | measuring
     return {"layers": layers}
