@@ -23,6 +23,7 @@ LARGEST_LOG_RATIO = 80.0
 TINY = 1e-30
 ROUNDING = 2e-6  # of a loss in float32, relative
 DOUBTFUL = 1e-4  # cosine below which float32 may have another sign
+UNDERFLOW = 1e-25  # of a factor of a loss: products with its gradients may be 0 in float32
 
 
 class Entry(NamedTuple):
@@ -478,7 +479,7 @@ def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray],
         "response_weight": r,
     }
     surprise, part = surprises(config, entries, token_nll, loss), np.abs(pull @ below_slope)
-    doubtful = (part > 0) & (part < ROUNDING * part.max())
+    doubtful = (part > 0) & (part < max(ROUNDING * part.max(), UNDERFLOW))
     evaluated = _Evaluated(share, count, pull, loss, surprise, of_upper, gradient, loss_slope, part > 0, doubtful, weigh)
     return evaluated, metrics, joint
 

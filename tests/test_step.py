@@ -273,21 +273,30 @@ def test_all_weights_follow_the_gradient_of_the_objective(config):
 
 
 def test_dropout_is_of_the_step():
-    """A step has one dropout: it repeats to the bit, other steps and other seeds have others, and the costs have none."""
+    """A step has one dropout: it repeats to the bit, other steps and other seeds have others; a vote is of its gradients."""
     config = dataclasses.replace(LLAMA, adapter_dropout=0.4)
     upper, lower = rows()
-    batch, base = pack(upper, lower), model(config)[0]
-    seeds = [jax.jit(step.make_step(config, INFLUENCE, MIRROR, SGD, seed)) for seed in (0, 1)]
-    losses = []
-    for advance, k in ((seeds[0], 0), (seeds[0], 0), (seeds[0], 1), (seeds[1], 0)):
-        state = begin_influence(SGD)._replace(step=jnp.int32(k))
-        after, metrics = advance(base, state, batch, Scales(1.0, GAMMA))
-        losses.append(float(metrics["loss"]))
+    base, seeds = model(config)[0], [jax.jit(step.make_step(config, INFLUENCE, MIRROR, SGD, seed)) for seed in (0, 1)]
+
+    def take(advance, k, scales, logits):
+        state = begin_influence(SGD)
+        selector = state.selector._replace(logits=jnp.array(logits, jnp.float32))
+        return advance(base, state._replace(step=jnp.int32(k), selector=selector), pack(upper, lower), scales)
+
+    def gradient(scales, logits):
+        """What the step descends, from the way it went."""
+        after, _ = take(seeds[0], 0, scales, logits)
+        return jax.tree.map(lambda x, y: np.asarray(x - y) / RATE, model(config)[1], after.policy.adapter)
+
+    tries = [take(seeds[i], k, Scales(1.0, GAMMA), np.zeros(N)) for i, k in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    losses = [float(metrics["loss"]) for _, metrics in tries]
     assert losses[0] == losses[1] and len(set(losses)) == 3
-    # The derivatives are those of the losses with the dropout of the step.
-    without, _ = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, SGD))(base, begin_influence(SGD), batch, Scales(1.0, GAMMA))
-    ratio = np.sqrt(float(after.influence.mean_square) / float(without.influence.mean_square))
-    assert 0.2 < ratio < 5
+    above = gradient(Scales(1.0, 0.0), np.zeros(N))
+    below = [gradient(Scales(0.0, 1.0), 60.0 * (np.arange(N) == row.row_index)) for row in lower]
+    change, after = np.array([-vote(one, above) for one in below]), tries[0][0]
+    assert_close(after.influence.upper_gradient, jax.tree.map(lambda x: 0.1 * x, above))
+    harm = np.asarray(after.selector.harm)[[row.row_index for row in lower]]
+    np.testing.assert_allclose(harm, np.tanh(change / np.sqrt(np.mean(change**2))), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
