@@ -15,6 +15,7 @@ Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means t
     K  key/value heads                                W  positions of a cache block
     R  query heads per key/value head, H/K            I, O  input and output width of a matrix
     C  width of a head                                A  features of a row that the selector reads
+    Y  layers with an adapter
 
 Lower-case letters are local to the function that uses them.
 

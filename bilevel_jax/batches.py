@@ -45,7 +45,7 @@ def make_batch(
 ) -> StepBatch:
     """The packed batch of step k; with `row_slots`, the slots of its entries too."""
     size, segments, ids, store_index, slots = config.batch.size, [], [], [], []
-    used = configuration.levels(config)
+    used = configuration.used_levels(config)
     lower_rows = shuffle.lower_rows(config.seed, len(lower.rows), size, k) if "lower" in used else ()
     for group, i in enumerate(lower_rows, size):
         i, share, prompt = int(i), 1 / len(lower_rows), lower.examples[i].prompt
@@ -66,7 +66,7 @@ def make_batch(
     store_index += [-1] * (len(segments) - len(store_index))
     batch = packing.pack_step(segments, len(lower.rows), len(lower_rows), layout)
     if config.method in configuration.ONLINE and config.online.normalization == "eq7":
-        batch = batch._replace(factor=store.factors[batch.row_index])
+        batch = batch._replace(row_factor=store.factors[batch.row_index])
     num_tokens = sum(segment.size for segment in segments)
     return StepBatch(batch, ids, np.array(store_index), num_tokens, np.array(slots) if row_slots else None)
 

@@ -48,14 +48,14 @@ class Penalty:
 @dataclasses.dataclass(frozen=True)
 class Selection:
     # What has a weight: sample (a row), turn (each answer of a conversation), domain (all rows of one source together: adam or
-    # sgd), token (a row, and within it each token of the response: offline, bds)
+    # sgd), token (a row, and within it each token of the response: method=offline, rule=bds, cost=loss, coefficient_at=next)
     unit: str = "sample"
     parameterization: str = "table"  # table (a logit for every row), features (ω = f_φ of frozen features: adam or sgd)
     ridge: float = 0.3  # (parameterization=features) pull of φ to 0
-    # bds (10b); bmo (48); metagradient (exact, by whole runs before the run, which take about 4 times its time for each
-    # outer step, and once more; offline); uniform (ω frozen: the control)
+    # bds (bilevel data selection, 10b); bmo (bilevel multi-objective, 47 and 48); metagradient (the exact gradient through a
+    # training run; adds about 4 runs per outer step, and 1 more; offline only); uniform (ω frozen, the control)
     rule: str = "bds"
-    outer_steps: int = 1  # of rule=metagradient
+    outer_steps: int = 1  # (rule=metagradient) training runs that are differentiated
     # Weights to start from, matched by row id: workdir of an earlier run, a table (.parquet, .jsonl) with id and weight, or
     # column:NAME, a field of the rows; rows without one get the mean. Empty: equal weights
     init: str = ""
@@ -64,13 +64,15 @@ class Selection:
     learning_rate: float = 1.0  # of ω with bds and bmo: mirror takes 1 to 3, the paper's Adam 1e-4
     b1: float = 0.9  # (optimizer=adam) decay of the mean of gradients
     b2: float = 0.999  # (optimizer=adam) decay of the mean of their squares
-    tau: float = 1.0  # of bmo
+    tau: float = 1.0  # (rule=bmo) τ of (48): how strongly the cost moves ω
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
-    baseline: str = "running"  # subtracted from a row's loss: none, batch mean (noisy: B rows), running mean
-    # What lowers a row's weight: influence (how its gradient works against that of the trusted rows, and how unlikely its tokens
-    # are as far as unlikely rows do so), loss (10b, the paper)
+    baseline: str = (
+        "running"  # subtracted from a row's cost: none, batch (the mean of the B rows, noisy), running (that of earlier batches)
+    )
+    # What lowers a row's weight: influence (whether its gradient opposes that of the trusted rows, plus how unlikely its tokens
+    # are, to the extent that unlikely rows do harm), loss (10b, the paper)
     cost: str = "influence"
-    value_function: str = "zero"  # zero (v(ω) = 0), tracked (a second adapter follows the lower level)
+    value_function: str = "zero"  # (cost=loss) zero (v(ω) = 0), tracked (a second adapter follows the lower level, 44)
     weight_scale: str = "dataset"  # dataset: N·σ(ω), mean 1; literal: σ(ω)
     coefficient_at: str = "next"  # (cost=loss) a row's loss at θ^{k+1} (10c) or, cheaper, at θ^k (current)
     # joint (θ moves with σ(ω^k), then ω does), paper (rule=bmo as printed: ω from the losses at θ^k first, then θ with σ(ω^{k+1});
@@ -110,12 +112,12 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Lora:
     rank: int = 16  # 0: no adapter, all weights of the model are learned
-    alpha: float = 16.0
+    alpha: float = 16.0  # the adapter's output is scaled by alpha/rank
     layers: str = "all"  # all; last:K, adapters in the last K layers: the backward pass ends there
     targets: str = "all-linear"  # or names separated by commas: q_proj,v_proj
     rslora: bool = False  # scale alpha/√rank in place of alpha/rank
     dropout: float = 0.0  # share of an adapter's inputs that are set to 0 in training
-    init: str = ""  # directory of an adapter to start from, of the same rank, alpha and targets; empty: a new one
+    init: str = ""  # directory of an adapter to start from, of the same rank, scale, targets and layers; empty: a new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +125,17 @@ class Optimizer:
     name: str = "adam"  # adam, adamw, sgd
     learning_rate: float = 5e-6  # the paper's; small models take far more
     schedule: str = "constant"  # after the warmup: constant, cosine or linear, both down to 0 at the end of the run
-    warmup: float = 0.0  # steps in which the rate rises from 0; below 1: that share of all steps
+    warmup: float = 0.0  # steps in which the rate rises linearly to learning_rate; below 1: that share of all steps
     b1: float = 0.9  # (adam, adamw) decay of the mean of gradients
     b2: float = 0.999  # (adam, adamw) decay of the mean of their squares
-    weight_decay: float = 0.0  # (adamw)
+    weight_decay: float = 0.0  # (adamw) decoupled weight decay
     clip_norm: float = 0.0  # largest norm of the joint gradient of both levels; 0: no clipping
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     size: int = 32  # rows of each level in a step
-    micro_size: int = 4  # packed sequences per forward pass; memory grows with it, results do not change
+    micro_size: int = 4  # packed sequences per forward pass; memory grows with it, results change only by rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +156,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    # Trusted rows: files, folders, globs and hub ids, several separated by commas; recipe:NAME; synthetic:upper
+    # Trusted rows: files, folders, globs and hub ids, several separated by commas; recipe:NAME; synthetic:upper, synthetic:trusted
     upper: str = "synthetic:upper"
-    # The mixture to select from, likewise; synthetic:domains: some sources better than others; synthetic:tokens: right rows with
-    # bad words
+    # The mixture to select from, likewise; synthetic:lower, synthetic:mixture; synthetic:domains: some sources better than others;
+    # synthetic:tokens: right rows with bad words
     lower: str = "synthetic:lower"
     columns: str = ""  # other names of columns, for example question:query,response:answer
     deduplicate: str = "off"  # off (copies are counted), exact (of copies only the first is used), near (of similar rows)
@@ -188,8 +190,8 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: int = 100  # steps; 0: only at the end of an epoch
-    keep: int = 2  # the newest ones
+    every: int = 100  # steps between checkpoints; 0: only at the end of an epoch
+    keep: int = 2  # number of newest checkpoints that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +206,8 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every: int = 10  # steps
-    tensorboard: bool = True
+    every: int = 10  # steps between log lines
+    tensorboard: bool = True  # write TensorBoard events to WORKDIR/tensorboard
     wandb: str = ""  # project name; empty: off
     profile: str = ""  # START:STOP, steps from 0, STOP excluded: a jax.profiler trace of them in profile/; empty: off
 
@@ -214,7 +216,7 @@ class Log:
 class Config:
     """A run. Sections are in the order in which a user meets them."""
 
-    seed: int = 0  # of the data split, its order and the adapter's start; of generated data too
+    seed: int = 0  # of the data split, the row order, the adapter's initial values and generated data
     # mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection; online, dynamic: the model answers masked questions itself, a fixed
     # random set or those of the smallest weights
     method: str = "offline"
@@ -350,7 +352,7 @@ def profiled_steps(config: Config) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def levels(config: Config) -> tuple[str, ...]:
+def used_levels(config: Config) -> tuple[str, ...]:
     """The levels that a step uses: both, except in direct mixing with all its weight on one."""
     if config.method == "mixing" and config.mixing.rho in (0, 1):
         return ("lower",) if config.mixing.rho else ("upper",)

@@ -137,7 +137,7 @@ def _check_selection(config: Config) -> None:
         require(is_sft, f"selection.unit=turn weighs answers, not pairs: loss.lower={config.loss.lower} must be sft")
     require(
         built.baseline != "batch" or config.batch.size > 1,
-        "selection.baseline=batch with batch.size=1 subtracts a row's loss from itself; take running or none",
+        "selection.baseline=batch with batch.size=1 subtracts a row's cost from itself; take running or none",
     )
     require(
         built.rule != "metagradient" or (config.method == "offline" and config.loss.upper == config.loss.lower == "sft"),

@@ -34,7 +34,7 @@ def hidden_states(
     base, adapter = lora.in_use(config, base, adapter)
     if probe is not None:
         entry_T = token_entries(packed, m)
-        of_tokens = jax.tree.map(lambda value_NxE: value_NxE.at[:, entry_T].get(mode="fill", fill_value=0.0), probe.values)
+        of_tokens = jax.tree.map(lambda value_YxE: value_YxE.at[:, entry_T].get(mode="fill", fill_value=0.0), probe.values)
         adapter = probes.attach(adapter, probe.directions, of_tokens)
     variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}

@@ -1,11 +1,11 @@
-"""The default cost: what a row does to the trusted loss, and how likely its tokens are.
+"""The default cost: what a row does to the trusted loss, and how unlikely its tokens are.
 
 The rule of the paper follows the gradient of the penalty. With `cost="influence"`, ω follows what rows do to L0 itself. With D the
-preconditioner of the optimizer, 1/√v for Adam and 1 for SGD, a step with weight w_i moves the trusted loss, to first order, by -w_i
-times ⟨∇ℓ_i(θ^k), D m⟩, where m is ∇L0. This is a sum over the projections p of the model with an adapter. A few of them dominate
-it, so each has one vote:
+preconditioner of the optimizer, 1/√v for Adam and 1 for SGD, row i's part of a step changes L0, to first order, by
+-(η γ / B) w_i ⟨∇ℓ_i(θ^k), D ∇L0(θ^k)⟩. The product is a sum over the projections p of the model that have an adapter. A few of them
+dominate it, so each has one vote:
 
-    I_i = mean_p sign ⟨∇_p ℓ_i(θ^k), D m_p⟩,   m = a running mean of ∇L0 over the last batches                      (I)
+    I_i = mean_p sign ⟨∇_p ℓ_i(θ^k), D m_p⟩,   m = a running mean of ∇L0 over the last batches                      (I1)
 
 One batch of the upper level is a noisy estimate of ∇L0; the running mean has seen hundreds of rows and costs nothing. The products
 come from the backward pass of the lower level, see `models.probes`, so they cost next to nothing. The gradient of the step is not
@@ -13,18 +13,19 @@ known before that pass, so v is that after a step with ∇L0 alone. (TracIn, Pru
 et al. 2024; in the joint step, with one batch, learning to reweight, Ren et al. 2018, and SAMA, Choe et al. 2023. Votes: signSGD,
 Bernstein et al. 2018, between workers.) The cost is
 
-    C_b = h_b + c x_b,   h_b = -tanh(I_b / σ_I),   x_b = tanh((s_b - s̄) / σ_s),   s_b = (mean_t (-log p_t)^4)^{1/4}     (C)
+    C_i = h_i + c x_i,   h_i = -tanh(I_i / rms(I)),   x_i = tanh((s_i - mean(s)) / std(s)),                          (I2)
+    s_i = (mean_t (-log p_t)^4)^{1/4}
 
-with running means and spreads over the rows: rows lose weight whose gradients work against that of the trusted rows, and rows that
-surprise the model made with them, as far as such rows do harm. The surprise s is a power mean of the NLLs of the row's tokens: one
+with running means over the rows. A row loses weight if its gradient opposes that of the trusted rows. It also loses weight if its
+tokens are unlikely, to the extent that unlikely rows do harm. The surprise s is a power mean of the NLLs of the row's tokens: one
 wrong word stands out in it, and not in their mean ℓ.
 
 The harm h of a single row is noisy, and its surprise is not. Of rows of unit variances let q be the share of that of h which is not
-noise, and r the correlation of h and x. The best linear estimate of a harm without noise is then proportional to h + c x, with
+noise, and κ the correlation of h and x. The best linear estimate of a harm without noise is then proportional to h + c x, with
 
-    c = r (1 - q) / (q - r²)   for 0 < r < q,   0 below,   1 above                                                      (c)
+    c = κ (1 - q) / (q - κ²)   for 0 < κ < q,   0 below,   1 above                                                 (I3)
 
-r is a running mean that starts at 0, and q is `RELIABILITY`. So a surprise counts once the influences have shown that surprising
+κ is a running mean that starts at 0, and q is `RELIABILITY`. So a surprise counts once the influences have shown that surprising
 rows do harm. Where the trusted rows ask for what the model has never done, such as to comply, surprising rows help, and c is 0.
 """
 
@@ -40,65 +41,78 @@ SPREAD_DECAY = 0.9  # of the other running means
 RELIABILITY = 0.43  # q: the correlation of a row's harms at its first two visits (`python -m experiments.influence_noise`)
 
 
-class Memory(NamedTuple):
-    """What the cost remembers from step to step."""
+class InfluenceState(NamedTuple):
+    """The running means of the cost."""
 
     upper_gradient: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, σ_I², running mean square of the influences; this and the next two are NaN at first
+    mean_square: jax.Array  # [] float32, rms(I)², running mean square of the influences; this and the next two are NaN at first
     surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
     surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
-    correlation: jax.Array  # [] float32, r
+    correlation: jax.Array  # [] float32, κ
 
 
-def init(adapter) -> Memory:
-    """The memory before the first step."""
+def init(adapter) -> InfluenceState:
+    """The state before the first step."""
 
     def scalar(value: float) -> jax.Array:
         """An array of its own: a step that donates the state may not get a buffer twice."""
         return jnp.full((), value, jnp.float32)
 
-    return Memory(jax.tree.map(jnp.zeros_like, adapter), scalar(jnp.nan), scalar(jnp.nan), scalar(jnp.nan), scalar(0.0))
+    return InfluenceState(jax.tree.map(jnp.zeros_like, adapter), scalar(jnp.nan), scalar(jnp.nan), scalar(jnp.nan), scalar(0.0))
 
 
-def direction(memory: Memory, upper_gradient, optimizer_state) -> tuple[dict, dict]:
-    """The running mean m with the gradient of a batch, and D m, of any length.
+def direction(state: InfluenceState, upper_gradient, optimizer_state) -> tuple[dict, dict]:
+    """Updates the running mean of ∇L0, and preconditions it.  (I1)
+
+        m ← β m + (1 - β) ∇L0;   D m = m / √v with Adam, m with SGD;   β = `UPPER_DECAY`
 
     Args:
-      upper_gradient: ∇L0 of the batch at θ^k.
-      optimizer_state: after a step with ∇L0 alone, with Adam's v.
+      state: before the step.
+      upper_gradient: ∇L0 of the batch at θ^k, a tree like the learned parameters.
+      optimizer_state: after a step with ∇L0 alone; its `nu` is v.
+
+    Returns:
+      m, and D m (not normalised), trees like the learned parameters.
     """
-    mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, memory.upper_gradient, upper_gradient)
+    mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, state.upper_gradient, upper_gradient)
     return mean, _preconditioned(optimizer_state, mean)
 
 
-def votes(slope_PxE) -> jax.Array:
-    """I of each entry, from the derivatives of its loss along D m in each projection.  (I)"""
-    return jnp.mean(jnp.sign(slope_PxE), axis=0)
-
-
-def costs(memory: Memory, upper_gradient, influence_E, surprise_E, share_E) -> tuple[Memory, jax.Array, jax.Array]:
-    """The cost of each entry.  (C)
+def votes(slope_pxE) -> jax.Array:
+    """I of each entry.  (I1)
 
     Args:
-      memory: before the step.
-      upper_gradient: m.
-      influence_E: I.
-      surprise_E: s at θ^k.
-      share_E: of the entries in the mean over the lower level.
+      slope_pxE: [p, E] float32, the derivative of each entry's loss along D m in each projection p; only its sign counts.
 
     Returns:
-      memory after the step; [E] h_b; [E] C_b.
+      [E] float32 in [-1, 1]; below 0 the entry works against the trusted rows.
     """
-    mean_square, harm_E = _scaled(memory.mean_square, -influence_E, share_E)
-    surprise_mean = _running(memory.surprise_mean, surprise_E, share_E)
-    surprise_square, excess_E = _scaled(memory.surprise_square, surprise_E - surprise_mean, share_E)
-    correlation = _running_correlation(memory.correlation, harm_E, excess_E, share_E)
-    memory = Memory(upper_gradient, mean_square, surprise_mean, surprise_square, correlation)
-    return memory, harm_E, harm_E + surprise_part(correlation) * excess_E
+    return jnp.mean(jnp.sign(slope_pxE), axis=0)
+
+
+def costs(state: InfluenceState, upper_gradient, influence_E, surprise_E, share_E) -> tuple[InfluenceState, jax.Array, jax.Array]:
+    """The cost of each entry.  (I2), (I3)
+
+    Args:
+      state: before the step.
+      upper_gradient: m, from `direction`.
+      influence_E: [E], I.
+      surprise_E: [E], s at θ^k, nats.
+      share_E: [E], how much each entry counts in the mean over the rows that have a cost; sums to 1, or to 0 if none has one.
+
+    Returns:
+      State after the step; [E] h in (-1, 1); [E] C in (-2, 2), without a unit.
+    """
+    mean_square, harm_E = _scaled(state.mean_square, -influence_E, share_E)
+    surprise_mean = _running(state.surprise_mean, surprise_E, share_E)
+    surprise_square, excess_E = _scaled(state.surprise_square, surprise_E - surprise_mean, share_E)
+    correlation = _running_correlation(state.correlation, harm_E, excess_E, share_E)
+    state = InfluenceState(upper_gradient, mean_square, surprise_mean, surprise_square, correlation)
+    return state, harm_E, harm_E + surprise_part(correlation) * excess_E
 
 
 def surprise_part(correlation) -> jax.Array:
-    """c of r, from 0 to 1.  (c)"""
+    """c of κ, from 0 to 1.  (I3)"""
     inside = jnp.clip(correlation, 0.0, RELIABILITY)
     return inside * (1 - RELIABILITY) / (RELIABILITY - inside**2)
 

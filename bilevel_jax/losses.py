@@ -3,7 +3,7 @@
 Only positions that predict a response token need logits. Their hidden states are gathered first and go through the output matrix
 in chunks, so that at most `packing.chunk_size` rows of logits exist at a time, in the forward and in the backward pass.
 
-Axes: T packed tokens, P targets, Z targets of a chunk, D hidden width, V vocabulary, E entries (rows of the batch).
+Axes: T packed tokens, P targets, Z targets of a chunk, D hidden width, V vocabulary, E entries (responses of the batch).
 """
 
 import functools
@@ -45,13 +45,13 @@ def _over_chunks(body, logit_index_P, num_targets, carry):
 def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: float | None = None) -> jax.Array:
     """Negative log-likelihood of each target token, in nats.
 
-        nll_p = -log softmax(head · hidden[index_p])[target_p]                              (1)
-        ∂nll_p / ∂hidden[index_p] = (softmax - onehot(target_p)) · head                     (2)
+        nll_p = -log softmax(head · hidden[index_p])[target_p]                             (L1)
+        ∂nll_p / ∂hidden[index_p] = (softmax - onehot(target_p)) · head                    (L2)
 
-    With a cap of the logits z, each row of `head` in (2) has the factor 1 - (z / cap)².
+    With a cap of the logits z, each row of `head` in (L2) has the factor 1 - (z / cap)².
 
     Only differentiable in `hidden_TxD`, since the output matrix belongs to the frozen base. The forward pass of a differentiated
-    call computes (2), of width D, so that logits are computed once and never stored.
+    call computes (L2), of width D, so that logits are computed once and never stored.
 
     Args:
       hidden_TxD: final hidden states of T packed tokens.

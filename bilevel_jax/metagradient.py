@@ -6,7 +6,7 @@ Training with fixed weights w is θ^{k+1}, s^{k+1} = U(θ^k, s^k, g^k), with s t
 
 With the adjoints θ̄ = dL0(θ^T)/dθ^{k+1} and s̄, reverse-mode differentiation of one step is
 
-    (θ̄', s̄', c) = (θ̄, s̄) ∂U/∂(θ, s, g),    θ̄' += H c,    dL0/dw_i += γ · mean_b [i_b = i] ⟨∇ℓ_b(θ^k), c⟩           (1)
+    (θ̄', s̄', c) = (θ̄, s̄) ∂U/∂(θ, s, g),    θ̄' += H c,    dL0/dw_i += γ · mean_b [i_b = i] ⟨∇ℓ_b(θ^k), c⟩          (M1)
 
 H, the Hessian of the step's loss, and all the products ⟨∇ℓ_b, c⟩ come from one forward-mode derivative of the gradient along c
 (Pearlmutter 1994), so no gradient of a single row is formed. The states of all steps are kept on the host: 12 bytes a parameter of
@@ -47,7 +47,7 @@ def _floats(tree) -> tuple[list, Callable]:
 
 
 def make_replay(config: model_config.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
-    """Builds `replay(base, learner, weight_N, batch, scales, adjoint) -> (adjoint, gradient_N)`, equation (1), for one step.
+    """Builds `replay(base, learner, weight_N, batch, scales, adjoint) -> (adjoint, gradient_N)`, equation (M1), for one step.
 
     `learner` is that before the step. `adjoint` lists the derivatives of L0(θ^T) in the float leaves of the learner after it, the
     result those before it. `gradient_N` is the step's part of dL0/dw.
@@ -130,7 +130,7 @@ def mean_gradient(upper_gradient: Callable, base, adapter, segments, micro_size:
 def metagradient(
     replay: Callable, past: Sequence[tuple[Learner, packing.Batch, Scales]], weight_N, final, description: str
 ) -> np.ndarray:
-    """dL0(θ^T)/dw [N], float64, by (1) from the last step to the first.
+    """dL0(θ^T)/dw [N], float64, by (M1) from the last step to the first.
 
     Args:
       replay: compiled, from `make_replay`, with the base as its first argument already given.

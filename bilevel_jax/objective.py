@@ -42,8 +42,8 @@ class Objective:
       reward_temperature: β of reward-weighted regression.
       reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`). It applies to the log-ratios of IPO too; those
         of DPO are always sums.
-      cost: C_b, what lowers a row's weight: its `loss`, or its `influence`, what it does to the trusted rows, with as
-        much of its surprise as does them harm, see (C) in `influence`.
+      cost: C_b, what lowers a row's weight: its `loss` (10b, the paper), or `influence`, what it does to the trusted rows and how
+        unlikely its tokens are, (I2) in `influence`. `Objective()` takes `loss`, the configuration `influence`.
       coefficient_at: with `cost="loss"`, the θ at which C_b is taken: θ^{k+1} (`next`, eq. (10c)) or θ^k (`current`).
       value_function: `zero`: v(ω) ≡ 0, which holds under Assumption 1; `tracked`: a second adapter θ' follows the weighted
         lower level alone and C_b = ℓ_b(θ) - ℓ_b(θ'), eq. (44) without that assumption.

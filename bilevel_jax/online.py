@@ -141,7 +141,7 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> ResponseStore:
     )
 
 
-def reaches(store: ResponseStore, config, num_steps_then: int, num_steps: int, start: int) -> bool:
+def covers_remaining_steps(store: ResponseStore, config, num_steps_then: int, num_steps: int, start: int) -> bool:
     """Whether the responses are enough for a run that goes on at `start` and may have more steps than it had before.
 
     A refresh answers the questions of the steps up to the next one, or up to the end of the run as it was then.

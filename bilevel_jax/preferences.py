@@ -2,14 +2,14 @@
 
 A pair has a loss of its margin m:
 
-    m = [log π/π_ref](chosen) - [log π/π_ref](rejected)                                      (1)
-    DPO   -log σ(β m)                                                                        (2)
-    IPO   (m - 1/2β)²                                                                        (3)
+    m = [log π/π_ref](chosen) - [log π/π_ref](rejected)                                     (R1)
+    DPO   -log σ(β m)                                                                       (R2)
+    IPO   (m - 1/2β)²                                                                       (R3)
 
 The G responses y^1 ... y^G of a policy to one question, with rewards r^g, have a weighted likelihood:
 
-    -(1/G) Σ_g stop(w^g) log π(y^g|x)                                                        (4)
-    w^g = G exp(r^g/β) / Σ_h exp(r^h/β)      `reward_weighted`                               (5)
+    -(1/G) Σ_g stop(w^g) log π(y^g|x)                                                       (R4)
+    w^g = G exp(r^g/β) / Σ_h exp(r^h/β)      `reward_weighted`                              (R5)
     w^g = r^g - (1/(G-1)) Σ_{h≠g} r^h        `leave_one_out`                                 (6)
 
 The numbers are those of this module; `step` has the equations of the paper. Weights depend on rewards alone, so they are known
@@ -34,7 +34,7 @@ RANKED = ("rwr", "reinforce")  # likelihoods of all G responses, weighted by the
 
 
 def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
-    """Margin (1) and share of every pair.
+    """Margin (R1) and share of every pair.
 
     Args:
       log_ratio_E: log π - log π_ref of each response, summed over tokens (or averaged, to weight long and short pairs equally).
@@ -51,11 +51,11 @@ def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
 
 
 def pair_losses(kind: str, margin_J: jax.Array, beta: float) -> jax.Array:
-    """The loss of each pair [J]: (2) for `dpo`, (3) for `ipo`.
+    """The loss of each pair [J]: (R2) for `dpo`, (R3) for `ipo`.
 
     Args:
       kind: `dpo` or `ipo`.
-      margin_J: (1) of each pair.
+      margin_J: (R1) of each pair.
       beta: DPO: inverse temperature of the implied reward. IPO: strength of the pull towards π_ref, τ in the paper.
 
     References: Rafailov et al., Direct Preference Optimization, eq. (7); Azar et al., A General Theoretical Paradigm to Understand
@@ -83,9 +83,9 @@ def group_sizes(group_E) -> jax.Array:
 
 
 def reward_weighted(reward_E, group_E, beta: float) -> jax.Array:
-    """Weights (5) of reward-weighted regression, [E]: mean 1 over a group; 1 without a reward.
+    """Weights (R5) of reward-weighted regression, [E]: mean 1 over a group; 1 without a reward.
 
-    The normaliser makes (4) an estimate of the maximum likelihood of π_old · exp(r/β) / Z, for each question.
+    The normaliser makes (R4) an estimate of the maximum likelihood of π_old · exp(r/β) / Z, for each question.
 
     Reference: Peters and Schaal, Reinforcement Learning by Reward-Weighted Regression for Operational Space Control.
     """
@@ -96,7 +96,7 @@ def reward_weighted(reward_E, group_E, beta: float) -> jax.Array:
 def leave_one_out(reward_E, group_E) -> jax.Array:
     """Weights (6) of REINFORCE with a leave-one-out baseline, [E]: 0 for a group of one, 1 without a reward.
 
-    The gradient of (4) has expectation -∇ E_π[r], since the baseline of y^g does not depend on y^g.
+    The gradient of (R4) has expectation -∇ E_π[r], since the baseline of y^g does not depend on y^g.
 
     References: Kool et al., Buy 4 REINFORCE Samples, Get a Baseline for Free!; Ahmadian et al., Back to Basics (RLOO).
     """

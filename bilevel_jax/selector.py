@@ -52,7 +52,7 @@ class Selector:
       optimizer: `adam`; `sgd`, the equations as written; `mirror`, exponentiated gradient: only visited logits move, so it takes
         `parameterization="table"`.
       learning_rate: α.
-      tau: τ of (48), per nat.
+      tau: τ of (48), per unit of the cost.
       baseline: subtracted from the cost: nothing, the `batch` mean, or the `running` mean of earlier batches. As Σ_i ∇σ_i = 0,
         a constant leaves the expected ω-gradient unchanged and lowers its variance. The batch mean adds noise of its own to the
         ranking of rows from different batches; the running mean averages it out.
@@ -213,10 +213,14 @@ def _optimizer_move(selector: Selector, state: SelectorState, gradient_N, featur
 
 
 def record(state: SelectorState, row_index_E, part_E, surprise_E, harm_E) -> SelectorState:
-    """Notes the surprises of the rows of a batch, and adds what they do to the trusted rows.
+    """Stores the surprises of the rows of a batch, and adds up their harm to the trusted rows.
 
     Args:
-      part_E: each entry's part of its row; 0 for padding and for generated responses, which say nothing about those of the data.
+      row_index_E: [E] int32.
+      part_E: [E], each entry's part of its row: 1, or 1/G. 0 for padding and for generated responses, which say nothing about those
+        of the data.
+      surprise_E: [E], nats.
+      harm_E: [E], h in (-1, 1); 0 where influence is not measured.
     """
     of_data_E = jnp.where(part_E > 0, row_index_E, state.visits.shape[0])  # out of range: dropped
 
@@ -251,7 +255,8 @@ def update(
       row_index_E: int32, the row of each entry; outside [0, N) for entries that are not of the lower level.
       share_E: each entry's weight in the batch mean: 1/B, or 1/(B·G) for one of G responses to a row; 0 for padding.
       num_lower: B.
-      cost_E: C of each entry, in nats; entries of one row are averaged.
+      cost_E: [E] float32, C of each entry: nats with `cost="loss"`, without a unit in (-2, 2) with `cost="influence"`. Entries of
+        one row are averaged.
       gamma: γ of the penalty.
       features: X, [N, A] float32, or the group of each row, [N] int32.
 

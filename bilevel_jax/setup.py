@@ -88,7 +88,7 @@ def start_of_adapter(config: configuration.Config, model: model_config.ModelConf
 
     Raises:
       ConfigError, ModelError: `lora.targets` or `lora.layers` name what the model lacks; `lora.init` is no adapter of this model,
-        or of another rank, scale or targets.
+        or has another rank, scale, targets or layers.
     """
     section = config.lora
     targets, num_layers = lora.resolve_targets(model, section.targets), lora.resolve_layers(model, section.layers)

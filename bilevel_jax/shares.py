@@ -42,8 +42,8 @@ def entry_shares(
         part = jnp.sum(paired_E)
         cost_E, num_costs = paired_E / jnp.where(part > 0, part, 1.0), part * batch.num_lower
     weight_E = selector.scale(N) * selection.probabilities(state.logits, batch.row_index)
-    if batch.factor is not None:
-        weight_E *= batch.factor
+    if batch.row_factor is not None:
+        weight_E *= batch.row_factor
     return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
 
 
@@ -53,7 +53,7 @@ def response_weights(objective: Objective, batch: packing.Batch, nll_E) -> jax.A
     return importance.response_weights(kind, -nll_E, batch.old_log_prob, batch.packed.length, batch.group, objective.clip)
 
 
-def weigh_tokens(token_params, batch: packing.Batch, num_rows: int) -> Callable | None:
+def token_weight_fn(token_params, batch: packing.Batch, num_rows: int) -> Callable | None:
     """The `token_weights` argument of `forward.micro_nll`; None where tokens have no weights."""
     if token_params is None:
         return None

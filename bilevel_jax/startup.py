@@ -187,7 +187,7 @@ def _check_growth(
     config: configuration.Config, shared: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
 ) -> None:
     """Refuses more steps than the run had `before`, where the responses in use do not reach so far."""
-    if not online.reaches(store, config.online, before, num_steps, start):
+    if not online.covers_remaining_steps(store, config.online, before, num_steps, start):
         what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
         raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
 

@@ -11,8 +11,9 @@ For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i 
 `row_costs`, and `update_weights`. θ moves with σ(ω^k), then ω does; with `selector.order="paper"` ω moves first
 (`weights_before_policy`). The losses that L0 and ℓ_b can be are in `objective`, and how much each entry counts in `shares`.
 
-This is the gradient of the penalty, the rule of the paper. By default ω follows the gradient of L0 itself: C_b is then a cost made
-of the row's influence on the trusted loss and of its surprise, (I) and (C) in `influence`.
+This is the gradient of the penalty, the rule of the paper. With `Objective.cost="influence"`, the default of the configuration, ω
+follows the gradient of L0 itself: C_b is made of the row's influence on the trusted loss and of its surprise, (I1)-(I3) in
+`influence`.
 
 Direct mixing, the baseline, is the same θ-loss with the scales (1-ρ, ρ) and equal weights.
 
@@ -34,7 +35,7 @@ from bilevel_jax import selector as selection
 from bilevel_jax.data import packing
 from bilevel_jax.models import model_config, probes
 from bilevel_jax.objective import Objective, check_combination, entry_losses, entry_surprises, lower_losses
-from bilevel_jax.shares import Shares, entry_shares, response_weights, weigh_tokens
+from bilevel_jax.shares import Shares, entry_shares, response_weights, token_weight_fn
 
 
 class Learner(NamedTuple):
@@ -50,7 +51,7 @@ class State(NamedTuple):
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
     token_params: jax.Array | None = None  # [2] float32, φ of `token_weights`; None where tokens have no weights
-    influence: influences.Memory | None = None  # None for other costs
+    influence: influences.InfluenceState | None = None  # None for other costs
 
 
 class Scales(NamedTuple):
@@ -61,7 +62,7 @@ class Scales(NamedTuple):
 
 
 def measures_influence(objective: Objective, selector: selection.Selector) -> bool:
-    """Whether the costs of a step are influences, for which the state has a memory."""
+    """Whether the costs of a step are influences, which have a state of their own."""
     return objective.cost == "influence" and not selector.frozen
 
 
@@ -72,14 +73,14 @@ def init(
     num_rows: int,
     tracked: bool,
     num_features: int = 0,
-    influence: bool = False,
+    measure_influence: bool = False,
 ) -> State:
     """The state before the first step, for `num_rows` lower-level rows. θ' starts as a copy of θ."""
     policy = Learner(adapter, optimizer.init(adapter))
     tracker = jax.tree.map(jnp.copy, policy) if tracked else None
     token_params = jnp.zeros(len(token_weights.SCORES), jnp.float32) if selector.token_learning_rate else None
-    memory = influences.init(adapter) if influence else None
-    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, memory)
+    influence_state = influences.init(adapter) if measure_influence else None
+    return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, influence_state)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class Slopes(NamedTuple):
     """What the backward pass of the lower level measured."""
 
     upper_mean: dict  # m, the running mean of ∇L0, with this batch
-    lower_PxE: jax.Array  # derivative of the lower level's loss along D m, the parts of each projection and each entry
+    lower_pxE: jax.Array  # derivative of the lower level's loss along D m, the parts of each projection and each entry
 
 
 class PolicyUpdate(NamedTuple):
@@ -155,13 +156,18 @@ class PolicyUpdate(NamedTuple):
 
 
 def _level_by_level(
-    problem: Problem, loss_of: Callable, memory: influences.Memory, state: State, batch: packing.Batch, scales: Scales
+    problem: Problem,
+    loss_of: Callable,
+    influence_state: influences.InfluenceState,
+    state: State,
+    batch: packing.Batch,
+    scales: Scales,
 ):
     """The θ-loss and its gradient by one pass over each level: the second one measures slopes along D m, which the first one gives.
 
     Args:
       loss_of: `(scales, probe) -> loss_of_micro` for `_gradient`.
-      memory: that of the state.
+      influence_state: that of `state`.
 
     Returns:
       (loss, (upper loss, NLL, power)), gradient, slopes.
@@ -169,7 +175,8 @@ def _level_by_level(
     policy, first, end = state.policy, batch.first_upper_micro, batch.packed.num_micro
     (_, (upper, upper_nll_E, _)), upper_gradient = _gradient(loss_of(Scales(1.0, 0.0)), policy.adapter, end, first)
     # The gradient of the step is not known yet. D is that of a step with ∇L0 alone.
-    mean, direction = influences.direction(memory, upper_gradient, _descend(problem.optimizer, policy, upper_gradient).optimizer)
+    optimizer_state = _descend(problem.optimizer, policy, upper_gradient).optimizer
+    mean, direction = influences.direction(influence_state, upper_gradient, optimizer_state)
     directions = probes.along(direction)
 
     def lower_of_micro(variables, m):
@@ -185,10 +192,23 @@ def _level_by_level(
 
 
 def update_policy(problem: Problem, base, state: State, batch: packing.Batch, shares: Shares, scales: Scales) -> PolicyUpdate:
-    """One optimizer step on the θ-loss.  (7)-(9), (10a)"""
+    """One optimizer step on the θ-loss.  (7)-(9), (10a)
+
+        a L0(θ) + b mean_b [ w_b (1/G) Σ_g stop(r^g) ℓ(θ; x, y^g) ],   (a, b) = `scales`
+
+    Args:
+      base: the frozen weights of the model.
+      state: before the step.
+      batch: packed micro-batches with E entries.
+      shares: of the entries, with their weights w.
+      scales: factors of the two levels.
+
+    Returns:
+      θ^{k+1}, with losses in nats at θ^k.
+    """
     model, objective, packed = problem.model, problem.objective, batch.packed
     adapter = state.policy.adapter
-    weigh, key = weigh_tokens(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
+    weigh, key = token_weight_fn(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
@@ -251,7 +271,7 @@ def update_token_params(
     """
 
     def weighted_nll(token_params):
-        weigh = weigh_tokens(token_params, batch, state.selector.logits.shape[0])
+        weigh = token_weight_fn(token_params, batch, state.selector.logits.shape[0])
         nll_E = forward.entry_nll(problem.model, base, policy.adapter, batch.packed, batch.num_lower_micro, weigh)
         return nll_E, nll_E
 
@@ -263,22 +283,22 @@ def update_token_params(
 
 def influence_costs(
     objective: Objective,
-    memory: influences.Memory,
+    state: influences.InfluenceState,
     slopes: Slopes,
     update: PolicyUpdate,
     surprise_E,
     batch: packing.Batch,
     shares: Shares,
-) -> tuple[influences.Memory, jax.Array, jax.Array]:
-    """What `influence.costs` returns.  (I), (C)
+) -> tuple[influences.InfluenceState, jax.Array, jax.Array]:
+    """What `influence.costs` returns.  (I1)-(I3)
 
     Divided by the derivative of the lower level's loss in the NLL of an entry, its slopes are those of the NLL itself, and from
     these follow those of ℓ. An entry that has no part in the loss, such as one with r = 0, has no influence.
 
     Args:
-      memory: before the step.
+      state: before the step.
       slopes, update: of θ^k.
-      surprise_E: surprises s of the entries at θ^k.
+      surprise_E: [E], s at θ^k, nats.
     """
 
     def lower(nll_E):
@@ -287,10 +307,10 @@ def influence_costs(
 
     factor_E = jax.grad(lower)(update.nll_E)
     has_part_E = factor_E != 0
-    nll_slope_PxE = jnp.where(has_part_E, slopes.lower_PxE / jnp.where(has_part_E, factor_E, 1.0), 0.0)
+    nll_slope_pxE = jnp.where(has_part_E, slopes.lower_pxE / jnp.where(has_part_E, factor_E, 1.0), 0.0)
     _, slopes_of = jax.linearize(lambda nll_E: entry_losses(objective.lower, objective, batch, nll_E), update.nll_E)
-    influence_E = influences.votes(jax.vmap(slopes_of)(nll_slope_PxE))
-    return influences.costs(memory, slopes.upper_mean, influence_E, surprise_E, shares.cost)
+    influence_E = influences.votes(jax.vmap(slopes_of)(nll_slope_pxE))
+    return influences.costs(state, slopes.upper_mean, influence_E, surprise_E, shares.cost)
 
 
 def row_costs(
@@ -331,8 +351,8 @@ def update_weights(
 ) -> selection.SelectorState:
     """One move of ω by the costs of a batch.  (10b), (48)"""
     selector = problem.selector
-    if batch.factor is not None and selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
-        cost_E = cost_E * batch.factor
+    if batch.row_factor is not None and selector.rule == "bds":  # the gradient of (7); the targets of (47) have no factor
+        cost_E = cost_E * batch.row_factor
     return selection.update(selector, state, batch.row_index, shares.cost, shares.num_costs, cost_E, scales.lower, features)
 
 
@@ -362,9 +382,9 @@ def make_step(
 
     `features` are those of the rows where ω is a function of them, see `selector.update`.
 
-    `metrics` has float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean C at θ^k, rows unweighted), `gradient_norm`,
-    `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN is traced to its row, `log_ratio`, log r at θ^k
-    before clipping, and `response_weight`, the factor that came of it.
+    `metrics` has float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean ℓ_b at θ^k over lower-level rows that have a cost,
+    without w and r), `gradient_norm`, `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN is traced to its
+    row, `log_ratio`, log r at θ^k before clipping, and `response_weight`, the factor that came of it. Losses are in nats.
 
     Args:
       config: shape of the model.
@@ -372,6 +392,10 @@ def make_step(
       selector: rule and optimizer of ω.
       optimizer: of θ and θ'.
       seed: of the adapter's dropout.
+
+    Returns:
+      `step`. `base`: the frozen weights of the model, see `models.decoder`. `state`: donated. `batch`: E entries, whose `row_index`
+      is N for upper rows and padding. `features`: [N, A] float32 or [N] int32.
 
     Raises:
       ValueError: options that do not go together, see `objective.check_combination`.
@@ -395,17 +419,19 @@ def make_step(
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         surprise_E = entry_surprises(objective, batch, update.power_E, loss_E)
-        memory, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
+        influence_state, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
         selector_state = state.selector
         if not weights_first:
-            if memory is not None and update.slopes is not None:
-                memory, harm_E, cost_E = influence_costs(objective, memory, update.slopes, update, surprise_E, batch, shares)
+            if influence_state is not None and update.slopes is not None:
+                influence_state, harm_E, cost_E = influence_costs(
+                    objective, influence_state, update.slopes, update, surprise_E, batch, shares
+                )
             else:
                 cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
             selector_state = update_weights(problem, state.selector, batch, shares, cost_E, scales, features)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
         selector_state = selection.record(selector_state, batch.row_index, of_data_E, surprise_E, harm_E)
-        new = State(state.step + 1, update.policy, selector_state, tracker, token_params, memory)
+        new = State(state.step + 1, update.policy, selector_state, tracker, token_params, influence_state)
         return new, _metrics(objective, batch, shares, update, loss_E)
 
     return step

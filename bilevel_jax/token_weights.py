@@ -3,19 +3,19 @@
 Row i has the weight w_i = N·σ_i(ω), and each of the T_i tokens of its response (of a conversation: all answers) has a weight with
 mean 1:
 
-    v_t = T_i · softmax_t(φ·z_t)                                                             (1)
-    ℓ_i = mean_t [ v_t ℓ_t ]                                                                 (2)
-    z_t = (ℓ_t, max_{s<t} ℓ_s)                                                               (3)
+    v_t = T_i · softmax_t(φ·z_t)                                                            (T1)
+    ℓ_i = mean_t [ v_t ℓ_t ]                                                                (T2)
+    z_t = (ℓ_t, max_{s<t} ℓ_s)                                                              (T3)
 
 so that σ_i(ω) · v_t/T_i is a distribution over all tokens of the lower level. A separate logit per token would be updated once per
-epoch; φ has two entries and learns from every token. The scores (3) use the losses of θ, in nats. The softmax only compares tokens
+epoch; φ has two entries and learns from every token. The scores (T3) use the losses of θ, in nats. The softmax only compares tokens
 of one response. The first score compares a token's loss with theirs. The second detects an error before t: the tokens after it
 continue a wrong prefix, so they may have a small loss but are not good.
 
 θ has no gradient through v. φ descends the same penalty as ω in (10b):
 
-    dφ = γ · mean_b [ w_b · dℓ_b/dφ ]                                                        (4)
-    dℓ_b/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ]    at θ^{k+1}                      (5)
+    dφ = γ · mean_b [ w_b · dℓ_b/dφ ]                                                       (T4)
+    dℓ_b/dφ = mean_t [ v_t (z_t - mean_s [v_s z_s]) ℓ_t ]    at θ^{k+1}                     (T5)
 
 Axes: P targets of a micro-batch, E entries (responses).
 """
@@ -39,7 +39,7 @@ def largest_before(nll_P, entry_P) -> jax.Array:
 
 
 def weights(phi_2, nll_P, entry_P, weighed_E) -> jax.Array:
-    """v of each token (1), [P]. No gradient flows into `nll_P`.
+    """v of each token (T1), [P]. No gradient flows into `nll_P`.
 
     Args:
       phi_2: φ, per nat; 0 gives all tokens weight 1.

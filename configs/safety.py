@@ -24,7 +24,7 @@ def get_config(tier: str = ""):
         config.model.path = "bilevel_jax/tiny_base"
         config.data.upper, config.data.lower = "synthetic:trusted", "synthetic:mixture"
         config.data.num_upper = config.data.num_lower = 2200
-        config.eval.keep = 0.5  # about half of the rows are right and of use
+        config.eval.keep = 0.5  # 40% of the rows are right and of use, 13% are right but of no use
     elif tier == "smollm2":
         folder = os.environ.get("BILEVEL_JAX_DATA", "local")
         config.data.upper, config.data.lower = f"{folder}/safety/upper_safe.jsonl", f"{folder}/safety/lower_mixed.jsonl"

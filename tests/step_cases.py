@@ -289,7 +289,7 @@ class Chain:
         config, N = self.config, len(self.lower.rows)
         built = batches.make_batch(config, self.upper, self.lower, self.layout, k, self.store)
         epoch = k // shuffle.steps_per_epoch(N, config.batch.size)
-        used = configuration.levels(config)
+        used = configuration.used_levels(config)
         lower_rows = shuffle.lower_rows(config.seed, N, config.batch.size, k) if "lower" in used else []
         upper_rows = shuffle.upper_rows(config.seed, len(self.upper.rows), config.batch.size, k) if "upper" in used else []
         entries = reference.entries_of(config, self.upper, self.lower, self.store, lower_rows, upper_rows)

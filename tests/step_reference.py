@@ -1,4 +1,4 @@
-"""The joint step in float64, one response at a time: equations (7)-(10c), (44), (47), (48), (I) and (C) written out in NumPy.
+"""The joint step in float64, one response at a time: equations (7)-(10c), (44), (47), (48), (I1) and (I2) written out in NumPy.
 
 Only the derivative of a response's NLL in θ is automatic, and it is that of `float64_llama`, which shares no code with the model.
 
@@ -368,8 +368,8 @@ def _products(inputs, before, after, at: "_Evaluated") -> tuple[np.ndarray, np.n
 
 
 def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, np.ndarray, np.ndarray, dict]:
-    """The memory, harm and cost of (I) and (C), from gradients of single rows, and what rounding to float32 may change in them."""
-    memory, surprise, share = before.influence, at.surprise, at.share
+    """The running means, harm and cost of (I1)-(I3), from gradients of single rows, and what rounding may change in them."""
+    state, surprise, share = before.influence, at.surprise, at.share
     product, doubtful = _products(inputs, before, after, at)
     change, doubt = -np.sign(product).mean(axis=0), 2 * doubtful.mean(axis=0)
 
@@ -378,25 +378,25 @@ def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, 
             return float(mean)
         return value if math.isnan(mean) else 0.9 * float(mean) + 0.1 * value
 
-    square = running(memory.mean_square, np.sum(share * change**2))
-    center = running(memory.surprise_mean, np.sum(share * surprise))
-    spread = running(memory.surprise_square, np.sum(share * (surprise - center) ** 2))
-    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread, "correlation": memory.correlation}
+    square = running(state.mean_square, np.sum(share * change**2))
+    center = running(state.surprise_mean, np.sum(share * surprise))
+    spread = running(state.surprise_square, np.sum(share * (surprise - center) ** 2))
+    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread, "correlation": state.correlation}
     named = {key: np.array(value, float) for key, value in named.items()}
     if not share.any():
         return named, np.zeros(len(entries)), np.zeros(len(entries)), {}
     root, width = (max(math.sqrt(value), TINY) for value in (square, spread))
     harm, excess = np.tanh(change / root), np.tanh((surprise - center) / width)
     rms = [max(math.sqrt(share @ value**2), TINY) for value in (harm, excess)]
-    correlation = running(memory.correlation, share @ (harm * excess) / np.prod(rms))
+    correlation = running(state.correlation, share @ (harm * excess) / np.prod(rms))
     named["correlation"] = np.array(correlation)
     part = min(1.0, max(correlation, 0) * 0.57 / (0.43 - correlation**2)) if correlation < 0.43 else 1.0
     cost = harm + part * excess
     # A vote of vectors that are nearly orthogonal may be another one, and a difference between rows loses digits.
     lost = np.max(doubt) / root, ROUNDING * np.max(np.abs(surprise)) / width
-    noise = {"memory: mean_square": 2 * lost[0] * square, "memory: surprise_square": 2 * lost[1] * spread}
+    noise = {"influence: mean_square": 2 * lost[0] * square, "influence: surprise_square": 2 * lost[1] * spread}
     of_correlation = 0.2 * (lost[0] / rms[0] + lost[1] / rms[1])
-    noise |= {"memory: correlation": of_correlation, "selector: harm": lost[0]}
+    noise |= {"influence: correlation": of_correlation, "selector: harm": lost[0]}
     # 6 is the largest slope of the part of the surprise in the correlation.
     return named, harm, cost, noise | {"cost": sum(lost) + 6 * of_correlation}
 
@@ -485,7 +485,7 @@ def _at_theta(inputs, before, after) -> tuple[_Evaluated, dict[str, np.ndarray],
 
 
 def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
-    """C of each entry, its harm, the results of θ', φ and the memory of influences, and what rounding may change."""
+    """C of each entry, its harm, the results of θ', φ and the running means of influences, and what rounding may change."""
     config, model, entries = inputs.config, inputs.model, inputs.entries
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     expected, cost, tracked = {}, at.loss, None
@@ -494,9 +494,9 @@ def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.nda
         _, tracked_slope = training_losses(config, objective, entries, tracked)
         expected |= _learner(inputs, "tracker", before, after, k, at.pull @ tracked_slope @ slopes)
     if before.influence is not None:
-        expected["memory: upper_gradient"] = 0.9 * flat(before.influence.upper_gradient) + 0.1 * at.of_upper
-        memory, harm, cost, noise = _influence(inputs, before, after, entries, at)
-        return cost, harm, expected | {f"memory: {name}": value for name, value in memory.items()}, noise
+        expected["influence: upper_gradient"] = 0.9 * flat(before.influence.upper_gradient) + 0.1 * at.of_upper
+        means, harm, cost, noise = _influence(inputs, before, after, entries, at)
+        return cost, harm, expected | {f"influence: {name}": value for name, value in means.items()}, noise
     if objective.coefficient_at == "next" and not selector.frozen:
         token_nll, nll, _ = model.evaluate(after.policy.adapter, entries, at.weigh)
         cost = entry_losses(objective.lower, config, entries, nll)[0]
@@ -532,7 +532,7 @@ def _noise_of_omega(inputs, selector, of_cost, num_rows, expected) -> dict[str, 
 
 
 def _phi_slope(config, phi, nll) -> np.ndarray:
-    """dℓ/dφ of a response, (5) of `token_weights`."""
+    """dℓ/dφ of a response, (T5) of `token_weights`."""
     if not len(nll):
         return np.zeros(2)
     v, z = token_weights(phi, nll), token_scores(nll)

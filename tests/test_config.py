@@ -260,7 +260,7 @@ def test_rho(changes, expected):
     ],
 )
 def test_levels(changes, expected):
-    assert set(configuration.levels(with_changes(changes))) == expected
+    assert set(configuration.used_levels(with_changes(changes))) == expected
 
 
 @pytest.mark.parametrize(

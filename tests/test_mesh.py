@@ -49,12 +49,10 @@ SETTINGS = {
 }
 OFFLINE = {"method": "offline"}  # a greedy answer would hang on the last bit
 TOKENS = OFFLINE | {"selection.unit": "token", "selection.token_learning_rate": 0.5, "selection.coefficient_at": "next"}
-INFLUENCE = OFFLINE | {"selection.cost": "influence", "selection.coefficient_at": "next"}
+INFLUENCE = {"selection.cost": "influence", "selection.coefficient_at": "next"}
 LLAMAS = {  # run -> mesh and what differs; it has fewer heads of keys and values than `tensor` has parts, and a tied head
-    "llama": (SINGLE, {}),
-    "llama, eight": ((1, 2, 4), {}),
-    "llama, influence": (SINGLE, INFLUENCE),
-    "llama, influence, eight": ((1, 2, 4), INFLUENCE),
+    "llama": (SINGLE, INFLUENCE),
+    "llama, eight": ((1, 2, 4), INFLUENCE),
 }
 LLAMAS_OF_TOKENS = {"llama, tokens": (SINGLE, TOKENS), "llama, tokens, eight": ((1, 2, 4), TOKENS)}
 HALVES = {
@@ -277,19 +275,13 @@ def learned(run) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_so_it_does_with_few_heads_of_keys_and_a_tied_head(all_runs):
-    assert_same_run(all_runs / "llama, eight", all_runs / "llama")
-
-
-@pytest.mark.slow
-def test_and_with_influences(all_runs):
-    """SGD: a mesh rounds other sums, and a sign changes only where a product is nearly 0."""
-    runs = [all_runs / name for name in ("llama, influence", "llama, influence, eight")]
-    for one, eight in zip(*map(learned, runs)):
-        np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
+def test_so_it_does_with_influences_few_heads_of_keys_and_a_tied_head(all_runs):
+    """A mesh rounds other sums, and a vote changes only where a product is nearly 0."""
+    runs = [all_runs / name for name in ("llama, eight", "llama")]
+    assert_same_run(*runs)
     useful = [pyarrow.parquet.read_table(run / "weights" / "epoch_1.parquet")["useful"].to_numpy() for run in runs]
     np.testing.assert_allclose(useful[1], useful[0], rtol=0, atol=1e-5)
-    assert np.ptp(useful[0]) > 0.1
+    assert np.nanmax(useful[0]) - np.nanmin(useful[0]) > 0.1  # NaN: held out, or masked from the start
 
 
 @pytest.mark.long

@@ -208,7 +208,7 @@ def test_responses_for_more_epochs(step, start, num_steps, every, generate, enou
     """The run had 10 steps, and its last refresh was at `step`."""
     config = configuration.Online(refresh_every=every, generate=generate)
     store = online.from_arrays(online.empty(4).arrays() | {"step": [step]})
-    assert online.reaches(store, config, 10, num_steps, start) == enough
+    assert online.covers_remaining_steps(store, config, 10, num_steps, start) == enough
 
 
 # --------------------------------------------------------------------------------------------------------------------

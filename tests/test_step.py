@@ -531,7 +531,7 @@ INFLUENCE = Objective(cost="influence")
 
 
 def begin_influence(optimizer):
-    return step.init(model(LLAMA)[1], optimizer, MIRROR, N, tracked=False, influence=True)
+    return step.init(model(LLAMA)[1], optimizer, MIRROR, N, tracked=False, measure_influence=True)
 
 
 def vote(gradient, direction) -> float:
@@ -592,7 +592,7 @@ def test_influence_is_finite_where_adam_has_no_past():
     targets = lora.resolve_targets(LLAMA, "all-linear")
     adapter, optimizer = lora.init_adapter(LLAMA, jax.random.key(0), 3, targets), optax.adam(0.01)
     advance = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
-    state = step.init(adapter, optimizer, MIRROR, N, tracked=False, influence=True)
+    state = step.init(adapter, optimizer, MIRROR, N, tracked=False, measure_influence=True)
     after, _ = advance(model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
     assert np.isfinite(after.selector.logits).all() and np.ptp(after.selector.logits) > 0.1
 
@@ -845,7 +845,7 @@ def test_equation_7_takes_the_means_of_masked_and_of_other_rows_apart(rule, opti
     slope = jax.grad(penalty)(jnp.array(OMEGA)) if rule == "bds" else OMEGA + costs(theta)
     selector = Selector(rule, optimizer, ALPHA, baseline="none")
     batch = packing.pack_step([*upper, *lower], N, N, ROOM)
-    batch = batch._replace(factor=np.append(online.row_factors(masked), np.float32(1))[batch.row_index])
+    batch = batch._replace(row_factor=np.append(online.row_factors(masked), np.float32(1))[batch.row_index])
     advance = compiled(LLAMA, Objective(response_weight="none"), selector)
     after, metrics = advance(model(LLAMA)[0], begin(LLAMA, selector), batch, Scales(1.0, GAMMA))
     assert_close(after.policy.adapter, theta)

@@ -527,10 +527,10 @@ def test_entries_have_the_factors_of_equation_7(levels):
     drawn = [batches.make_batch(config, level["upper"], level["lower"], layout, k, store).batch for k in range(STEPS)]
     for batch in drawn:
         expected = [1 if i == num_rows else num_rows / 3 if i < 3 else num_rows / (num_rows - 3) for i in batch.row_index]
-        np.testing.assert_allclose(batch.factor, expected, rtol=1e-6)
+        np.testing.assert_allclose(batch.row_factor, expected, rtol=1e-6)
     assert {i < 3 for batch in drawn for i in batch.row_index} == {True, False}
     for changes in ({"method": "online"}, {"method": "offline", "online.normalization": "eq7"}):
-        assert batches.make_batch(levels(changes)[0], level["upper"], level["lower"], layout, 0, store).batch.factor is None
+        assert batches.make_batch(levels(changes)[0], level["upper"], level["lower"], layout, 0, store).batch.row_factor is None
 
 
 @pytest.mark.parametrize("seed", [0, 1])

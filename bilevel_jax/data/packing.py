@@ -80,7 +80,7 @@ class Batch(NamedTuple):
     num_lower_micro: Array  # [] int32, micro-batches [0, num_lower_micro) hold every lower-level row
     first_upper_micro: Array  # [] int32, micro-batches from here on hold every upper-level row
     num_lower: Array  # [] float32, number of lower-level rows B
-    factor: Array | None = None  # [E] float32, of each entry's row, see `online.row_factors`; None for 1
+    row_factor: Array | None = None  # [E] float32, of each entry's row, see `online.row_factors`; None for 1
 
 
 class Layout(NamedTuple):

@@ -2,11 +2,11 @@
 
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 --refined --format=...]
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl --resampled [--seed=0]
-    python -m bilevel_jax.export --workdir=DIR --score-new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
+    python -m bilevel_jax.export --workdir=DIR --score_new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
 `--selected` writes the heaviest rows and a card, FILE.card.md. `--drop_implausible` leaves out the rows with the least likely
-responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score-new` ranks rows that the run
+responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score_new` ranks rows that the run
 never saw, and needs `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one
 model directory.
 """
@@ -32,10 +32,11 @@ DROP_IMPLAUSIBLE = flags.DEFINE_float(
     flag_values=FLAGS,
 )
 SCORE_NEW = flags.DEFINE_string(
-    "score-new", None, "Files with new rows to rank and select, instead of the training rows.", flag_values=FLAGS
+    "score_new", None, "Files with new rows to rank and select, instead of the training rows.", flag_values=FLAGS
 )
+flags.DEFINE_alias("score-new", "score_new", flag_values=FLAGS)  # its former name
 COLUMNS = flags.DEFINE_string(
-    "columns", None, "Other names of columns in --score-new: question:query; by default data.columns of the run.", flag_values=FLAGS
+    "columns", None, "Other names of columns in --score_new: question:query; by default data.columns of the run.", flag_values=FLAGS
 )
 REFINED = flags.DEFINE_bool("refined", False, "Use the latest generated responses of masked rows.", flag_values=FLAGS)
 FORMAT = flags.DEFINE_enum(
@@ -57,21 +58,21 @@ def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    of_selected = ("keep", "drop_implausible", "score-new", "refined", "resampled", "format")
+    of_selected = ("keep", "drop_implausible", "score_new", "refined", "resampled", "format")
     for required, names in ((SELECTED, of_selected), (RESAMPLED, ("seed",)), (MERGED, ("dtype",))):
         given = [name for name in names if FLAGS[name].present]
         if given and not required.value:
             raise ValueError(f"--{given[0]} goes with --{required.name}")
     if SCORE_NEW.value and REFINED.value:
-        raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score-new")
+        raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score_new")
     if SCORE_NEW.value and DROP_IMPLAUSIBLE.value:
-        raise ValueError("--drop_implausible has no numbers for rows that the run never saw; remove it or --score-new")
+        raise ValueError("--drop_implausible has no numbers for rows that the run never saw; remove it or --score_new")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
     if not 0 <= DROP_IMPLAUSIBLE.value < 1:
         raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
     if FLAGS["columns"].present and not SCORE_NEW.value:
-        raise ValueError("--columns goes with --score-new")
+        raise ValueError("--columns goes with --score_new")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--selected={SELECTED.value} must end in .jsonl or .parquet")
 
@@ -100,7 +101,7 @@ def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
             shown, more = list(logits)[:MAX_SOURCES], len(logits) - MAX_SOURCES
             sources = ", ".join(f"{source!r:.80}" for source in shown) + (f" and {more} others" if more > 0 else "")
             where = data_rows.location(file, row.line)
-            raise ValueError(f"--score-new: {where}: source {row.source!r:.80} is none of those of {workdir}: {sources}")
+            raise ValueError(f"--score_new: {where}: source {row.source!r:.80} is none of those of {workdir}: {sources}")
     return [logits[row.source] for row in rows]
 
 
@@ -117,7 +118,7 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     by_domain = config.selection.get("unit", "sample") == "domain"
     if not by_domain and config.selection.get("parameterization", "table") != "features":
         raise ValueError(
-            f"--score-new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
+            f"--score_new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))

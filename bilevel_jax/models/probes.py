@@ -4,7 +4,7 @@ A probe is an input of a projection, one number for each token. It changes nothi
 its derivative is of interest. With g_t the derivative of the loss in the output of a projection y = x W + x A B at token t, that of
 the token's probe is the inner product of what the token adds to the gradient of A and B with a direction (A', B'):
 
-    g_t · (x_t A' B + x_t A B') = (g_t Bᵀ) · (x_t A') + (g_t B'ᵀ) · (x_t A)                   (1)
+    g_t · (x_t A' B + x_t A B') = (g_t Bᵀ) · (x_t A') + (g_t B'ᵀ) · (x_t A)                  (P1)
 
 All products have the rank of the adapter, so they cost about as much as its forward pass. Where all weights are learned, it is
 g_t · (x_t W'), and costs as much as the forward pass of the projection.
@@ -13,7 +13,7 @@ Tokens of different rows do not attend to each other. So the sum over the tokens
 the row's loss in A and B with the direction, although no gradient of a single row is computed. (The ghost dot-product of Wang et
 al. 2024, "Data Shapley in One Training Run", with a direction in place of a second batch.)
 
-Axes: T tokens, E rows, I input and O output width of a projection, r rank, N layers with an adapter.
+Axes: r is the rank of the adapter; see `bilevel_jax` for the others.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def _by_token(x_TxC, y_TxC) -> jax.Array:
 
 @jax.custom_vjp
 def of_adapter(update_TxO, probe_T, x_TxI, reduced_Txr, b_rxO, direction_a_Ixr, direction_b_rxO) -> jax.Array:
-    """`update_TxO`, which is x A B. The derivative in `probe_T` is (1).
+    """`update_TxO`, which is x A B. The derivative in `probe_T` is (P1).
 
     Args:
       x_TxI, reduced_Txr, b_rxO: x, x A and B.
@@ -88,11 +88,11 @@ def along(direction) -> dict:
     return jax.tree.map(lambda leaf: leaf / jnp.maximum(length, jnp.finfo(jnp.float32).tiny), layers)
 
 
-def zeros(directions: dict, rows: int) -> dict:
-    """A probe for each row in each projection: module -> name -> zeros [N, E]."""
+def zeros(directions: dict, num_entries: int) -> dict:
+    """Probes for E entries: module -> name -> zeros [Y, E] float32."""
 
     def of_projection(leaves):
-        return jnp.zeros((jax.tree.leaves(leaves)[0].shape[0], rows))
+        return jnp.zeros((jax.tree.leaves(leaves)[0].shape[0], num_entries))
 
     return {module: {name: of_projection(leaves) for name, leaves in weights.items()} for module, weights in directions.items()}
 
@@ -103,7 +103,7 @@ def attach(adapter, directions: dict, probes: dict) -> dict:
     Args:
       adapter: that of a forward pass without; None where all weights are learned.
       directions: from `along`.
-      probes: of the tokens, module -> name -> [N, T].
+      probes: of the tokens, module -> name -> [Y, T].
     """
     layers = {}
     for module, weights in directions.items():

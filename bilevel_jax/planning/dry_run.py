@@ -121,7 +121,7 @@ def rows_text(config: configuration.Config, setup: setups.Setup) -> str:
 
 def num_tokens(config: configuration.Config, setup: setups.Setup, num_steps: int) -> dict[str, float]:
     """Tokens that training reads of each level that it uses. Generated responses count as those of the data."""
-    used = configuration.levels(config)
+    used = configuration.used_levels(config)
     tokens = {
         "upper": sequences.sizes(setup.upper.examples).mean() * config.batch.size * num_steps,
         "lower": float(sequences.sizes(setup.lower.examples).sum() * config.num_epochs),

@@ -109,7 +109,7 @@ class StepLog:
 
     def _write(self, done: int, weights: dict) -> None:
         seconds = time.perf_counter() - self._since
-        levels = configuration.levels(self._config)
+        levels = configuration.used_levels(self._config)
         unused = [f"{level}_loss" for level in ("upper", "lower") if level not in levels]
         values = {f"train/{key}": total / self._steps for key, total in self._sums.items() if key not in unused}
         values["train/rho"] = configuration.rho(self._config, (done - 1) // self._epoch_steps)

@@ -39,7 +39,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         select = selector.Selector(rule=rule, token_learning_rate=token_rate)
         influence = variant.cost == "influence"
         states[name] = step.init(
-            adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked", influence=influence
+            adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked", measure_influence=influence
         )
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))

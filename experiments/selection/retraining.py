@@ -120,7 +120,7 @@ class Bed:
             objective = dataclasses.replace(self.objective, cost=cost, value_function=value_function)
             self._selects[key] = jax.jit(step.make_step(self.setup.model, objective, selector, self.optimizer))
         tracked = value_function == "tracked"
-        state = step.init(self.setup.adapter, self.optimizer, selector, self.N, tracked, influence=influence)
+        state = step.init(self.setup.adapter, self.optimizer, selector, self.N, tracked, measure_influence=influence)
         for batch, scales in zip(self.order(seed, separate=influence), self.scales):
             state, _ = self._selects[key](self.setup.base, state, batch, scales)
         self._selected[*key, seed] = state

@@ -64,7 +64,7 @@ def test_score_new(amortised, data, tmp_path):
     long = rows[0] | {"question": "very " * 200}
     new = write_jsonl(tmp_path / "new.jsonl", [long, *rows[::-1]])
     out = tmp_path / "ranked.jsonl"
-    arguments = f"--workdir={amortised}", f"--score-new={new}", f"--selected={out}"
+    arguments = f"--workdir={amortised}", f"--score-new={new}", f"--selected={out}"  # the former name
     printed = command(*arguments, "--keep=1")
     assert f"{NUM_LOWER} of {NUM_LOWER} rows kept" in printed and "question over 96 tokens (first: " in printed
     ranked = read_jsonl(out)
@@ -88,18 +88,18 @@ def test_score_new_by_source(by_source, tmp_path):
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
     objects = [{"question": f"{name}?", "response": "yes", "source": name} for name in logits]
     new, out = write_jsonl(tmp_path / "new.jsonl", objects), tmp_path / "ranked.jsonl"
-    command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+    command(f"--workdir={workdir}", f"--score_new={new}", f"--selected={out}", "--keep=1")
     result = {row["source"]: row["weight"] for row in read_jsonl(out)}
     expected = np.exp([*logits.values()])
     np.testing.assert_allclose([result[name] for name in logits], len(logits) * expected / expected.sum(), rtol=1e-5)
 
     renamed = [{"query": row["question"], "response": row["response"], "source": row["source"]} for row in objects]
-    command(f"--workdir={workdir}", f"--score-new={write_jsonl(new, renamed)}", f"--selected={out}", "--columns=question:query")
+    command(f"--workdir={workdir}", f"--score_new={write_jsonl(new, renamed)}", f"--selected={out}", "--columns=question:query")
     assert {row["question"] for row in read_jsonl(out)} < {row["question"] for row in objects}
 
     write_jsonl(new, [*objects, {"question": "q", "response": "r", "source": "elsewhere"}])
     with pytest.raises(ValueError, match=f"new.jsonl:{len(objects) + 1}: source 'elsewhere' is none of those of"):
-        command(f"--workdir={workdir}", f"--score-new={new}", f"--selected={out}", "--keep=1")
+        command(f"--workdir={workdir}", f"--score_new={new}", f"--selected={out}", "--keep=1")
 
 
 def test_jsonl_and_parquet(finished, data, tmp_path):
@@ -370,16 +370,16 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
         (["--selected=kept.jsonl", "--drop_implausible=-0.1"], "--drop_implausible=-0.1 must be in"),
         (["--selected=kept.jsonl", "--drop_implausible=nan"], "--drop_implausible=nan must be in"),
         (["--merged=m", "--drop_implausible=0.1"], "--drop_implausible goes with --selected"),
-        (["--selected=kept.jsonl", "--score-new=new.jsonl", "--drop_implausible=0.1"], "--drop_implausible has no numbers"),
+        (["--selected=kept.jsonl", "--score_new=new.jsonl", "--drop_implausible=0.1"], "--drop_implausible has no numbers"),
         ([], "--selected=FILE.jsonl, --merged=DIR or both"),
         (["--merged=m", "--resampled"], "--resampled goes with --selected"),
         (["--selected=kept.jsonl", "--seed=1"], "--seed goes with --resampled"),
         (["--merged=m", "--refined"], "--refined goes with --selected"),
-        (["--selected=kept.jsonl", "--columns=question:query"], "--columns goes with --score-new"),
+        (["--selected=kept.jsonl", "--columns=question:query"], "--columns goes with --score_new"),
         (["--selected=kept.jsonl", "--dtype=bfloat16"], "--dtype goes with --merged"),
-        (["--merged=m", "--score-new=new.jsonl"], "--score-new goes with --selected"),
-        (["--selected=kept.jsonl", "--score-new=new.jsonl", "--refined"], "never saw"),
-        (["--selected=kept.jsonl", "--score-new=new.jsonl"], "selection.parameterization=features"),
+        (["--merged=m", "--score_new=new.jsonl"], "--score_new goes with --selected"),
+        (["--selected=kept.jsonl", "--score_new=new.jsonl", "--refined"], "never saw"),
+        (["--selected=kept.jsonl", "--score_new=new.jsonl"], "selection.parameterization=features"),
     ],
 )
 def test_refuses_flags(finished, arguments, reason):
