@@ -190,6 +190,9 @@ def _check_parts(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"optimizer.{error}") from error
     try:
+        if config.method == "mixing":  # it reads nothing of `selection`; unknown values are refused nevertheless
+            selecting = dataclasses.replace(config, method="offline")
+            configuration.to_objective(selecting), configuration.to_selector(selecting)
         objective.check_combination(configuration.to_objective(config), configuration.to_selector(config))
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -12,6 +12,7 @@ import ml_collections
 import optax
 
 from bilevel_jax import objective, optimizer, preferences, selector
+from bilevel_jax.data import shuffle
 
 ONLINE = ("online", "dynamic")
 METHODS = ("mixing", "offline", *ONLINE)
@@ -350,6 +351,11 @@ def profiled_steps(config: Config) -> tuple[int, int] | None:
     if not match or int(match[1]) >= int(match[2]):
         raise ConfigError(f"log.profile={config.log.profile!r} must be START:STOP, steps counted from 0, START before STOP")
     return int(match[1]), int(match[2])
+
+
+def num_steps(config: Config, num_rows: int) -> int:
+    """Steps of a run with `num_rows` rows of the lower level."""
+    return config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size)
 
 
 def used_levels(config: Config) -> tuple[str, ...]:

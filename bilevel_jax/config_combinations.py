@@ -143,6 +143,10 @@ def _check_selection(config: Config) -> None:
         built.rule != "metagradient" or (config.method == "offline" and config.loss.upper == config.loss.lower == "sft"),
         "selection.rule=metagradient differentiates whole runs on given responses; take method=offline, loss.upper=loss.lower=sft",
     )
+    require(
+        built.frozen or s.cost == "loss" or s.coefficient_at == "next",
+        f"selection.coefficient_at={s.coefficient_at} has no effect with selection.cost={s.cost}; take selection.cost=loss or next",
+    )
     if built.frozen:
         without_effect = {
             "selection.value_function=tracked": s.value_function != "zero",

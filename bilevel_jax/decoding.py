@@ -180,7 +180,7 @@ def make_weights(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> C
 
     @jax.jit
     def merged(base, adapter):
-        base = kv_cache.split_layers(lora.merge_adapter(config, base, adapter), config)
+        base = kv_cache.split_layers(lora.merge_adapter(config, base, adapter))
         return jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
 
     @jax.jit

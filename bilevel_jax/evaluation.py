@@ -15,10 +15,14 @@ from bilevel_jax.errors import REMEDY, RunError
 from bilevel_jax.runtime import metrics
 
 
+def pair_segments(examples: Sequence[templates.Example]) -> list[packing.Segment]:
+    """The segments of pairs, the chosen response of each before the rejected one."""
+    return [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
+
+
 def pair_log_probs(score: Callable, base, adapter, examples: Sequence[templates.Example], description: str) -> np.ndarray:
     """Log-probabilities [n, 2] of chosen and rejected responses. Without an adapter (None) it is DPO's reference model."""
-    segments = [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
-    nll, *_ = score(base, adapter, segments, description)
+    nll, *_ = score(base, adapter, pair_segments(examples), description)
     return -nll.reshape(-1, 2)
 
 
@@ -49,7 +53,9 @@ def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Le
 
 
 def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
-    """`eval/NAME_loss`, the mean ℓ of held-out rows; of pairs, also `eval/NAME_pair_accuracy`, ties counted half.
+    """`eval/NAME_loss`, the mean ℓ of held-out rows (of pairs, of the chosen responses), and `eval/NAME_pair_accuracy` of pairs.
+
+    The accuracy counts ties half.
 
     Where the data say what right responses are, also `eval/NAME_right`, the share of the questions to which greedy decoding gives
     exactly that response.
@@ -59,14 +65,17 @@ def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
     """
     values = {}
     for name, examples in rows.examples.items():
-        if examples:
-            nll, length, right = score(base, adapter, scoring.example_segments(examples), f"evaluating {name}")
-            values[f"eval/{name}_loss"] = scoring.mean_loss(nll, length)
-            if name != "lower" and rows.examples["lower_clean"]:
-                values[f"eval/{name}_right"] = float(np.mean(right))
-        if examples and name in rows.references:
-            log_prob = pair_log_probs(score, base, adapter, examples, f"evaluating pairs of {name}")
-            margin = (log_prob - rows.references[name]) @ [1, -1]
+        if not examples:
+            continue
+        are_pairs = name in rows.references
+        segments = pair_segments(examples) if are_pairs else scoring.example_segments(examples)
+        nll, length, right = score(base, adapter, segments, f"evaluating {name}")
+        chosen = slice(None, None, 2 if are_pairs else 1)
+        values[f"eval/{name}_loss"] = scoring.mean_loss(nll[chosen], length[chosen])
+        if name != "lower" and rows.examples["lower_clean"]:
+            values[f"eval/{name}_right"] = float(np.mean(right[chosen]))
+        if are_pairs:
+            margin = (-nll.reshape(-1, 2) - rows.references[name]) @ [1, -1]
             values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
     return values
 

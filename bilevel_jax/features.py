@@ -19,6 +19,7 @@ No feature uses labels. φ learns from (10b) or (47) of the paper how much each 
 """
 
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ import scipy.optimize
 
 from bilevel_jax import errors, files, forward, scoring, sharding
 from bilevel_jax.data import packing, templates
-from bilevel_jax.models import model_config
+from bilevel_jax.models import decoder, layers, model_config
 
 FILE, PARAMS_FILE = "features.npz", "phi.npy"  # in the workdir: the encoder with the features of all rows, and φ at the end
 WIDTH = 64  # d
@@ -55,20 +56,22 @@ OLD_NAMES = {  # of encoder fields, in files of earlier versions
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def lower_half(config: model_config.ModelConfig, base) -> tuple[model_config.ModelConfig, dict]:
-    """The decoder without the upper half of its layers, which the features do not use."""
+def middle_states(config: model_config.ModelConfig, base, packed: packing.Packed, m) -> jax.Array:
+    """Hidden states [T, D] of micro-batch m after half of the layers and the final norm. No part of the base is copied."""
     number = -(-config.num_layers // 2)
-    layers = jax.tree.map(lambda stack: stack[:number], base["layers"])
-    return dataclasses.replace(config, num_layers=number), base | {"layers": layers}
+    half = dataclasses.replace(config, num_layers=number)
+    hidden_SxLxD = decoder.enter(half, base, number, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
+    hidden_TxD = layers.norm(config, None).apply({"params": base["norm"]}, hidden_SxLxD.reshape(-1, config.hidden_size))
+    return layers.scaled(hidden_TxD, 1 / config.logit_divisor)
 
 
 def entry_means(config: model_config.ModelConfig, base, packed: packing.Packed) -> jax.Array:
-    """Mean hidden states of the prompt and of the response of every entry, [E, 2, D] float32; 0 without such tokens."""
+    """Means of `middle_states` of the prompt and of the response of every entry, [E, 2, D] float32; 0 without such tokens."""
     E, (S, L) = packed.length.shape[0], packed.tokens.shape[1:]
 
     def add(m, sums):
         total_Ex2xD, count_Ex2 = sums
-        hidden_TxD = forward.hidden_states(config, base, None, packed, m).astype(jnp.float32)
+        hidden_TxD = middle_states(config, base, packed, m).astype(jnp.float32)
         response_token_P = packed.logit_index[m] + 1  # the flat index of the target itself; above T - 1 for padding
         is_response_T = jnp.zeros(S * L, jnp.int32).at[response_token_P].set(1, mode="drop")
         slot_T = 2 * forward.token_entries(packed, m) + is_response_T
@@ -87,18 +90,17 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 def pooled(
     config: model_config.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
 ) -> np.ndarray:
-    """`entry_means` of rows after half of the layers, [n, 2, D] float32, in the order of the rows.
+    """`entry_means` of rows, [n, 2, D] float32, in the order of the rows.
 
     They take 8·D bytes of host memory per row until the features are computed.
 
     Args:
       sequences, max_length: see `scoring.batches`.
     """
-    config, base = lower_half(config, base)
     means_nx2xD = np.zeros((len(examples), 2, config.hidden_size), np.float32)
-    for indices, packed in scoring.batches(scoring.example_segments(examples), sequences, max_length, mesh, "features"):
-        with jax.set_mesh(mesh):
-            means_nx2xD[indices] = np.asarray(_entry_means(config, base, packed))[: len(indices)]
+    program, segments = functools.partial(_entry_means, config, base), scoring.example_segments(examples)
+    for indices, _, means in scoring.results(program, segments, sequences, max_length, mesh, "features"):
+        means_nx2xD[indices] = np.asarray(means)[: len(indices)]
     return means_nx2xD
 
 

@@ -13,7 +13,7 @@ Generated responses are replaced at each refresh and are computed at each visit.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class FrozenLayers:
     num_layers: int  # below the first adapter
     mesh: jax.sharding.Mesh
     store: state_store.StateStore | None  # None: nothing is kept
+    buffer: list[jax.Array] = dataclasses.field(default_factory=list)  # `entering` of the latest batch of `put_batch`, if any
 
     def states_of(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The states [size, D] of segments, in their order."""
@@ -130,6 +131,30 @@ class FrozenLayers:
             if index is not None:
                 by_sequence[index] = states
         return with_states(batch, entering)
+
+    def put_batch(self, batch: packing.Batch, slots: np.ndarray) -> packing.Batch:
+        """The batch of `fill` on the devices. It takes the memory of `entering` from the batch before, which cannot be used again.
+
+        Only micro-batches in use are sent. The others have states of earlier batches, which no step reads.
+
+        Args:
+          batch, slots: see `fill`.
+        """
+        states = self.fill(batch, slots).packed.entering
+        target = sharding.shardings(self.mesh, states, None, "rows")
+        on_devices = self.buffer.pop() if self.buffer else jnp.zeros(states.shape, states.dtype, device=target)
+        for m in range(int(batch.packed.num_micro)):
+            micro = sharding.device_put(states[m], sharding.shardings(self.mesh, states[m], "rows"))
+            on_devices = _overwriting(target)(on_devices, micro, np.int32(m))
+        self.buffer.append(on_devices)
+        return with_states(sharding.split_batch(batch, self.mesh), on_devices)
+
+
+@functools.cache
+def _overwriting(target: jax.sharding.NamedSharding) -> Callable:
+    """The jitted function that overwrites micro-batch m of `entering` in place."""
+    overwrite = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(overwrite, donate_argnums=0, out_shardings=target)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax.data import readers
+from bilevel_jax.data.prepared import sequences
 from bilevel_jax.data.rows import DataError, Row
 from bilevel_jax.runtime import weight_table
 
@@ -51,7 +52,7 @@ def read(source: str, rows: Sequence[Row]) -> Given:
     else:
         given = _weights(_read_table(pathlib.Path(source), prefix), prefix)
         missing = f"none of its {len(given)} ids belongs to a training row; it is about other data"
-    weights = np.array([given.get(row.id, math.nan) for row in rows])
+    weights = np.array([given.get(row_id, math.nan) for row_id in sequences.ids(rows)])
     matched = ~np.isnan(weights)
     if not matched.any():
         raise DataError(f"{prefix}: {missing}")

@@ -134,7 +134,7 @@ def metagradient(
 
     Args:
       replay: compiled, from `make_replay`, with the base as its first argument already given.
-      past: of each step, the learner before it, its batch and its scales.
+      past: of each step, the learner before it, its batch and its scales; what is not on the devices is sent when it is used.
       weight_N: w.
       final: ∇L0(θ^T).
       description: of the progress bar.

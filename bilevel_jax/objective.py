@@ -126,7 +126,7 @@ def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m
     log_ratio_E = -nll_E - batch.reference
     if kind == "ipo":
         log_ratio_E = losses.row_losses(log_ratio_E, batch.packed.length, objective.reduction)
-    margin_J, _ = preferences.pairs(log_ratio_E, batch.sign, batch.share, batch.group)
+    margin_J = preferences.margins(log_ratio_E, batch.sign, batch.group)
     paired_E = batch.sign != 0
     if m is not None:
         # By pair: a response of one token without a question has no target, and its pair still has a loss.

@@ -33,21 +33,15 @@ RANKED = ("rwr", "reinforce")  # likelihoods of all G responses, weighted by the
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
-    """Margin (R1) and share of every pair.
+def margins(log_ratio_E, sign_E, group_E) -> jax.Array:
+    """Margin (R1) of every pair, [J]. The pair of group p has index p; 0 where there is no pair.
 
     Args:
       log_ratio_E: log π - log π_ref of each response, summed over tokens (or averaged, to weight long and short pairs equally).
       sign_E: +1 chosen, -1 rejected, 0 otherwise.
-      share_E: weight of the entry's pair in the mean.
       group_E: the pair of each entry; E for none.
-
-    Returns:
-      margin [J] and share [J]; the pair of group p has index p, and both are 0 where there is no pair.
     """
-    E = log_ratio_E.shape[0]
-    margin_J = jax.ops.segment_sum(sign_E * log_ratio_E, group_E, num_segments=E)
-    return margin_J, jax.ops.segment_sum(jnp.where(sign_E > 0, share_E, 0.0), group_E, num_segments=E)
+    return jax.ops.segment_sum(sign_E * log_ratio_E, group_E, num_segments=log_ratio_E.shape[0])
 
 
 def pair_losses(kind: str, margin_J: jax.Array, beta: float) -> jax.Array:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bilevel_jax import errors
+from bilevel_jax import errors, progress
 from bilevel_jax.data import limits
 from bilevel_jax.data import rows as data_rows
 
@@ -130,12 +130,11 @@ def classifier(directory: pathlib.Path) -> Reward:
 
     def reward(questions, responses, truths) -> list[float]:
         import torch
-        import tqdm
 
         values: list[float] = []
         pairs = [texts(*pair) for pair in zip(questions, responses)]
         options = {"padding": True, "truncation": True, "return_tensors": "pt", "add_special_tokens": not tokenizer.chat_template}
-        with torch.inference_mode(), tqdm.tqdm(total=len(pairs), desc="rewards", unit="row", delay=2, leave=False) as bar:
+        with torch.inference_mode(), progress.bar(total=len(pairs), desc="rewards", unit="row") as bar:
             for first in range(0, len(pairs), BATCH):
                 part = pairs[first : first + BATCH]
                 values += model(**tokenizer(*(list(side) for side in zip(*part)), **options)).logits[:, 0].tolist()

@@ -27,6 +27,7 @@ SHORTEST_PREFILL = 32  # padded prompt lengths are this times a power of 2
 STEPS = 256  # maximum number of tokens per slot before the host updates the progress bar and checks for a signal
 STEPS_TO_STOP = 16  # the same where the host searches for stop strings
 FREE_SHARE = 8  # new prompts start when one in this many slots is free
+NUM_SAMPLERS = 32  # samplers of a process whose compiled programs are cached
 
 
 class Response(NamedTuple):
@@ -93,7 +94,7 @@ class Sampler:
     max_new_tokens: int
     mesh: jax.sharding.Mesh
     shardings: Slots
-    detokenize: Callable[[Sequence[int]], str] | None
+    detokenize: Callable[[Sequence[int]], str] | None  # None in what `jit_functions` returns
     init: Callable  # () -> Slots
     weights: Callable  # (base, adapter) -> weights of `decode`
     prefill: Callable  # (base, adapter, tokens) -> prefilled
@@ -254,7 +255,7 @@ def make_sampler(
     """Builds `sample(base, adapter, prompts, keys, description="sampling", stopped=...) -> [[Response] * G] * n`.
 
     `prompts` are int32 token ids, in any order and of any length, none empty. `keys` is [n, G, 2], from `row_keys`. The sampler
-    calls `stopped()` regularly; if it returns True, the result is None. Compiled programs are cached between calls.
+    calls `stopped()` regularly; if it returns True, the result is None. Samplers with equal arguments share compiled programs.
 
     Args:
       config: of base and adapter.
@@ -271,20 +272,16 @@ def make_sampler(
     """
     if settings.stop and not detokenize:
         raise ValueError("stop strings need a tokenizer")
-    return functools.partial(_sample, jit_functions(config, settings, eos, slots, length, mesh, detokenize))
+    compiled_for = dataclasses.replace(settings, stop=())  # the host searches for stop strings
+    sampler = jit_functions(config, compiled_for, tuple(int(token) for token in eos), slots, length, mesh)
+    return functools.partial(_sample, dataclasses.replace(sampler, settings=settings, detokenize=detokenize))
 
 
+@functools.lru_cache(maxsize=NUM_SAMPLERS)
 def jit_functions(
-    config: model_config.ModelConfig,
-    settings: Settings,
-    eos: Sequence[int],
-    slots: int,
-    length: int,
-    mesh: jax.sharding.Mesh,
-    detokenize: Callable[[Sequence[int]], str] | None = None,
+    config: model_config.ModelConfig, settings: Settings, eos: tuple[int, ...], slots: int, length: int, mesh: jax.sharding.Mesh
 ) -> Sampler:
-    """The jitted functions of a sampler; arguments as of `make_sampler`."""
-    eos = tuple(int(token) for token in eos)
+    """The jitted functions of a sampler; arguments as of `make_sampler`. Equal arguments give the same functions."""
     max_new_tokens = min(settings.max_new_tokens, length - 1)
     init = functools.partial(decoding.init_slots, config, slots, length, max_new_tokens)
     shardings = decoding.slot_shardings(mesh, jax.eval_shape(init))
@@ -297,7 +294,7 @@ def jit_functions(
         max_new_tokens=max_new_tokens,
         mesh=mesh,
         shardings=shardings,
-        detokenize=detokenize,
+        detokenize=None,
         init=jax.jit(init, out_shardings=shardings),
         weights=decoding.make_weights(config, mesh),
         prefill=jax.jit(functools.partial(decoding.prefill, config)),

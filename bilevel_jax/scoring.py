@@ -1,7 +1,8 @@
 """Losses of given responses under a model, for evaluation, scoring and reference log-probabilities."""
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,18 +37,17 @@ def _replicated(tree):
     return jax.tree.map(sharding.constrain, tree)
 
 
-def batches(segments: Sequence[packing.Segment], sequences: int, max_length: int, mesh: jax.sharding.Mesh, description: str):
+def host_batches(segments: Sequence[packing.Segment], sequences: int, max_length: int, description: str) -> Iterator:
     """Packs segments into batches of a few shapes, by length, so that long segments do not add padding to short ones.
 
     Args:
       segments: in any order.
       sequences: number of packed sequences in a micro-batch.
       max_length: maximum number of tokens of a segment.
-      mesh: the sequences are sharded over its `data` and `fsdp` axes.
       description: of the progress bar.
 
     Yields:
-      (indices, packed): the indices of some segments, and these segments packed, on the devices. Every segment is in one batch.
+      (indices, packed): the indices of some segments, and these segments packed, on the host. Every segment is in one batch.
     """
     shapes: dict[int, list[int]] = {}
     for i, segment in enumerate(segments):
@@ -57,14 +57,54 @@ def batches(segments: Sequence[packing.Segment], sequences: int, max_length: int
             layout = packing.Layout(sequences, length, ENTRIES)
             for first in range(0, len(members), ENTRIES):
                 part = members[first : first + ENTRIES]
-                yield part, sharding.split_batch(packing.pack([segments[i] for i in part], layout), mesh)
+                yield part, packing.pack([segments[i] for i in part], layout)
                 bar.update(len(part))
 
 
+def batches(
+    segments: Sequence[packing.Segment], sequences: int, max_length: int, mesh: jax.sharding.Mesh, description: str
+) -> Iterator:
+    """The batches of `host_batches`, on the devices.
+
+    Args:
+      segments, sequences, max_length, description: see `host_batches`.
+      mesh: the sequences are sharded over its `data` and `fsdp` axes.
+    """
+    for indices, packed in host_batches(segments, sequences, max_length, description):
+        yield indices, sharding.split_batch(packed, mesh)
+
+
+def results(
+    program: Callable,
+    segments: Sequence[packing.Segment],
+    sequences: int,
+    max_length: int,
+    mesh: jax.sharding.Mesh,
+    description: str,
+) -> Iterator:
+    """Runs a program over segments. The device computes a batch while the host packs the next one and reads the one before.
+
+    Args:
+      program: jitted, `packed -> result`.
+      segments, sequences, max_length, mesh, description: see `batches`.
+
+    Yields:
+      (indices, packed, result): of each batch, with `packed` on the host and `result` on the devices.
+    """
+
+    def dispatched():
+        for indices, packed in host_batches(segments, sequences, max_length, description):
+            on_devices = sharding.split_batch(packed, mesh)
+            with jax.set_mesh(mesh):
+                result = program(on_devices)
+            yield indices, packed, result
+
+    for of_batch, _ in itertools.pairwise(itertools.chain(dispatched(), [None])):
+        yield of_batch
+
+
 # Module-level, so that all scorers of a process share one cache of compiled programs.
-_entry_nll = jax.jit(
-    lambda *batch: _replicated(forward.entry_nll(*batch)), static_argnums=0
-)  # one cache for all scorers of a process
+_entry_nll = jax.jit(lambda *batch: (_replicated(forward.entry_nll(*batch)),), static_argnums=0)
 _entry_scores = jax.jit(lambda *batch: _replicated(entry_scores(*batch)), static_argnums=0)
 
 
@@ -85,13 +125,11 @@ def make_scorer(
     def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, ...]:
         _check_tokens(segments, config.vocab_size)
         nll, missed, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
-        for indices, packed in batches(segments, sequences, max_length, mesh, description):
-            with jax.set_mesh(mesh):
-                batch = config, base, adapter, packed
-                scores = _entry_scores(*batch) if greedy else (_entry_nll(*batch),)
+        program = functools.partial(_entry_scores if greedy else _entry_nll, config, base, adapter)
+        for indices, packed, scores in results(program, segments, sequences, max_length, mesh, description):
             for result, values in zip((nll, missed), scores):
                 result[indices] = np.asarray(values)[: len(indices)]
-            count[indices] = np.asarray(packed.length)[: len(indices)]
+            count[indices] = packed.length[: len(indices)]
         return (nll, count, missed == 0) if greedy else (nll, count)
 
     return score
@@ -127,10 +165,13 @@ def example_token_weights(
       sequences, max_length, mesh: see `batches`.
     """
     weights = [np.zeros(0, np.float32)] * len(examples)
-    for indices, packed in batches(example_segments(examples), sequences, max_length, mesh, "weights of tokens"):
-        with jax.set_mesh(mesh):
-            weight = np.asarray(_token_weights(config, base, adapter, packed, phi_2)).ravel()
-        entry = np.asarray(packed.entry).ravel()
+    segments = example_segments(examples)
+
+    def program(packed):
+        return _token_weights(config, base, adapter, packed, phi_2)
+
+    for indices, packed, weight_MxP in results(program, segments, sequences, max_length, mesh, "weights of tokens"):
+        weight, entry = np.asarray(weight_MxP).ravel(), packed.entry.ravel()
         order = np.argsort(entry, kind="stable")  # stable: the tokens of a response keep their order
         bounds = np.searchsorted(entry[order], np.arange(len(indices) + 1))
         for i, start, stop in zip(indices, bounds, bounds[1:]):

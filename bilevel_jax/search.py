@@ -17,7 +17,6 @@ derivative at a point says little about larger changes. So the learning rate fal
 """
 
 import dataclasses
-import functools
 import io
 import pathlib
 import zipfile
@@ -74,18 +73,18 @@ def _train(it: Iteration, state: step.State, j: int, keep: bool):
     """A run with frozen weights.
 
     Returns:
-      θ^T; with `keep`, of each step, the learner before it, its batch and its scales.
+      θ^T; with `keep`, of each step, the learner before it, its batch, both on the host, and its scales.
     """
     config, setup = dataclasses.replace(it.config, seed=it.config.seed + 1000 * (j + 1)), it.setup
     layout = it.program.layout
     epoch_steps = shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
     past, empty = [], online.empty(len(setup.lower.rows))
     for k in tqdm.trange(config.num_epochs * epoch_steps, desc=f"metagradient {j + 1}, training", unit="step", leave=False):
-        batch = sharding.split_batch(batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch, setup.mesh)
+        batch = batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch  # on the host
         scales = sharding.replicate(batches.level_scales(config, k // epoch_steps), setup.mesh)
         if keep:
             past.append((jax.tree.map(sharding.to_host, state.policy), batch, scales))
-        state, _ = it.train_step(setup.base, state, batch, scales, None)
+        state, _ = it.train_step(setup.base, state, sharding.split_batch(batch, setup.mesh), scales, None)
     return state.policy.adapter, past
 
 
@@ -99,10 +98,18 @@ def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int
     config, setup = it.config, it.setup
     shape = config.batch.micro_size, config.data.max_length, setup.mesh
     final = metagradient.mean_gradient(it.upper_gradient, setup.base, adapter, it.steering, *shape)
-    weights = sharding.replicate(len(logits) * np.asarray(jax.nn.softmax(logits)), setup.mesh)
+    weights = sharding.replicate(row_weights(config, logits), setup.mesh)
+
+    def replay(learner, weight_N, batch, scales, adjoint):
+        return it.replay(setup.base, learner, weight_N, sharding.split_batch(batch, setup.mesh), scales, adjoint)
+
     with jax.set_mesh(setup.mesh):
-        replay = functools.partial(it.replay, setup.base)
         return metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
+
+
+def row_weights(config: configuration.Config, logits: np.ndarray) -> np.ndarray:
+    """The weights w [N] that a step gives to rows with these logits."""
+    return configuration.to_selector(config).scale(len(logits)) * np.asarray(jax.nn.softmax(logits))
 
 
 def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:

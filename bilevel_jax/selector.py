@@ -32,6 +32,8 @@ MAX_SORTED = 1 << 16  # rows whose weights the devices sort
 
 
 class SelectorState(NamedTuple):
+    """The arrays of the selector, for N rows and A features."""
+
     logits: jax.Array  # [N] float32, ω; with features, X φ
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch

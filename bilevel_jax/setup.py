@@ -25,7 +25,7 @@ from bilevel_jax import (
     step,
 )
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, rendering, shuffle, templates, token_ids
+from bilevel_jax.data import levels, packing, rendering, templates, token_ids
 from bilevel_jax.models import huggingface, layer_range, layer_settings, lora, model_config
 from bilevel_jax.runtime import checkpoint, disk, phases, state_store
 from bilevel_jax.text import say
@@ -168,8 +168,9 @@ class Program:
 
     def put_batch(self, batch: batches.StepBatch, mesh: jax.sharding.Mesh) -> packing.Batch:
         """The batch on the devices, complete with what frozen layers make of its rows."""
-        filled = batch.batch if self.frozen_layers is None else self.frozen_layers.fill(batch.batch, batch.slots)
-        return sharding.split_batch(filled, mesh)
+        if self.frozen_layers is None:
+            return sharding.split_batch(batch.batch, mesh)
+        return self.frozen_layers.put_batch(batch.batch, batch.slots)
 
 
 def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
@@ -181,7 +182,7 @@ def with_references(level: levels.Level, loss: str, score: Callable, base) -> le
 
 def num_steps(config: configuration.Config, setup: Setup) -> int:
     """Steps of a run."""
-    return config.num_epochs * shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
+    return configuration.num_steps(config, len(setup.lower.rows))
 
 
 def checked_steps(config: configuration.Config, setup: Setup) -> int:
@@ -204,7 +205,7 @@ def make_optimizer(config: configuration.Config, setup: Setup) -> optax.Gradient
 def new_state(
     config: configuration.Config, adapter, num_rows: int, optimizer: optax.GradientTransformation, num_features: int
 ) -> step.State:
-    """The state before the first step, on the host."""
+    """The state before the first step."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     tracked = objective.value_function == "tracked"
     influence = step.measures_influence(objective, selector)
@@ -213,15 +214,25 @@ def new_state(
 
 def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
     """The state before the first step, on the devices, and its shardings."""
-    state = new_state(config, setup.adapter, len(setup.lower.rows), make_optimizer(config, setup), num_features)
-    shardings = sharding.state_shardings(setup.mesh, state, config.mesh.shard_selector)
-    return jax.tree.map(sharding.device_put, state, shardings), shardings
+
+    def build(adapter):
+        return new_state(config, adapter, len(setup.lower.rows), make_optimizer(config, setup), num_features)
+
+    shardings = sharding.state_shardings(setup.mesh, jax.eval_shape(build, setup.adapter), config.mesh.shard_selector)
+    adapter = jax.tree.map(sharding.device_put, setup.adapter, shardings.policy.adapter)
+    # Compiled: where all weights are learned, no process has the whole of them, and each device makes its own part of the rest.
+    return jax.jit(build, out_shardings=shardings)(adapter), shardings
+
+
+def without_adapter(setup: Setup) -> Setup:
+    """The setup with the shapes of the adapter alone: the state has a copy, and of all weights a second one would be large."""
+    return dataclasses.replace(setup, adapter=jax.eval_shape(lambda: setup.adapter))
 
 
 def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
     """The most bytes that the generated responses of one refresh take, all of maximum length."""
     max_new_tokens = min(config.online.max_new_tokens, config.data.max_length - 1)
-    masked, visited = int(config.online.ratio * num_rows), config.online.refresh_every * config.batch.size
+    masked, visited = online.num_masked(num_rows, config.online.ratio), config.online.refresh_every * config.batch.size
     answered = masked if config.online.generate == "all" else min(masked, visited)
     num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
     return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows

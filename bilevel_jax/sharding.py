@@ -9,9 +9,12 @@ XLA partitions the programs (GSPMD): inputs have a `NamedSharding`, and `constra
 inside a program. The same program runs on one device, where all axes have length 1.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -36,9 +39,30 @@ WEIGHTS = {  # dimensions of the matrices of the base, without the stack of laye
 SEQUENCES = ("tokens", "segment_ids", "positions", "entering")  # fields of `Packed` with shape [M, S, L, ...]
 
 
-def any_process(value: bool) -> bool:
-    """Whether `value` is true in any process of this run. Every process must call this function."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
+class AnyProcess:
+    """Whether a value is true in any process of this run. Every process must call it as often as the others.
+
+    With several processes a call starts an exchange, and returns the result of the one before. The devices compute an exchange
+    after the step that was dispatched before it: to wait for its result at once would leave them without work.
+    """
+
+    def __init__(self):
+        self._pending: jax.Array | None = None
+
+    def __call__(self, value: bool) -> bool:
+        if jax.process_count() == 1:
+            return value
+        pending = self._pending
+        mesh, reduce = _process_mesh()
+        self._pending = reduce(multihost_utils.host_local_array_to_global_array(np.array([value]), mesh, PartitionSpec("process")))
+        return pending is not None and bool(pending)
+
+
+@functools.cache
+def _process_mesh() -> tuple[Mesh, Callable]:
+    """All devices by their process, and the compiled `any` of an array with an element for each process."""
+    mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("process", "device"))
+    return mesh, jax.jit(jnp.any, out_shardings=replicated(mesh))
 
 
 def make_mesh(data: int, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -138,7 +162,9 @@ def state_shardings(mesh, state, shard_selector: bool):
 
 
 def device_put(x, target: NamedSharding) -> jax.Array:
-    """Puts an array on the devices. Every process has the full array and fills its own devices."""
+    """Puts an array on the devices. Every process has the full array and fills its own devices, or x has the target's sharding."""
+    if isinstance(x, jax.Array) and x.sharding == target:
+        return x
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
@@ -146,8 +172,14 @@ def device_put(x, target: NamedSharding) -> jax.Array:
 def to_host(array: jax.Array) -> np.ndarray:
     """The full array on the host. If the array is sharded, every process must call this function."""
     if not array.is_fully_replicated:
-        array = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
+        array = _gather(replicated(array.sharding.mesh))(array)
     return np.asarray(array)
+
+
+@functools.cache
+def _gather(target: NamedSharding) -> Callable:
+    """The compiled identity with this sharding: a new function would be compiled at each call."""
+    return jax.jit(lambda x: x, out_shardings=target)
 
 
 def replicate(tree, mesh: Mesh):

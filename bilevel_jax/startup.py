@@ -68,13 +68,16 @@ class Run:
         return self.config.method != "mixing"
 
     def refresh_due(self, k: int) -> bool:
+        """Whether responses are generated before step `k`, counted from 0."""
         return self.refresh is not None and k % self.config.online.refresh_every == 0
 
     def eval_due(self, done: int) -> bool:
+        """Whether the run evaluates after `done` steps."""
         every = self.config.eval.every
         return done % self.epoch_steps == 0 or bool(every and done % every == 0)
 
     def save_due(self, done: int) -> bool:
+        """Whether the run saves a checkpoint after `done` steps."""
         every = self.config.checkpoint.every
         return done % self.epoch_steps == 0 or bool(every and done % every == 0)
 
@@ -109,6 +112,7 @@ def prepare(
         given = None if start else _given_logits(config, lower)
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
+    setup = setups.without_adapter(setup)
     disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
     with clock("compile"), phases.phase("compiling the training step"):

@@ -313,9 +313,7 @@ def influence_costs(
     return influences.costs(state, slopes.upper_mean, influence_E, surprise_E, shares.cost)
 
 
-def row_costs(
-    problem: Problem, base, state: State, update: PolicyUpdate, tracker, tracker_nll_E, batch, shares: Shares, nll_E=None
-) -> jax.Array:
+def row_costs(problem: Problem, base, update: PolicyUpdate, tracker, tracker_nll_E, batch: packing.Batch, nll_E=None) -> jax.Array:
     """C_b of each entry [E].  (10c); with a tracker (44)
 
     At `next` it takes one more forward pass over the micro-batches of the lower level.
@@ -427,7 +425,7 @@ def make_step(
                     objective, influence_state, update.slopes, update, surprise_E, batch, shares
                 )
             else:
-                cost_E = row_costs(problem, base, state, update, tracker, tracker_nll_E, batch, shares, next_nll_E)
+                cost_E = row_costs(problem, base, update, tracker, tracker_nll_E, batch, next_nll_E)
             selector_state = update_weights(problem, state.selector, batch, shares, cost_E, scales, features)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
         selector_state = selection.record(selector_state, batch.row_index, of_data_E, surprise_E, harm_E)

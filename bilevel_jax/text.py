@@ -1,7 +1,8 @@
 """Escapes control and bidirectional characters of untrusted text, so that it is safe to print."""
 
+import sys
 import unicodedata
-from typing import Any
+from typing import IO, Any
 
 ESCAPED_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, surrogate and separator characters
 NOT_ESCAPED = "\n\t\u200c\u200d"  # the last two join letters and parts of emoji
@@ -24,6 +25,19 @@ def one_line(text: str, max_length: int) -> str:
     return line if complete else line[: max_length - 1] + "…"
 
 
-def say(message: object = "", **options: Any) -> None:
-    """Prints a message that contains something of the data, the model or the workdir, escaped; options as for `print`."""
-    print(visible(str(message)), **options)
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    jax = sys.modules.get("jax")  # processes that belong to one run have loaded it
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(message: object = "", file: IO[str] | None = None, **options: Any) -> None:
+    """Prints a message that contains something of the data, the model or the workdir, escaped.
+
+    Args:
+      message: what to print.
+      file: a file to which every process prints, such as standard error; None: standard output, only in the first process of a run.
+      options: as for `print`.
+    """
+    if file is not None or is_first_process():
+        print(visible(str(message)), file=file, **options)

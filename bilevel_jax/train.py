@@ -14,7 +14,20 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from bilevel_jax import batches, checks, early_stopping, evaluation, finish, online, optimizer, selector, sharding, startup, step
+from bilevel_jax import (
+    batches,
+    checks,
+    early_stopping,
+    evaluation,
+    finish,
+    online,
+    optimizer,
+    selector,
+    sharding,
+    startup,
+    step,
+    text,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax.errors import Interrupted
 from bilevel_jax.runtime import clock as clocks
@@ -119,10 +132,11 @@ class Outputs:
     profile: clocks.Profile
     signals: list[int]  # SIGTERM and SIGINT received so far
     write_responses: Callable[[online.ResponseStore], None]  # appends to responses.jsonl; does nothing without generation
+    any_process: sharding.AnyProcess
 
     def stopped(self) -> bool:
-        """Whether any process of the run received a signal."""
-        return sharding.any_process(bool(self.signals))
+        """Whether any process of the run received a signal; with several processes, as of the call before."""
+        return self.any_process(bool(self.signals))
 
 
 @contextlib.contextmanager
@@ -138,10 +152,11 @@ def _open_outputs(run: Run):
         profile = stack.enter_context(clocks.Profile(run.workdir / "profile", configuration.profiled_steps(config)))
         signals = stack.enter_context(interruption.catch_signals())
         prefetcher = stack.enter_context(batches.Prefetcher(run.program.batch_of, run.num_steps, run.refresh_due))
-        bar = tqdm.tqdm(total=run.num_steps, initial=run.start, desc=config.method, unit="step", smoothing=0.05)
+        options = {"unit": "step", "smoothing": 0.05, "disable": not text.is_first_process()}
+        bar = tqdm.tqdm(total=run.num_steps, initial=run.start, desc=config.method, **options)
         rates = optimizer.learning_rates(configuration.optimizer_settings(config), run.num_steps)
         log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps, rates)
-        yield Outputs(log, prefetcher, profile, signals, write_responses)
+        yield Outputs(log, prefetcher, profile, signals, write_responses, sharding.AnyProcess())
 
 
 def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.ResponseStore], None]:

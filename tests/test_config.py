@@ -113,7 +113,10 @@ MIXING = {"method": "mixing"}
         ({"online.slots": 0}, "online.slots"),
         ({"online.reward_temperature": 0.0}, "online.reward_temperature"),
         (MIXING | {"online.ratio": 2.0}, "online.ratio"),  # unused with this method, but never valid
+        ({"selection.coefficient_at": "current"}, "selection.coefficient_at=current has no effect with selection.cost=influence"),
         # unknown choices
+        ({"method": "mixing", "selection.rule": "bdz"}, "selection.rule"),  # unused with this method, but never valid
+        ({"method": "mixing", "selection.cost": "gradient"}, "selection.cost"),
         ({"method": "ofline"}, "method"),
         ({"selection.rule": "bdz"}, "selection.rule"),
         ({"selection.optimizer": "lion"}, "selection.optimizer"),

@@ -7,6 +7,36 @@ from bilevel_jax import evaluation, online
 from bilevel_jax.data import templates
 
 
+def test_held_out_pairs_are_scored_once():
+    """Each response of a pair is in one call. Loss and greedy matches are those of the chosen responses."""
+    pairs = [((4, 2), (9,)), ((1,), (3, 3)), ((5, 5), (7,))]  # chosen and rejected
+    prompt = np.zeros(1, int)
+    examples = [templates.Example(prompt, *map(np.array, pair)) for pair in pairs]
+    clean = [templates.Example(prompt, np.array([6, 2]), None)]
+    calls = []
+
+    def score(base, adapter, segments, description):
+        """The NLL of a token is its number; responses without a 4 are those of greedy decoding."""
+        responses = [tuple(segment.response.tolist()) for segment in segments]
+        calls.append(responses)
+        lengths = np.array([len(response) for response in responses])
+        return np.array([sum(response) for response in responses], float), lengths, np.array([4 not in one for one in responses])
+
+    # NLL of rejected less that of chosen: 3, 5 and -3. Of the reference: 2, 5 and 0. One rose, one is a tie, one fell.
+    references = np.array([[0.0, -2.0], [-1.0, -6.0], [-4.0, -4.0]])
+    rows = evaluation.HeldOut({"upper": examples, "lower": clean, "lower_clean": clean}, {"upper": references})
+    values = evaluation.losses(rows, score, None, None)
+    assert calls == [[response for pair in pairs for response in pair], [(6, 2)], [(6, 2)]]
+    assert values == {
+        "eval/upper_loss": pytest.approx((6 / 2 + 1 / 1 + 10 / 2) / 3),
+        "eval/upper_right": pytest.approx(2 / 3),
+        "eval/upper_pair_accuracy": pytest.approx((1 + 0.5 + 0) / 3),
+        "eval/lower_loss": 4.0,
+        "eval/lower_clean_loss": 4.0,
+        "eval/lower_clean_right": 1.0,
+    }
+
+
 def test_rows_in_use():
     """Row 2 has two generated responses, row 5 one, row 7 none; row 9 is not measured."""
     examples = [templates.Example(np.array([i]), np.array([i] * (i + 1)), None) for i in range(10)]

@@ -13,6 +13,7 @@ from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, layer_settings, layers
 from bilevel_jax.runtime import metrics
 from tests.conftest import load
+from tests.test_step import LLAMA
 
 LENGTH = 48
 
@@ -49,6 +50,20 @@ def test_means_of_packed_rows_equal_those_of_single_rows(architecture, request):
         hidden = np.asarray(middle_states(config, base, tokens), np.float64)
         np.testing.assert_allclose(question, hidden[:P].mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(answer, hidden[P:size].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_no_layers_are_copied(monkeypatch):
+    """The program takes the base itself, and its temporary memory does not hold two of eight layers."""
+    config = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=512, num_layers=8)
+    base = jax.jit(decoder.init_params, static_argnums=0)(config, jax.random.key(0))
+    program, calls = features._entry_means, []
+    monkeypatch.setattr(features, "_entry_means", lambda *arguments: calls.append(arguments) or program(*arguments))
+    tokens = np.arange(1, 9, dtype=np.int32)
+    features.pooled(config, base, [templates.Example(tokens, tokens, None)], 1, 16, sharding.make_mesh(1))
+    ((_, used, packed),) = calls
+    assert all(one is other for one, other in zip(jax.tree.leaves(used), jax.tree.leaves(base), strict=True))
+    memory = program.lower(config, base, packed).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 / 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(base["layers"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -189,6 +189,32 @@ def test_a_row_is_computed_once_whatever_it_is_packed_with(monkeypatch):
     np.testing.assert_array_equal(again.packed.entering, anew.packed.entering)
 
 
+def test_only_micro_batches_in_use_are_sent(monkeypatch):
+    """One program is compiled for all numbers of micro-batches. The losses are those from a batch that is sent whole."""
+    params, adapter, _ = weights()
+    layers, sent, device_put = make_frozen(), [], sharding.device_put
+
+    def recorded(x, target):
+        sent.extend([x.shape] if x.ndim > 2 and x.dtype == np.float32 else [])
+        return device_put(x, target)
+
+    monkeypatch.setattr(sharding, "device_put", recorded)
+    frozen._overwriting.cache_clear()
+    M, S, L = batch_of(range(5)).packed.tokens.shape
+    for order, used in ((range(5), 2), ((0,), 1), ((4, 2, 1, 3), 2)):
+        batch, slots = batch_of(order), np.array(order)
+        assert batch.packed.num_micro == used < M
+        expected = layers.fill(batch, slots).packed
+        sent.clear()
+        on_devices = layers.put_batch(batch, slots).packed
+        assert sent == [(S, L, MODEL.hidden_size)] * used
+        np.testing.assert_array_equal(on_devices.entering[:used], expected.entering[:used])
+        of_all = entry_losses(MODEL, params, adapter, sharding.split_batch(expected, layers.mesh))
+        np.testing.assert_array_equal(entry_losses(MODEL, params, adapter, on_devices), of_all)
+        assert on_devices.entering.sharding == sharding.batch_shardings(expected, layers.mesh).entering
+        assert frozen._overwriting(on_devices.entering.sharding)._cache_size() == 1
+
+
 def test_generated_responses_are_not_kept(monkeypatch):
     layers = make_frozen(slots=1)
     layers.fill(batch_of((0, 1)), np.array([0, -1]))

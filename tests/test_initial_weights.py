@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from bilevel_jax import initial_weights, train
+from bilevel_jax import checks, initial_weights, train
+from bilevel_jax.data import levels, shuffle
 from bilevel_jax.data import rows as data_rows
-from bilevel_jax.data import shuffle
+from bilevel_jax.data.prepared import stored
 from bilevel_jax.runtime import weight_table
 from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, train_without_report, write_jsonl
 
@@ -79,6 +80,19 @@ def test_refuses_tables(rows, tmp_path, content, reason):
     with pytest.raises(data_rows.DataError, match=f"^selection.init={file}: .*{reason}") as caught:
         initial_weights.read(str(file), rows)
     assert "\n" not in str(caught.value)
+
+
+def test_prepared_rows_are_not_parsed(make_config, neox, tmp_path, monkeypatch):
+    """Their ids are in the index."""
+    config = checks.build(make_config({"data.cache": str(tmp_path / "cache")}))
+    prepared = levels.load_level(config, "lower", load(neox)[3]).rows
+    file = write_jsonl(tmp_path / "weights.jsonl", [{"id": row.id, "weight": 1.0 + i} for i, row in enumerate(prepared)])
+    expected = initial_weights.read(str(file), [*prepared]).logits
+    offsets, weights = [np.array([[0, 1]])] * len(prepared), [np.float32([1])] * len(prepared)
+    expected_tokens = weight_table.token_table([*prepared], offsets, weights)
+    monkeypatch.delattr(stored.Store, "row")
+    np.testing.assert_array_equal(initial_weights.read(str(file), prepared).logits, expected)
+    assert weight_table.token_table(prepared, offsets, weights).equals(expected_tokens)
 
 
 def test_refuses_sources(rows, tmp_path):

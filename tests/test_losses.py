@@ -88,6 +88,22 @@ def test_gradient(monkeypatch, P, chunk, num_targets, dtype, tolerance):
     np.testing.assert_allclose(gradient.astype(np.float32), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_gradients_in_bfloat16_keep_small_differences_of_weights():
+    """The weights of rows differ by less than bfloat16 can tell; their gradients must differ by as much."""
+    hidden, head, _, *rest = problem(512, 512, tokens=512)
+    rest = jnp.arange(512), *rest  # a position has one target
+    hidden, head = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+
+    def gradient(weight):
+        result = jax.grad(lambda hidden: weight * 0.04371 * jnp.sum(losses.token_nll(hidden, head, *rest)))(hidden)
+        return np.asarray(result, np.float64).ravel()
+
+    one = gradient(1.0)
+    weights = np.linspace(1.0, 1.004, 9)
+    measured = [gradient(weight) @ one / (one @ one) for weight in weights]
+    np.testing.assert_allclose(measured, weights, atol=5e-4)  # rounding of 3000 numbers; with a rounded factor 2.5e-3
+
+
 def test_soft_caps():
     """z = cap · tanh(u / cap) of the logits u: losses and missed targets in float64, gradients by autodiff of all logits."""
     cap = 0.7  # the logits reach 10

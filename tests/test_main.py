@@ -93,7 +93,7 @@ def test_help_lists_every_config_key():
         values = {f"{name}.{key}": value for key, value in default.items()} if isinstance(default, dict) else {name: default}
         for key, value in values.items():
             assert f"--config.{key}={value!r} ({type(value).__name__}): " in text
-    assert "--config.lora.alpha=16.0 (float): --config.lora.layers=" in text  # without a comment
+    assert "--config.lora.alpha=16.0 (float): the adapter's output is scaled by alpha/rank --config.lora.layers=" in text
     assert "--config.optimizer.learning_rate=5e-06 (float): the paper's; small models take far more --config" in text
     assert "(str): mixing: (1-ρ) L0 + ρ mean ℓ; offline: bilevel selection; online, dynamic: the model answers" in text
 

@@ -358,7 +358,7 @@ def test_two_processes_give_the_trajectory_of_one(under_way, directory):
     assert_same_run(directory / "pair", directory / ONE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_where_the_first_process_dies_the_other_ends_and_the_pair_goes_on(under_way, directory):
     """To the very bits. The first one holds JAX's coordinator, without which the other could not even wait."""
     pair = start_pair(directory, "killed", "--config.checkpoint.every=1", mortal=[0])
@@ -371,3 +371,22 @@ def test_where_the_first_process_dies_the_other_ends_and_the_pair_goes_on(under_
     assert "at step 2 of 4" in told[0][0]
     for file in ("responses.jsonl", "adapter/adapter_model.safetensors", "weights/epoch_1.parquet"):
         assert (directory / "killed" / file).read_bytes() == (directory / "pair" / file).read_bytes(), file
+
+
+@pytest.mark.long
+def test_two_processes_learn_all_weights(directory):
+    """No process has the whole of them."""
+    changes = "--config.lora.rank=0", "--config.method=offline", "--config.optimizer.learning_rate=0.01"
+    pair = start_pair(directory, "all weights, pair", *changes)
+    told = [process.communicate(timeout=200) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], told
+    arguments = f"--config={directory / 'config.py'}", f"--workdir={directory / 'all weights'}", *changes
+    wait(start("-m", "bilevel_jax.main", *arguments))
+    runs = [directory / name for name in ("all weights, pair", "all weights")]
+    pair, one = (safetensors.numpy.load_file(run / "model" / "model.safetensors") for run in runs)
+    assert pair.keys() == one.keys()
+    for key in one:
+        np.testing.assert_allclose(pair[key], one[key], rtol=0, atol=1e-5)
+    pair, one = (pyarrow.parquet.read_table(run / "weights" / "epoch_1.parquet")["logit"].to_numpy() for run in runs)
+    np.testing.assert_allclose(pair, one, rtol=0, atol=1e-5)
+    assert np.ptp(one) > 1e-2

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from bilevel_jax import config as configuration
 from bilevel_jax import forward, losses, metagradient, search, selector, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
@@ -160,6 +161,14 @@ def test_plain_losses_skip_what_is_no_target():
 # --------------------------------------------------------------------------------------------------------------------
 # The search
 # --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale, mean", [("dataset", 1.0), ("literal", 0.25)])
+def test_differentiated_weights_are_those_of_a_step(scale, mean):
+    config = configuration.Config(selection=configuration.Selection(rule="metagradient", weight_scale=scale))
+    weights = search.row_weights(config, np.array([0.0, 1.0, -1.0, 0.5], np.float32))
+    exponentials = np.exp([0.0, 1.0, -1.0, 0.5])
+    np.testing.assert_allclose(weights, 4 * mean * exponentials / exponentials.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("number", [6, 7, 100])

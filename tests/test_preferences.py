@@ -69,7 +69,9 @@ def test_ipo_has_its_minimum_at_a_finite_margin_and_dpo_has_none():
 def test_pairs_of_scattered_entries():
     log_ratio = jnp.array([1.0, -2.0, 7.0, 0.5, 3.0])
     sign = jnp.array([1.0, -1.0, 0.0, -1.0, 1.0])  # the pairs are 0 with 3 and 4 with 1; 2 is padding
-    margin, share = preferences.pairs(log_ratio, sign, jnp.array([0.25, 0.75, 0.0, 0.25, 0.75]), jnp.array([2, 0, 5, 2, 0]))
+    group = jnp.array([2, 0, 5, 2, 0])
+    np.testing.assert_allclose(preferences.margins(log_ratio, sign, group), [5.0, 0, 0.5, 0, 0])
+    margin, share = objectives.pairs(log_ratio, sign, jnp.array([0.25, 0.75, 0.0, 0.25, 0.75]), group)
     np.testing.assert_allclose(margin, [5.0, 0, 0.5, 0, 0])
     np.testing.assert_allclose(share, [0.75, 0, 0.25, 0, 0])
 

@@ -69,14 +69,19 @@ def make(settings=WARM, eos=EOS, config=None, *, slots=3, length=LENGTH, devices
     return sampling.make_sampler(config or model()[0], settings, eos, **options)
 
 
-cached = functools.cache(make)  # saves compilations, where nothing is patched
+@pytest.fixture
+def uncached():
+    """This test shares no compiled programs with other tests: it counts compilations, or patches what is compiled."""
+    sampling.jit_functions.cache_clear()
+    yield
+    sampling.jit_functions.cache_clear()
 
 
 @functools.cache
 def shared(settings=WARM, eos=EOS, with_adapter=False):
     """The responses that several tests compare with: seven prompts, three samples, three slots."""
     _, params, adapter = model()
-    return cached(settings, eos)(params, adapter if with_adapter else None, PROMPTS, KEYS)
+    return make(settings, eos)(params, adapter if with_adapter else None, PROMPTS, KEYS)
 
 
 def assert_same(actual, expected):
@@ -167,7 +172,7 @@ def test_a_response_does_not_depend_on_slots_or_length(changes):
 
 
 def test_a_response_does_not_depend_on_order_neighbours_or_number_of_samples():
-    sample, params = cached(), model()[1]
+    sample, params = make(), model()[1]
     order = [4, 0, 6, 2]
     assert_same(sample(params, None, [PROMPTS[i] for i in order], KEYS[order]), [shared()[i] for i in order])
     assert_same(sample(params, None, PROMPTS[2:3], KEYS[2:3]), shared()[2:3])
@@ -208,19 +213,20 @@ def test_a_response_does_not_depend_on_the_window_size(monkeypatch):
 def test_the_samples_of_a_prompt_and_of_other_seeds_differ():
     texts = [tuple(response.ids) for response in sum(unending(), [])]
     assert len(set(texts)) == len(texts)
-    other = cached(WARM, ())(model()[1], None, PROMPTS, sampling.row_keys(1, IDS, 0, SAMPLES))
+    other = make(WARM, ())(model()[1], None, PROMPTS, sampling.row_keys(1, IDS, 0, SAMPLES))
     assert not set(texts) & {tuple(response.ids) for response in sum(other, [])}
 
 
 def test_equal_prompts_with_equal_keys_get_equal_responses():
     same = [PROMPTS[0]] * 5
-    responses = cached()(model()[1], None, same, np.broadcast_to(KEYS[:1], (5, SAMPLES, 2)))
+    responses = make()(model()[1], None, same, np.broadcast_to(KEYS[:1], (5, SAMPLES, 2)))
     assert_same(responses, [shared()[0]] * 5)
 
 
-def test_the_adapter_has_an_effect_and_merging_it_has_none(monkeypatch):
+def test_the_adapter_has_an_effect_and_merging_it_has_none(monkeypatch, uncached):
     _, params, adapter = model()
     merged = shared(with_adapter=True)
+    sampling.jit_functions.cache_clear()
     assert any(tuple(adapted.ids) != tuple(plain.ids) for adapted, plain in zip(sum(merged, []), sum(shared(), [])))
     monkeypatch.setattr(decoding, "merges_adapter", lambda config: False)
     monkeypatch.setattr(lora, "merge_adapter", None)  # must not be called
@@ -382,15 +388,15 @@ def test_a_signal_ends_sampling_without_responses():
         calls.append(True)
         return len(calls) == 2
 
-    assert cached()(model()[1], None, PROMPTS, KEYS, stopped=stopped) is None
+    assert make()(model()[1], None, PROMPTS, KEYS, stopped=stopped) is None
     assert len(calls) == 2
-    assert_same(cached()(model()[1], None, PROMPTS, KEYS, stopped=lambda: False), shared())
+    assert_same(make()(model()[1], None, PROMPTS, KEYS, stopped=lambda: False), shared())
 
 
 # ---- work ----
 
 
-def test_refill_leaves_no_slot_idle_while_prompts_wait(monkeypatch):
+def test_refill_leaves_no_slot_idle_while_prompts_wait(monkeypatch, uncached):
     """Counts decoding steps: as many as a queue with S servers needs, fewer than the longest of every S responses add up to."""
     steps, advance = [], decoding.advance
 
@@ -429,19 +435,30 @@ def test_prompts_are_prefilled_once_in_few_shapes(num_samples):
     assert sum(len(tokens) for _, tokens in batches) < 2 * len(prompts)  # the number of rows does not grow with the samples
 
 
-def test_nothing_is_compiled_in_a_second_call(caplog):
+def test_nothing_is_compiled_in_a_second_call(caplog, uncached):
+    """Nor by a second sampler with the same arguments, or with other stop strings, which the host looks for."""
     _, params, adapter = model()
-    sample = make()
 
-    def compiled(adapter, keys):
+    def compiled(sample, adapter, keys=KEYS):
         caplog.clear()
         with jax.log_compiles():
-            sample(params, adapter, PROMPTS, keys)
-        return sum(record.message.startswith("Finished XLA compilation") for record in caplog.records)
+            responses = sample(params, adapter, PROMPTS, keys)
+        return sum(record.message.startswith("Finished XLA compilation") for record in caplog.records), responses
 
-    assert compiled(adapter, KEYS) >= 4  # weights, prefill, filling slots, decoding
+    sample = make()
+    number, first = compiled(sample, adapter)
+    assert number >= 4  # weights, prefill, filling slots, decoding
     changed = jax.tree.map(lambda x: 2 * x, adapter)
-    assert compiled(changed, sampling.row_keys(1, IDS, 0, SAMPLES)) == 0
+    assert compiled(sample, changed, sampling.row_keys(1, IDS, 0, SAMPLES))[0] == 0
+
+    number, second = compiled(make(eos=np.array(EOS)), adapter)
+    assert number == 0
+    assert_same(second, first)
+    stop = letters(first[0][0].tokens)[2:4]
+    number, stopped = compiled(make(dataclasses.replace(WARM, stop=(stop,)), detokenize=letters), adapter)
+    assert number == 0 and letters(stopped[0][0].tokens).endswith(stop) and len(stopped[0][0].tokens) < len(first[0][0].tokens)
+    number, _ = compiled(make(dataclasses.replace(WARM, top_k=19)), adapter)
+    assert number >= 1  # not the same distribution
 
 
 def test_no_distribution_is_stored_for_every_token(intermediate_shapes):
@@ -487,8 +504,8 @@ def test_stop_strings_need_a_tokenizer():
 def test_a_prompt_must_have_a_token_and_leave_room(size):
     prompts = [PROMPTS[0], np.zeros(size, np.int32)]
     with pytest.raises(ValueError, match=f"prompt 1 has {size} tokens; there is room for 1 to {LENGTH - 1}"):
-        cached()(model()[1], None, prompts, KEYS[:2])
+        make()(model()[1], None, prompts, KEYS[:2])
 
 
 def test_no_prompts_give_no_responses():
-    assert cached()(model()[1], None, [], np.zeros((0, 2, 2), np.uint32)) == []
+    assert make()(model()[1], None, [], np.zeros((0, 2, 2), np.uint32)) == []

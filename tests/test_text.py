@@ -1,7 +1,9 @@
 """What comes from data is printed escaped, and cannot forge a line."""
 
 import json
+import sys
 
+import jax
 import pytest
 
 from bilevel_jax import cli, errors, text
@@ -82,6 +84,18 @@ def test_output(capsys):
     text.say(FORGED)
     phases.say(FORGED)
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_only_the_first_process_of_a_run_prints(monkeypatch, capsys):
+    """Errors and warnings of all processes are printed."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for number in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        text.say(f"rows {number}")
+        phases.say(f"loading {number}")
+        text.say(f"error {number}", file=sys.stderr)
+    printed = capsys.readouterr()
+    assert printed.out == "rows 0\nloading 0\n" and printed.err == "error 0\nerror 1\n"
 
 
 def test_outputs_keep_what_the_data_say(tmp_path):

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import tqdm
 
-from bilevel_jax.data.rows import Row, content_of
+from bilevel_jax import progress
+from bilevel_jax.data.prepared import sequences
+from bilevel_jax.data.rows import Row
 
 MODES = ("off", "exact", "near")
 SIMILARITY = 0.8
@@ -22,8 +23,7 @@ NUM_HASHES = 128
 
 def clusters(rows: Sequence[Row], mode: str) -> np.ndarray:
     """The cluster of each row, [n] int64: the index of the first row with the same content (nearly the same for `near`)."""
-    content = rows.contents if hasattr(rows, "contents") else [content_of(row.id) for row in rows]
-    _, first, inverse = np.unique(content, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(sequences.contents(rows), return_index=True, return_inverse=True)
     exact = first[inverse].astype(np.int64)
     return _join(exact, _near_pairs(rows, np.sort(first).tolist())) if mode == "near" else exact
 
@@ -58,7 +58,7 @@ def _near_pairs(rows: Sequence[Row], indices: Sequence[int]) -> list[tuple[int, 
     index = datasketch.MinHashLSH(threshold=CANDIDATES, num_perm=NUM_HASHES)
     empty = datasketch.MinHash(num_perm=NUM_HASHES, seed=1)
     pairs = []
-    for i in tqdm.tqdm(indices, desc="near-duplicates", unit="row", delay=2, leave=False, disable=None):
+    for i in progress.bar(indices, desc="near-duplicates", unit="row"):
         shingles_i, sketch = shingles(rows[i]), empty.copy()
         sketch.update_batch([shingle.encode() for shingle in shingles_i])
         pairs += [(j, i) for j in sorted(index.query(sketch)) if similarity(shingles(rows[j]), shingles_i) >= SIMILARITY]

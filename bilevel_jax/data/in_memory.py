@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import tqdm
-
+from bilevel_jax import progress
 from bilevel_jax.data.rejections import DataError
 
 
@@ -63,7 +62,7 @@ def write_jsonl(rows: Iterable[Any], file: pathlib.Path) -> None:
       DataError: `rows` are no rows, or a value cannot be written as JSON; one line that names row and field.
     """
     with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:  # a lone surrogate as its JSON escape
-        for number, value in tqdm.tqdm(objects(rows), desc="storing rows", unit="row", delay=2, leave=False, disable=None):
+        for number, value in progress.bar(objects(rows), desc="storing rows", unit="row"):
             try:
                 line = json.dumps(_without_nan(value), ensure_ascii=False, default=_plain)
             except (TypeError, ValueError, RecursionError) as error:

@@ -31,15 +31,16 @@ class Level:
     @functools.cached_property
     def ids(self) -> Sequence[str]:
         """Those of the training rows."""
-        return rows.ids(self.rows)
+        return sequences.ids(self.rows)
 
     @property
     def all_ids(self) -> Iterator[str]:
         """The ids of the training rows and of the held-out rows."""
-        return itertools.chain(self.ids, rows.ids(self.eval_rows))
+        return itertools.chain(self.ids, sequences.ids(self.eval_rows))
 
     @property
     def all_examples(self) -> Sequence[templates.Example]:
+        """Those of the training rows and of the held-out rows."""
         return _joined(self.examples, self.eval_examples)
 
 
@@ -195,7 +196,7 @@ def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:
     Raises:
       DataError: rows are on both levels and `data.overlap=refuse`.
     """
-    is_both = np.isin(rows.contents(lower.rows), rows.contents(upper.rows))
+    is_both = np.isin(sequences.contents(lower.rows), sequences.contents(upper.rows))
     both = np.flatnonzero(is_both)
     if not len(both):
         return lower
@@ -221,12 +222,12 @@ def _split(config, read: Sequence[_Read]) -> list[Level]:
             what = f"eval.num_{one.level}={num_eval} leaves no row for training: {one.source} has {len(one.rows)} usable rows"
             raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{one.level}=0.1")
         splits.append(sources.split(one.rows, num_eval, config.seed))
-    held = np.concatenate([rows.contents(_pick(one.rows, held_out)) for one, (_, held_out) in zip(read, splits)])
+    held = np.concatenate([sequences.contents(_pick(one.rows, held_out)) for one, (_, held_out) in zip(read, splits)])
     return [_level(one, train, held_out, held) for one, (train, held_out) in zip(read, splits)]
 
 
 def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: np.ndarray) -> Level:
-    free = train[~np.isin(rows.contents(_pick(read.rows, train)), held)]
+    free = train[~np.isin(sequences.contents(_pick(read.rows, train)), held)]
     counts = dict(read.counts)
     if len(free) < len(train):
         counts["held_out_copies"] = len(train) - len(free)

@@ -93,10 +93,12 @@ class Layout(NamedTuple):
 
     @property
     def micro_batches(self) -> int:
+        """M, micro-batches of a step: enough for a sequence per entry."""
         return -(-self.entries // self.sequences)
 
     @property
     def targets(self) -> int:
+        """P, target slots per micro-batch: its S·L tokens, rounded up to whole chunks of logits."""
         tokens = self.sequences * self.length
         size = chunk_size(tokens)
         return -(-tokens // size) * size

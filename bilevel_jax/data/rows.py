@@ -10,10 +10,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from bilevel_jax.data import in_memory, readers, schemas
 from bilevel_jax.data.columns import Columns, suggestion
@@ -100,16 +98,6 @@ def content_id(content: schemas.Content) -> str:
 def content_of(row_id: str) -> str:
     """The id without the number of a copy: equal for rows of equal content."""
     return row_id.partition("-")[0]
-
-
-def ids(rows: Sequence[Row]) -> Sequence[str]:
-    """The id of each row."""
-    return rows.ids if hasattr(rows, "ids") else [row.id for row in rows]
-
-
-def contents(rows: Sequence[Row]) -> np.ndarray:
-    """The content of each row as a number, [n] uint64: `content_of` its id."""
-    return rows.contents if hasattr(rows, "contents") else np.array([int(content_of(row.id), 16) for row in rows], np.uint64)
 
 
 def _make_row(line: int, value: Any, preference: bool, questions_only: bool, named: Collection[str]) -> Row:
@@ -267,20 +255,6 @@ def read_rows(path: str, **options) -> tuple[list[Row], Report]:
     """
     path = os.fspath(path)
     return collect(iter_rows(path, **options), path)
-
-
-def select(rows: Sequence[Row], ids: Iterable[str]) -> list[int]:
-    """Returns the index in `rows` of every id.
-
-    Raises:
-      DataError: an id matches no row: the ids are from other data.
-    """
-    index_of = {row.id: index for index, row in enumerate(rows)}
-    ids = list(ids)
-    unknown = [row_id for row_id in ids if row_id not in index_of]
-    if unknown:
-        raise DataError(f"{len(unknown)} of {len(ids)} ids match no row (first: {unknown[0]}); the ids are from other data")
-    return [index_of[row_id] for row_id in ids]
 
 
 def mark(row: Row, field: str) -> bool | None:

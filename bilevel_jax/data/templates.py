@@ -22,8 +22,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
+from bilevel_jax import progress
 from bilevel_jax.data import limits, turns
 from bilevel_jax.data.messages import Unusable
 from bilevel_jax.data.rejections import Rejection, location, tally
@@ -130,7 +130,7 @@ def encode(rows: Sequence[Row], tokenizer, *, template: str | None, eos: bool = 
     """
     encode_rows = make_encoder(tokenizer, template=template, eos=eos, learn=learn)
     examples = []
-    with tqdm.tqdm(total=len(rows), desc="tokenizing", unit="row", delay=2, leave=False, disable=None) as bar:
+    with progress.bar(total=len(rows), desc="tokenizing", unit="row") as bar:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             examples += encode_rows(chunk)

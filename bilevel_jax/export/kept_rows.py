@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import tqdm
 
+from bilevel_jax import progress
 from bilevel_jax.data import matching, rows, streaming, templates
 from bilevel_jax.export import selected_rows
 from bilevel_jax.export.records import Records
@@ -19,7 +19,6 @@ from bilevel_jax.runtime import weight_table
 
 UNLABELLED = -1
 UNTIL_ANOTHER = ("original", "as is")  # forms that `auto` takes as long as all rows are of one kind
-BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _gather(candidates: Iterable[rows.Row], table: pa.Table, kept: np.ndarray, w
     refined, labels = np.zeros(len(kept), bool), np.full(len(kept), UNLABELLED, np.int8)
     gathered = _Gathered(Records(), array.array("q"), refined, labels, selected_rows.Traits())
     numbers = selected_rows.numbers(table)
-    for indices, block in matching.blocks(tqdm.tqdm(candidates, **BAR), table["id"]):
+    for indices, block in matching.blocks(progress.bar(candidates, desc="reading rows", unit="row"), table["id"]):
         marks = [rows.mark(row, writer.label) for row in block]
         labels[indices] = [UNLABELLED if mark is None else mark for mark in marks]
         is_kept = kept[indices]

@@ -17,9 +17,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tqdm
 
-from bilevel_jax import files
+from bilevel_jax import files, progress
 from bilevel_jax.models import decoder, huggingface, layer_range, model_config
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -173,7 +172,7 @@ def _merge_function(
 def _write_shards(directory: pathlib.Path, shards: list[list[Weight]], tensor: Callable[[Weight], np.ndarray]) -> dict[str, str]:
     """Writes one safetensors file per shard. Returns the file of each tensor."""
     weight_map = {}
-    with tqdm.tqdm(total=sum(map(len, shards)), desc="writing weights", unit="tensor", delay=2, leave=False, disable=None) as bar:
+    with progress.bar(total=sum(map(len, shards)), desc="writing weights", unit="tensor") as bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             tensors = {}

@@ -12,7 +12,7 @@ from bilevel_jax.models.layers import Layer, embed, norm, scaled
 from bilevel_jax.models.model_config import ModelConfig
 
 
-def split_layers(tree, config: ModelConfig):
+def split_layers(tree):
     """Base or adapter with a list of layers instead of the stack."""
     number = jax.tree.leaves(tree["layers"])[0].shape[0]
     return tree | {"layers": [jax.tree.map(lambda stack, i=i: stack[i], tree["layers"]) for i in range(number)]}

@@ -74,7 +74,7 @@ class Projection(nn.Module):
             dropped = self._dropped(x_TxI)
             low_rank = attention.save(product(dropped, a))
             update = self._probed(probes.of_adapter, product(low_rank, b), dropped, low_rank, b)
-            y = y + update * jnp.asarray(self.config.adapter_scale, y.dtype)
+            y = y + scaled(update, self.config.adapter_scale)
         else:
             y = self._probed(probes.of_weights, y, x_TxI)
         return attention.save(y)

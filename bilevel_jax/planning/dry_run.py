@@ -43,7 +43,7 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     """
     typed = checks.build(config)
     workdir.refuse_finished(directory)
-    workdir.refuse_another(config, directory)
+    workdir.refuse_another(config, directory, resumes=True)
     began = time.perf_counter()
     setup = setups.load(typed)
     load_seconds = time.perf_counter() - began

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, startup_checks, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import packing, shuffle, sources
+from bilevel_jax.data import packing, sources
 from bilevel_jax.models import decoder, huggingface, layer_settings, lora, model_config
 from bilevel_jax.models.layers import Layer
 
@@ -209,8 +209,10 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
     """The arrays that a run always holds: weights, learners, selector, features."""
     objective = configuration.to_objective(config)
     tracked = objective.value_function == "tracked"
-    num_steps = config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size)
-    optimizer, selector = configuration.to_optimizer(config, num_steps), configuration.to_selector(config)
+    optimizer, selector = (
+        configuration.to_optimizer(config, configuration.num_steps(config, num_rows)),
+        configuration.to_selector(config),
+    )
     influence = step.measures_influence(objective, selector)
     arguments = optimizer, selector, num_rows, tracked, features.SIZE, influence
     state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
@@ -258,8 +260,15 @@ def _step_items(config: configuration.Config, model: model_config.ModelConfig, m
     return _entering_items(config, model, mesh, num_rows, adapter) + [
         Item("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp"),
         Item("logits chunk: logits, exp, exp rounded", rows * columns * logit_bytes, TRAINING, "formula"),
-        Item("gradient: sum and one micro-batch's", 2 * size_of(adapter, learned), TRAINING, "formula"),
+        gradient_item(config, size_of(adapter, learned)),
     ]
+
+
+def gradient_item(config: configuration.Config, size: int) -> Item:
+    """The gradients of a step; `size` is that of one, in bytes."""
+    if step.measures_influence(configuration.to_objective(config), configuration.to_selector(config)):
+        return Item("gradients: both levels, one micro-batch's, D m", 4 * size, TRAINING, "formula")
+    return Item("gradient: sum and one micro-batch's", 2 * size, TRAINING, "formula")
 
 
 def _entering_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:

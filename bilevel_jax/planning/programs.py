@@ -9,7 +9,7 @@ import numpy as np
 from bilevel_jax import batches, decoding, features, frozen, sampling, scoring, sharding
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
-from bilevel_jax.data import packing, shuffle
+from bilevel_jax.data import packing
 from bilevel_jax.models import attention, layer_settings, lora, model_config
 from bilevel_jax.planning import memory
 
@@ -61,7 +61,7 @@ def device_bytes(tree) -> int:
 
 def make_optimizer(config: configuration.Config, num_rows: int):
     """The optimizer of θ of a run on `num_rows` rows."""
-    return configuration.to_optimizer(config, config.num_epochs * shuffle.steps_per_epoch(num_rows, config.batch.size))
+    return configuration.to_optimizer(config, configuration.num_steps(config, num_rows))
 
 
 def run_shapes(config: configuration.Config, plan: memory.Plan, mesh) -> Shapes:

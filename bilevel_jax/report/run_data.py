@@ -10,9 +10,8 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 import pyarrow as pa
-import tqdm
 
-from bilevel_jax import files, selector
+from bilevel_jax import files, progress, selector
 from bilevel_jax.data import matching, shuffle, streaming
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import shown_rows
@@ -21,7 +20,6 @@ from bilevel_jax.runtime.workdir import read_config
 
 NUM_MISSING = 10  # ids shown of rows that are no longer in the data
 UNLABELLED, MISSING = -1, -2
-BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files
@@ -62,7 +60,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         needed = shown_rows.rows(tables, {one["id"] for one in responses}, tokens)
         try:
             candidates = streaming.reopen(config) if rows is None else rows
-            for i, row in matching.match(tqdm.tqdm(candidates, **BAR), ids, strict=False):
+            for i, row in matching.match(progress.bar(candidates, desc="reading rows", unit="row"), ids, strict=False):
                 mark = data_rows.mark(row, config.data.label)
                 labels[i] = UNLABELLED if mark is None else mark
                 words[i] = len(row.response.split())

@@ -38,6 +38,7 @@ METADATA = "_CHECKPOINT_METADATA"  # written by Orbax; contains the counters
 NOT_IN_MANIFEST = (MANIFEST, "commit_success.txt")  # written after the checksums; the second has no content that is read
 OVERHEAD = 1 << 17  # bytes of a checkpoint in addition to its arrays
 METADATA_TIMEOUT = 60.0  # seconds
+BEST = {"loss", "step", "stale"}  # the counters of `early_stopping.Best`
 CHUNK = 4096  # rows of which the digest takes the bytes at once
 
 
@@ -151,10 +152,12 @@ def _check_types(counters: dict) -> None:
     """Raises a TypeError if a counter has another type than `train` gives it."""
     if not isinstance(counters, dict) or not isinstance(counters.get("config", {}), dict):
         raise TypeError("not an object")
-    for key in ("seconds", "at_start", "refreshed"):
+    for key in ("seconds", "at_start", "refreshed", "best"):
         numbers = counters.get(key, {})
         if not isinstance(numbers, dict) or not all(isinstance(value, (int, float)) for value in numbers.values()):
             raise TypeError(key)
+    if "best" in counters and counters["best"].keys() != BEST:
+        raise TypeError("best")
     if not isinstance(counters.get("num_steps", 0), int):
         raise TypeError("num_steps")
 

@@ -5,17 +5,16 @@ import sys
 import threading
 import time
 
-import jax
 import tqdm
 
-from bilevel_jax.text import visible
+from bilevel_jax.text import is_first_process, visible
 
 EVERY = 30.0  # seconds between two lines of a phase that has no progress bar
 
 
 def say(text: str) -> None:
     """Prints an escaped line, above the progress bars; only in the first process of a run."""
-    if jax.process_index() == 0:
+    if is_first_process():
         tqdm.tqdm.write(visible(text))
         sys.stdout.flush()
 

@@ -1,9 +1,11 @@
 """The table that is printed at the end of a run: losses before and after, the selector, generated responses, least trusted rows."""
 
+import contextlib
+import itertools
 import pathlib
 
 from bilevel_jax import text
-from bilevel_jax.data import levels
+from bilevel_jax.data import matching, streaming
 from bilevel_jax.runtime import metrics, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
@@ -87,11 +89,11 @@ def _least_trusted(workdir: pathlib.Path, count: int = 5) -> list[str]:
     table = weight_table.latest(workdir)
     if table is None:
         return []
-    rows = table.sort_by([("rank", "descending")]).slice(0, count).to_pylist()
-    try:
-        questions = {row.id: row.question for row in levels.reopen(read_config(workdir))}
-    except (ValueError, OSError):  # the data are no longer available: show the ids without the questions
-        questions = {}
+    least = table.sort_by([("rank", "descending")]).slice(0, count)
+    rows, questions = least.to_pylist(), {}
+    with contextlib.suppress(ValueError, OSError):  # the data are no longer available: show the ids without the questions
+        matched = matching.match(streaming.reopen(read_config(workdir)), least["id"], strict=False)
+        questions = {row.id: row.question for _, row in itertools.islice(matched, len(rows))}
     lines = [
         f"  {row['id']:<20}{row['weight']:<10.3g}{text.one_line(row['source'], 16):<18}"
         + text.one_line(questions.get(row["id"], ""), 60)

@@ -13,6 +13,7 @@ import pyarrow.parquet
 from bilevel_jax import files
 from bilevel_jax.data import matching
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.data.prepared import sequences
 from bilevel_jax.runtime import metrics
 
 SCHEMA = pa.schema(
@@ -205,7 +206,7 @@ def token_table(rows: Sequence[data_rows.Row], offsets: Sequence[np.ndarray], we
     """
     numbers = [min(len(offsets_Rx2), len(weight)) for offsets_Rx2, weight in zip(offsets, weights)]
     offsets = [offsets_Rx2[len(offsets_Rx2) - T :] for offsets_Rx2, T in zip(offsets, numbers)]
-    columns = {"id": [row.id for row in rows], "weight": [weight[len(weight) - T :] for weight, T in zip(weights, numbers)]}
+    columns = {"id": [*sequences.ids(rows)], "weight": [weight[len(weight) - T :] for weight, T in zip(weights, numbers)]}
     columns |= {name: [offsets_Tx2[:, i] for offsets_Tx2 in offsets] for i, name in enumerate(("start", "stop"))}
     return pa.table(columns, schema=TOKENS_SCHEMA)
 

@@ -4,15 +4,12 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-import tqdm
-
-from bilevel_jax import scoring, sharding
+from bilevel_jax import progress, scoring, sharding
 from bilevel_jax.data import in_memory, packing, rejections, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface, layer_settings, rotary
 from bilevel_jax.text import say
 
 CHUNK = 1 << 14  # rows that are in memory at once
-BAR = {"desc": "reading rows", "unit": "row", "delay": 2, "leave": False, "disable": None}
 
 
 def score(source, model: str, adapter=None, **options) -> list[dict]:
@@ -56,7 +53,8 @@ def stream(
         while chunk := [*itertools.islice(items, CHUNK)]:
             yield chunk
 
-    first, report = rows.survey(tqdm.tqdm(itertools.chain.from_iterable(chunks()), **BAR), in_memory.name(source))
+    items = progress.bar(itertools.chain.from_iterable(chunks()), desc="reading rows", unit="row")
+    first, report = rows.survey(items, in_memory.name(source))
     say("".join(f"{note}\n" for note in report.notes()), end="")
     directory = huggingface.locate(str(model))
     # Before the tokenizer: the reason why a model cannot be used.

@@ -148,7 +148,7 @@ def _random_adapter(config, model):
 def _merged_or_applied(model, base, adapter, rounds: int) -> list[str]:
     """The adapter merged into the weights against applied beside them."""
     merge = jax.jit(functools.partial(lora.merge_adapter, model))
-    split = jax.jit(lambda base, adapter: tuple(tree and kv_cache.split_layers(tree, model) for tree in (base, adapter)))
+    split = jax.jit(lambda base, adapter: tuple(tree and kv_cache.split_layers(tree) for tree in (base, adapter)))
     weights = {"merged": split(merge(base, adapter), None), "applied": split(base, adapter)}
 
     @jax.jit

@@ -75,7 +75,7 @@ def objective(name: str, beta, log_prob_E, log_ratio_E, weight_E, reward_E) -> j
     Losses of pairs are divided by their slope at margin 0, β/2 and 1/β, so that one grid of learning rates suits all.
     """
     if name in ("DPO", "IPO"):
-        pairs = preferences.pairs(log_ratio_E, objectives.best_against_worst(reward_E, GROUP), G * SHARE, GROUP)
+        pairs = objectives.pairs(log_ratio_E, objectives.best_against_worst(reward_E, GROUP), G * SHARE, GROUP)
         return 2 / beta * objectives.dpo(*pairs, beta) if name == "DPO" else beta * objectives.ipo(*pairs, beta)
     weight = {
         "best-of-G": lambda: objectives.best_of(reward_E, GROUP),

@@ -10,6 +10,17 @@ import jax.numpy as jnp
 from bilevel_jax import preferences
 
 
+def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
+    """Margin [J] and share [J] of every pair; both are 0 where there is no pair.
+
+    Args:
+      log_ratio_E, sign_E, group_E: as for `preferences.margins`.
+      share_E: weight of the entry's pair in the mean.
+    """
+    share_J = jax.ops.segment_sum(jnp.where(sign_E > 0, share_E, 0.0), group_E, num_segments=sign_E.shape[0])
+    return preferences.margins(log_ratio_E, sign_E, group_E), share_J
+
+
 def dpo(margin_J: jax.Array, share_J: jax.Array, beta: float) -> jax.Array:
     """Direct preference optimisation: Σ_p share_p · -log σ(β · margin_p), the mean of (2).
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bilevel_jax.data import duplicates, rows
+from bilevel_jax.data.prepared import sequences
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -19,6 +20,14 @@ def test_copies():
     assert clusters.tolist() == [0, 1, 0, 3, 1, 0]
     assert duplicates.sizes(clusters) == {2: 1, 3: 1} and duplicates.num_copies({2: 1, 3: 1}) == 3
     assert duplicates.sizes(duplicates.clusters(parse("a", "b"), "exact")) == {}
+
+
+def test_contents_are_read_once(monkeypatch):
+    """Of a million prepared rows they take 8 MB."""
+    calls, content = [], np.array([5, 2**64 - 1, 5], np.uint64)
+    monkeypatch.setattr(sequences.StoredRows, "contents", property(lambda self: calls.append(self) or content))
+    prepared = sequences.StoredRows(None, np.arange(3))
+    assert duplicates.clusters(prepared, "exact").tolist() == [0, 1, 0] and len(calls) == 1
 
 
 def changed(position: int, word: str) -> str:

@@ -1,4 +1,4 @@
-"""`data/` imports nothing of the package outside `data/` but `text` and `files`: no model, and nothing of `runtime/`."""
+"""`data/` imports nothing else of the package but `text`, `files` and `progress`: no model, and nothing of `runtime/`."""
 
 import subprocess
 import sys
@@ -14,5 +14,5 @@ def test_data_imports_only_itself():
     """
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        == "['bilevel_jax.errors', 'bilevel_jax.files', 'bilevel_jax.text']\n"
+        == "['bilevel_jax.errors', 'bilevel_jax.files', 'bilevel_jax.progress', 'bilevel_jax.text']\n"
     )

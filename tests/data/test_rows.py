@@ -246,15 +246,6 @@ def test_duplicates_are_numbered_and_order_does_not_matter():
     assert sorted(forwards) == sorted(backwards)
 
 
-def test_select_matches_by_id():
-    stored = list(rows.parse(enumerate([{"question": str(i), "response": "r"} for i in range(5)])))
-    ids = [stored[i].id for i in (3, 0, 4)]
-    assert rows.select(stored, ids) == [3, 0, 4]
-    assert rows.select(stored[::-1], ids) == [1, 4, 0]
-    with pytest.raises(DataError, match=rf"^2 of 3 ids match no row \(first: {ids[0]}\)"):
-        rows.select(stored[4:] + stored[1:3], ids)
-
-
 # ---- files ----
 
 VALUES = [QA, {"question": "ä€😀 \u2028 line", "response": "r", "source": "s", "n": 1}]

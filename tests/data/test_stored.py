@@ -1,9 +1,12 @@
 """Prepared rows against rows in memory: the same rows, tokens, levels, messages and errors."""
 
+import concurrent.futures
 import datetime
 import decimal
 import json
 import re
+import threading
+import weakref
 
 import numpy as np
 import pandas
@@ -259,3 +262,32 @@ def test_memory_is_given_back(load_both, tmp_path, monkeypatch):
         assert len(row.fields["filler"]) == 100_000
         highest = max(highest, mapped())
     assert highest - before < 8 << 20  # of 30 MB
+
+
+def test_shards_are_opened_while_memory_is_given_back(load_both, tmp_path):
+    """One thread packs the next step and opens shards. Another evaluates and gives pages back."""
+    *_, (_, lower, _) = load_both(write_jsonl(tmp_path / "rows.jsonl", make_rows(30, 0)), PLAIN)
+    store, begun, opened = lower.rows.store, threading.Event(), threading.Event()
+    shards_in_use = [store.mapped(0), store.mapped(1)]
+
+    class Slow(weakref.WeakSet):
+        """Gives the other thread time to add a shard between two elements."""
+
+        def __iter__(self):
+            for shard in super().__iter__():
+                begun.set()
+                opened.wait(0.3)
+                yield shard
+
+    store._open, store._shard = Slow(shards_in_use), store._open_shard  # nothing is open in the other thread's cache
+
+    def open_another():
+        begun.wait()
+        shards_in_use.append(store.mapped(3))
+        opened.set()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        future = other.submit(open_another)
+        store.release()
+        future.result()
+    assert len(store._open) == 3

@@ -26,7 +26,7 @@ def test_the_best_response_is_pulled_up_and_the_worst_one_pushed_down(objective)
 
     def loss(log_prob):
         sign = objectives.best_against_worst(reward, group)
-        return objective(*preferences.pairs(log_prob, sign, jnp.ones(4), group), 0.5)
+        return objective(*objectives.pairs(log_prob, sign, jnp.ones(4), group), 0.5)
 
     assert np.sign(jax.grad(loss)(jnp.zeros(4))).tolist() == [0, -1, 0, 1]  # gradients of a loss that is minimised
 
@@ -39,7 +39,7 @@ def test_best_against_worst():
 def test_equal_rewards_give_no_pair():
     reward, group = jnp.full(4, 0.3), jnp.array([0, 0, 0, 3])
     sign = objectives.best_against_worst(reward, group)
-    margin, share = preferences.pairs(jnp.arange(4.0), sign, jnp.full(4, 0.5), group)
+    margin, share = objectives.pairs(jnp.arange(4.0), sign, jnp.full(4, 0.5), group)
     assert not np.any(sign) and not np.any(margin) and not np.any(share)
 
 
@@ -66,8 +66,8 @@ def test_jitted_objectives_ignore_padding():
     def loss(log_prob, reward, share, group):
         sign = objectives.best_against_worst(reward, group)
         return (
-            objectives.dpo(*preferences.pairs(log_prob, sign, share, group), 0.1)
-            + objectives.ipo(*preferences.pairs(log_prob, sign, share, group), 0.1)
+            objectives.dpo(*objectives.pairs(log_prob, sign, share, group), 0.1)
+            + objectives.ipo(*objectives.pairs(log_prob, sign, share, group), 0.1)
             + objectives.likelihood(log_prob, objectives.best_of(reward, group), share)
             + objectives.likelihood(log_prob, preferences.reward_weighted(reward, group, 0.5), share)
             + objectives.likelihood(log_prob, preferences.leave_one_out(reward, group), share)

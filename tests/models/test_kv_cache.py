@@ -13,7 +13,7 @@ from tests.models import models
 from tests.models.test_decoder import KINDS, load
 
 prefill = jax.jit(kv_cache.prefill, static_argnums=0)
-split_layers = jax.jit(kv_cache.split_layers, static_argnums=1)
+split_layers = jax.jit(kv_cache.split_layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -45,7 +45,7 @@ def decoded_logits(config, params, adapter, tokens_SxL, prompt_S, stale: float =
     valid = np.pad(prompts, ((0, 0), (0, -prompts.shape[1] % attention.CACHE_BLOCK))).reshape(S, -1, attention.CACHE_BLOCK)
     valid = {"key": valid[:, None, :, None, :], "value": valid[:, None, :, :, None]}
     cache = initial_cache(config, L, prefix, valid, stale)
-    layers = [tree if tree is None else split_layers(tree, config) for tree in (params, adapter)]
+    layers = [tree if tree is None else split_layers(tree) for tree in (params, adapter)]
 
     result = np.full((S, L, config.vocab_size), np.nan, np.float32)
     rows = np.arange(S)

@@ -23,6 +23,8 @@ CASES = {
     "all weights": (LLAMA, lora.init_full(model(LLAMA)[0])),
 }
 
+LONG = ("recomputed", "last layer")
+
 
 def norm_of_measured(learned, direction) -> float:
     """The length of the part of a direction that probes measure: of all weights only the kernels of layers."""
@@ -34,7 +36,11 @@ def norm_of_measured(learned, direction) -> float:
     return float(optax.tree.norm(jax.tree_util.tree_map_with_path(keep, direction)))
 
 
-@pytest.mark.parametrize("config, learned", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "config, learned",
+    [pytest.param(*case, marks=pytest.mark.long if name in LONG else ()) for name, case in CASES.items()],
+    ids=CASES,
+)
 def test_derivatives_are_those_of_the_gradient_of_each_row(config, learned):
     upper, lower = rows()
     packed = packing.pack_step([*upper, *lower], 6, len(lower), LAYOUT).packed

@@ -86,7 +86,7 @@ def test_dpo_and_ipo(loss_type, objective, beta):
     def ours(log_ratio):
         if loss_type == "ipo":  # trl averages over tokens
             log_ratio = log_ratio / lengths
-        return objective(*preferences.pairs(log_ratio, sign, jnp.full(2 * PAIRS, 1 / PAIRS), group), beta)
+        return objective(*objectives.pairs(log_ratio, sign, jnp.full(2 * PAIRS, 1 / PAIRS), group), beta)
 
     value, gradient = jax.value_and_grad(ours)(jnp.asarray(np.concatenate([chosen, rejected]), jnp.float32))
     expected, slope = trl_pair_loss(loss_type, beta, chosen, rejected, lengths)

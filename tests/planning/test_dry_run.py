@@ -11,7 +11,7 @@ from bilevel_jax import setup as setups
 from bilevel_jax.data import templates
 from bilevel_jax.data.prepared import sequences
 from bilevel_jax.planning import dry_run
-from bilevel_jax.runtime import disk
+from bilevel_jax.runtime import disk, workdir
 from tests.conftest import make_rows, write_jsonl
 
 LONG = {"question": "Long?", "response": "no " * 200}  # cut to 96 tokens
@@ -126,6 +126,25 @@ def test_finished_runs_and_other_configs_are_refused(config, finished, make_conf
     (tmp_path / "config.json").write_text(make_config({"seed": 5}).to_json())
     with pytest.raises(errors.RunError, match="holds a run of another config .*seed: 5 there, 0 now"):
         next(dry_run.check(config, tmp_path))
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint.every": 7, "log.every": 9}, {"num_epochs": 5}])
+def test_an_unfinished_run_may_change_what_it_may_when_it_is_resumed(config, tmp_path, changes):
+    (tmp_path / "config.json").write_text(config.to_json())
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    with workdir.open_workdir(changed, tmp_path):  # as the run does
+        pass
+    assert next(dry_run.check(changed, tmp_path)).startswith("upper: 6 rows to train on")
+
+
+def test_fewer_epochs_are_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json())
+    changed = config.copy_and_resolve_references()
+    changed.num_epochs = 1
+    for attempt in (lambda: next(dry_run.check(changed, tmp_path)), lambda: workdir.open_workdir(changed, tmp_path).__enter__()):
+        with pytest.raises(errors.RunError, match="num_epochs: 2 there, 1 now"):
+            attempt()
 
 
 def test_a_full_disk_is_told(config, tmp_path, monkeypatch):

@@ -370,11 +370,40 @@ def test_nothing_stays_open(tmp_path):
     assert others == [first] * len(others)
 
 
-@pytest.mark.parametrize("counters", [None, [], {"seconds": "x"}, {"at_start": {"a": "b"}}, {"num_steps": "12"}, {"config": 3}])
+BEST = {"loss": 0.5, "step": 4, "stale": 0}
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [
+        None,
+        [],
+        {"seconds": "x"},
+        {"at_start": {"a": "b"}},
+        {"num_steps": "12"},
+        {"config": 3},
+        {"best": 0.5},
+        {"best": []},
+        {"best": {"loss": 0.5}},
+        {"best": BEST | {"loss": "0.5"}},
+        {"best": BEST | {"stale": None}},
+        {"best": BEST | {"other": 1}},
+    ],
+)
 def test_counters_of_other_types_are_damage(two, tmp_path, counters):
     """Also where the checksums are right."""
-    copy = shutil.copytree(two / "6", tmp_path / "6")
+    assert damage_with(two / "6", tmp_path / "6", counters) == f"{checkpoint.METADATA} cannot be read (TypeError)"
+
+
+@pytest.mark.parametrize("counters", [{}, {"best": BEST}, {"best": BEST | {"loss": 1}}])
+def test_counters_of_the_right_types(two, tmp_path, counters):
+    assert not damage_with(two / "6", tmp_path / "6", counters)
+
+
+def damage_with(saved, copy, counters) -> str:
+    """The damage of a copy of a checkpoint with other counters."""
+    shutil.copytree(saved, copy)
     file = copy / checkpoint.METADATA
     file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": counters}))
     checkpoint.write_manifest(copy)
-    assert checkpoint.damage(copy) == f"{checkpoint.METADATA} cannot be read (TypeError)"
+    return checkpoint.damage(copy)

@@ -22,8 +22,11 @@ from bilevel_jax.runtime import distributed
 def member(fate, ready):
     distributed.join()
     with distributed.exit_together():
-        sharding.any_process(False)
+        any_process = sharding.AnyProcess()
+        any_process(False), any_process(False)
         ready.touch()
+        if fate in ("is stopped", "listens"):
+            print("ANY", *(any_process(fate == "is stopped" and call == 1) for call in range(4)), flush=True)
         if fate == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if fate == "fails":
@@ -33,7 +36,7 @@ def member(fate, ready):
         if fate == "is done late":
             time.sleep(1)
         while fate == "waits":
-            sharding.any_process(False)
+            any_process(False)
 
 for line in sys.stdin:
     task, children = json.loads(line), []
@@ -82,13 +85,25 @@ def server():
             process.stdin.close()
 
 
+def run_members(server, directory, fates) -> tuple[list[int], float]:
+    """Exit statuses of two members, and seconds."""
+    task = {"fates": fates, "address": free_address(), "directory": str(directory)}
+    server.stdin.write(json.dumps(task) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+def test_what_is_true_in_one_process_is_known_to_both_a_call_later(server, tmp_path):
+    codes, _ = run_members(server, tmp_path, ("is stopped", "listens"))
+    for number in range(2):
+        output = (tmp_path / str(number)).read_text()
+        assert codes[number] == 0 and "ANY False False True False" in output, output
+
+
 @pytest.mark.parametrize("fates", FATES, ids=", ".join)
 def test_all_exit_together(server, tmp_path, fates):
     """With status 1 and one line, within seconds; JAX alone takes minutes."""
-    task = {"fates": fates, "address": free_address(), "directory": str(tmp_path)}
-    server.stdin.write(json.dumps(task) + "\n")
-    server.stdin.flush()
-    codes, seconds = json.loads(server.stdout.readline())
+    codes, seconds = run_members(server, tmp_path, fates)
     assert (tmp_path / "ready").exists() and seconds < 20
     for number, (fate, code, beginning) in enumerate(zip(fates, codes, FATES[fates])):
         output = (tmp_path / str(number)).read_text()

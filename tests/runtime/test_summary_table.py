@@ -1,8 +1,12 @@
 """The closing table: what it shows of a summary, also of one from an earlier version."""
 
+import numpy as np
 import pytest
 
-from bilevel_jax.runtime import summary_table
+from bilevel_jax.data import matching, readers
+from bilevel_jax.data import rows as data_rows
+from bilevel_jax.runtime import summary_table, weight_table
+from tests.conftest import make_rows, write_jsonl
 
 SELECTOR = {
     "selector/ess": 0.8125,
@@ -57,3 +61,38 @@ def test_summary_of_an_earlier_version(tmp_path):
     """It has only one of the two shares of bad rows."""
     table = summary_table.summary_table(SELECTOR, tmp_path)
     assert value(table, "bad rows that are kept, of all bad") == "12.5%" and "kept rows that are bad" not in table
+
+
+@pytest.fixture
+def workdir(make_config, tmp_path):
+    """Of a run with 12 rows, of which the rows 2, 3, 5, 7 and 4 are the least trusted ones, in this order."""
+    file = write_jsonl(tmp_path / "rows.jsonl", make_rows(12, seed=0))
+    (tmp_path / "config.json").write_text(make_config({"data.lower": str(file)}).to_json())
+    logits = np.zeros(12)
+    logits[[2, 3, 5, 7, 4]] = [-6, -5, -4, -3, -2]
+    stored, _ = data_rows.read_rows(str(file))
+    weight_table.write(tmp_path / "weights" / "epoch_1.parquet", weight_table.table(stored, logits, np.ones(12), np.zeros(12)))
+    return tmp_path
+
+
+def questions(workdir) -> list[str]:
+    """The questions of the least trusted rows."""
+    table = summary_table.summary_table({}, workdir)
+    return [line[50:] for line in table[table.index("least trusted rows") :].splitlines()[1:6]]
+
+
+def test_least_trusted_rows(workdir):
+    assert questions(workdir) == [make_rows(12, seed=0)[i]["question"] for i in (2, 3, 5, 7, 4)]
+
+
+def test_reading_stops_when_all_questions_are_known(workdir, monkeypatch):
+    """They are in the first 2 blocks of 4 rows."""
+    monkeypatch.setattr(matching, "BLOCK", 4)
+    read, read_objects = [], readers.read_objects
+    monkeypatch.setattr(readers, "read_objects", lambda source: (read.append(one) or one for one in read_objects(source)))
+    assert all(questions(workdir)) and len(read) == 8
+
+
+def test_ids_are_shown_without_questions_if_the_data_are_gone(workdir):
+    (workdir / "rows.jsonl").unlink()
+    assert questions(workdir) == [""] * 5

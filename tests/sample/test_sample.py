@@ -16,7 +16,6 @@ import safetensors.numpy
 import tokenizers
 from absl import flags as absl_flags
 
-from bilevel_jax import sampling
 from bilevel_jax.data import rows
 from bilevel_jax.models import decoder, huggingface
 from bilevel_jax.score import scorer
@@ -44,18 +43,8 @@ GREEDY = ["--temperature=0", "--max_new_tokens=24"]
 
 @pytest.fixture(scope="module")
 def command():
-    """`f(arguments)` -> the output of the command. Calls with equal settings share their compiled programs."""
-    make_sampler, samplers = sampling.make_sampler, {}
-
-    def cached(model, settings, eos, *, slots, length, mesh, detokenize):
-        key = model, settings, tuple(eos), slots, length
-        if settings.stop or key not in samplers:
-            samplers[key] = make_sampler(model, settings, eos, slots=slots, length=length, mesh=mesh, detokenize=detokenize)
-        return samplers[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "make_sampler", cached)
-        yield lambda *arguments: run_command("sample", list(map(str, arguments)))
+    """`f(arguments)` -> the output of the command."""
+    return lambda *arguments: run_command("sample", list(map(str, arguments)))
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import tqdm
 
-from bilevel_jax import files
+from bilevel_jax import files, progress
 from bilevel_jax.data import limits, parts, readers, rows, sources
 from bilevel_jax.data.columns import MAX_SEEN, Columns
 from bilevel_jax.data.prepared import shards, stored, workers
@@ -81,8 +80,8 @@ def _prepare(folder: pathlib.Path, source: Source, tokenizer, processes: int, kn
     return _finish(folder, source, shard_files, copies)
 
 
-def _bar(source: Source, text: str) -> tqdm.tqdm:
-    return tqdm.tqdm(total=_expected(source.parts), desc=text, unit="row", delay=2, leave=False, disable=None)
+def _bar(source: Source, text: str):
+    return progress.bar(total=_expected(source.parts), desc=text, unit="row")
 
 
 def _expected(source_parts: Sequence[parts.Part]) -> int | None:

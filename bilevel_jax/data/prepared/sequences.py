@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
-import tqdm
 
+from bilevel_jax import progress
 from bilevel_jax.data import by_turn, rows, templates
 from bilevel_jax.data.prepared.stored import TOKENS, Store
 from bilevel_jax.data.rows import Row
@@ -98,7 +98,7 @@ class StoredRows(Stored):
         if field == self.store.job.label and field not in self.of_last:
             return self.store.index["marked"][self.index]
         marks = np.full(len(self), -1, np.int8)
-        for i in tqdm.trange(len(self), desc=f"reading {field}", unit="row", delay=2, leave=False, disable=None):
+        for i in progress.bar(range(len(self)), desc=f"reading {field}", unit="row"):
             mark = rows.mark(self[i], field)
             marks[i] = -1 if mark is None else mark
         return marks
@@ -264,7 +264,7 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
     whole = np.flatnonzero(turns == 1)
     rows_at, numbers, starts, stops = [whole], [np.full(len(whole), -1)], [np.full(len(whole), -1)], [np.full(len(whole), -1)]
     several = np.flatnonzero(turns > 1)
-    for i in tqdm.tqdm(several, desc="splitting conversations", unit="row", delay=2, leave=False, disable=None):
+    for i in progress.bar(several, desc="splitting conversations", unit="row"):
         example = examples[i]
         spans = [*example.earlier, (len(example.prompt), example.size)][: turns[i]]  # fewer spans than answers if it is cut
         learned = np.array([(k, start, stop) for k, (start, stop) in enumerate(spans) if 0 < start < stop]).reshape(-1, 3)
@@ -276,6 +276,18 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
     row_at, number, start, stop = row_at[order], number[order].astype(np.int32), start[order], stop[order]
     new_rows = dataclasses.replace(stored_rows.take(row_at), turn=number, of_last=tuple(of_last))
     return new_rows, dataclasses.replace(examples.take(row_at), start=start.astype(np.int32), stop=stop.astype(np.int32))
+
+
+def ids(given: Sequence[Row]) -> Sequence[str]:
+    """The id of each row, [n]; prepared rows are not parsed."""
+    return given.ids if isinstance(given, StoredRows) else [row.id for row in given]
+
+
+def contents(given: Sequence[Row]) -> np.ndarray:
+    """The content of each row as a number, [n] uint64: `rows.content_of` its id; prepared rows are not parsed."""
+    if isinstance(given, StoredRows):
+        return given.contents
+    return np.fromiter((int(rows.content_of(row.id), 16) for row in given), np.uint64, len(given))
 
 
 def sizes(examples: Sequence[templates.Example]) -> np.ndarray:

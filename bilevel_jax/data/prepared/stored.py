@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import mmap
 import pathlib
+import threading
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import tqdm
 
+from bilevel_jax import progress
 from bilevel_jax.data import templates
 from bilevel_jax.data.parts import Part
 from bilevel_jax.data.prepared import shards
@@ -84,6 +85,7 @@ class Store:
         self.index = {name: batch.column(name).to_numpy() for name in batch.schema.names if name not in self.text}
         self._checked: set[int] = set()
         self._open: weakref.WeakSet[_Mapped] = weakref.WeakSet()
+        self._lock = threading.Lock()  # of `_open`: one thread packs the next step, while another evaluates
         self._num_reads = 0
         self._shard = functools.lru_cache(MAX_OPEN)(self._open_shard)
 
@@ -101,7 +103,7 @@ class Store:
         Raises:
           DataError: a shard is damaged; it is removed.
         """
-        for number in tqdm.trange(len(self._files), desc="checking", unit="shard", delay=2, leave=False, disable=None):
+        for number in progress.bar(range(len(self._files)), desc="checking", unit="shard"):
             self._check(number)
 
     def _check(self, number: int) -> None:
@@ -117,7 +119,8 @@ class Store:
     def _open_shard(self, number: int) -> _Mapped:
         self._check(number)
         mapped = _Mapped(self.folder / self._files[number][0])
-        self._open.add(mapped)
+        with self._lock:
+            self._open.add(mapped)
         return mapped
 
     def shard_of(self, index: np.ndarray | int) -> np.ndarray:
@@ -142,25 +145,32 @@ class Store:
 
     def release(self) -> None:
         """Gives back the memory of all pages that were read."""
-        for shard in list(self._open):
+        with self._lock:
+            mapped = list(self._open)
+        for shard in mapped:
             shard.release()
 
     def line(self, i: int) -> int:
+        """The line of a row in its file."""
         file, line = int(self.index["file"][i]), int(self.index["line"][i])
         return line if file < 0 else Line(line, self._parts[file].path, self._parts[file].source)
 
     def value(self, i: int) -> bytes:
+        """The object of a row, as `shards.dump` wrote it."""
         number, k = self.locate(i)
         return self.mapped(number).value(k)
 
     def id(self, i: int) -> str:
+        """The id of a row, as in `rows.parse`."""
         copy = int(self.index["copy"][i])
         return f"{int(self.index['content'][i]):016x}{f'-{copy}' if copy > 1 else ''}"
 
     def row(self, i: int) -> Row:
+        """A row, which is parsed again."""
         return dataclasses.replace(shards.make_row(self.job, self.line(i), self.value(i)), id=self.id(i))
 
     def example(self, i: int) -> templates.Example:
+        """The tokens of a row: each array int32, of the length of its part."""
         number, k = self.locate(i)
         shard = self.mapped(number)
         earlier = shard.tokens("earlier", k).reshape(-1, 2).tolist()

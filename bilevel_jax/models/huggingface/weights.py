@@ -14,9 +14,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tqdm
 
-from bilevel_jax import sharding
+from bilevel_jax import progress, sharding
 from bilevel_jax.models import decoder, model_config
 from bilevel_jax.models import quantization as quantizing
 from bilevel_jax.models.huggingface.config import read_config
@@ -144,7 +143,7 @@ def load_params(directory: pathlib.Path, config: model_config.ModelConfig, mesh:
     dense = dataclasses.replace(config, quantization="none")
     shapes = jax.eval_shape(lambda: decoder.init_params(dense, jax.random.key(0)))
     params = {}
-    for path, leaf in tqdm.tqdm(flatten(shapes), desc="loading weights", delay=2, leave=False, disable=None):
+    for path, leaf in progress.bar(flatten(shapes), desc="loading weights", unit="tensor"):
         if path[0] == "layers":
             array = _load_stack(reader, path, leaf, config, mesh, directory)
         else:
