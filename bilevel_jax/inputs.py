@@ -85,7 +85,7 @@ def _absolute(path: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
+class GivenRows:
     """The rows of a level."""
 
     source: str  # the name of a source; a temporary file for rows in memory
@@ -95,7 +95,7 @@ class Level:
 
 @contextlib.contextmanager
 def read(given: Mapping[str, Any]):
-    """Yields a `Level` for each of the given sources or rows; rows in memory are in temporary files meanwhile.
+    """Yields `GivenRows` for each of the given sources or rows; rows in memory are in temporary files meanwhile.
 
     Raises:
       DataError: what is given for a level are no rows.
@@ -106,14 +106,14 @@ def read(given: Mapping[str, Any]):
             if in_memory.is_source(source):
                 names = source if isinstance(source, (list, tuple)) else [source]
                 path = in_memory.source_name([_absolute(one) for one in names])
-                levels[name] = Level(path, _digest(path), in_memory=False)
+                levels[name] = GivenRows(path, _digest(path), in_memory=False)
                 continue
             file = pathlib.Path(scratch, f"{name}.jsonl")
             try:
                 in_memory.write_jsonl(source, file)
             except rows.DataError as error:
                 raise rows.DataError(f"{name}: {error}") from error
-            levels[name] = Level(str(file), _digest(str(file)), in_memory=True)
+            levels[name] = GivenRows(str(file), _digest(str(file)), in_memory=True)
         yield levels
 
 
@@ -129,14 +129,14 @@ def _digest(source: str) -> str:
     return total.hexdigest()
 
 
-def default_workdir(config: ml_collections.ConfigDict, levels: Mapping[str, Level]) -> pathlib.Path:
+def default_workdir(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> pathlib.Path:
     """`runs/select-HASH`: the same rows and settings have the same workdir."""
     content = config.to_json(sort_keys=True) + "".join(level.digest for level in levels.values())
     return pathlib.Path("runs", f"select-{hashlib.sha256(content.encode()).hexdigest()[:10]}")
 
 
 @contextlib.contextmanager
-def stored(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workdir: pathlib.Path):
+def stored(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows], workdir: pathlib.Path):
     """Moves rows in memory into the workdir, where commands and later calls read them, and names the sources in the config.
 
     If the run cannot start, the rows are removed again.
@@ -167,7 +167,7 @@ def stored(config: ml_collections.ConfigDict, levels: Mapping[str, Level], workd
             shutil.rmtree(folder)
 
 
-def remove_run(workdir: pathlib.Path, config: ml_collections.ConfigDict, levels: Mapping[str, Level]) -> None:
+def remove_run(workdir: pathlib.Path, config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> None:
     """Removes a workdir with all files in it, unless there is none.
 
     Raises:

@@ -18,7 +18,7 @@ from bilevel_jax.data import packing, shuffle
 
 GENERATE = ("needed", "all")
 NORMALIZATIONS = ("algorithm", "eq7")
-MASK = 2  # tag that separates the mask's random stream from those of the data, see `shuffle`
+MASK = 2  # tag of the stream that draws the mask
 
 
 # --------------------------------------------------------------------------------------------------------------------

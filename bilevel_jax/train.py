@@ -35,7 +35,7 @@ from bilevel_jax.runtime import interruption, phases, response_log, response_met
 from bilevel_jax.runtime.workdir import open_workdir
 from bilevel_jax.startup import Progress, Run
 
-IN_USE = 5  # tag that separates the draw of measured rows from other random streams, see `online.MASK`
+IN_USE = 5  # tag of the stream that draws the measured rows
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:

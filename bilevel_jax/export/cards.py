@@ -73,7 +73,7 @@ class Provenance:
 def data_card(
     provenance: Provenance,
     out: pathlib.Path,
-    selection: kept_rows.Selection,
+    selection: kept_rows.KeptRows,
     *,
     is_new: bool = False,
     num_replaced: int = 0,
@@ -121,7 +121,7 @@ def data_card(
     return head + "\n".join(lines) + "\n"
 
 
-def _columns(selection: kept_rows.Selection, is_new: bool, has_weight: bool) -> list[str]:
+def _columns(selection: kept_rows.KeptRows, is_new: bool, has_weight: bool) -> list[str]:
     """What the columns of the file are."""
     columns = ["id", *(["weight"] if has_weight else []), "rank", *([] if is_new else ["masked"])]
     columns += weight_table.known_measures(selection.table)

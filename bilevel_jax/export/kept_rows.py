@@ -22,7 +22,7 @@ UNTIL_ANOTHER = ("original", "as is")  # forms that `auto` takes as long as all 
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class KeptRows:
     """Kept rows, and what their card says about them. Arrays are of all N rows of the table, in its order."""
 
     records: Records  # a row each: its fields and the columns of `selected_rows`
@@ -61,7 +61,7 @@ class _Writer(NamedTuple):
 
 
 class _Gathered(NamedTuple):
-    """Kept rows before the names of their fields are final; for the fields see `Selection`."""
+    """Kept rows before the names of their fields are final; for the fields see `KeptRows`."""
 
     records: Records
     order: array.array
@@ -80,7 +80,7 @@ def collect(
     form: str = "auto",
     weight: bool = True,
     new: tuple[list[rows.Row], pa.Table] | None = None,
-) -> Selection:
+) -> KeptRows:
     """Selects the heaviest rows of a finished run, and gives them their columns.
 
     Args:
@@ -118,7 +118,7 @@ def collect(
         if form not in UNTIL_ANOTHER or writer.form(gathered.traits) == form:
             break
         form = writer.form(gathered.traits)
-    return Selection(
+    return KeptRows(
         records=gathered.records,
         order=np.array(gathered.order),
         kept=kept,

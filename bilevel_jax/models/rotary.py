@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """All frequencies divided by `factor`."""
 
     factor: float
@@ -51,7 +51,7 @@ class LongRope:
     is_long: bool = False  # which list; see `layer_settings.for_length`
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope
+Scaling = LinearScaling | Llama3 | Yarn | LongRope
 
 
 def frequencies(rotary_dim: int, theta: float, scaling: Scaling | None) -> jax.Array:
@@ -60,7 +60,7 @@ def frequencies(rotary_dim: int, theta: float, scaling: Scaling | None) -> jax.A
     unscaled = 1.0 / theta**exponents
     if scaling is None:
         return unscaled
-    if isinstance(scaling, Linear):
+    if isinstance(scaling, LinearScaling):
         return unscaled / scaling.factor
     if isinstance(scaling, LongRope):
         return unscaled / jnp.array(scaling.long_factors if scaling.is_long else scaling.short_factors)

@@ -32,7 +32,7 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     out = provenance.workdir / "a.jsonl"
     marks = [rows.mark(row, "bad") for row in parsed]
     labels = np.array([kept_rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)
-    selection = kept_rows.Selection(
+    selection = kept_rows.KeptRows(
         records.Records(), np.flatnonzero(kept), kept, None, labels, table, "original", list(renamed), int(left_out.sum())
     )
     return cards.data_card(provenance, out, selection)

@@ -77,7 +77,7 @@ def read_scaling(raw: dict, rope: Rope, rotary_dim: int, max_positions: int, fil
         return positive(file, f"rope's {key}", default if value is None and default is not None else value)
 
     if kind == "linear":
-        return rotary.Linear(number("factor"))
+        return rotary.LinearScaling(number("factor"))
     key = "original_max_position_embeddings"
     original = raw.get(key) or parameters.get(key) or max_positions
     if positive(file, f"rope's {key}", original, is_integer=True) < 2 or rope.theta <= 1:
