@@ -209,10 +209,8 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
     """The arrays that a run always holds: weights, learners, selector, features."""
     objective = configuration.to_objective(config)
     tracked = objective.value_function == "tracked"
-    optimizer, selector = (
-        configuration.to_optimizer(config, configuration.num_steps(config, num_rows)),
-        configuration.to_selector(config),
-    )
+    optimizer = configuration.to_optimizer(config, configuration.num_steps(config, num_rows))
+    selector = configuration.to_selector(config)
     influence = step.measures_influence(objective, selector)
     arguments = optimizer, selector, num_rows, tracked, features.SIZE, influence
     state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
