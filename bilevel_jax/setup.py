@@ -13,11 +13,11 @@ import optax
 
 from bilevel_jax import (
     batches,
-    evaluation,
     features,
     frozen,
     online,
     preferences,
+    references,
     sampling,
     scoring,
     sharding,
@@ -173,11 +173,16 @@ class Program:
         return self.frozen_layers.put_batch(batch.batch, batch.slots)
 
 
-def with_references(level: levels.Level, loss: str, score: Callable, base) -> levels.Level:
-    """The level with the reference model's log-probabilities of its pairs, where its loss is one of pairs and it has none yet."""
-    if loss not in preferences.PAIRS or level.references is not None:
-        return level
-    return dataclasses.replace(level, references=evaluation.pair_log_probs(score, base, None, level.examples, "reference"))
+def with_references(config: configuration.Config, setup: Setup, directory: pathlib.Path | None = None) -> Setup:
+    """The setup with the reference model's log-probabilities of all pairs, read from `directory` where they are there."""
+    score = scoring.make_scorer(setup.model, config.batch.micro_size, config.data.max_length, setup.mesh)
+
+    def complete(name: str, level: levels.Level, loss: str) -> levels.Level:
+        stored = references.read(references.file_of(directory, name)) if directory else None
+        return references.complete(level, loss, score, setup.base, stored)
+
+    upper, lower = complete("upper", setup.upper, config.loss.upper), complete("lower", setup.lower, config.loss.lower)
+    return dataclasses.replace(setup, upper=upper, lower=lower)
 
 
 def num_steps(config: configuration.Config, setup: Setup) -> int:
@@ -298,15 +303,14 @@ def compile_program(
 ) -> Program:
     """Compiles the step for the shapes of the first batch, which all batches share.
 
+    The levels of `setup` have references where their losses are those of pairs, see `with_references`.
     `directory` and `resumed` are for what frozen layers compute, see `frozen.make`.
     """
-    objective = configuration.to_objective(config)
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
     layout = batch_layout(config, state)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
-    upper = with_references(setup.upper, objective.upper, score, base)
-    lower = with_references(setup.lower, objective.lower, score, base)
+    upper, lower = setup.upper, setup.lower
     slots = frozen.Slots(upper, lower)
     layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, slots, directory, resumed)
     batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_slots=slots if layers else None)

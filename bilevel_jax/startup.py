@@ -21,6 +21,7 @@ from bilevel_jax import (
     finish,
     initial_weights,
     online,
+    references,
     rewards,
     search,
     sharding,
@@ -115,6 +116,8 @@ def prepare(
     setup = setups.without_adapter(setup)
     disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
+    with clock("load"):
+        setup = setups.with_references(config, setup, shared if start else None)
     with clock("compile"), phases.phase("compiling the training step"):
         program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
 
@@ -126,6 +129,8 @@ def prepare(
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if not start:
         _write_features(workdir, row_features)
+        references.write(references.file_of(workdir, "upper"), setup.upper)
+        references.write(references.file_of(workdir, "lower"), setup.lower)
         progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, clock))
     run = Run(
         config=config,

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import batches, errors, features, online, rewards, sampling, search, train
+from bilevel_jax import batches, errors, evaluation, features, online, rewards, sampling, search, train
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
@@ -1131,7 +1131,11 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
         interrupt_refresh(patch, 3)
         with pytest.raises(errors.Interrupted):
             train_without_report(config, workdir)
-    train_without_report(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        scored, pair_log_probs = [], evaluation.pair_log_probs
+        patch.setattr(evaluation, "pair_log_probs", lambda *args: scored.append(len(args[3])) or pair_log_probs(*args))
+        train_without_report(config, workdir)
+    assert len(np.load(workdir / "references_lower.npy")) not in scored  # the references of training rows are read
     for file in ("responses.jsonl", *TRAINED):
         assert (workdir / file).read_bytes() == (expected / file).read_bytes(), file
     summary = summary_of(workdir)
