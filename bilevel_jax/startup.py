@@ -116,9 +116,8 @@ def prepare(
     setup = setups.without_adapter(setup)
     disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
     token_offsets = finish.token_offsets(setup, state)
-    with clock("load"):
-        setup = setups.with_references(config, setup, shared if start else None)
     with clock("compile"), phases.phase("compiling the training step"):
+        setup = setups.with_references(config, setup, shared if start else None)
         program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
 
     progress = Progress(state, online.empty(len(lower.rows)), None, {})
@@ -128,9 +127,7 @@ def prepare(
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if not start:
-        _write_features(workdir, row_features)
-        references.write(references.file_of(workdir, "upper"), setup.upper)
-        references.write(references.file_of(workdir, "lower"), setup.lower)
+        _write_for_resumption(workdir, row_features, setup)
         progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, clock))
     run = Run(
         config=config,
@@ -153,16 +150,15 @@ def prepare(
         at_start=dict(counters.get("at_start", {})),
         refresh_counts=dict(counters.get("refreshed", {})),
     )
-    if not start:
-        _measure_start(run, progress.state)
-        progress = progress._replace(best=early_stopping.start(config, run.at_start, progress.state.policy.adapter))
-    return run, progress
+    return run, progress if start else _measure_start(run, progress)
 
 
-def _write_features(workdir: pathlib.Path, row_features: setups.RowFeatures) -> None:
-    """Writes what a resumed run reads again, if the encoder was fitted."""
+def _write_for_resumption(workdir: pathlib.Path, row_features: setups.RowFeatures, setup: setups.Setup) -> None:
+    """Writes what a resumed run reads again: features, if the encoder was fitted, and references, if there are pairs."""
     if row_features.encoder:
         features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+    for name, level in (("upper", setup.upper), ("lower", setup.lower)):
+        references.write(references.file_of(workdir, name), level)
 
 
 def _held_out(
@@ -236,10 +232,13 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
     return given.logits
 
 
-def _measure_start(run: Run, state: step.State) -> None:
+def _measure_start(run: Run, progress: Progress) -> Progress:
+    """Evaluates before the first step, in `run.at_start`; the result has the best adapter so far."""
+    adapter = progress.state.policy.adapter
     with run.clock("eval"), phases.phase("evaluating before the first step"):
-        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter))
+        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, adapter))
     run.writer.write(0, 0, run.at_start)
+    return progress._replace(best=early_stopping.start(run.config, run.at_start, adapter))
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

@@ -378,11 +378,7 @@ def make_step(
     """Builds `step(base, state, batch, scales, features=None) -> (state, metrics)`, pure and ready for
     `jax.jit(step, donate_argnums=1)`.
 
-    `features` are those of the rows where ω is a function of them, see `selector.update`.
-
-    `metrics` has float32 scalars: `loss`, `upper_loss` (L0), `lower_loss` (mean ℓ_b at θ^k over lower-level rows that have a cost,
-    without w and r), `gradient_norm`, `response_tokens`; and for each entry [E] `row_loss`, its ℓ, by which a NaN is traced to its
-    row, `log_ratio`, log r at θ^k before clipping, and `response_weight`, the factor that came of it. Losses are in nats.
+    `features` are those of the rows where ω is a function of them, see `selector.update`. For `metrics` see `_metrics`.
 
     Args:
       config: shape of the model.
@@ -417,25 +413,28 @@ def make_step(
             token_params, next_nll_E = update_token_params(problem, base, update.policy, state, batch, shares, scales)
         loss_E = entry_losses(objective.lower, objective, batch, update.nll_E)
         surprise_E = entry_surprises(objective, batch, update.power_E, loss_E)
-        influence_state, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
+        influence, harm_E = state.influence, jnp.zeros_like(loss_E)  # harm is measured with influences only
         selector_state = state.selector
         if not weights_first:
-            if influence_state is not None and update.slopes is not None:
-                influence_state, harm_E, cost_E = influence_costs(
-                    objective, influence_state, update.slopes, update, surprise_E, batch, shares
-                )
+            if influence is not None and update.slopes is not None:
+                influence, harm_E, cost_E = influence_costs(objective, influence, update.slopes, update, surprise_E, batch, shares)
             else:
                 cost_E = row_costs(problem, base, update, tracker, tracker_nll_E, batch, next_nll_E)
             selector_state = update_weights(problem, state.selector, batch, shares, cost_E, scales, features)
         of_data_E = jnp.where(jnp.isnan(batch.old_log_prob), shares.cost * shares.num_costs, 0.0)
         selector_state = selection.record(selector_state, batch.row_index, of_data_E, surprise_E, harm_E)
-        new = State(state.step + 1, update.policy, selector_state, tracker, token_params, influence_state)
+        new = State(state.step + 1, update.policy, selector_state, tracker, token_params, influence)
         return new, _metrics(objective, batch, shares, update, loss_E)
 
     return step
 
 
 def _metrics(objective: Objective, batch: packing.Batch, shares: Shares, update: PolicyUpdate, loss_E) -> dict[str, jax.Array]:
+    """The metrics of a step: float32 scalars and, for each entry, [E] float32. Losses are in nats.
+
+    `lower_loss` is the mean ℓ_b at θ^k over lower-level rows that have a cost, without w and r. `row_loss` is the ℓ of an entry, by
+    which a NaN is traced to its row, `log_ratio` log r at θ^k before clipping, `response_weight` the factor that came of it.
+    """
     return {
         "loss": update.loss,
         "upper_loss": update.upper_loss,
