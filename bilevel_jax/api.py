@@ -138,6 +138,7 @@ class Run:
             logit                 ω, whose softmax times the number of rows is the weight
             plausible, useful     how likely the model finds the response; how much the row helps the trusted rows, below 0 if it
                                   harms them; missing where they are not known
+            similar               how much question and answer are like those of the trusted rows, 0 on average
             visits, masked        steps that used the row; whether the model answered its question itself
             source                the field of that name
             question, response    of the data
@@ -161,12 +162,21 @@ class Run:
             frame.index = list(lines)
             return frame.rename_axis("row")
 
-    def kept(self, share: float = 0.8, *, drop_implausible: float = 0.0, refined: bool = False, format: str = "auto"):
+    def kept(
+        self,
+        share: float = 0.8,
+        *,
+        drop_implausible: float = 0.0,
+        drop_dissimilar: float = 0.0,
+        refined: bool = False,
+        format: str = "auto",
+    ):
         """The rows with the largest weights, as `python -m bilevel_jax.export` writes them.
 
         Args:
           share: of the training rows, in (0, 1].
-          drop_implausible: share of the rows to leave out whatever their weight, those with the smallest `plausible`; in [0, 1).
+          drop_implausible, drop_dissimilar: shares of the rows to leave out whatever their weight, those with the smallest
+            `plausible` and with the smallest `similar`; in [0, 1).
           refined: whether masked rows have the response of the model (`method="online"` and `"dynamic"`).
           format: `auto`, `chat`, `text` or `original`: the columns `prompt` and `completion` for TRL's SFTTrainer; see
             docs/export.md.
@@ -187,12 +197,14 @@ class Run:
         with started():
             if not 0 < share <= 1:
                 raise ValueError(f"share={share} must be in (0, 1]")
-            if not 0 <= drop_implausible < 1:
-                raise ValueError(f"drop_implausible={drop_implausible} must be in [0, 1)")
+            dropped = {"drop_implausible": drop_implausible, "drop_dissimilar": drop_dissimilar}
+            for name, value in dropped.items():
+                if not 0 <= value < 1:
+                    raise ValueError(f"{name}={value} must be in [0, 1)")
             if format not in selected_rows.FORMATS:
                 raise ValueError(f"format={format!r} is not among {', '.join(selected_rows.FORMATS)}")
             self._require_finished()
-            options = {"drop_implausible": drop_implausible, "refined": refined, "form": format}
+            options = dropped | {"refined": refined, "form": format}
             records = kept_rows.collect(self.workdir, self.config, keep=share, **options).records
             names = dict.fromkeys(name for record in records for name in record)
             columns: dict[str, list] = {name: [] for name in names}

@@ -67,9 +67,8 @@ class Selection:
     b2: float = 0.999  # (optimizer=adam) decay of the mean of their squares
     tau: float = 1.0  # (rule=bmo) τ of (48): how strongly the cost moves ω
     token_learning_rate: float = 0.1  # of the two parameters that the weights of all tokens share (unit=token)
-    baseline: str = (
-        "running"  # subtracted from a row's cost: none, batch (the mean of the B rows, noisy), running (that of earlier batches)
-    )
+    # Subtracted from a row's cost: none, batch (the mean of the B rows, noisy), running (that of earlier batches)
+    baseline: str = "running"
     # What lowers a row's weight: influence (whether its gradient opposes that of the trusted rows, plus how unlikely its tokens
     # are, to the extent that unlikely rows do harm), loss (10b, the paper)
     cost: str = "influence"
@@ -186,6 +185,7 @@ class Eval:
     keep: float = 0.8  # share of rows that counts as kept where kept bad rows are counted
     every: int = 0  # steps between evaluations; 0: only at the end of an epoch
     keep_best: bool = False  # adapter/ is that of the lowest trusted loss, and not that of the last step
+    similar: bool = True  # (selection) measures at the end how much each row is like the trusted ones, by half a forward pass
     patience: int = 0  # evaluations without a lower trusted loss after which the run ends; 0: it never ends early
 
 
@@ -320,9 +320,14 @@ def to_objective(config: Config) -> objective.Objective:
         cost=s.cost if selects else "loss",
         coefficient_at=s.coefficient_at,
         value_function=s.value_function if selects else "zero",
-        response_weight=o.response_weight,
+        response_weight=o.response_weight if config.method in ONLINE else "none",
         clip=o.clip,
     )
+
+
+def has_row_features(config: Config) -> bool:
+    """Whether ω is a function of the frozen features of single rows, see `features`."""
+    return config.method != "mixing" and config.selection.parameterization == "features" and config.selection.unit != "domain"
 
 
 def entries_per_row(config: Config) -> int:

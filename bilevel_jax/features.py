@@ -4,16 +4,16 @@ The answer a of a row is its learned tokens, those of all answers in a conversat
 features of the row are, with U the trusted rows and L the rows to select from:
 
     mean hidden states of q and of a after half of the layers, along `WIDTH` principal directions each
-    cca_score          Σ_j ρ_j u_j v_j                                                       (1)
-    log_density_ratio  log p_U(q, a) / p_L(q, a)                                             (2)
+    cca_score          Σ_j ρ_j u_j v_j                                                       (F1)
+    log_density_ratio  log p_U(q, a) / p_L(q, a)                                             (F2)
 
-In (1), u_j and v_j are the canonical variates of q and a over U and ρ_j their correlations: canonical correlation analysis with a
+In (F1), u_j and v_j are the canonical variates of q and a over U and ρ_j their correlations: canonical correlation analysis with a
 ridge. For Gaussian hidden states it is, to first order in ρ, the part of log p_U(a|q) / p_U(a) that depends on both q and a. The
 score measures whether the answer fits its question as answers in U do; the style of all answers to all questions cancels.
 
-(2) is logistic regression on the first `NUM_PAIRED` principal directions of q and a, and on all products of one of each. Weights in
-that ratio would turn the lower level into the upper one, E_L[w ℓ] = E_U[ℓ]. It also lowers rows that are rare in U but correct, so
-its spread is small.
+(F2) is logistic regression on the first `NUM_PAIRED` principal directions of q and a, and on all products of one of each. Weights
+in that ratio would turn the lower level into the upper one, E_L[w ℓ] = E_U[ℓ]. It also lowers rows that are rare in U but correct,
+so its spread is small.
 
 No feature uses labels. φ learns from (10b) or (47) of the paper how much each feature says about the cost.
 """
@@ -88,18 +88,24 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 
 
 def pooled(
-    config: model_config.ModelConfig, base, examples: Sequence[templates.Example], sequences: int, max_length: int, mesh
+    config: model_config.ModelConfig,
+    base,
+    examples: Sequence[templates.Example],
+    sequences: int,
+    max_length: int,
+    mesh,
+    description: str = "features",
 ) -> np.ndarray:
     """`entry_means` of rows, [n, 2, D] float32, in the order of the rows.
 
     They take 8·D bytes of host memory per row until the features are computed.
 
     Args:
-      sequences, max_length: see `scoring.batches`.
+      sequences, max_length, description: see `scoring.batches`.
     """
     means_nx2xD = np.zeros((len(examples), 2, config.hidden_size), np.float32)
     program, segments = functools.partial(_entry_means, config, base), scoring.example_segments(examples)
-    for indices, _, means in scoring.results(program, segments, sequences, max_length, mesh, "features"):
+    for indices, _, means in scoring.results(program, segments, sequences, max_length, mesh, description):
         means_nx2xD[indices] = np.asarray(means)[: len(indices)]
     return means_nx2xD
 
@@ -147,7 +153,7 @@ def canonical_directions(question_nxk: np.ndarray, answer_nxk: np.ndarray) -> tu
 
     The directions and correlations come from the singular value decomposition of
 
-        (Σ_qq + ridge)^{-1/2} Σ_qa (Σ_aa + ridge)^{-1/2}                                     (3)
+        (Σ_qq + ridge)^{-1/2} Σ_qa (Σ_aa + ridge)^{-1/2}                                     (F3)
 
     Args:
       question_nxk, answer_nxk: centred.
@@ -166,7 +172,7 @@ def canonical_directions(question_nxk: np.ndarray, answer_nxk: np.ndarray) -> tu
 
 
 def _cca_score(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
-    """(1) of each row, [n]."""
+    """(F1) of each row, [n]."""
     variates_nx2xr = _project(raw_nx2xD, encoder.trusted_mean, encoder.canonical)
     return variates_nx2xr.prod(axis=1) @ encoder.correlation
 
@@ -180,7 +186,7 @@ def _paired_inputs(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
 
 
 def _log_density_ratio(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
-    """(2) of each row, [n]."""
+    """(F2) of each row, [n]."""
     return _paired_inputs(encoder, raw_nx2xD) @ encoder.density_ratio_weights
 
 
@@ -243,6 +249,18 @@ def encode(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
     )
     columns = [projected.reshape(len(projected), -1), cca_score[:, None], log_ratio[:, None]]
     return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def similarity(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
+    """How much rows are like the trusted ones, [n] float32: the mean of (F1) and (F2), each with mean 0 and deviation 1.  (F4)
+
+    Mean and deviation are those over the rows to select from to which the encoder was fitted.
+    """
+    scores = (
+        (_cca_score(encoder, raw_nx2xD), encoder.cca_score),
+        (_log_density_ratio(encoder, raw_nx2xD), encoder.log_density_ratio),
+    )
+    return np.mean([(values - mean) / deviation for values, (mean, deviation) in scores], axis=0).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from bilevel_jax import (
     optimizer,
     selector,
     sharding,
+    similarity,
     startup,
     step,
     text,
@@ -246,17 +247,26 @@ def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
     best = early_stopping.update(progress.best, values, done, progress.state.policy.adapter)
     ends = done % run.epoch_steps == 0 or early_stopping.is_over(best, run.config.eval.patience)
     if run.selects and ends:
-        _write_weights(run, progress, epoch=-(-done // run.epoch_steps))
+        is_last = done == run.num_steps or early_stopping.is_over(best, run.config.eval.patience)
+        _write_weights(run, progress, -(-done // run.epoch_steps), _similarities(run) if is_last else None)
     return progress._replace(best=best, measured=values)
 
 
-def _write_weights(run: Run, progress: Progress, epoch: int) -> None:
+def _similarities(run: Run) -> np.ndarray | None:
+    """How much each row is like the trusted ones; None where it is not measured."""
+    if not run.config.eval.similar:
+        return None
+    with run.clock("eval"), phases.phase("comparing the rows with the trusted ones"):
+        return similarity.measure(run.config, run.setup)
+
+
+def _write_weights(run: Run, progress: Progress, epoch: int, similar: np.ndarray | None) -> None:
     s, has_influence = progress.state.selector, progress.state.influence is not None
     parts = s.logits, s.visits, s.data_visits, s.surprise, s.harm
     logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
     ids, masked = run.setup.lower.ids, progress.store.masked
-    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful)
+    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, similar)
     weight_table.write_blocks(run.workdir / "weights" / f"epoch_{epoch}.parquet", blocks)
 
 

@@ -87,7 +87,7 @@ NOT_DRAWN = {
     ),
     "is for after or between the steps": (
         "eval.num_upper eval.num_lower eval.keep eval.every eval.keep_best eval.patience checkpoint.every checkpoint.keep "
-        "log.every log.tensorboard log.wandb log.profile"
+        "eval.similar log.every log.tensorboard log.wandb log.profile"
     ),
     "needs several devices (tests/test_mesh.py)": "mesh.data mesh.fsdp mesh.tensor mesh.shard_selector",
     "is random by design (tests/test_step.py)": "lora.dropout",
@@ -257,7 +257,7 @@ class Chain:
         adapter = jitter(first_adapter(config.lora.rank, config.lora.targets), rng, 0.1)
         self.state = self._state(adapter, num_rows, rng)
         self.store = draw_store(rng, config, self.lower, self.model, adapter)
-        self.layout = setup.batch_layout(config, self.state)
+        self.layout = setup.batch_layout(config)
 
     def _features(self, num_rows, rng):
         if self.selector.parameterization != "features":

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import errors, features, sharding
+from bilevel_jax import errors, features, sharding, similarity
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, layer_settings, layers
 from bilevel_jax.runtime import metrics
@@ -167,6 +168,53 @@ def test_one_trusted_row_and_fewer_dimensions_than_features():
     lower, _ = random_rows(5, 1, seed=0, hidden=8)
     values = features.encode(features.fit(lower, lower[:1]), lower)
     assert values.shape == (5, features.SIZE) and np.isfinite(values).all()
+
+
+def test_similarity_is_the_mean_of_two_standardised_scores():
+    lower, is_bad = random_rows(600, 150, seed=0)
+    encoder = features.fit(lower, random_rows(400, 0, seed=1)[0])
+    scores = features.encode(encoder, lower)[:, [features.CCA_SCORE, features.LOG_DENSITY_RATIO]].astype(np.float64)
+    expected = ((scores - scores.mean(0)) / scores.std(0)).mean(1)
+    similar = features.similarity(encoder, lower)
+    assert similar.dtype == np.float32 and metrics.auroc(-similar.astype(np.float64), is_bad) > 0.9
+    np.testing.assert_allclose(similar, expected, atol=1e-3)
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """`f(lower, upper) -> similarities` of rows with these hidden states."""
+    descriptions = []
+
+    def means(config, setup, level, rows, description):
+        descriptions.append(description)
+        return level.examples[np.asarray(rows)]
+
+    monkeypatch.setattr(similarity, "_means", means)
+
+    def measure(lower, upper):
+        levels = (types.SimpleNamespace(examples=states) for states in (upper, lower))
+        return similarity.measure(types.SimpleNamespace(seed=0), types.SimpleNamespace(**dict(zip(("upper", "lower"), levels))))
+
+    measure.descriptions = descriptions
+    return measure
+
+
+def test_similarity_of_many_rows(compared, monkeypatch):
+    """The scores are fitted to some rows of each level, and all rows get a number, block by block."""
+    (lower, is_bad), (upper, _) = random_rows(650, 150, seed=0), random_rows(400, 0, seed=1)
+    monkeypatch.setattr(similarity, "FITTED", 300)
+    similar = compared(lower, upper)
+    assert similar.shape == (650,) and metrics.auroc(-similar.astype(np.float64), is_bad) > 0.9
+    drawn = [np.sort(np.random.default_rng([0, similarity.DRAW, n]).permutation(n)[:300]) for n in (650, 400)]
+    encoder = features.fit(lower[drawn[0]], upper[drawn[1]])
+    np.testing.assert_allclose(similar, features.similarity(encoder, lower), rtol=1e-5, atol=1e-6)
+    assert compared.descriptions[2:] == [f"rows to compare, {stop} of 650" for stop in (300, 600, 650)]
+
+
+def test_few_trusted_rows_say_nothing(compared):
+    lower, _ = random_rows(60, 10, seed=0)
+    assert compared(lower, lower[: similarity.MIN_TRUSTED - 1]) is None
+    assert np.isfinite(compared(lower, lower[: similarity.MIN_TRUSTED])).all()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Exports the selected rows or the merged model of a finished run, for Hugging Face libraries.
 
-    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 --refined --format=...]
+    python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl [--keep=0.8 --drop_implausible=0.1 ...]
     python -m bilevel_jax.export --workdir=DIR --selected=FILE.jsonl --resampled [--seed=0]
     python -m bilevel_jax.export --workdir=DIR --score_new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
@@ -31,6 +31,12 @@ DROP_IMPLAUSIBLE = flags.DEFINE_float(
     "Share of the rows to leave out, those with the smallest `plausible`, whatever their weight.",
     flag_values=FLAGS,
 )
+DROP_DISSIMILAR = flags.DEFINE_float(
+    "drop_dissimilar",
+    0.0,
+    "Share of the rows to leave out, those with the smallest `similar`, whatever their weight.",
+    flag_values=FLAGS,
+)
 SCORE_NEW = flags.DEFINE_string(
     "score_new", None, "Files with new rows to rank and select, instead of the training rows.", flag_values=FLAGS
 )
@@ -58,19 +64,20 @@ def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
-    of_selected = ("keep", "drop_implausible", "score_new", "refined", "resampled", "format")
+    of_selected = ("keep", "drop_implausible", "drop_dissimilar", "score_new", "refined", "resampled", "format")
     for required, names in ((SELECTED, of_selected), (RESAMPLED, ("seed",)), (MERGED, ("dtype",))):
         given = [name for name in names if FLAGS[name].present]
         if given and not required.value:
             raise ValueError(f"--{given[0]} goes with --{required.name}")
     if SCORE_NEW.value and REFINED.value:
         raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score_new")
-    if SCORE_NEW.value and DROP_IMPLAUSIBLE.value:
-        raise ValueError("--drop_implausible has no numbers for rows that the run never saw; remove it or --score_new")
+    for flag in (DROP_IMPLAUSIBLE, DROP_DISSIMILAR):
+        if SCORE_NEW.value and flag.value:
+            raise ValueError(f"--{flag.name} has no numbers for rows that the run never saw; remove it or --score_new")
+        if not 0 <= flag.value < 1:
+            raise ValueError(f"--{flag.name}={flag.value} must be in [0, 1)")
     if not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep={KEEP.value} must be in (0, 1]")
-    if not 0 <= DROP_IMPLAUSIBLE.value < 1:
-        raise ValueError(f"--drop_implausible={DROP_IMPLAUSIBLE.value} must be in [0, 1)")
     if FLAGS["columns"].present and not SCORE_NEW.value:
         raise ValueError("--columns goes with --score_new")
     if SELECTED.value and pathlib.Path(SELECTED.value).suffix not in (".jsonl", ".parquet"):
@@ -147,9 +154,10 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     from bilevel_jax.export import cards, kept_rows, records
 
     new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
-    options = {"drop_implausible": DROP_IMPLAUSIBLE.value, "refined": REFINED.value, "form": FORMAT.value}
+    dropped = {"drop_implausible": DROP_IMPLAUSIBLE.value, "drop_dissimilar": DROP_DISSIMILAR.value}
+    options = dropped | {"refined": REFINED.value, "form": FORMAT.value}
     selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, weight=not RESAMPLED.value, new=new)
-    kept, num_kept, num_left_out = selection.kept, int(selection.kept.sum()), selection.num_left_out
+    kept, num_kept = selection.kept, int(selection.kept.sum())
     repeated, num_different = selection.records, None
     if RESAMPLED.value:
         copies = selected_rows.resample(selection.table["weight"].to_numpy()[selection.order], SEED.value)
@@ -168,8 +176,8 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     say(f"{out}: {num_kept} of {selection.table.num_rows} rows kept")
     if num_different is not None:
         say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
-    if num_left_out:
-        say(f"  {num_left_out} of the others are left out as implausible")
+    for name, number in selection.num_left_out.items():
+        say(f"  {number} of the others are left out as {selected_rows.OPPOSITES[name]}")
     if REFINED.value:
         masked, refined = (selection.masked & kept).sum(), selection.refined.sum()
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"

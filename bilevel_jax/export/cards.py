@@ -97,13 +97,12 @@ def data_card(
         tags=["bilevel_jax", "data-selection"],
         configs=[{"config_name": "default", "data_files": out.name}],
     )
-    left_out = selection.num_left_out
     lines = [
         f"# {out.name}",
         "",
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
-        *([f"Rows with the smallest `plausible` were left out first: {left_out}."] if left_out else []),
+        *(f"Rows with the smallest `{name}` were left out first: {number}." for name, number in selection.num_left_out.items()),
         *([] if num_different is None else [_repeated(num_different, num_kept)]),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),
         "",

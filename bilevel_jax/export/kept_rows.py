@@ -33,7 +33,7 @@ class KeptRows:
     table: pa.Table  # the weights of all candidates
     form: str  # of `selected_rows.resolve_format`
     renamed: list[str]  # fields that are now called original_NAME
-    num_left_out: int  # implausible rows
+    num_left_out: dict[str, int]  # rows that are left out for the smallest values of a measure, by measure
 
     @property
     def masked(self) -> np.ndarray:
@@ -76,6 +76,7 @@ def collect(
     *,
     keep: float,
     drop_implausible: float = 0.0,
+    drop_dissimilar: float = 0.0,
     refined: bool = False,
     form: str = "auto",
     weight: bool = True,
@@ -87,7 +88,8 @@ def collect(
       workdir: of the run.
       config: of the run, a `ConfigDict`.
       keep: share of the rows, in (0, 1].
-      drop_implausible: share of the rows with the smallest `plausible`, which are left out; in [0, 1).
+      drop_implausible, drop_dissimilar: share of the rows with the smallest `plausible`, and with the smallest `similar`, which
+        are left out; in [0, 1).
       refined: masked rows have their latest generated response.
       form: a key of `selected_rows.FORMATS`.
       weight: whether there is a column `weight`; not where rows are repeated by weight.
@@ -102,14 +104,15 @@ def collect(
         cause = "direct mixing selects nothing" if config.method == "mixing" else "the run wrote it, and it was removed"
         raise FileNotFoundError(f"{workdir} has no weights/: {cause}")
     measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
-    if drop_implausible and "plausible" not in measures:
-        raise ValueError(
-            f"--drop_implausible: {workdir}/weights of an earlier version has no `plausible`; train again or remove the flag"
-        )
+    shares = {"plausible": drop_implausible, "similar": drop_dissimilar}
+    for name in [name for name, share in shares.items() if share and name not in measures]:
+        cause = "eval.similar=False, few trusted rows or an earlier version" if name == "similar" else "an earlier version"
+        what = f"--drop_{selected_rows.OPPOSITES[name]}: {workdir}/weights has no `{name}` ({cause})"
+        raise ValueError(f"{what}; train again or remove the flag")
     if refined and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
-    left_out = selected_rows.implausible(table, drop_implausible)
-    kept = selected_rows.heaviest(table, keep, left_out)
+    left_out = {name: selected_rows.smallest(table, name, share) for name, share in shares.items() if share}
+    kept = selected_rows.heaviest(table, keep, np.any([*left_out.values()], axis=0) if left_out else None)
     names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
     writer = _writer(config, form, names, selected_rows.latest_responses(responses) if refined else None)
     form = writer.form(selected_rows.Traits())
@@ -127,7 +130,7 @@ def collect(
         table=table,
         form=form,
         renamed=gathered.records.rename(selected_rows.misread(form, gathered.traits)),
-        num_left_out=int(left_out.sum()),
+        num_left_out={name: int(chosen.sum()) for name, chosen in left_out.items() if chosen.any()},
     )
 
 

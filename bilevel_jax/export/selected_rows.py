@@ -4,7 +4,8 @@ Rows keep their fields and get these columns:
 
     id                    of the row, as in weights/*.parquet and responses.jsonl
     weight, rank          of the last epoch; the mean weight of all training rows is 1, the heaviest row has rank 1
-    plausible, useful     of the last epoch, where known; see `weight_table.table`
+    plausible, useful, similar
+                          of the last epoch, where known; see `weight_table.blocks`
     masked                whether the model answered the row's question itself at the end of the run
     prompt, completion    for TRL's SFTTrainer, which trains on the completion only; see `FORMATS`
     refined               whether the model generated the response (with `--refined`)
@@ -43,6 +44,7 @@ READ_BY_TRL = (  # field names that SFTTrainer 1.16 interprets
     *("messages", "conversations", "text", "chosen", "rejected", "input_ids", "labels", "completion_mask", "assistant_masks"),
     *("seq_lengths", "tools", "chat_template_kwargs", "image", "images"),
 )
+OPPOSITES = {"plausible": "implausible", "similar": "dissimilar"}  # measures by which rows can be left out
 RESPONSE_FIELDS = {"question/response": "response", "instruction/input/output": "output", "prompt/completion": "completion"}
 
 
@@ -55,20 +57,22 @@ class Kept(NamedTuple):
     masked: bool
     plausible: float | None = None
     useful: float | None = None
+    similar: float | None = None
 
 
-def implausible(table, share: float) -> np.ndarray:
-    """Which rows have the smallest `plausible`, [n] bool: the `share` of all rows; of equal rows the lighter ones come first.
+def smallest(table, measure: str, share: float) -> np.ndarray:
+    """Which rows have the smallest of a measure, [n] bool: the `share` of all rows; of equal rows the lighter ones come first.
 
-    A row that no step used has no `plausible`, and is never among them.
+    A row without the measure, such as `plausible` of a row that no step used, is never among them.
 
     Args:
       table: a `weight_table.table`.
+      measure: a key of `weight_table.MEASURES`.
       share: in [0, 1).
     """
-    plausible, chosen = table["plausible"].to_numpy(), np.zeros(len(table), bool)
-    known = np.flatnonzero(~np.isnan(plausible))
-    order = known[np.lexsort((-table["rank"].to_numpy()[known], plausible[known]))]
+    value, chosen = table[measure].to_numpy(), np.zeros(len(table), bool)
+    known = np.flatnonzero(~np.isnan(value))
+    order = known[np.lexsort((-table["rank"].to_numpy()[known], value[known]))]
     chosen[order[: round(share * len(table))]] = True
     return chosen
 
@@ -91,7 +95,7 @@ def heaviest(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarr
     kept[by_rank[: round(keep * len(table))]] = True
     if not kept.any():
         number = 0 if left_out is None else int(left_out.sum())
-        without = f" without the {number} implausible ones" if number else ""
+        without = f" without the {number} that are left out" if number else ""
         raise rows.DataError(f"--keep={keep} keeps none of {len(table)} rows{without}")
     return kept
 

@@ -213,17 +213,9 @@ def _without_references(setup: setups.Setup) -> setups.Setup:
     return dataclasses.replace(setup, upper=with_zeros(setup.upper), lower=with_zeros(setup.lower))
 
 
-def _has_features(config: configuration.Config) -> bool:
-    return (
-        config.method != "mixing"
-        and configuration.to_selector(config).parameterization == "features"
-        and config.selection.unit in ("sample", "turn")
-    )
-
-
 def _row_values(config: configuration.Config, setup: setups.Setup) -> tuple[np.ndarray | None, int]:
     """What ω is a function of, and its size; zeros for features, whose values do not change the time of a step."""
-    if _has_features(config):
+    if configuration.has_row_features(config):
         return np.zeros((len(setup.lower.rows), features.SIZE), np.float32), features.SIZE
     row_features = setups.row_features(config, setup, pathlib.Path(), resumed=False)
     return row_features.values, row_features.size
@@ -251,8 +243,10 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
         left_out.append("generation")
     if config.method != "mixing" and config.selection.rule == "metagradient":
         left_out.append(f"the search for weights before the run, about {4 * config.selection.outer_steps + 1} times the training")
-    if _has_features(config):
+    if configuration.has_row_features(config):
         left_out.append("the features of the rows")
+    if config.method != "mixing" and config.eval.similar:
+        left_out.append("the comparison of the rows with the trusted ones (eval.similar)")
     if {config.loss.upper, config.loss.lower} & set(preferences.PAIRS):
         left_out.append("the reference model's log-probabilities")
     return "\n".join([*lines, *([f"  not included: {', '.join(left_out)}"] if left_out else [])])

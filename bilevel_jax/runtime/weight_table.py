@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         "rank": pa.int64(),
         "plausible": pa.float32(),
         "useful": pa.float32(),
+        "similar": pa.float32(),
         "visits": pa.int64(),
         "masked": pa.bool_(),
         "source": pa.string(),
@@ -33,6 +34,7 @@ MASKS = pa.schema([SCHEMA.field(name) for name in ("id", "masked")])
 MEASURES = {  # null where they are not known, and in tables of earlier versions
     "plausible": "how likely the model finds the response, its least likely tokens above all, from 0 to 1",
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
+    "similar": "how much question and answer are like those of the trusted rows; 0 on average",
 }
 BLOCK = 1 << 17  # rows that are made and written at once
 TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
@@ -48,10 +50,11 @@ def table(
     masked: np.ndarray,
     surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
+    similar: np.ndarray | None = None,
 ) -> pa.Table:
     """One line for each row, see `blocks`; `rows` are the training rows."""
     sources = pa.array([row.source for row in rows], pa.string())
-    return pa.concat_tables(blocks([row.id for row in rows], sources, logits, visits, masked, surprise, useful))
+    return pa.concat_tables(blocks([row.id for row in rows], sources, logits, visits, masked, surprise, useful, similar))
 
 
 def blocks(
@@ -62,6 +65,7 @@ def blocks(
     masked: np.ndarray,
     surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
+    similar: np.ndarray | None = None,
 ) -> Iterator[pa.Table]:
     """Yields the table of weights, at most `BLOCK` rows at a time. It has one line for each row.
 
@@ -70,8 +74,9 @@ def blocks(
         plausible   exp(-s), how likely the model finds the response, in (0, 1]: between the geometric mean and the smallest of the
                     probabilities of its tokens
         useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
+        similar     how much the row is like the trusted ones, `features.similarity`, mean 0; measured at the end of the run
 
-    Both are about the response of the data, and null for rows that were only visited with generated ones.
+    All three are about the response of the data. Plausible and useful are null for rows that were only visited with generated ones.
 
     Args:
       ids, sources: of the training rows, N; sources are texts or a dictionary of them.
@@ -80,9 +85,10 @@ def blocks(
       masked: whether the model answers the row's question, [N].
       surprise: s at the last visit, `losses.surprises`, [N], nats; NaN for rows that were never visited.
       useful: [N]; NaN where it is not known; None if costs are losses.
+      similar: [N]; None if it was not measured.
     """
     unknown = np.broadcast_to(np.nan, len(ids))
-    surprise, useful = (unknown if x is None else np.asarray(x) for x in (surprise, useful))
+    surprise, useful, similar = (unknown if x is None else np.asarray(x) for x in (surprise, useful, similar))
     logits, masked = np.asarray(logits, np.float64), np.asarray(masked, bool)
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
@@ -90,7 +96,7 @@ def blocks(
     ranks[metrics.keep_order(logits)] = np.arange(1, len(logits) + 1)
     for first in range(0, len(ids), BLOCK):
         part = slice(first, first + BLOCK)
-        s, u = surprise[part].astype(np.float64), useful[part].astype(np.float64)
+        s, u, like = (values[part].astype(np.float64) for values in (surprise, useful, similar))
         columns = {
             "id": [*ids[part]],
             "weight": weights[part],
@@ -98,6 +104,7 @@ def blocks(
             "rank": ranks[part],
             "plausible": pa.array(np.exp(-s).astype(np.float32), mask=np.isnan(s)),
             "useful": pa.array(u.astype(np.float32), mask=np.isnan(u)),
+            "similar": pa.array(like.astype(np.float32), mask=np.isnan(like)),
             "visits": np.rint(visits[part]).astype(np.int64),
             "masked": masked[part],
             "source": sources[part].cast(pa.string()),

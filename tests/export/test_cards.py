@@ -27,13 +27,21 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     parsed = list(rows.parse(enumerate(objects, 1)))
     ones = np.ones(len(parsed))
     table = weight_table.table(parsed, np.log(np.arange(1, len(parsed) + 1)), ones, 0 * ones, **measures)
-    left_out = selected_rows.implausible(table, share)
+    left_out = selected_rows.smallest(table, "plausible", share)
     kept = selected_rows.heaviest(table, keep, left_out)
     out = provenance.workdir / "a.jsonl"
     marks = [rows.mark(row, "bad") for row in parsed]
     labels = np.array([kept_rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)
     selection = kept_rows.KeptRows(
-        records.Records(), np.flatnonzero(kept), kept, None, labels, table, "original", list(renamed), int(left_out.sum())
+        records.Records(),
+        np.flatnonzero(kept),
+        kept,
+        None,
+        labels,
+        table,
+        "original",
+        list(renamed),
+        {"plausible": int(left_out.sum())} if share else {},
     )
     return cards.data_card(provenance, out, selection)
 

@@ -150,15 +150,32 @@ def test_implausible_rows(copied, tmp_path, name):
     assert f"Rows with the smallest `plausible` were left out first: {left_out}." in out.with_suffix(".card.md").read_text()
 
 
+def test_dissimilar_rows(copied, tmp_path):
+    """A row that is left out by both measures counts in each."""
+    workdir, _ = copied
+    similar = np.arange(TRAINED) - TRAINED / 2
+    records = measure(workdir, plausible=np.arange(TRAINED) / TRAINED, similar=similar)
+    out = tmp_path / "kept.jsonl"
+    printed = command(f"--workdir={workdir}", f"--selected={out}", "--drop_implausible=0.1", "--drop_dissimilar=0.25", "--keep=1")
+    number = round(0.25 * TRAINED)
+    assert f"{round(0.1 * TRAINED)} of the others are left out as implausible" in printed
+    assert f"{number} of the others are left out as dissimilar" in printed
+    assert {row["rank"] for row in read_jsonl(out)} == {record["rank"] for record in records[number:]}
+    assert f"Rows with the smallest `similar` were left out first: {number}." in out.with_suffix(".card.md").read_text()
+    measure(workdir, plausible=np.arange(TRAINED) / TRAINED)
+    with pytest.raises(ValueError, match=r"^--drop_dissimilar: .* has no `similar` \(eval.similar=False, few trusted rows or an"):
+        command(f"--workdir={workdir}", f"--selected={out}", "--drop_dissimilar=0.1")
+
+
 def test_tables_of_earlier_versions(copied, tmp_path):
     workdir, _ = copied
     measure(workdir)
     arguments = f"--workdir={workdir}", f"--selected={tmp_path / 'kept.jsonl'}"
-    with pytest.raises(ValueError, match="no `plausible`; train again or remove the flag") as error:
+    with pytest.raises(ValueError, match=r"no `plausible` \(an earlier version\); train again or remove the flag") as error:
         command(*arguments, "--drop_implausible=0.1")
     assert "\n" not in str(error.value) and not (tmp_path / "kept.jsonl").exists()
     assert "implausible" not in command(*arguments, "--drop_implausible=0")
-    assert not {"plausible", "useful"} & read_jsonl(tmp_path / "kept.jsonl")[0].keys()
+    assert not weight_table.MEASURES.keys() & read_jsonl(tmp_path / "kept.jsonl")[0].keys()
 
 
 def test_formats(finished, tmp_path):
@@ -366,6 +383,7 @@ def test_refuses_runs(copied, tmp_path, spoil, more, reason):
         (["--selected=kept.csv"], ".parquet"),
         (["--selected=kept.jsonl", "--keep=1.5"], "--keep"),
         (["--selected=kept.jsonl", "--keep=0"], "--keep"),
+        (["--selected=kept.jsonl", "--drop_dissimilar=-0.1"], r"--drop_dissimilar=-0.1 must be in \[0, 1\)"),
         (["--selected=kept.jsonl", "--drop_implausible=1"], r"--drop_implausible=1.0 must be in \[0, 1\)"),
         (["--selected=kept.jsonl", "--drop_implausible=-0.1"], "--drop_implausible=-0.1 must be in"),
         (["--selected=kept.jsonl", "--drop_implausible=nan"], "--drop_implausible=nan must be in"),

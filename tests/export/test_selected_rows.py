@@ -67,7 +67,7 @@ def test_select(finished, data, keep):
 
     records = sorted(table.to_pylist(), key=lambda record: -record["weight"])[: round(keep * TRAINED)]
     by_id = {row.id: row for row in candidates}
-    names = "weight", "rank", "masked", "plausible", "useful"
+    names = "weight", "rank", "masked", *weight_table.MEASURES
     expected = [(by_id[record["id"]], *map(record.get, names)) for record in records]
     assert sorted(kept, key=lambda one: one.rank) == expected
     lines = [one.row.line for one in kept]
@@ -116,7 +116,7 @@ def measured(plausible, logits, useful=None):
 def test_implausible_rows_are_left_out(keep, share, expected):
     """Weights rise with the index."""
     parsed, table = measured([0.2, 0, 0.2, 0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.5], np.arange(10.0))
-    kept = selected_rows.select(parsed, table, keep, selected_rows.implausible(table, share))
+    kept = selected_rows.select(parsed, table, keep, selected_rows.smallest(table, "plausible", share))
     assert [int(one.row.question) for one in kept] == list(expected)
 
 
@@ -126,7 +126,7 @@ def test_implausible_rows_of_many():
     parsed, table = measured(plausible, logits, useful=rng.normal(size=200))
     rest = np.argsort(plausible)[50:]
     heaviest = rest[np.argsort(-logits[rest])][:100]
-    kept = selected_rows.select(parsed, table, 0.5, selected_rows.implausible(table, 0.25))
+    kept = selected_rows.select(parsed, table, 0.5, selected_rows.smallest(table, "plausible", 0.25))
     assert [int(one.row.question) for one in kept] == sorted(heaviest)
     np.testing.assert_allclose([one.plausible for one in kept], plausible[np.sort(heaviest)], rtol=1e-6)
     assert [one.useful for one in kept] == table["useful"].to_numpy()[np.sort(heaviest)].tolist()
@@ -134,8 +134,8 @@ def test_implausible_rows_of_many():
 
 def test_select_refuses_to_leave_all_out():
     parsed, table = measured([0.5, 0.6], [0.0, 1.0])
-    with pytest.raises(rows.DataError, match=r"--keep=0.5 keeps none of 2 rows without the 2 implausible ones$"):
-        selected_rows.select(parsed, table, 0.5, selected_rows.implausible(table, 0.8))
+    with pytest.raises(rows.DataError, match=r"--keep=0.5 keeps none of 2 rows without the 2 that are left out$"):
+        selected_rows.select(parsed, table, 0.5, selected_rows.smallest(table, "plausible", 0.8))
 
 
 def test_select_refuses_to_keep_nothing():

@@ -25,7 +25,7 @@ def make(rows, logits=LOGITS):
 
 def test_columns(rows):
     table = make(rows)
-    assert table.column_names == ["id", "weight", "logit", "rank", "plausible", "useful", "visits", "masked", "source"]
+    assert table.column_names == ["id", "weight", "logit", "rank", "plausible", "useful", "similar", "visits", "masked", "source"]
     columns = table.to_pydict()
     sigma = np.exp(LOGITS) / np.exp(LOGITS).sum()
     np.testing.assert_allclose(columns["weight"], 5 * sigma, rtol=1e-6)
@@ -57,6 +57,8 @@ def test_measures(rows, tmp_path):
     np.testing.assert_allclose(plausible[:2] + plausible[3:], [1, 0.5, np.exp(-3), 0], rtol=1e-6)
     assert plausible[2] is None  # never visited
     assert table["useful"].to_pylist() == [1.5, -2, 0, 0, 1] and weight_table.known_measures(table) == ["plausible", "useful"]
+    table = weight_table.table(rows, LOGITS, zeros, zeros, loss, similar=np.arange(5) - 2)
+    assert table["similar"].to_pylist() == [-2, -1, 0, 1, 2] and weight_table.known_measures(table) == ["plausible", "similar"]
     table = weight_table.table(rows, LOGITS, zeros, zeros, loss)
     assert table["useful"].null_count == 5 and weight_table.known_measures(table) == ["plausible"]
 
@@ -81,11 +83,11 @@ def test_a_table_of_one_block_is_one_row_group(rows, tmp_path):
 
 
 def test_tables_of_earlier_versions(rows, tmp_path):
-    old = make(rows).drop_columns(["plausible", "useful"])
+    old = make(rows).drop_columns([*weight_table.MEASURES])
     weight_table.write(tmp_path / "weights" / "epoch_1.parquet", old)
     table = weight_table.latest(tmp_path)
     assert table.schema == weight_table.SCHEMA and weight_table.known_measures(table) == []
-    assert table.drop_columns(["plausible", "useful"]).equals(old)
+    assert table.drop_columns([*weight_table.MEASURES]).equals(old)
 
 
 WEIGHT = [[0.5, 1.5], [2.0, 0.4, 0.6], [1.0]]
