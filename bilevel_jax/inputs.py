@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import os
 import pathlib
@@ -118,14 +117,14 @@ def read(given: Mapping[str, Any]):
 
 
 def _digest(source: str) -> str:
-    """SHA-256 of the names and contents of the files of a source; of its name, where it is no file."""
+    """SHA-256 of the contents of the files of a source and, where it is not one file, of its name."""
     total = hashlib.sha256(source.encode() if not os.path.isfile(source) else b"")
-    for name in [source] if os.path.exists(source) else source.split(","):
-        for path in sorted(glob.glob(name)) if not os.path.exists(name) else [name]:
-            inside = sorted(str(file) for file in pathlib.Path(path).rglob("*")) if os.path.isdir(path) else [path]
-            for file in filter(os.path.isfile, inside):
-                with open(file, "rb") as content:
-                    total.update(hashlib.file_digest(content, "sha256").digest())
+    for path in parts.paths(source):
+        folder = path if os.path.exists(path) else path.rpartition(":")[0]  # path:split, of a saved data set
+        inside = sorted(map(str, pathlib.Path(folder).rglob("*"))) if os.path.isdir(folder) else [path]
+        for file in filter(os.path.isfile, inside):
+            with open(file, "rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()
 
 

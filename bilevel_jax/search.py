@@ -18,6 +18,7 @@ derivative at a point says little about larger changes. So the learning rate fal
 
 import dataclasses
 import io
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -38,7 +39,6 @@ FILE = "metagradient.npz"
 SMOOTH_EPS_ROOT = 1e-6
 DROPPED = 10.0  # rows that help less than the average have logits down to minus this: weights of e^-10, as good as none
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
-MIN_ROWS = 6  # trusted rows, so that every part has one
 TINY = 1e-30
 SPLIT = 3  # tag of the random stream
 
@@ -90,7 +90,11 @@ def _train(it: Iteration, state: step.State, j: int, keep: bool):
 
 def _measured(it: Iteration, adapter) -> float:
     """The loss of the trusted rows that measure."""
-    return scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
+    loss = scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
+    if not math.isfinite(loss):
+        what = f"selection.rule=metagradient: the loss of the trusted rows is {loss} after a training run"
+        raise RunError(f"{what}; lower optimizer.learning_rate, or inspect the rows")
+    return loss
 
 
 def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int) -> np.ndarray:
@@ -165,13 +169,11 @@ def search(
       directory: where the iterations are written, and read again.
 
     Raises:
-      ConfigError: too few trusted rows.
+      RunError: a run of the search diverged, or the file of the iterations is damaged.
     """
-    num_upper, num_rows = len(setup.upper.rows), len(setup.lower.rows)
-    if num_upper < MIN_ROWS:
-        raise configuration.ConfigError(f"selection.rule=metagradient needs {MIN_ROWS} trusted rows for training, not {num_upper}")
-    inner, steering, measuring = (_subset(setup.upper, part) for part in split_trusted(num_upper, config.seed))
-    objective, optimizer = configuration.to_objective(config), smooth_optimizer(config, setups.num_steps(config, setup))
+    num_rows = len(setup.lower.rows)
+    inner, steering, measuring = (_subset(setup.upper, part) for part in split_trusted(len(setup.upper.rows), config.seed))
+    objective, optimizer = configuration.to_objective(config), smooth_optimizer(config, configuration.num_steps(config, num_rows))
     gradients, losses = _read(directory / FILE)
     start = _smooth_state(make_state(to_logits([], num_rows)), optimizer)
     shardings = sharding.state_shardings(setup.mesh, start, config.mesh.shard_selector)

@@ -65,6 +65,7 @@ def load(config: configuration.Config) -> Setup:
         upper, lower = levels.load_levels(config, tokenizer)
     for level in (upper, lower):
         token_ids.check(level.all_examples, tokenizer, model.vocab_size)
+    startup_checks.check_trusted_rows(config, len(upper.rows))
     startup_checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
@@ -142,7 +143,7 @@ def row_features(config: configuration.Config, setup: Setup, directory: pathlib.
     if config.selection.unit == "domain":
         names, domain_of_row = levels.domains(setup.lower, config.data.lower)
         return RowFeatures(None, domain_of_row, len(names))
-    if config.selection.parameterization == "features":
+    if configuration.has_row_features(config):
         with phases.phase("computing features of the rows") if not resumed else contextlib.nullcontext():
             encoder, values = features.read(directory / features.FILE) if resumed else fit_features(config, setup)
         return RowFeatures(encoder, values, features.SIZE)
@@ -185,26 +186,21 @@ def with_references(config: configuration.Config, setup: Setup, directory: pathl
     return dataclasses.replace(setup, upper=upper, lower=lower)
 
 
-def num_steps(config: configuration.Config, setup: Setup) -> int:
-    """Steps of a run."""
-    return configuration.num_steps(config, len(setup.lower.rows))
-
-
 def checked_steps(config: configuration.Config, setup: Setup) -> int:
     """The number of steps of the run.
 
     Raises:
       ConfigError: a setting does not go with it.
     """
-    number = num_steps(config, setup)
+    number = configuration.num_steps(config, len(setup.lower.rows))
     startup_checks.check_profile(config, number)
     startup_checks.check_masks(config, number)
     return number
 
 
-def make_optimizer(config: configuration.Config, setup: Setup) -> optax.GradientTransformation:
-    """The optimizer of θ."""
-    return configuration.to_optimizer(config, num_steps(config, setup))
+def make_optimizer(config: configuration.Config, num_rows: int) -> optax.GradientTransformation:
+    """The optimizer of θ of a run on `num_rows` lower-level rows."""
+    return configuration.to_optimizer(config, configuration.num_steps(config, num_rows))
 
 
 def new_state(
@@ -212,16 +208,14 @@ def new_state(
 ) -> step.State:
     """The state before the first step."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
-    tracked = objective.value_function == "tracked"
-    influence = step.measures_influence(objective, selector)
-    return step.init(adapter, optimizer, selector, num_rows, tracked, num_features or features.SIZE, influence)
+    return step.init(adapter, optimizer, objective, selector, num_rows, num_features)
 
 
 def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
     """The state before the first step, on the devices, and its shardings."""
 
     def build(adapter):
-        return new_state(config, adapter, len(setup.lower.rows), make_optimizer(config, setup), num_features)
+        return new_state(config, adapter, len(setup.lower.rows), make_optimizer(config, len(setup.lower.rows)), num_features)
 
     shardings = sharding.state_shardings(setup.mesh, jax.eval_shape(build, setup.adapter), config.mesh.shard_selector)
     adapter = jax.tree.map(sharding.device_put, setup.adapter, shardings.policy.adapter)
@@ -273,10 +267,11 @@ def new_bytes(config: configuration.Config, setup: Setup, state: step.State, wor
     return needed
 
 
-def batch_layout(config: configuration.Config, state: step.State) -> packing.Layout:
-    """The layout of every batch of a run."""
+def batch_layout(config: configuration.Config) -> packing.Layout:
+    """The layout of every batch of a run. Where influences are measured, no sequence holds rows of both levels."""
     entries = configuration.entries_per_row(config) * config.batch.size
-    return packing.Layout(config.batch.micro_size, config.data.max_length, entries, separate_levels=state.influence is not None)
+    separate = step.measures_influence(configuration.to_objective(config), configuration.to_selector(config))
+    return packing.Layout(config.batch.micro_size, config.data.max_length, entries, separate_levels=separate)
 
 
 def jit_step(
@@ -308,14 +303,14 @@ def compile_program(
     """
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
-    layout = batch_layout(config, state)
+    layout = batch_layout(config)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper, lower = setup.upper, setup.lower
     slots = frozen.Slots(upper, lower)
     layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, slots, directory, resumed)
     batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_slots=slots if layers else None)
     with jax.set_mesh(mesh):
-        jitted = jit_step(config, setup.model, make_optimizer(config, setup), shardings, mesh)
+        jitted = jit_step(config, setup.model, make_optimizer(config, len(lower.rows)), shardings, mesh)
         first = batch_of(0, online.empty(len(lower.rows))).batch
         if layers:
             first = frozen.with_states(first, frozen.empty_states(setup.model, first.packed.tokens.shape))

@@ -4,6 +4,8 @@ from bilevel_jax import config as configuration
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.models import fused_attention, model_config
 
+MIN_TRUSTED_ROWS = 6  # of `search`, so that each of its three parts has one
+
 
 def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
     """Refuses lengths beyond the model's `max_positions`, and sizes that the `num_parts` of mesh.data · mesh.fsdp do not divide.
@@ -66,6 +68,17 @@ def check_profile(config: Config, num_steps: int) -> None:
     traced = configuration.profiled_steps(config)
     if traced and traced[1] > num_steps:
         raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
+
+
+def check_trusted_rows(config: Config, num_rows: int) -> None:
+    """Refuses a search for weights with fewer trusted rows than it has parts of them, see `search`.
+
+    Raises:
+      ConfigError: one line that names the key and the number to have.
+    """
+    if config.selection.rule == "metagradient" and num_rows < MIN_TRUSTED_ROWS:
+        what = f"selection.rule=metagradient needs {MIN_TRUSTED_ROWS} trusted rows for training, not {num_rows}"
+        raise ConfigError(f"{what}; give more, hold out fewer (eval.num_upper), or take selection.rule=bds")
 
 
 def check_rows(config: Config, num_rows: int, devices: int) -> None:

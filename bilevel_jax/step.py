@@ -69,17 +69,23 @@ def measures_influence(objective: Objective, selector: selection.Selector) -> bo
 def init(
     adapter,
     optimizer: optax.GradientTransformation,
+    objective: Objective,
     selector: selection.Selector,
     num_rows: int,
-    tracked: bool,
     num_features: int = 0,
-    measure_influence: bool = False,
 ) -> State:
-    """The state before the first step, for `num_rows` lower-level rows. θ' starts as a copy of θ."""
+    """The state before the first step, for `num_rows` lower-level rows. θ' starts as a copy of θ.
+
+    Args:
+      adapter: θ at its start.
+      optimizer, objective, selector: those of `make_step`.
+      num_rows: N.
+      num_features: A, where ω is a function of features.
+    """
     policy = Learner(adapter, optimizer.init(adapter))
-    tracker = jax.tree.map(jnp.copy, policy) if tracked else None
+    tracker = jax.tree.map(jnp.copy, policy) if objective.value_function == "tracked" else None
     token_params = jnp.zeros(len(token_weights.SCORES), jnp.float32) if selector.token_learning_rate else None
-    influence_state = influences.init(adapter) if measure_influence else None
+    influence_state = influences.init(adapter) if measures_influence(objective, selector) else None
     return State(jnp.int32(0), policy, selection.init(selector, num_rows, num_features), tracker, token_params, influence_state)
 
 
@@ -101,6 +107,12 @@ class Problem:
     def dropout_key(self, state: "State"):
         """The key of the dropout of a step; None without dropout."""
         return jax.random.fold_in(jax.random.key(self.seed), state.step) if self.model.adapter_dropout else None
+
+    def check(self, state: "State") -> None:
+        """Refuses a state that `init` made for other costs, whose arrays would decide which cost is taken."""
+        wanted = self.objective.value_function == "tracked", measures_influence(self.objective, self.selector)
+        if (state.tracker is not None, state.influence is not None) != wanted:
+            raise ValueError("the state is of another objective or selector: make it by step.init with those of make_step")
 
     @property
     def costs_at_next(self) -> bool:
@@ -236,7 +248,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
 
 
 def update_tracker(
-    problem: Problem, base, tracker: Learner, batch: packing.Batch, shares: Shares, response_weight_E, key=None
+    problem: Problem, base, tracker: Learner, batch: packing.Batch, shares: Shares, response_weight_E, key
 ) -> tuple[Learner, jax.Array]:
     """One optimizer step of θ' on the weighted lower level alone.  (44)
 
@@ -313,7 +325,7 @@ def influence_costs(
     return influences.costs(state, slopes.upper_mean, influence_E, surprise_E, shares.cost)
 
 
-def row_costs(problem: Problem, base, update: PolicyUpdate, tracker, tracker_nll_E, batch: packing.Batch, nll_E=None) -> jax.Array:
+def row_costs(problem: Problem, base, update: PolicyUpdate, tracker, tracker_nll_E, batch: packing.Batch, nll_E) -> jax.Array:
     """C_b of each entry [E].  (10c); with a tracker (44)
 
     At `next` it takes one more forward pass over the micro-batches of the lower level.
@@ -321,7 +333,7 @@ def row_costs(problem: Problem, base, update: PolicyUpdate, tracker, tracker_nll
     Args:
       update: of θ, with the NLL at θ^k.
       tracker: θ'^{k+1} or None, with the NLL at θ'^k.
-      nll_E: the NLL at θ^{k+1}, where it is known.
+      nll_E: the NLL at θ^{k+1} where it is known, or None.
     """
     model, objective = problem.model, problem.objective
 
@@ -392,12 +404,14 @@ def make_step(
       is N for upper rows and padding. `features`: [N, A] float32 or [N] int32.
 
     Raises:
-      ValueError: options that do not go together, see `objective.check_combination`.
+      ValueError: options that do not go together, see `objective.check_combination`; from `step`, while it is traced: the state was
+        made for another objective or selector.
     """
     check_combination(objective, selector)
     problem = Problem(config, objective, selector, optimizer, seed)
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
+        problem.check(state)
         shares = entry_shares(objective, selector, state.selector, batch)
         weights_first = selector.order == "paper"
         if weights_first:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import optax
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import forward, losses, metagradient, search, selector, step
+from bilevel_jax import forward, losses, metagradient, search, selector, startup_checks, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
+from bilevel_jax.errors import RunError
 from bilevel_jax.models import attention, decoder, lora, model_config
 from bilevel_jax.objective import Objective
 from bilevel_jax.step import Scales
@@ -94,7 +96,7 @@ def test_metagradient_is_the_derivative_of_the_whole_run(name):
     optimizer, (base, adapter), (upper, lower, last) = OPTIMIZERS[name], parameters(), rows()
     uniform = selector.Selector(rule="uniform")
     advance = jax.jit(step.make_step(CONFIG, Objective(cost="loss"), uniform, optimizer))
-    state = step.init(adapter, optimizer, uniform, N, tracked=False)
+    state = step.init(adapter, optimizer, Objective(), uniform, N)
     state = state._replace(selector=state.selector._replace(logits=jnp.log(WEIGHTS)))  # their mean is 1
     past = []
     for k in range(STEPS):
@@ -176,3 +178,18 @@ def test_trusted_rows_are_split_into_three(number):
     parts = search.split_trusted(number, seed=0)
     assert [len(part) > 0 for part in parts] == [True] * 3
     assert sorted(np.concatenate(parts)) == list(range(number))
+
+
+def test_search_refuses_a_run_that_diverged():
+    """The smallest loss is looked for among all, and NumPy takes NaN for the smallest."""
+    program = types.SimpleNamespace(score=lambda *_: (np.array([1.0, np.nan]), np.array([1, 1])))
+    iteration = types.SimpleNamespace(program=program, setup=types.SimpleNamespace(base=None), measuring=[])
+    with pytest.raises(RunError, match="^selection.rule=metagradient: the loss of the trusted rows is nan .* lower optimizer"):
+        search._measured(iteration, None)
+
+
+def test_search_needs_trusted_rows_for_each_part():
+    config = configuration.Config(selection=configuration.Selection(rule="metagradient"))
+    startup_checks.check_trusted_rows(config, startup_checks.MIN_TRUSTED_ROWS)
+    with pytest.raises(configuration.ConfigError, match="^selection.rule=metagradient needs 6 trusted rows for training, not 5"):
+        startup_checks.check_trusted_rows(config, 5)

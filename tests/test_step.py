@@ -90,7 +90,7 @@ def pack_padded(upper, lower, layout=LAYOUT, num_lower=None):
 def begin(config, selector=MIRROR, omega=OMEGA, tracked=None):
     """A state of its own, to be donated to the step."""
     adapter = jax.tree.map(jnp.copy, model(config)[1])
-    state = step.init(adapter, SGD, selector, N, tracked is not None)
+    state = step.init(adapter, SGD, PAPER, selector, N)
     if tracked is not None:
         state = state._replace(tracker=step.Learner(jax.tree.map(jnp.copy, tracked), SGD.init(tracked)))
     return state._replace(selector=state.selector._replace(logits=jnp.array(omega)))
@@ -257,7 +257,7 @@ def test_all_weights_follow_the_gradient_of_the_objective(config):
         return mean(loss_of(row, params) for row in upper) + GAMMA * below
 
     gradient = jax.grad(objective)(params)
-    state = step.init(jax.tree.map(jnp.copy, params), SGD, MIRROR, N, tracked=False)
+    state = step.init(jax.tree.map(jnp.copy, params), SGD, PAPER, MIRROR, N)
     state = state._replace(selector=state.selector._replace(logits=jnp.array(OMEGA)))
     another_base = jax.tree.map(jnp.zeros_like, params)
     advance = jax.jit(step.make_step(config, PAPER, MIRROR, SGD))  # of its own: `compiled` counts its programs
@@ -531,7 +531,7 @@ INFLUENCE = Objective(cost="influence")
 
 
 def begin_influence(optimizer):
-    return step.init(model(LLAMA)[1], optimizer, MIRROR, N, tracked=False, measure_influence=True)
+    return step.init(model(LLAMA)[1], optimizer, INFLUENCE, MIRROR, N)
 
 
 def vote(gradient, direction) -> float:
@@ -592,15 +592,24 @@ def test_influence_is_finite_where_adam_has_no_past():
     targets = lora.resolve_targets(LLAMA, "all-linear")
     adapter, optimizer = lora.init_adapter(LLAMA, jax.random.key(0), 3, targets), optax.adam(0.01)
     advance = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
-    state = step.init(adapter, optimizer, MIRROR, N, tracked=False, measure_influence=True)
+    state = step.init(adapter, optimizer, INFLUENCE, MIRROR, N)
     after, _ = advance(model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
     assert np.isfinite(after.selector.logits).all() and np.ptp(after.selector.logits) > 0.1
 
 
 def test_tracker_starts_where_theta_does():
-    state = step.init(model(LLAMA)[1], SGD, MIRROR, N, tracked=True)
+    state = step.init(model(LLAMA)[1], SGD, Objective(value_function="tracked"), MIRROR, N)
     jax.tree.map(np.testing.assert_array_equal, state.tracker.adapter, model(LLAMA)[1])
-    assert step.init(model(LLAMA)[1], SGD, MIRROR, N, tracked=False).tracker is None
+    assert step.init(model(LLAMA)[1], SGD, Objective(), MIRROR, N).tracker is None
+
+
+@pytest.mark.parametrize("cost, other", [("influence", "loss"), ("loss", "influence")])
+def test_state_of_another_objective_is_refused(cost, other):
+    """The arrays of the state would decide which cost is taken."""
+    state = step.init(model(LLAMA)[1], SGD, Objective(cost=other), MIRROR, N)
+    advance = step.make_step(LLAMA, Objective(cost=cost), MIRROR, SGD)
+    with pytest.raises(ValueError, match="^the state is of another objective"):
+        jax.eval_shape(advance, model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
 
 
 def test_uniform_keeps_all_weights_at_one():
@@ -878,8 +887,8 @@ def test_ratios_are_one_straight_after_scoring(name, length):
 
     uniform, frozen = Selector("uniform"), optax.sgd(0.0)
     advance = jax.jit(step.make_step(config, Objective(coefficient_at="current"), uniform, frozen))
-    state = step.init(adapter, frozen, uniform, N, tracked=False)
-    moved = step.init(jitter(adapter, 3, 0.1), frozen, uniform, N, tracked=False)
+    state = step.init(adapter, frozen, Objective(), uniform, N)
+    moved = step.init(jitter(adapter, 3, 0.1), frozen, Objective(), uniform, N)
     for pack_rows in (pack, pack_padded):
         batch = pack_rows([], own + others, Layout(2, 2 * length, 15), num_lower=5)
         fresh, stale = (np.exp(advance(base, s, batch, Scales(1.0, GAMMA))[1]["log_ratio"][:12]) for s in (state, moved))

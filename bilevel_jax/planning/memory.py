@@ -207,13 +207,8 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
 
 def _state_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
     """The arrays that a run always holds: weights, learners, selector, features."""
-    objective = configuration.to_objective(config)
-    tracked = objective.value_function == "tracked"
-    optimizer = configuration.to_optimizer(config, configuration.num_steps(config, num_rows))
-    selector = configuration.to_selector(config)
-    influence = step.measures_influence(objective, selector)
-    arguments = optimizer, selector, num_rows, tracked, features.SIZE, influence
-    state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
+    optimizer, selector = setups.make_optimizer(config, num_rows), configuration.to_selector(config)
+    state = jax.eval_shape(lambda start: setups.new_state(config, start, num_rows, optimizer, features.SIZE), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
 
     def learned(part: str):
@@ -224,14 +219,14 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
         Item("adapter θ" if config.lora.rank else "all weights θ", size_of(*learned("adapter")), ALWAYS),
         Item("its optimizer", size_of(*learned("optimizer")), ALWAYS),
     ]
-    if tracked:
+    if state.tracker is not None:
         items.append(Item("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS))
-    if influence:
+    if state.influence is not None:
         items.append(Item("running mean of the trusted rows' gradient", size_of(state.influence, shardings.influence), ALWAYS))
     items.append(Item("ω, its optimizer, visits", size_of(state.selector, shardings.selector), ALWAYS))
     if selector.parameterization == "features":
         num_parts = mesh.size if config.mesh.shard_selector else 1
-        size = features.SIZE if config.selection.unit in ("sample", "turn") else 1
+        size = features.SIZE if configuration.has_row_features(config) else 1
         items.append(Item("features of all rows", 4 * size * num_rows // num_parts, ALWAYS, "formula"))
     items.append(Item("copy of all these but the base, for a checkpoint", size_of(state, shardings), ALWAYS))
     if mesh.shape["fsdp"] > 1:

@@ -59,23 +59,18 @@ def device_bytes(tree) -> int:
     return memory.size_of(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
-def make_optimizer(config: configuration.Config, num_rows: int):
-    """The optimizer of θ of a run on `num_rows` rows."""
-    return configuration.to_optimizer(config, configuration.num_steps(config, num_rows))
-
-
 def run_shapes(config: configuration.Config, plan: memory.Plan, mesh) -> Shapes:
     """The arrays that a run holds all the time."""
     model = setups.trained_model(config, layer_settings.for_length(plan.model, config.data.max_length))
     base = memory.base_shapes(model)
     adapter = memory.config_adapter_shapes(config, model)
-    optimizer, num_rows = make_optimizer(config, plan.num_rows), plan.num_rows
+    optimizer, num_rows = setups.make_optimizer(config, plan.num_rows), plan.num_rows
     state = jax.eval_shape(lambda adapter: setups.new_state(config, adapter, num_rows, optimizer, features.SIZE), adapter)
     shardings = sharding.state_shardings(mesh, state, config.mesh.shard_selector)
     values = None
     if configuration.to_selector(config).parameterization == "features":
-        by_domain = config.selection.unit == "domain"
-        shape, dtype = ((num_rows,), jnp.int32) if by_domain else ((num_rows, features.SIZE), jnp.float32)
+        by_row = configuration.has_row_features(config)
+        shape, dtype = ((num_rows, features.SIZE), jnp.float32) if by_row else ((num_rows,), jnp.int32)
         values = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.selector.logits)
     return Shapes(model, sharded(base, sharding.weight_shardings(mesh, base)), sharded(state, shardings), values)
 
@@ -83,8 +78,8 @@ def run_shapes(config: configuration.Config, plan: memory.Plan, mesh) -> Shapes:
 def step_program(config: configuration.Config, num_rows: int, shapes: Shapes, mesh) -> Program:
     """The joint update of θ and ω."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
-    function = setups.jit_step(config, shapes.model, make_optimizer(config, num_rows), shardings, mesh)
-    empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config, shapes.state))
+    function = setups.jit_step(config, shapes.model, setups.make_optimizer(config, num_rows), shardings, mesh)
+    empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config))
     if frozen.num_frozen(shapes.model, shapes.adapter):
         states = jax.eval_shape(lambda: frozen.empty_states(shapes.model, empty.packed.tokens.shape))
         empty = frozen.with_states(empty, states)

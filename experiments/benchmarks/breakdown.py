@@ -107,8 +107,9 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     num_tokens = sum(host.num_tokens for host in host_batches)
     scales = step.Scales(jnp.float32(1), jnp.float32(train_step.RHO / (1 - train_step.RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
-    state = step.init(train_step.start_adapter(config, model), optimizer, select, len(lower.rows), tracked=False)
-    update = step.make_step(model, objective.Objective(coefficient_at="current"), select, optimizer)
+    aim = objective.Objective(coefficient_at="current")
+    state = step.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
+    update = step.make_step(model, aim, select, optimizer)
     compiled = jax.jit(update).lower(base, state, batches[0], scales).compile()
     jax.block_until_ready(compiled(base, state, batches[0], scales))
     with tempfile.TemporaryDirectory() as folder:

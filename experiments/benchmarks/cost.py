@@ -37,10 +37,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
         rule, token_rate = "uniform" if name == "mixing" else "bds", 0.1 if name.endswith("tokens") else 0.0
         select = selector.Selector(rule=rule, token_learning_rate=token_rate)
-        influence = variant.cost == "influence"
-        states[name] = step.init(
-            adapter, optimizer, select, len(lower.rows), variant.value_function == "tracked", measure_influence=influence
-        )
+        states[name] = step.init(adapter, optimizer, variant, select, len(lower.rows))
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 

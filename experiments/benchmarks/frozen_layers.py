@@ -33,8 +33,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     states, runs, kept, steps = {}, {}, {}, {}
     for name, layers, cache in (("all", "all", "off"), (last, last, "off"), (f"{last}, kept", last, "memory")):
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets, lora.resolve_layers(model, layers))
-        tracked = objective.value_function == "tracked"
-        start = step.init(adapter, optimizer, selector, len(lower.rows), tracked, measure_influence=influence)
+        start = step.init(adapter, optimizer, objective, selector, len(lower.rows))
         shardings = sharding.state_shardings(mesh, start, False)
         states[name] = jax.tree.map(sharding.device_put, start, shardings)
         if layers not in steps:

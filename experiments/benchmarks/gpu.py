@@ -106,7 +106,7 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
         influence = step.measures_influence(aim, select)
         steps = [sharding.split_batch(batch(of, k, influence), mesh) for k in range(of.rounds)]
         adapter = lora.init_adapter(model, jax.random.key(0), 16, lora.resolve_targets(model, "all-linear"))
-        start = step.init(adapter, optimizer, select, of.rows, False, measure_influence=influence)
+        start = step.init(adapter, optimizer, aim, select, of.rows)
         shardings = sharding.state_shardings(mesh, start, False)
         state = [jax.tree.map(sharding.device_put, start, shardings)]
         results = shardings, sharding.replicated(mesh)  # as the state that goes in, so that one compilation serves all steps

@@ -35,8 +35,9 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     """Markdown lines: response tokens per second of both, and the ratio of their times."""
     mesh = sharding.make_mesh(1)
     optimizer, select = optax.adam(config.optimizer.learning_rate), selector.Selector(rule="uniform")
-    state = step.init(train_step.start_adapter(config, model), optimizer, select, len(lower.rows), tracked=False)
-    jitted = jax.jit(step.make_step(model, objective.Objective(), select, optimizer))
+    aim = objective.Objective()
+    state = step.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
+    jitted = jax.jit(step.make_step(model, aim, select, optimizer))
     scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
     work = train_step.Work(config, directory, upper, lower, rounds)
     hosts = work.packed()

@@ -188,8 +188,9 @@ def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]
     step_batches = [sharding.split_batch(host.batch, mesh) for host in work.packed()]
     scales = step.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
-    jitted = jax.jit(step.make_step(model, objective.Objective(coefficient_at=coefficient_at), select, optimizer), donate_argnums=1)
-    state = [step.init(start_adapter(work.config, model), optimizer, select, len(work.lower.rows), tracked=False)]
+    aim = objective.Objective(coefficient_at=coefficient_at)
+    jitted = jax.jit(step.make_step(model, aim, select, optimizer), donate_argnums=1)
+    state = [step.init(start_adapter(work.config, model), optimizer, aim, select, len(work.lower.rows))]
 
     def run(k: int) -> float:
         state[0], metrics = jitted(base, state[0], step_batches[k], scales)

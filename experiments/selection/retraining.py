@@ -89,7 +89,7 @@ class Bed:
         return self._orders[key]
 
     def start(self, weight_N) -> step.State:
-        state = step.init(self.setup.adapter, self.optimizer, self.uniform, self.N, tracked=False)
+        state = step.init(self.setup.adapter, self.optimizer, self.objective, self.uniform, self.N)
         weight_N = np.asarray(weight_N, np.float64)
         logits = np.where(weight_N > 0, np.log(np.maximum(weight_N, 1e-30)), NEVER)
         return state._replace(selector=state.selector._replace(logits=jnp.asarray(logits, jnp.float32)))
@@ -115,12 +115,11 @@ class Bed:
         key = cost, selector, value_function
         if (*key, seed) in self._selected:
             return self._selected[*key, seed]
-        influence = cost == "influence" and selector.rule != "uniform"
+        objective = dataclasses.replace(self.objective, cost=cost, value_function=value_function)
+        influence = step.measures_influence(objective, selector)
         if key not in self._selects:
-            objective = dataclasses.replace(self.objective, cost=cost, value_function=value_function)
             self._selects[key] = jax.jit(step.make_step(self.setup.model, objective, selector, self.optimizer))
-        tracked = value_function == "tracked"
-        state = step.init(self.setup.adapter, self.optimizer, selector, self.N, tracked, measure_influence=influence)
+        state = step.init(self.setup.adapter, self.optimizer, objective, selector, self.N)
         for batch, scales in zip(self.order(seed, separate=influence), self.scales):
             state, _ = self._selects[key](self.setup.base, state, batch, scales)
         self._selected[*key, seed] = state

@@ -208,7 +208,7 @@ def test_plan_agrees_with_xla(remat, cost, rank):
     config = dataclasses.replace(configuration.Config(), selection=configuration.Selection(cost=cost, coefficient_at="current"))
     optimizer, selector = configuration.to_optimizer(config, 10), configuration.to_selector(config)
     adapter, base = memory.adapter_shapes(model, rank, targets), memory.base_shapes(model)
-    arguments = optimizer, selector, num_rows, False, 0, cost == "influence"
+    arguments = optimizer, configuration.to_objective(config), selector, num_rows
     state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
     update = step.make_step(model, configuration.to_objective(config), selector, optimizer)
     scales = step.Scales(jnp.float32(1), jnp.float32(1))
