@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import ml_collections
 
 from bilevel_jax import config as configuration
-from bilevel_jax import config_combinations, frozen, near_names, objective, online, optimizer, sampling
+from bilevel_jax import config_combinations, frozen, importance, near_names, objective, online, optimizer, sampling
 from bilevel_jax.config import Config, ConfigError, require
 from bilevel_jax.data import columns, duplicates, levels, rejections, templates
 from bilevel_jax.models import fused_attention, quantization
@@ -34,6 +34,7 @@ CHOICES = {
     "online.generate": online.GENERATE,
     "online.normalization": online.NORMALIZATIONS,
     "online.objective": objective.RESPONSE_LOSSES,
+    "online.response_weight": importance.RESPONSE_WEIGHTS,
 }
 AT_LEAST = {
     "num_epochs": 1,

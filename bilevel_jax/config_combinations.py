@@ -140,6 +140,10 @@ def _check_selection(config: Config) -> None:
         "selection.baseline=batch with batch.size=1 subtracts a row's cost from itself; take running or none",
     )
     require(
+        built.rule != "metagradient" or config.loss.reduction == "mean",
+        "selection.rule=metagradient takes the mean loss of a token as L0: loss.reduction=sum must be mean",
+    )
+    require(
         built.rule != "metagradient" or (config.method == "offline" and config.loss.upper == config.loss.lower == "sft"),
         "selection.rule=metagradient differentiates whole runs on given responses; take method=offline, loss.upper=loss.lower=sft",
     )

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from bilevel_jax import config as configuration
 
-MEASURE = "eval/upper_loss"  # the loss of the held-out trusted rows
+MEASURE, PAIR_MEASURE = "eval/upper_loss", "eval/upper_pair_loss"  # of the held-out trusted rows; of pairs, the second one
 
 
 class Best(NamedTuple):
     """The best evaluation of a run so far."""
 
-    loss: float  # `MEASURE`
+    loss: float  # from `trusted_loss`
     step: int  # steps taken before it
     stale: int  # evaluations since then
     adapter: dict | None  # θ at that time; None without `eval.keep_best`
@@ -23,11 +23,16 @@ class Best(NamedTuple):
         return {"loss": self.loss, "step": self.step, "stale": self.stale}
 
 
+def trusted_loss(values: dict[str, float]) -> float:
+    """The L0 of the held-out trusted rows, of an evaluation."""
+    return values[PAIR_MEASURE if PAIR_MEASURE in values else MEASURE]
+
+
 def start(config: configuration.Config, values: dict[str, float], adapter) -> Best | None:
     """The evaluation before the first step; None if the run neither keeps the best parameters nor stops early."""
     if not (config.eval.keep_best or config.eval.patience):
         return None
-    return Best(values[MEASURE], 0, 0, _copy(adapter) if config.eval.keep_best else None)
+    return Best(trusted_loss(values), 0, 0, _copy(adapter) if config.eval.keep_best else None)
 
 
 def restore(counters: dict | None, adapter) -> Best | None:
@@ -39,8 +44,8 @@ def update(best: Best | None, values: dict[str, float], step: int, adapter) -> B
     """The best evaluation, after one more at `step`."""
     if best is None:
         return None
-    if values[MEASURE] < best.loss:
-        return Best(values[MEASURE], step, 0, None if best.adapter is None else _copy(adapter))
+    if trusted_loss(values) < best.loss:
+        return Best(trusted_loss(values), step, 0, None if best.adapter is None else _copy(adapter))
     return best._replace(stale=best.stale + 1)
 
 

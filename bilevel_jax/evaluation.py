@@ -9,21 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import online, preferences, scoring, selector, sharding, step, token_weights
+from bilevel_jax import losses, objective, online, preferences, scoring, selector, sharding, step, token_weights
 from bilevel_jax.data import levels, packing, templates
 from bilevel_jax.errors import REMEDY, RunError
 from bilevel_jax.runtime import metrics
-
-
-def pair_segments(examples: Sequence[templates.Example]) -> list[packing.Segment]:
-    """The segments of pairs, the chosen response of each before the rejected one."""
-    return [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
-
-
-def pair_log_probs(score: Callable, base, adapter, examples: Sequence[templates.Example], description: str) -> np.ndarray:
-    """Log-probabilities [n, 2] of chosen and rejected responses. Without an adapter (None) it is DPO's reference model."""
-    nll, *_ = score(base, adapter, pair_segments(examples), description)
-    return -nll.reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +22,19 @@ class HeldOut:
     Attributes:
       examples: by name: `upper`, `lower`, `lower_clean` (the lower level's questions with right responses).
       references: of the levels that learn pairs, the reference model's log-probabilities, [n, 2].
+      objective: the losses of both levels.
     """
 
     examples: dict[str, Sequence[templates.Example]]
     references: dict[str, np.ndarray]
+    objective: objective.Objective
+
+    def pair_loss(self, name: str, log_ratio_nx2: np.ndarray, length_nx2: np.ndarray) -> float:
+        """The mean loss of the pairs of a level, `upper` or `lower`, as it is trained on."""
+        kind = getattr(self.objective, name)
+        if kind == "ipo":
+            log_ratio_nx2 = losses.row_losses(log_ratio_nx2, length_nx2, self.objective.reduction)
+        return float(np.mean(preferences.pair_losses(kind, log_ratio_nx2 @ np.array([1.0, -1.0]), self.objective.beta)))
 
 
 def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Level, tokenizer, score, base) -> HeldOut:
@@ -45,17 +43,16 @@ def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Le
     examples["lower_clean"] = levels.with_truth(lower, config, tokenizer)
     losses = {"upper": config.loss.upper, "lower": config.loss.lower}
     references = {
-        name: pair_log_probs(score, base, None, examples[name], "reference")
+        name: scoring.pair_log_probs(score, base, None, examples[name], "reference")
         for name, loss in losses.items()
         if loss in preferences.PAIRS
     }
-    return HeldOut(examples, references)
+    return HeldOut(examples, references, configuration.to_objective(config))
 
 
-def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
-    """`eval/NAME_loss`, the mean ℓ of held-out rows (of pairs, of the chosen responses), and `eval/NAME_pair_accuracy` of pairs.
-
-    The accuracy counts ties half.
+def measure(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
+    """`eval/NAME_loss`, the mean ℓ of held-out rows (of pairs, of the chosen responses); of pairs also `eval/NAME_pair_loss`, the
+    loss that is trained on, and `eval/NAME_pair_accuracy`, which counts ties half.
 
     Where the data say what right responses are, also `eval/NAME_right`, the share of the questions to which greedy decoding gives
     exactly that response.
@@ -68,14 +65,16 @@ def losses(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
         if not examples:
             continue
         are_pairs = name in rows.references
-        segments = pair_segments(examples) if are_pairs else scoring.example_segments(examples)
+        segments = scoring.pair_segments(examples) if are_pairs else scoring.example_segments(examples)
         nll, length, right = score(base, adapter, segments, f"evaluating {name}")
         chosen = slice(None, None, 2 if are_pairs else 1)
         values[f"eval/{name}_loss"] = scoring.mean_loss(nll[chosen], length[chosen])
         if name != "lower" and rows.examples["lower_clean"]:
             values[f"eval/{name}_right"] = float(np.mean(right[chosen]))
         if are_pairs:
-            margin = (-nll.reshape(-1, 2) - rows.references[name]) @ [1, -1]
+            log_ratio_nx2 = -nll.reshape(-1, 2) - rows.references[name]
+            margin = log_ratio_nx2 @ [1, -1]
+            values[f"eval/{name}_pair_loss"] = rows.pair_loss(name, log_ratio_nx2, length.reshape(-1, 2))
             values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
     return values
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from bilevel_jax import config as configuration
 from bilevel_jax import features, files, scoring, sharding, step
-from bilevel_jax.data import templates
 from bilevel_jax.export import merged_model
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
@@ -68,13 +67,6 @@ def write_token_weights(
     weight_table.write(workdir / weight_table.TOKENS, table)
     auroc = weight_table.token_auroc(table, lower.rows, config.data.spans)
     return {"selector/token_auroc": auroc} if math.isfinite(auroc) else {}
-
-
-def token_offsets(setup: Setup, state: step.State) -> list[np.ndarray] | None:
-    """Where each row's tokens are in its response; None where tokens have no weights."""
-    if state.token_params is None:
-        return None
-    return templates.response_offsets(setup.lower.rows, setup.lower.examples, setup.tokenizer)
 
 
 def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: clocks.Clock) -> dict:

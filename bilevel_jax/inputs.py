@@ -120,17 +120,35 @@ def _digest(source: str) -> str:
     """SHA-256 of the contents of the files of a source and, where it is not one file, of its name."""
     total = hashlib.sha256(source.encode() if not os.path.isfile(source) else b"")
     for path in parts.paths(source):
-        folder = path if os.path.exists(path) else path.rpartition(":")[0]  # path:split, of a saved data set
-        inside = sorted(map(str, pathlib.Path(folder).rglob("*"))) if os.path.isdir(folder) else [path]
-        for file in filter(os.path.isfile, inside):
-            with open(file, "rb") as content:
-                total.update(hashlib.file_digest(content, "sha256").digest())
+        _add_files(total, path if os.path.exists(path) else path.rpartition(":")[0])  # path:split, of a saved data set
     return total.hexdigest()
 
 
+def _add_files(total, path: str) -> None:
+    """Adds the contents of a file, or of all files in a folder, to a hash."""
+    inside = sorted(map(str, pathlib.Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+    for file in filter(os.path.isfile, inside):
+        with open(file, "rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+
+
+def _start_digest(path: str) -> str:
+    """SHA-256 of an adapter, a table of weights, or the tables of a run."""
+    total, tables = hashlib.sha256(), os.path.join(path, "weights")
+    _add_files(total, tables if os.path.isdir(tables) else path)
+    return total.hexdigest()
+
+
+def digests(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> dict[str, str]:
+    """SHA-256 of what a run reads beside its model: the rows of both levels, and the weights and adapter that it starts from."""
+    starts = {"selection.init": config.selection.init, "lora.init": config.lora.init}
+    of_starts = {name: _start_digest(path) for name, path in starts.items() if path and os.path.exists(path)}
+    return {name: level.digest for name, level in levels.items()} | of_starts
+
+
 def default_workdir(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> pathlib.Path:
-    """`runs/select-HASH`: the same rows and settings have the same workdir."""
-    content = config.to_json(sort_keys=True) + "".join(level.digest for level in levels.values())
+    """`runs/select-HASH`: the same rows, settings and files to start from have the same workdir."""
+    content = config.to_json(sort_keys=True) + "".join(digests(config, levels).values())
     return pathlib.Path("runs", f"select-{hashlib.sha256(content.encode()).hexdigest()[:10]}")
 
 
@@ -143,16 +161,18 @@ def stored(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows], w
     Raises:
       RunError: the workdir holds a run of other rows.
     """
-    digests = {name: level.digest for name, level in levels.items()}
+    now = digests(config, levels)
     file, folder = workdir / DIGESTS, workdir / FOLDER
-    before = files.read_json(file) if file.exists() and (workdir / CONFIG).exists() else digests
-    for name in digests:
-        if before.get(name) != digests[name]:
-            raise RunError(f"{workdir} holds a run of other {name} rows; give another workdir, or overwrite=True")
+    before = files.read_json(file) if file.exists() and (workdir / CONFIG).exists() else now
+    for name in now:
+        # Earlier versions stored no digests of the files to start from.
+        if before.get(name, None if name in levels else now[name]) != now[name]:
+            what = f"other {name} rows" if name in levels else f"another content of {name}"
+            raise RunError(f"{workdir} holds a run of {what}; give another workdir, or overwrite=True")
     if folder.exists() and not file.exists():
         raise RunError(f"{folder} exists, and no run made it; give another workdir")
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(file, files.to_json(digests, indent=2) + "\n")
+    files.write_atomically(file, files.to_json(now, indent=2) + "\n")
     try:
         for name, level in levels.items():
             config.data[name] = level.source

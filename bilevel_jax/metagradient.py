@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 
-from bilevel_jax import forward, scoring
+from bilevel_jax import forward, progress, scoring
 from bilevel_jax.data import packing
 from bilevel_jax.models import model_config
 from bilevel_jax.objective import Objective, entry_losses, lower_losses
@@ -142,7 +141,7 @@ def metagradient(
     zeros = jax.tree.map(jnp.zeros_like, past[-1][0])
     adjoint = _floats(zeros._replace(adapter=final))[0]
     total = np.zeros(len(weight_N))
-    for learner, batch, scales in tqdm.tqdm(past[::-1], desc=description, unit="step", leave=False, delay=2, disable=None):
+    for learner, batch, scales in progress.bar(past[::-1], desc=description, unit="step"):
         adjoint, part_N = replay(learner, weight_N, batch, scales, adjoint)
         total += np.asarray(part_N, np.float64)
     return total

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bilevel_jax import evaluation, files, preferences
+from bilevel_jax import files, preferences, scoring
 from bilevel_jax.data import levels
 
 
@@ -29,7 +29,7 @@ def complete(level: levels.Level, loss: str, score: Callable, base, stored: np.n
     if loss not in preferences.PAIRS or level.references is not None:
         return level
     if stored is None or stored.shape != (len(level.examples), 2) or not np.isfinite(stored).all():
-        stored = evaluation.pair_log_probs(score, base, None, level.examples, "reference")
+        stored = scoring.pair_log_probs(score, base, None, level.examples, "reference")
     return dataclasses.replace(level, references=stored)
 
 

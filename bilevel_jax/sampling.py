@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
-from bilevel_jax import decoding, sharding
+from bilevel_jax import decoding, progress, sharding
 from bilevel_jax.decoding import Slots
 from bilevel_jax.models import attention, model_config
 from bilevel_jax.token_choice import Settings
@@ -228,7 +227,7 @@ def _sample(
     batches = _prefill_batches(prompts, num_samples, attention.cache_window(sampler.length))
     schedule = Schedule(prompts, keys, batches, [[None] * num_samples for _ in prompts])
     total = len(prompts) * num_samples
-    bar = tqdm.tqdm(total=total, desc=description, unit="response", delay=2, leave=False, disable=None)
+    bar = progress.bar(desc=description, unit="response", total=total)
     with bar, jax.set_mesh(sampler.mesh):
         weights, state = sampler.weights(base, adapter), sampler.init()
         while schedule.running or schedule.has_queue:

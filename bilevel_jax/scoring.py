@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
-from bilevel_jax import forward, losses, sharding, token_weights
+from bilevel_jax import forward, losses, progress, sharding, token_weights
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, lora, model_config
 
@@ -52,7 +51,7 @@ def host_batches(segments: Sequence[packing.Segment], sequences: int, max_length
     shapes: dict[int, list[int]] = {}
     for i, segment in enumerate(segments):
         shapes.setdefault(min(max(SHORT, 1 << (segment.size - 1).bit_length()), max_length), []).append(i)
-    with tqdm.tqdm(total=len(segments), desc=description, unit="row", delay=2, leave=False, disable=None) as bar:
+    with progress.bar(desc=description, unit="row", total=len(segments)) as bar:
         for length, members in sorted(shapes.items()):
             layout = packing.Layout(sequences, length, ENTRIES)
             for first in range(0, len(members), ENTRIES):
@@ -182,6 +181,17 @@ def example_token_weights(
 def example_segments(examples) -> list[packing.Segment]:
     """The prompt of each example with its (chosen) response."""
     return [packing.Segment(example.prompt, example.response, earlier=example.earlier) for example in examples]
+
+
+def pair_segments(examples) -> list[packing.Segment]:
+    """The segments of pairs, the chosen response of each before the rejected one."""
+    return [packing.Segment(one.prompt, response) for one in examples for response in (one.response, one.rejected)]
+
+
+def pair_log_probs(score: Callable, base, adapter, examples, description: str) -> np.ndarray:
+    """Log-probabilities [n, 2] of chosen and rejected responses. Without an adapter (None) it is DPO's reference model."""
+    nll, *_ = score(base, adapter, pair_segments(examples), description)
+    return -nll.reshape(-1, 2)
 
 
 def mean_loss(nll: np.ndarray, length: np.ndarray) -> float:

@@ -26,9 +26,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import optax
-import tqdm
 
-from bilevel_jax import batches, files, metagradient, online, scoring, sharding, step
+from bilevel_jax import batches, files, metagradient, online, progress, scoring, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, packing, shuffle
@@ -40,6 +39,7 @@ SMOOTH_EPS_ROOT = 1e-6
 DROPPED = 10.0  # rows that help less than the average have logits down to minus this: weights of e^-10, as good as none
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 TINY = 1e-30
+REMEDY = "lower optimizer.learning_rate, or inspect the rows"
 SPLIT = 3  # tag of the random stream
 
 
@@ -79,7 +79,7 @@ def _train(it: Iteration, state: step.State, j: int, keep: bool):
     layout = it.program.layout
     epoch_steps = shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
     past, empty = [], online.empty(len(setup.lower.rows))
-    for k in tqdm.trange(config.num_epochs * epoch_steps, desc=f"metagradient {j + 1}, training", unit="step", leave=False):
+    for k in progress.bar(range(config.num_epochs * epoch_steps), desc=f"metagradient {j + 1}, training", unit="step"):
         batch = batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch  # on the host
         scales = sharding.replicate(batches.level_scales(config, k // epoch_steps), setup.mesh)
         if keep:
@@ -90,11 +90,20 @@ def _train(it: Iteration, state: step.State, j: int, keep: bool):
 
 def _measured(it: Iteration, adapter) -> float:
     """The loss of the trusted rows that measure."""
-    loss = scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
-    if not math.isfinite(loss):
-        what = f"selection.rule=metagradient: the loss of the trusted rows is {loss} after a training run"
-        raise RunError(f"{what}; lower optimizer.learning_rate, or inspect the rows")
-    return loss
+    return scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
+
+
+def _comparable(loss: float, j: int) -> float:
+    """The loss of iteration j; infinity, so that earlier weights are taken, where training with new weights diverged.
+
+    Raises:
+      RunError: training with equal weights diverged.
+    """
+    if math.isfinite(loss):
+        return loss
+    if not j:
+        raise RunError(f"selection.rule=metagradient: the loss of the trusted rows is {loss} with equal weights; {REMEDY}")
+    return math.inf
 
 
 def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int) -> np.ndarray:
@@ -108,7 +117,10 @@ def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int
         return it.replay(setup.base, learner, weight_N, sharding.split_batch(batch, setup.mesh), scales, adjoint)
 
     with jax.set_mesh(setup.mesh):
-        return metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
+        gradient = metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
+    if not np.isfinite(gradient).all():
+        raise RunError(f"selection.rule=metagradient: metagradient {j + 1} is not finite; {REMEDY}")
+    return gradient
 
 
 def row_weights(config: configuration.Config, logits: np.ndarray) -> np.ndarray:
@@ -125,14 +137,14 @@ def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
     return (-DROPPED * harmful / (harmful + 0.1) - 0.01 * np.minimum(z, 0.0)).astype(np.float32)
 
 
-def _write(file: pathlib.Path, gradients: list[np.ndarray], losses: list[float]) -> None:
+def _write(file: pathlib.Path, identity: str, gradients: list[np.ndarray], losses: list[float]) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, gradients=np.array(gradients), losses=np.array(losses))
+    np.savez(buffer, gradients=np.array(gradients), losses=np.array(losses), identity=identity)
     files.write_atomically(file, buffer.getvalue())
 
 
-def _read(file: pathlib.Path) -> tuple[list[np.ndarray], list[float]]:
-    """The metagradients g_0 ... and the measured losses of the iterations that are done.
+def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[float]]:
+    """The metagradients g_0 ... and the measured losses of the iterations that are done; none of other data or another model.
 
     Raises:
       RunError: the file is damaged, or of an earlier version.
@@ -141,9 +153,14 @@ def _read(file: pathlib.Path) -> tuple[list[np.ndarray], list[float]]:
         return [], []
     try:
         stored = np.load(file)
-        return list(stored["gradients"]), list(stored["losses"])
+        gradients, losses = list(stored["gradients"]), list(stored["losses"])
+        is_same = str(stored["identity"]) == identity
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"{file}: not the state of a search ({error}); remove it, and the search begins again") from error
+    if is_same:
+        return gradients, losses
+    phases.announce(f"{file.name} is of other rows or another model, so the search begins again")
+    return [], []
 
 
 def _smooth_state(state: step.State, optimizer: optax.GradientTransformation) -> step.State:
@@ -159,7 +176,12 @@ def smooth_optimizer(config: configuration.Config, num_steps: int) -> optax.Grad
 
 
 def search(
-    config: configuration.Config, setup: setups.Setup, program: setups.Program, make_state: Callable, directory: pathlib.Path
+    config: configuration.Config,
+    setup: setups.Setup,
+    program: setups.Program,
+    make_state: Callable,
+    directory: pathlib.Path,
+    identity: str,
 ) -> np.ndarray:
     """The logits ω [N] of the run.
 
@@ -167,6 +189,7 @@ def search(
       program: of the run.
       make_state: `logits -> State`, the state of a run before its first step.
       directory: where the iterations are written, and read again.
+      identity: of rows and model; iterations of another one are not read.
 
     Raises:
       RunError: a run of the search diverged, or the file of the iterations is damaged.
@@ -174,7 +197,7 @@ def search(
     num_rows = len(setup.lower.rows)
     inner, steering, measuring = (_subset(setup.upper, part) for part in split_trusted(len(setup.upper.rows), config.seed))
     objective, optimizer = configuration.to_objective(config), smooth_optimizer(config, configuration.num_steps(config, num_rows))
-    gradients, losses = _read(directory / FILE)
+    gradients, losses = _read(directory / FILE, identity)
     start = _smooth_state(make_state(to_logits([], num_rows)), optimizer)
     shardings = sharding.state_shardings(setup.mesh, start, config.mesh.shard_selector)
     it = Iteration(
@@ -195,13 +218,13 @@ def search(
         differentiated = j < config.selection.outer_steps
         with jax.set_mesh(setup.mesh):
             adapter, past = _train(it, state, j, keep=differentiated)
-        losses.append(_measured(it, adapter))
+        losses.append(_comparable(_measured(it, adapter), j))
         if differentiated and losses[j] == min(losses):
             gradients.append(_metagradient(it, logits, adapter, past, j))
-        _write(directory / FILE, gradients, losses)
+        _write(directory / FILE, identity, gradients, losses)
     best = int(np.argmin(losses))
     measured = ", ".join(f"{loss:.4f}" for loss in losses)
-    phases.say(
+    phases.announce(
         f"loss of {len(it.measuring)} trusted rows with equal weights, then by metagradient: {measured}; number {best + 1} is taken"
     )
     return to_logits(gradients[:best], num_rows)

@@ -25,7 +25,7 @@ from bilevel_jax import (
     step,
 )
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, packing, rendering, templates, token_ids
+from bilevel_jax.data import levels, packing, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface, layer_range, layer_settings, lora, model_config
 from bilevel_jax.runtime import checkpoint, disk, phases, state_store
 from bilevel_jax.text import say
@@ -65,7 +65,7 @@ def load(config: configuration.Config) -> Setup:
         upper, lower = levels.load_levels(config, tokenizer)
     for level in (upper, lower):
         token_ids.check(level.all_examples, tokenizer, model.vocab_size)
-    startup_checks.check_trusted_rows(config, len(upper.rows))
+    startup_checks.check_trusted_rows(config, len(upper.rows), len(upper.eval_rows))
     startup_checks.check_rows(config, len(lower.rows), mesh.size)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
@@ -150,6 +150,19 @@ def row_features(config: configuration.Config, setup: Setup, directory: pathlib.
     return RowFeatures(None, None, 0)
 
 
+def token_offsets(config: configuration.Config, setup: Setup) -> list[np.ndarray] | None:
+    """Where each row's tokens are in its response; None where tokens have no weights.
+
+    Raises:
+      DataError: the parts of a response that a row marks as bad, for measurement, are not spans.
+    """
+    if config.selection.unit != "token" or config.method == "mixing":
+        return None
+    for row in setup.lower.rows:
+        rows.spans(row, config.data.spans)
+    return templates.response_offsets(setup.lower.rows, setup.lower.examples, setup.tokenizer)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The program
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,9 +205,10 @@ def checked_steps(config: configuration.Config, setup: Setup) -> int:
     Raises:
       ConfigError: a setting does not go with it.
     """
-    number = configuration.num_steps(config, len(setup.lower.rows))
+    num_rows = len(setup.lower.rows)
+    number = configuration.num_steps(config, num_rows)
     startup_checks.check_profile(config, number)
-    startup_checks.check_masks(config, number)
+    startup_checks.check_masks(config, number, num_rows)
     return number
 
 

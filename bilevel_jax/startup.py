@@ -18,7 +18,6 @@ from bilevel_jax import (
     evaluation,
     features,
     files,
-    finish,
     initial_weights,
     online,
     references,
@@ -115,7 +114,7 @@ def prepare(
     state, shardings = setups.init_state(config, setup, row_features.size)
     setup = setups.without_adapter(setup)
     disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
-    token_offsets = finish.token_offsets(setup, state)
+    token_offsets = setups.token_offsets(config, setup)
     with clock("compile"), phases.phase("compiling the training step"):
         setup = setups.with_references(config, setup, shared if start else None)
         program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
@@ -128,7 +127,7 @@ def prepare(
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if not start:
         _write_for_resumption(workdir, row_features, setup)
-        progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, clock))
+        progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, identity, clock))
     run = Run(
         config=config,
         workdir=workdir,
@@ -211,6 +210,7 @@ def _with_first_weights(
     state: step.State,
     given: np.ndarray | None,
     shared: pathlib.Path,
+    identity: dict,
     clock: clocks.Clock,
 ) -> step.State:
     """The state before the first step, with the given logits or those that `search` finds, if there are such."""
@@ -218,9 +218,10 @@ def _with_first_weights(
         return _with_logits(state, given)
     if config.method == "mixing" or config.selection.rule != "metagradient":
         return state
-    phases.say("searching for weights by exact metagradients")
+    phases.announce("searching for weights by exact metagradients")
     with clock("search"):
-        return _with_logits(state, search.search(config, setup, program, functools.partial(_with_logits, state), shared))
+        make_state, of_run = functools.partial(_with_logits, state), f"{identity['data']} {identity['model']}"
+        return _with_logits(state, search.search(config, setup, program, make_state, shared, of_run))
 
 
 def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
@@ -236,7 +237,7 @@ def _measure_start(run: Run, progress: Progress) -> Progress:
     """Evaluates before the first step, in `run.at_start`; the result has the best adapter so far."""
     adapter = progress.state.policy.adapter
     with run.clock("eval"), phases.phase("evaluating before the first step"):
-        run.at_start.update(evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, adapter))
+        run.at_start.update(evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, adapter))
     run.writer.write(0, 0, run.at_start)
     return progress._replace(best=early_stopping.start(run.config, run.at_start, adapter))
 

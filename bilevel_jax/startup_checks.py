@@ -1,6 +1,7 @@
 """Checks of a config against its model, rows and devices, which are known once a run starts or is planned."""
 
 from bilevel_jax import config as configuration
+from bilevel_jax import online
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.models import fused_attention, model_config
 
@@ -44,13 +45,18 @@ def attention(config: Config, model: model_config.ModelConfig, platform: str, te
     return ("xla", problem) if problem else ("fused", "")
 
 
-def check_masks(config: Config, num_steps: int) -> None:
-    """Refuses `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
+def check_masks(config: Config, num_steps: int, num_rows: int) -> None:
+    """Refuses a ratio that masks none of the lower-level rows.
+
+    Also `dynamic` where its only refresh is before the first step, when all weights are equal and nothing is masked.
 
     Raises:
       ConfigError: one line that names the key.
     """
     o = config.online
+    if config.method in configuration.ONLINE and o.ratio and not online.num_masked(num_rows, o.ratio):
+        what = f"online.ratio={o.ratio:g} of {num_rows} lower-level rows masks none"
+        raise ConfigError(f"{what}; set it to at least {1 / num_rows:.2g}, or take method=offline")
     if config.method != "dynamic" or config.selection.init or o.ratio in (0, 1) or o.refresh_every < num_steps:
         return
     raise ConfigError(
@@ -70,12 +76,20 @@ def check_profile(config: Config, num_steps: int) -> None:
         raise ConfigError(f"log.profile={config.log.profile!r} goes beyond the {num_steps} steps of this run")
 
 
-def check_trusted_rows(config: Config, num_rows: int) -> None:
-    """Refuses a search for weights with fewer trusted rows than it has parts of them, see `search`.
+def check_trusted_rows(config: Config, num_rows: int, num_held_out: int) -> None:
+    """Refuses a search for weights with fewer trusted rows than it has parts of them, and to judge by held-out rows without any.
+
+    Args:
+      num_rows: trusted rows for training, see `search`.
+      num_held_out: those that are held out.
 
     Raises:
       ConfigError: one line that names the key and the number to have.
     """
+    for key, is_set in (("eval.keep_best", config.eval.keep_best), ("eval.patience", config.eval.patience)):
+        if is_set and not num_held_out:
+            what = f"{key} needs held-out trusted rows: eval.num_upper={config.eval.num_upper:g} of {num_rows} holds none out"
+            raise ConfigError(f"{what}; raise it, or give more rows")
     if config.selection.rule == "metagradient" and num_rows < MIN_TRUSTED_ROWS:
         what = f"selection.rule=metagradient needs {MIN_TRUSTED_ROWS} trusted rows for training, not {num_rows}"
         raise ConfigError(f"{what}; give more, hold out fewer (eval.num_upper), or take selection.rule=bds")

@@ -214,7 +214,7 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
 
 def _measure(run: Run, state: step.State) -> dict[str, float]:
     with run.clock("eval"), phases.phase(f"evaluating at step {int(state.step)}"):
-        values = evaluation.losses(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter)
+        values = evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter)
         if run.selects:
             rule = configuration.to_selector(run.config).rule
             values |= evaluation.selector_metrics(state, rule, run.bad, run.config.eval.keep)

@@ -203,6 +203,16 @@ def test_the_default_workdir_depends_on_rows_and_settings(arguments, tmp_path, m
     write_jsonl(file, UPPER[:-1])
     bj.select(**arguments | {"upper": file})
     assert workdirs[-1] == workdirs[3]
+    file.write_text("")
+    first, second = write_jsonl(tmp_path / "a.jsonl", UPPER[:2]), write_jsonl(tmp_path / "b.jsonl", UPPER[2:])
+    init = {"selection": {"init": str(write_jsonl(tmp_path / "weights.jsonl", [{"id": "a", "weight": 1.0}]))}}
+    for changed, changes in ((second, {"upper": f"{first}, {second}"}), (tmp_path / "weights.jsonl", init)):
+        bj.select(**arguments | changes)
+        bj.select(**arguments | changes)
+        with changed.open("a") as more:
+            more.write(json.dumps(UPPER[0] | {"id": "b", "weight": 2.0}) + "\n")
+        bj.select(**arguments | changes)
+        assert workdirs[-3] == workdirs[-2] != workdirs[-1]  # the last file of a list, and the weights to start from, count
     assert workdirs[0].parent == tmp_path / "runs"
 
 

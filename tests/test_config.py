@@ -176,6 +176,7 @@ MIXING = {"method": "mixing"}
         (OFFLINE | {"selection.order": "paper", "selection.rule": "uniform"}, "selection.order=paper"),
         ({"method": "dynamic", "selection.rule": "metagradient"}, "selection.rule"),
         (OFFLINE | {"selection.rule": "metagradient", "loss.upper": "dpo"}, "selection.rule"),
+        (OFFLINE | {"selection.rule": "metagradient", "loss.reduction": "sum"}, "loss.reduction"),
         (OFFLINE | {"selection.outer_steps": 0}, "selection.outer_steps"),
         (OFFLINE | {"selection.freeze": True}, "selection.freeze"),
         (OFFLINE | INIT | {"selection.rule": "uniform"}, "selection.rule=uniform"),

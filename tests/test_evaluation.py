@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bilevel_jax import evaluation, online
+from bilevel_jax import evaluation, objective, online
 from bilevel_jax.data import templates
 
 
@@ -24,17 +24,24 @@ def test_held_out_pairs_are_scored_once():
 
     # NLL of rejected less that of chosen: 3, 5 and -3. Of the reference: 2, 5 and 0. One rose, one is a tie, one fell.
     references = np.array([[0.0, -2.0], [-1.0, -6.0], [-4.0, -4.0]])
-    rows = evaluation.HeldOut({"upper": examples, "lower": clean, "lower_clean": clean}, {"upper": references})
-    values = evaluation.losses(rows, score, None, None)
+    aim = objective.Objective(upper="dpo", beta=0.5)
+    rows = evaluation.HeldOut({"upper": examples, "lower": clean, "lower_clean": clean}, {"upper": references}, aim)
+    values = evaluation.measure(rows, score, None, None)
     assert calls == [[response for pair in pairs for response in pair], [(6, 2)], [(6, 2)]]
     assert values == {
         "eval/upper_loss": pytest.approx((6 / 2 + 1 / 1 + 10 / 2) / 3),
         "eval/upper_right": pytest.approx(2 / 3),
+        "eval/upper_pair_loss": pytest.approx(np.mean([np.log(1 + np.exp(-0.5 * gain)) for gain in (1, 0, -3)])),
         "eval/upper_pair_accuracy": pytest.approx((1 + 0.5 + 0) / 3),
         "eval/lower_loss": 4.0,
         "eval/lower_clean_loss": 4.0,
         "eval/lower_clean_right": 1.0,
     }
+    # The log-ratios of IPO are means over the tokens of a response.
+    gains = [(-6 / 2 - 0 / 2) - (-9 / 1 + 2 / 1), (-1 + 1) - (-6 + 6) / 2, (-10 + 4) / 2 - (-7 + 4)]
+    ipo = evaluation.HeldOut(rows.examples, rows.references, objective.Objective(upper="ipo", beta=0.5))
+    expected = np.mean([(gain - 1 / (2 * 0.5)) ** 2 for gain in gains])
+    assert evaluation.measure(ipo, score, None, None)["eval/upper_pair_loss"] == pytest.approx(expected)
 
 
 def test_rows_in_use():

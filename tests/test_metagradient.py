@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import optax
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import forward, losses, metagradient, search, selector, startup_checks, step
+from bilevel_jax import forward, losses, metagradient, search, selector, step
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.errors import RunError
@@ -180,16 +179,21 @@ def test_trusted_rows_are_split_into_three(number):
     assert sorted(np.concatenate(parts)) == list(range(number))
 
 
-def test_search_refuses_a_run_that_diverged():
-    """The smallest loss is looked for among all, and NumPy takes NaN for the smallest."""
-    program = types.SimpleNamespace(score=lambda *_: (np.array([1.0, np.nan]), np.array([1, 1])))
-    iteration = types.SimpleNamespace(program=program, setup=types.SimpleNamespace(base=None), measuring=[])
-    with pytest.raises(RunError, match="^selection.rule=metagradient: the loss of the trusted rows is nan .* lower optimizer"):
-        search._measured(iteration, None)
+def test_weights_of_a_run_that_diverged_are_not_taken():
+    """NumPy takes NaN for the smallest loss."""
+    assert [search._comparable(2.5, 0), search._comparable(float("nan"), 1), search._comparable(float("inf"), 2)] == [
+        2.5,
+        float("inf"),
+        float("inf"),
+    ]
+    with pytest.raises(RunError, match="^selection.rule=metagradient: the loss of the trusted rows is nan with equal weights; low"):
+        search._comparable(float("nan"), 0)
 
 
-def test_search_needs_trusted_rows_for_each_part():
-    config = configuration.Config(selection=configuration.Selection(rule="metagradient"))
-    startup_checks.check_trusted_rows(config, startup_checks.MIN_TRUSTED_ROWS)
-    with pytest.raises(configuration.ConfigError, match="^selection.rule=metagradient needs 6 trusted rows for training, not 5"):
-        startup_checks.check_trusted_rows(config, 5)
+def test_search_of_other_rows_is_not_continued(tmp_path, capsys):
+    file = tmp_path / search.FILE
+    search._write(file, "rows model", [np.ones(3)], [2.0, 1.0])
+    gradients, measured = search._read(file, "rows model")
+    assert np.array_equal(gradients, [np.ones(3)]) and measured == [2.0, 1.0]
+    assert search._read(file, "others model") == ([], [])
+    assert "metagradient.npz is of other rows or another model, so the search begins again" in capsys.readouterr().out

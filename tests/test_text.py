@@ -82,7 +82,7 @@ def test_names_of_columns(neox, tmp_path):
 
 def test_output(capsys):
     text.say(FORGED)
-    phases.say(FORGED)
+    phases.announce(FORGED)
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -92,7 +92,7 @@ def test_only_the_first_process_of_a_run_prints(monkeypatch, capsys):
     for number in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
         text.say(f"rows {number}")
-        phases.say(f"loading {number}")
+        phases.announce(f"loading {number}")
         text.say(f"error {number}", file=sys.stderr)
     printed = capsys.readouterr()
     assert printed.out == "rows 0\nloading 0\n" and printed.err == "error 0\nerror 1\n"

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import batches, errors, evaluation, features, online, rewards, sampling, search, train
+from bilevel_jax import batches, errors, features, online, rewards, sampling, scoring, search, train
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
@@ -718,7 +718,7 @@ def test_metagradient(make_config, tmp_path, monkeypatch):
     train_without_report(make_config(changes), tmp_path / "again")
     assert (table_of(tmp_path / "again", 1)["logit"].to_numpy() == first).all()
     (tmp_path / "worse").mkdir()
-    np.savez(tmp_path / "worse" / search.FILE, gradients=stored["gradients"], losses=[1.0, 2.0])
+    np.savez(tmp_path / "worse" / search.FILE, gradients=stored["gradients"], losses=[1.0, 2.0], identity=stored["identity"])
     train_without_report(make_config(changes | {"num_epochs": 1}), tmp_path / "worse")
     assert (table_of(tmp_path / "worse", 1)["logit"].to_numpy() == 0).all()
 
@@ -1134,8 +1134,8 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
         with pytest.raises(errors.Interrupted):
             train_without_report(config, workdir)
     with pytest.MonkeyPatch.context() as patch:
-        scored, pair_log_probs = [], evaluation.pair_log_probs
-        patch.setattr(evaluation, "pair_log_probs", lambda *args: scored.append(len(args[3])) or pair_log_probs(*args))
+        scored, pair_log_probs = [], scoring.pair_log_probs
+        patch.setattr(scoring, "pair_log_probs", lambda *args: scored.append(len(args[3])) or pair_log_probs(*args))
         train_without_report(config, workdir)
     assert len(np.load(workdir / "references_lower.npy")) not in scored  # the references of training rows are read
     for file in ("responses.jsonl", *TRAINED):
@@ -1150,6 +1150,7 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
     losses = [event["train/lower_loss"] for event in events if "train/loss" in event]
     assert losses[0] == pytest.approx(math.log(2), rel=1e-4)  # all margins are 0 before the first step
     assert not any("online/clip_fraction" in event for event in events)  # pairs take no ratio
+    assert summary["start/lower_pair_loss"] == pytest.approx(math.log(2), rel=1e-6) != summary["eval/lower_pair_loss"]
     assert 0 <= summary["eval/lower_pair_accuracy"] <= 1 and summary["start/lower_pair_accuracy"] == 0.5
     assert 0 <= summary["selector/auroc"] <= 1
 

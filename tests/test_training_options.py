@@ -7,6 +7,7 @@ from bilevel_jax import early_stopping, errors, files, scoring, sharding
 from bilevel_jax.data import levels as data_levels
 from bilevel_jax.data import templates
 from bilevel_jax.models import huggingface
+from bilevel_jax.report import page, run_data
 from bilevel_jax.runtime import checkpoint
 from tests.conftest import EPOCH_STEPS, EPOCHS, TRAINED, read_jsonl, run_command, stop_at, summary_of, train_without_report, without
 
@@ -21,6 +22,7 @@ OPTIONS = {
     "lora.dropout": 0.1,
     "eval.every": 2,
     "eval.keep_best": True,
+    "log.every": 4,  # an evaluation ends an interval, too
     "selection.coefficient_at": "current",
 }
 
@@ -62,6 +64,7 @@ def test_the_adapter_of_the_lowest_trusted_loss(with_options):
     assert rates == pytest.approx({k: 0.01 * min(k / 6, 1) for k in range(2, STEPS + 1, 2)})  # a warmup of 6 steps
     assert summary["best_step"] == BEST and summary["steps"] == STEPS
     assert summary["eval/upper_loss"] == pytest.approx(losses[BEST], rel=1e-6)  # the measures are those of this adapter
+    assert f"The adapter is that of step {BEST} of {STEPS}" in page.render(run_data.read(workdir))
     for step in JUDGED.keys() - {0}:
         written, kept = (workdir / name / "adapter_model.safetensors" for name in ("adapter", f"adapters/step_{step}"))
         assert (written.read_bytes() == kept.read_bytes()) == (step == BEST)

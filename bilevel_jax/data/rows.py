@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bilevel_jax.data import in_memory, readers, schemas
@@ -255,6 +255,23 @@ def read_rows(path: str, **options) -> tuple[list[Row], Report]:
     """
     path = os.fspath(path)
     return collect(iter_rows(path, **options), path)
+
+
+def spans(row: Row, field: str) -> Sequence[Sequence[float]]:
+    """The bad parts of a response that a field lists as [[start, stop], ...] in characters; none without the field.
+
+    Raises:
+      DataError: the field has another value; one line that names the row.
+    """
+    values = row.fields.get(field) or []
+
+    def is_span(value) -> bool:
+        return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(end, (int, float)) for end in value)
+
+    if not isinstance(values, (list, tuple)) or not all(map(is_span, values)):
+        what = f"row {row.id}: {field}={row.fields[field]!r:.80} is not a list of [start, stop], in characters of the response"
+        raise DataError(f"{what}; mend it, or name another field as data.spans")
+    return values
 
 
 def mark(row: Row, field: str) -> bool | None:

@@ -122,6 +122,8 @@ def rank_new(workdir: pathlib.Path, config, file: str):
     from bilevel_jax.models import huggingface, layer_settings
     from bilevel_jax.runtime import weight_table
 
+    if config.method == "mixing":
+        raise ValueError(f"--score_new: {workdir} has no weights: direct mixing selects nothing")
     by_domain = config.selection.get("unit", "sample") == "domain"
     if not by_domain and config.selection.get("parameterization", "table") != "features":
         raise ValueError(

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_jax import batches, checks, features, finish, initial_weights, online, preferences, rewards, scoring, sharding, step
+from bilevel_jax import batches, checks, features, initial_weights, online, preferences, rewards, scoring, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, templates
@@ -162,7 +162,7 @@ def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[set
     """The program of the run, and the state before its first step."""
     row_values, num_features = _row_values(config, setup)
     state, shardings = setups.init_state(config, setup, num_features)
-    finish.token_offsets(setup, state)  # raises if the tokenizer has none
+    setups.token_offsets(config, setup)  # raises if the tokenizer has none
     return setups.compile_program(config, _without_references(setup), state, shardings, row_values), state
 
 

@@ -91,6 +91,12 @@ def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
     return [row_cells(run, table, i) for i in first], [row_cells(run, table, i) for i in last]
 
 
+def unlike_rows(run: Run) -> list[dict]:
+    """The rows of the last epoch that are least like the trusted ones."""
+    table = run.tables[max(run.tables)]
+    return [row_cells(run, table, i) for i in shown_rows.unlike(table)]
+
+
 def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
@@ -178,7 +184,9 @@ def method_text(run: Run) -> str:
 def _first_and_last(run: Run, key: str) -> tuple[float, float] | None:
     """A held-out loss before training and at the end."""
     values = run_data.series(run.events, f"eval/{key}")[1]
-    return (values[0], values[-1]) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return values[0], run.summary.get(f"eval/{key}", values[-1])  # of the adapter that is kept, not of the last step
 
 
 def result_text(losses: tuple[float, float] | None, right: tuple[float, float] | None = None) -> str:
@@ -195,6 +203,14 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
         verb, percent = ("fell", f"−{-change:.0%}") if change < 0 else ("rose", f"+{change:.0%}")
         text = f"The loss on held-out trusted rows {verb} from {before:.4f} to {after:.4f} ({percent})."
     return text if right is None else f"{text} Of their questions {right[0]:.1%} were answered right before, {right[1]:.1%} after."
+
+
+def best_text(run: Run) -> str:
+    """Which step the adapter is of, where it is not the last one (`eval.keep_best`)."""
+    best, steps = run.summary.get("best_step"), run.summary.get("steps")
+    if not run.config.eval.get("keep_best") or best is None or best == steps:
+        return ""
+    return f" The adapter is that of step {best:.0f} of {steps:.0f}, where the loss on trusted rows was lowest."
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -367,7 +383,7 @@ def render(run: Run) -> str:
     return environment.get_template("report.html.jinja").render(
         run=run,
         method_text=method_text(run),
-        result_text=result_text(_first_and_last(run, "upper_loss"), _first_and_last(run, "upper_right")),
+        result_text=result_text(_first_and_last(run, "upper_loss"), _first_and_last(run, "upper_right")) + best_text(run),
         tiles=tiles(run),
         last_step=max((event["step"] for event in run.events), default=0),
         reasons=reasons,
@@ -380,6 +396,7 @@ def render(run: Run) -> str:
         repeated=run_data.repeated_rows(run),
         measures={name: weight_table.MEASURES[name] for name in measures},
         corners=corner_rows(run) if measures else [],
+        unlike=unlike_rows(run) if measures else [],
         max_dots=corners.MAX_DOTS,
         lengths=lengths,
         token_weighted=token_weighted_responses(run) if run.tables else [],

@@ -23,6 +23,12 @@ def extremes(table: Table) -> tuple[np.ndarray, np.ndarray]:
     return order[:number], order[::-1][:number]
 
 
+def unlike(table: Table) -> np.ndarray:
+    """Indices of the rows that are least like the trusted ones, the least first; none where that was not measured."""
+    known = np.flatnonzero(~np.isnan(table["similar"]))
+    return known[np.argsort(table["similar"][known], kind="stable")][:NUM_EXTREMES]
+
+
 def token_ess(tokens: pa.Table) -> np.ndarray:
     """ESS/T of the weights of each response's tokens; 0 without weights."""
     weights = tokens["weight"].to_numpy()
@@ -43,6 +49,7 @@ def rows(tables: Mapping[int, Table], answered: Collection[str], tokens: pa.Tabl
     needed = np.zeros(len(last["id"]), bool)
     for table in tables.values():
         needed[np.concatenate(extremes(table))] = True
+    needed[unlike(last)] = True
     if corners.measures(last):
         for corner in corners.split(last, None):
             needed[corner.examples] = True

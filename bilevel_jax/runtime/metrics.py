@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import secrets
 import time
 
 import numpy as np
@@ -107,8 +108,8 @@ class MetricsWriter:
         if wandb:
             import wandb as service
 
-            name = workdir.name
-            self._run = service.init(project=wandb, name=name, id=name, resume="allow", dir=str(workdir), config=config)
+            name, run_id = workdir.name, wandb_id(workdir)
+            self._run = service.init(project=wandb, name=name, id=run_id, resume="allow", dir=str(workdir), config=config)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """Writes one event."""
@@ -126,6 +127,14 @@ class MetricsWriter:
             if self._board:
                 stack.callback(self._board.close)
             stack.callback(self._file.close)
+
+
+def wandb_id(workdir: pathlib.Path) -> str:
+    """The id of a workdir's run in Weights & Biases: drawn once, since other workdirs may have the same name."""
+    file = workdir / "wandb_id.txt"
+    if not file.exists():
+        files.write_atomically(file, secrets.token_hex(8))
+    return file.read_text()
 
 
 def _step_of(line: bytes) -> float:

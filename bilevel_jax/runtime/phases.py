@@ -12,7 +12,7 @@ from bilevel_jax.text import is_first_process, visible
 EVERY = 30.0  # seconds between two lines of a phase that has no progress bar
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     """Prints an escaped line, above the progress bars; only in the first process of a run."""
     if is_first_process():
         tqdm.tqdm.write(visible(text))
@@ -22,12 +22,12 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def phase(text: str):
     """Says what begins, and how long it takes every `EVERY` seconds until the end of this context."""
-    say(text)
+    announce(text)
     began, ended = time.monotonic(), threading.Event()
 
     def report() -> None:
         while not ended.wait(EVERY):
-            say(f"{text}: {time.monotonic() - began:.0f} s so far")
+            announce(f"{text}: {time.monotonic() - began:.0f} s so far")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

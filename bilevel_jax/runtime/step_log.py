@@ -85,7 +85,8 @@ class StepLog:
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + float(value)
         self._bar.update()
-        if done % self._config.log.every == 0 or done % self._epoch_steps == 0:
+        # An evaluation begins a new interval, so the steps before it are written first.
+        if any(every and done % every == 0 for every in (self._config.log.every, self._epoch_steps, self._config.eval.every)):
             self._write(done, weights)
 
     @staticmethod

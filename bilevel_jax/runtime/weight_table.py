@@ -228,8 +228,8 @@ def token_auroc(tokens: pa.Table, rows: Sequence[data_rows.Row], field: str) -> 
     """
     bad, weight = [], []
     for row, columns in zip(rows, tokens.to_pylist()):
-        start, stop, spans = (np.array(values) for values in (columns["start"], columns["stop"], row.fields.get(field) or []))
-        spans = spans.reshape(-1, 2)
+        start, stop = np.array(columns["start"]), np.array(columns["stop"])
+        spans = np.array(data_rows.spans(row, field)).reshape(-1, 2)
         bad.append(((start[:, None] < spans[:, 1]) & (spans[:, 0] < stop[:, None])).any(axis=1))
         weight.append(columns["weight"])
     return metrics.auroc(-np.concatenate(weight), np.concatenate(bad))

@@ -16,7 +16,7 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from bilevel_jax import cli, presets
+from bilevel_jax import cli, presets, similarity
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import metrics
 from experiments import runs
@@ -30,6 +30,9 @@ FIRST = flags.DEFINE_integer("first_seed", 0, "The first seed.", lower_bound=0, 
 WORKDIR = flags.DEFINE_string("workdir", "runs/real_swap", "Directory of the measurements.", flag_values=FLAGS)
 MODEL = flags.DEFINE_string("model", "local/smollm2", "The base model.", flag_values=FLAGS)
 RATE = flags.DEFINE_float("learning_rate", 5e-4, "Of the adapter.", lower_bound=0.0, flag_values=FLAGS)
+SIMILAR = flags.DEFINE_integer(
+    "similar_seeds", 0, "Seeds at which `similar` is measured, which trains nothing; 0: --seeds.", lower_bound=0, flag_values=FLAGS
+)
 EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the mixture.", lower_bound=1, flag_values=FLAGS)
 LAYERS = flags.DEFINE_string("layers", "all", "Layers with an adapter, as lora.layers.", flag_values=FLAGS)
 ORDINARY = flags.DEFINE_integer("ordinary", 100, "Ordinary rows of the mixture.", lower_bound=1, flag_values=FLAGS)
@@ -40,6 +43,7 @@ MAX_LENGTH = 192  # tokens; longer rows are not drawn
 MAX_CHARACTERS = 480  # of question and response
 SCORES = {"weight": lambda state: state.logits, **counterfactual.NUMBERS}
 COSTS = {candidates.OURS: "influence", candidates.LOSS: "loss"}
+UNTRAINED = "none: the base model, untrained"
 
 
 def kind_of(row: dict) -> str | None:
@@ -103,60 +107,75 @@ def scores_of(rule: str) -> dict:
     return {name: of for name, of in SCORES.items() if name != "useful" or COSTS[rule] == "influence"}
 
 
-def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, dict[str, float]]:
-    """By number of a row (weight, plausible, useful): how surely the rows like the trusted ones have the higher one.
+def ranked(bed: Bed, swap: str, value_N) -> dict[str, float]:
+    """How surely the rows like the trusted ones have the higher value.
 
-    `like`: rows like the trusted ones against their opposites. `all`: all rows against those opposites. `mean`: mean weight of the
-    rows like the trusted ones.
+    `like`: rows like the trusted ones against their opposites. `all`: all rows against those opposites.
     """
-    state = bed.select(COSTS[rule], candidates.MIRROR, seed).selector
-    kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
+    kind, value_N = np.array([row.fields["kind"] for row in bed.setup.lower.rows]), np.asarray(value_N, float)
     like, unlike = ("refused", "complied") if swap == "A" else ("complied", "refused")
-    both, measured = np.isin(kind, (like, unlike)), {}
-    for name, of in scores_of(rule).items():
-        value = np.asarray(of(state), float)
-        measured[name] = {
-            "like": metrics.auroc(value[both], kind[both] == like),
-            "all": metrics.auroc(-value, kind == unlike),
-        }
+    both = np.isin(kind, (like, unlike))
+    return {
+        "like": metrics.auroc(value_N[both], kind[both] == like),
+        "all": metrics.auroc(-value_N, kind == unlike),
+    }
+
+
+def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, dict[str, float]]:
+    """`ranked` by number of a row (weight, plausible, useful), and the mean weight of the rows like the trusted ones."""
+    state = bed.select(COSTS[rule], candidates.MIRROR, seed).selector
+    measured = {name: ranked(bed, swap, of(state)) for name, of in scores_of(rule).items()}
+    kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
+    like = "refused" if swap == "A" else "complied"
     logits = np.asarray(state.logits, float)
     weight = np.exp(logits - logits.max())
     measured["weight"]["mean"] = float(len(weight) * weight[kind == like].sum() / weight.sum() / np.sum(kind == like))
     return measured
 
 
-def measure_seed(rows: dict[str, list[dict]], seed: int) -> dict[tuple[str, str], dict]:
+def measure_similar(bed: Bed, swap: str) -> dict[str, dict[str, float]]:
+    """`ranked` by `similar`, for which nothing is trained."""
+    return {"similar": ranked(bed, swap, similarity.measure(bed.config, bed.setup))}
+
+
+def measure_seed(rows: dict[str, list[dict]], seed: int, rules: tuple[str, ...]) -> dict[tuple[str, str], dict]:
     """Measures by rule and swap."""
     sizes = ORDINARY.value, EACH.value, TRUSTED.value
     record, results = counterfactual.Record(pathlib.Path(WORKDIR.value, f"seed_{seed}.json")), {}
     for swap in "AB":
         with tempfile.TemporaryDirectory() as folder:
             bed = None
-            for rule in COSTS:
-                name = f"{rule}/{swap}/{sizes}/{EPOCHS.value}/{RATE.value}/{LAYERS.value}"
+            for rule in rules:
+                of_training = "" if rule == UNTRAINED else f"/{EPOCHS.value}/{RATE.value}/{LAYERS.value}"
+                name = f"{rule}/{swap}/{sizes}{of_training}"
                 if name not in record.values and bed is None:
                     bed = make_bed(*make_rows(rows, swap, seed, sizes), pathlib.Path(folder), seed)
-                results[rule, swap] = record.get(name, lambda rule=rule, swap=swap, bed=bed: measure(bed, rule, swap, seed))
+
+                def measured(rule=rule, swap=swap, bed=bed):
+                    return measure_similar(bed, swap) if rule == UNTRAINED else measure(bed, rule, swap, seed)
+
+                results[rule, swap] = record.get(name, measured)
     return results
 
 
 def page(results: list[dict]) -> list[str]:
-    headings = ["rule", "number", "A: refused over complied", "A: all others over complied", "A: mean weight of refused"]
+    headings = ["rule", "number", "seeds", "A: refused over complied", "A: all others over complied", "A: mean weight of refused"]
     headings += ["B: complied over refused", "B: all others over refused", "B: mean weight of complied"]
     table = []
-    for rule in COSTS:
-        for number in scores_of(rule):
-            values = {
-                (swap, key): [result[rule, swap][number][key] for result in results if key in result[rule, swap][number]]
+    for rule in (*COSTS, UNTRAINED):
+        of_rule = [result for result in results if (rule, "A") in result]
+        for number in scores_of(rule) if rule in COSTS else ["similar"]:
+            values = [
+                [result[rule, swap][number][key] for result in of_rule if key in result[rule, swap][number]]
                 for swap in "AB"
                 for key in ("like", "all", "mean")
-            }
-            table.append([rule, number, *(judgement.interval(of_seeds) for of_seeds in values.values())])
+            ]
+            table.append([rule, number, len(of_rule), *map(judgement.interval, values)])
     sizes = f"{ORDINARY.value} ordinary rows, {EACH.value} refused, {EACH.value} complied, {TRUSTED.value} trusted rows"
     settings = (
         f"{EPOCHS.value} epochs, learning rate {RATE.value:g}, adapters in layers {LAYERS.value}; AUROC, 95% intervals over seeds."
     )
-    head = [" ".join(__doc__.split("\n\n")[1].split()), "", f"Seeds: {len(results)}. {sizes}, {settings}", ""]
+    head = [" ".join(__doc__.split("\n\n")[1].split()), "", f"{sizes}, {settings}", ""]
     return [*head, *runs.markdown(headings, table)]
 
 
@@ -165,7 +184,10 @@ def main() -> None:
     if not root:
         raise RunError("BILEVEL_JAX_DATA is not set; it names the folder of the real rows")
     rows = read_rows(pathlib.Path(root))
-    results = [measure_seed(rows, seed) for seed in range(FIRST.value, FIRST.value + SEEDS.value)]
+    results = []
+    for seed in range(FIRST.value, FIRST.value + max(SEEDS.value, SIMILAR.value)):
+        is_trained = seed < FIRST.value + SEEDS.value
+        results.append(measure_seed(rows, seed, (*COSTS, UNTRAINED) if is_trained else (UNTRAINED,)))
     judgement.write("real_swap", "The swap test on real rows", page(results))
 
 

@@ -154,7 +154,8 @@ def test_dissimilar_rows(copied, tmp_path):
     """A row that is left out by both measures counts in each."""
     workdir, _ = copied
     similar = np.arange(TRAINED) - TRAINED / 2
-    records = measure(workdir, plausible=np.arange(TRAINED) / TRAINED, similar=similar)
+    plausible, useful = np.arange(TRAINED) / TRAINED, np.ones(TRAINED)
+    records = measure(workdir, plausible=plausible, useful=useful, similar=similar)
     out = tmp_path / "kept.jsonl"
     printed = command(f"--workdir={workdir}", f"--selected={out}", "--drop_implausible=0.1", "--drop_dissimilar=0.25", "--keep=1")
     number = round(0.25 * TRAINED)
@@ -162,7 +163,7 @@ def test_dissimilar_rows(copied, tmp_path):
     assert f"{number} of the others are left out as dissimilar" in printed
     assert {row["rank"] for row in read_jsonl(out)} == {record["rank"] for record in records[number:]}
     assert f"Rows with the smallest `similar` were left out first: {number}." in out.with_suffix(".card.md").read_text()
-    measure(workdir, plausible=np.arange(TRAINED) / TRAINED)
+    measure(workdir, plausible=plausible, useful=useful)
     with pytest.raises(ValueError, match=r"^--drop_dissimilar: .* has no `similar` \(eval.similar=False, few trusted rows or an"):
         command(f"--workdir={workdir}", f"--selected={out}", "--drop_dissimilar=0.1")
 
@@ -359,6 +360,7 @@ def _no_model(workdir, file):
         (_unfinished, [], "no finished run"),
         (_no_weights, [], "it was removed"),
         (_mixing, [], "selects nothing"),
+        (_mixing, ["--score_new=new.jsonl"], "selects nothing"),
         (_gone, [], "no such file"),
         (_offline, ["--refined"], "method=offline generates nothing"),
         (_no_model, [], "/absent/model"),

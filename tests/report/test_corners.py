@@ -147,3 +147,14 @@ def test_a_report_of_a_large_run_says_that_it_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(corners, "MAX_DOTS", 8)
     run = run_data.read(make(tmp_path / "run", BOTH))
     assert "shows 8 rows, drawn at random" in " ".join(page.render(run).split())
+
+
+def test_rows_unlike_the_trusted_ones(tmp_path):
+    """The five smallest numbers, the smallest first, whatever the other two say."""
+    similar = np.arange(N)[::-1] - N / 2
+    result = report(make(tmp_path / "run", BOTH | {"similar": similar}))
+    words = words_of(result, "unlike")
+    shown = [f"similar {value:.3g} " for value in sorted(similar)[:5]]
+    assert [words.index(text) for text in shown] == sorted(words.index(text) for text in shown)
+    assert f"similar {sorted(similar)[5]:.3g} " not in words
+    assert "unlike" not in report(make(tmp_path / "without", BOTH)).words

@@ -143,3 +143,11 @@ def test_writer_sends_the_same_scalars_to_tensorboard(tmp_path):
     assert (start.step, start.session_log.status) == (2, event_pb2.SessionLog.START)  # hides later events of an earlier process
     scalars = [(value.tag, value.simple_value, event.step) for event in events for value in event.summary.value]
     assert scalars == [("train/loss", 0.5, 3), ("train/rho", 0.25, 3)]
+
+
+def test_runs_of_one_name_have_ids_of_their_own_in_weights_and_biases(tmp_path):
+    workdirs = [tmp_path / name / "mine" for name in ("first", "second")]
+    for workdir in workdirs:
+        workdir.mkdir(parents=True)
+    ids = [metrics.wandb_id(workdir) for workdir in (*workdirs, *workdirs)]
+    assert ids[:2] == ids[2:] and len(set(ids)) == 2

@@ -35,7 +35,7 @@ def test_a_failure_ends_the_phase(monkeypatch, capsys):
 def test_only_the_first_process_speaks(monkeypatch, capsys):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    phases.say("compiling")
+    phases.announce("compiling")
     assert capsys.readouterr().out == ""
 
 
@@ -44,5 +44,5 @@ def test_lines_reach_a_log_at_once(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, write_through=False))
     with tqdm.tqdm(total=3, file=io.StringIO()):
-        phases.say("compiling")
+        phases.announce("compiling")
         assert raw.getvalue() == b"compiling\n"

@@ -131,3 +131,10 @@ def test_token_auroc(rows, spans, expected):
     marked = [dataclasses.replace(row, fields=row.fields | {"odd": row_spans}) for row, row_spans in zip(rows, spans)]
     value = weight_table.token_auroc(make_tokens(rows), marked, "odd")
     assert np.isnan(value) if expected is None else value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [[[0, 1, 2]], "0-5", [["a", "b"]], [0, 5], [[0, 5], [6]]])
+def test_spans_that_are_none(rows, value):
+    row = dataclasses.replace(rows[0], fields={"odd": value})
+    with pytest.raises(data_rows.DataError, match=rf"^row {row.id}: odd=.* is not a list of \[start, stop\], in characters"):
+        data_rows.spans(row, "odd")

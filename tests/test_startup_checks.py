@@ -1,0 +1,38 @@
+"""Settings that do not go with the rows of a run, which are known once it starts."""
+
+import dataclasses
+
+import pytest
+
+from bilevel_jax import config as configuration
+from bilevel_jax import startup_checks
+
+CONFIG = configuration.Config()
+
+
+def test_a_search_needs_trusted_rows_for_each_part():
+    config = dataclasses.replace(CONFIG, selection=configuration.Selection(rule="metagradient"))
+    startup_checks.check_trusted_rows(config, startup_checks.MIN_TRUSTED_ROWS, 0)
+    with pytest.raises(configuration.ConfigError, match="^selection.rule=metagradient needs 6 trusted rows for training, not 5"):
+        startup_checks.check_trusted_rows(config, 5, 0)
+
+
+@pytest.mark.parametrize("options, key", [({"keep_best": True}, "keep_best"), ({"patience": 2}, "patience")])
+def test_judging_by_held_out_rows_needs_some(options, key):
+    config = dataclasses.replace(CONFIG, eval=configuration.Eval(num_upper=0.1, **options))
+    startup_checks.check_trusted_rows(config, 9, 1)
+    with pytest.raises(
+        configuration.ConfigError, match=rf"^eval.{key} needs held-out trusted rows: eval.num_upper=0.1 of 1 holds none"
+    ):
+        startup_checks.check_trusted_rows(config, 1, 0)
+
+
+@pytest.mark.parametrize("method", ["online", "dynamic"])
+def test_a_ratio_that_masks_no_row(method):
+    config = dataclasses.replace(CONFIG, method=method, online=configuration.Online(ratio=0.1, refresh_every=2))
+    startup_checks.check_masks(config, 100, 10)
+    with pytest.raises(
+        configuration.ConfigError, match="^online.ratio=0.1 of 9 lower-level rows masks none; set it to at least 0.11"
+    ):
+        startup_checks.check_masks(config, 100, 9)
+    startup_checks.check_masks(dataclasses.replace(config, method="offline"), 100, 9)
