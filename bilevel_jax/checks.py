@@ -181,7 +181,7 @@ def _check_values(config: Config) -> None:
 
 
 def _check_parts(config: Config) -> None:
-    """Builds what checks its own values."""
+    """Checks the values of sampler, optimizer, objective and selector by building them."""
     try:
         sampling.Settings(config.online.temperature)
     except ValueError as error:

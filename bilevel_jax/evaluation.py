@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import losses, objective, online, preferences, scoring, selector, sharding, step, token_weights
+from bilevel_jax import losses, objective, online, preferences, ranking, scoring, selector, sharding, step, token_weights
 from bilevel_jax.data import levels, packing, templates
 from bilevel_jax.errors import REMEDY, RunError
-from bilevel_jax.runtime import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +120,13 @@ def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep:
     if state.token_params is not None:
         values |= {f"selector/token_{name}": float(value) for name, value in zip(token_weights.SCORES, state.token_params)}
     if bad is not None and bad.any() and not bad.all() and rule != "uniform":
-        values["selector/auroc"] = metrics.auroc(-logits, bad)
+        values["selector/auroc"] = ranking.auroc(-logits, bad)
         surprise = sharding.to_host(state.selector.surprise)
         known = np.isfinite(surprise)  # not of rows that were only visited with generated responses
         if bad[known].any() and not bad[known].all():
-            values["selector/auroc_plausible"] = metrics.auroc(surprise[known], bad[known])
-        values["selector/bad_kept"] = metrics.bad_kept(logits, bad, keep)
-        values["selector/bad_among_kept"] = metrics.bad_among_kept(logits, bad, keep)
+            values["selector/auroc_plausible"] = ranking.auroc(surprise[known], bad[known])
+        values["selector/bad_kept"] = ranking.bad_kept(logits, bad, keep)
+        values["selector/bad_among_kept"] = ranking.bad_among_kept(logits, bad, keep)
     return values
 
 

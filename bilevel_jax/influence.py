@@ -44,8 +44,10 @@ RELIABILITY = 0.43  # q: the correlation of a row's harms at its first two visit
 class InfluenceState(NamedTuple):
     """The running means of the cost."""
 
-    upper_gradient: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    mean_square: jax.Array  # [] float32, rms(I)², running mean square of the influences; this and the next two are NaN at first
+    upper_mean: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
+    influence_square: (
+        jax.Array
+    )  # [] float32, rms(I)², running mean square of the influences; this and the next two are NaN at first
     surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
     surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
     correlation: jax.Array  # [] float32, κ
@@ -74,7 +76,7 @@ def direction(state: InfluenceState, upper_gradient, optimizer_state) -> tuple[d
     Returns:
       m, and D m (not normalised), trees like the learned parameters.
     """
-    mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, state.upper_gradient, upper_gradient)
+    mean = jax.tree.map(lambda m, g: UPPER_DECAY * m + (1 - UPPER_DECAY) * g, state.upper_mean, upper_gradient)
     return mean, _preconditioned(optimizer_state, mean)
 
 
@@ -90,12 +92,12 @@ def votes(slope_pxE) -> jax.Array:
     return jnp.mean(jnp.sign(slope_pxE), axis=0)
 
 
-def costs(state: InfluenceState, upper_gradient, influence_E, surprise_E, share_E) -> tuple[InfluenceState, jax.Array, jax.Array]:
+def costs(state: InfluenceState, upper_mean, influence_E, surprise_E, share_E) -> tuple[InfluenceState, jax.Array, jax.Array]:
     """The cost of each entry.  (I2), (I3)
 
     Args:
       state: before the step.
-      upper_gradient: m, from `direction`.
+      upper_mean: m, from `direction`.
       influence_E: [E], I.
       surprise_E: [E], s at θ^k, nats.
       share_E: [E], how much each entry counts in the mean over the rows that have a cost; sums to 1, or to 0 if none has one.
@@ -103,11 +105,11 @@ def costs(state: InfluenceState, upper_gradient, influence_E, surprise_E, share_
     Returns:
       State after the step; [E] h in (-1, 1); [E] C in (-2, 2), without a unit.
     """
-    mean_square, harm_E = _scaled(state.mean_square, -influence_E, share_E)
+    influence_square, harm_E = _scaled(state.influence_square, -influence_E, share_E)
     surprise_mean = _running(state.surprise_mean, surprise_E, share_E)
     surprise_square, excess_E = _scaled(state.surprise_square, surprise_E - surprise_mean, share_E)
     correlation = _running_correlation(state.correlation, harm_E, excess_E, share_E)
-    state = InfluenceState(upper_gradient, mean_square, surprise_mean, surprise_square, correlation)
+    state = InfluenceState(upper_mean, influence_square, surprise_mean, surprise_square, correlation)
     return state, harm_E, harm_E + surprise_part(correlation) * excess_E
 
 

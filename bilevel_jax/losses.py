@@ -7,6 +7,7 @@ Axes: T packed tokens, P targets, Z targets of a chunk, D hidden width, V vocabu
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,27 @@ def _gathered(head_VxD):
     return sharding.constrain(head_VxD, "vocab")
 
 
-def _over_chunks(body, logit_index_P, num_targets, carry):
-    """Runs `body(first, size, carry)` for every chunk with a target; the number of chunks is known only on the device."""
-    size = packing.chunk_size(logit_index_P.shape[0])
-    num_chunks = (num_targets + size - 1) // size
-    return jax.lax.fori_loop(0, num_chunks, lambda i, carry: body(i * size, size, carry), carry)
+def _over_chunks(of_chunk: Callable, logit_index_P, target_P, num_targets):
+    """Joins `of_chunk(index_Z, target_Z)`, arrays [Z, ...], over all chunks with a target; 0 in the others.
+
+    The number of chunks is known only on the device.
+    """
+    P = logit_index_P.shape[0]
+    size = packing.chunk_size(P)
+
+    def body(i, joined):
+        index_Z, target_Z = (jax.lax.dynamic_slice_in_dim(array_P, i * size, size) for array_P in (logit_index_P, target_P))
+        parts = of_chunk(index_Z, target_Z)
+        return jax.tree.map(lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, i * size, 0), joined, parts)
+
+    of_one = jax.eval_shape(of_chunk, logit_index_P[:size], target_P[:size])
+    start = jax.tree.map(lambda part: jnp.zeros((P, *part.shape[1:]), part.dtype), of_one)
+    return jax.lax.fori_loop(0, (num_targets + size - 1) // size, body, start)
+
+
+def _is_target(logit_index_P, num_targets) -> jax.Array:
+    """[P] bool, False at padding."""
+    return jnp.arange(logit_index_P.shape[0]) < num_targets
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -64,46 +81,36 @@ def token_nll(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: f
     Returns:
       float32 [P], 0 at padding.
     """
-
     head_VxD = _gathered(head_VxD)
 
-    def body(first, size, nll_P):
-        index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
-        target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, *_ = _chunk(hidden_TxD, head_VxD, index, target, cap)
-        return jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
+    def of_chunk(index_Z, target_Z):
+        return _chunk(hidden_TxD, head_VxD, index_Z, target_Z, cap)[0]
 
-    nll_P = _over_chunks(body, logit_index_P, num_targets, jnp.zeros(logit_index_P.shape, jnp.float32))
-    return jnp.where(jnp.arange(logit_index_P.shape[0]) < num_targets, nll_P, 0.0)
+    nll_P = _over_chunks(of_chunk, logit_index_P, target_P, num_targets)
+    return jnp.where(_is_target(logit_index_P, num_targets), nll_P, 0.0)
 
 
 def _token_nll_forward(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap):
     head_VxD = _gathered(head_VxD)
 
-    def body(first, size, carry):
-        nll_P, gradient_PxD = carry
-        index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
-        target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, logits, weights, total = _chunk(hidden_TxD, head_VxD, index, target, cap)
-        of_target = head_VxD[target]
+    def of_chunk(index_Z, target_Z):
+        nll, logits, weights, total = _chunk(hidden_TxD, head_VxD, index_Z, target_Z, cap)
+        of_target = head_VxD[target_Z]
         if cap is not None:
             slope = 1 - jnp.square(logits / cap)
-            weights, of_target = weights * slope, jnp.take_along_axis(slope, target[:, None], axis=-1) * of_target
+            weights, of_target = weights * slope, jnp.take_along_axis(slope, target_Z[:, None], axis=-1) * of_target
         gradient = jnp.dot(weights.astype(head_VxD.dtype), head_VxD, preferred_element_type=jnp.float32) / total - of_target
-        nll_P = jax.lax.dynamic_update_slice_in_dim(nll_P, nll, first, 0)
-        return nll_P, jax.lax.dynamic_update_slice_in_dim(gradient_PxD, gradient.astype(gradient_PxD.dtype), first, 0)
+        return nll, gradient.astype(hidden_TxD.dtype)
 
-    P = logit_index_P.shape[0]
-    carry = jnp.zeros(P, jnp.float32), jnp.zeros((P, hidden_TxD.shape[1]), hidden_TxD.dtype)
-    nll_P, gradient_PxD = _over_chunks(body, logit_index_P, num_targets, carry)
-    nll_P = jnp.where(jnp.arange(P) < num_targets, nll_P, 0.0)
+    nll_P, gradient_PxD = _over_chunks(of_chunk, logit_index_P, target_P, num_targets)
+    nll_P = jnp.where(_is_target(logit_index_P, num_targets), nll_P, 0.0)
     # The empty array carries the length and dtype of `hidden_TxD`; residuals can only be arrays.
     return nll_P, (gradient_PxD, logit_index_P, num_targets, jnp.zeros((hidden_TxD.shape[0], 0), hidden_TxD.dtype))
 
 
 def _token_nll_backward(cap, residuals, cotangent_P):
     gradient_PxD, logit_index_P, num_targets, like = residuals
-    inside = jnp.arange(logit_index_P.shape[0]) < num_targets
+    inside = _is_target(logit_index_P, num_targets)
     # In bfloat16 the factor would keep 8 bits, the same ones for all tokens of a row: its weight would be off by up to 0.4%.
     part_PxD = jnp.where(inside, cotangent_P, 0.0)[:, None] * gradient_PxD.astype(jnp.float32)
     gradient_TxD = jnp.zeros((like.shape[0], gradient_PxD.shape[1]), gradient_PxD.dtype)
@@ -129,7 +136,7 @@ def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, 
 
     chunks = logit_index_P.reshape(-1, size), target_P.reshape(-1, size)
     _, nll = jax.lax.scan(body, jnp.int32(0), chunks)
-    return jnp.where(jnp.arange(P) < num_targets, nll.reshape(P), 0.0)
+    return jnp.where(_is_target(logit_index_P, num_targets), nll.reshape(P), 0.0)
 
 
 def token_scores(
@@ -138,16 +145,12 @@ def token_scores(
     """`token_nll` [P], and whether another token is more likely than the target, bool [P], False at padding. Forward only."""
     head_VxD = _gathered(head_VxD)
 
-    def body(first, size, carry):
-        index = jax.lax.dynamic_slice_in_dim(logit_index_P, first, size)
-        target = jax.lax.dynamic_slice_in_dim(target_P, first, size)
-        nll, logits, *_ = _chunk(hidden_TxD, head_VxD, index, target, cap)
-        scores = nll, jnp.argmax(logits, axis=-1) != target
-        return tuple(jax.lax.dynamic_update_slice_in_dim(array, part, first, 0) for array, part in zip(carry, scores))
+    def of_chunk(index_Z, target_Z):
+        nll, logits, *_ = _chunk(hidden_TxD, head_VxD, index_Z, target_Z, cap)
+        return nll, jnp.argmax(logits, axis=-1) != target_Z
 
-    P = logit_index_P.shape[0]
-    nll_P, missed_P = _over_chunks(body, logit_index_P, num_targets, (jnp.zeros(P, jnp.float32), jnp.zeros(P, bool)))
-    inside = jnp.arange(P) < num_targets
+    nll_P, missed_P = _over_chunks(of_chunk, logit_index_P, target_P, num_targets)
+    inside = _is_target(logit_index_P, num_targets)
     return jnp.where(inside, nll_P, 0.0), missed_P & inside
 
 

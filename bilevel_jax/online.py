@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import errors, sampling
-from bilevel_jax.data import packing, shuffle
+from bilevel_jax.data import packing, shuffle, templates
 
 GENERATE = ("needed", "all")
 NORMALIZATIONS = ("algorithm", "eq7")
@@ -221,22 +221,22 @@ class Generation(NamedTuple):
 
 
 class Generator(NamedTuple):
-    """What a refresh generates and scores with; see `make_refresh` for the fields."""
+    """What a refresh generates and scores with."""
 
-    sample: Callable
-    score: Callable
-    detokenize: Callable
-    ids: Sequence[str]
-    prompts: Sequence[np.ndarray]
-    seed: int
-    num_samples: int
-    paired: bool
+    sample: Callable  # from `sampling.make_sampler`
+    score: Callable  # from `scoring.make_scorer`: the training forward
+    detokenize: Callable  # token ids -> text
+    ids: Sequence[str]  # of all lower-level rows
+    examples: Sequence[templates.Example]  # of the same rows; every prompt leaves room for a response
+    seed: int  # of the responses, together with row, step and g
+    num_samples: int  # G
+    paired: bool = False  # responses need log-probabilities under the reference model, the base without its adapter
 
 
 def _generate(generator: Generator, base, adapter, step: int, rows, stopped) -> list[Generation] | None:
     """G responses to each row's question; None if `stopped()` became true meanwhile."""
     keys = sampling.row_keys(generator.seed, (generator.ids[i] for i in rows), step, generator.num_samples)
-    prompts = [generator.prompts[i] for i in rows]
+    prompts = [generator.examples[i].prompt for i in rows]
     responses = generator.sample(base, adapter, prompts, keys, "answering masked questions", stopped)
     if responses is None:
         return None
@@ -255,7 +255,7 @@ def _score(
     Raises:
       RunError: a response has no finite log-probability.
     """
-    segments = [packing.Segment(generator.prompts[one.row_index], one.response.ids) for one in generations]
+    segments = [packing.Segment(generator.examples[one.row_index].prompt, one.response.ids) for one in generations]
     nll, _ = generator.score(base, adapter, segments, "scoring answers")
     broken = [generator.ids[one.row_index] for one, value in zip(generations, nll, strict=True) if not np.isfinite(value)]
     if broken:
@@ -265,34 +265,16 @@ def _score(
     return -nll, -generator.score(base, None, segments, "scoring answers by the reference")[0]
 
 
-def make_refresh(
-    sample: Callable,
-    score: Callable,
-    detokenize: Callable,
-    ids: Sequence[str],
-    prompts: Sequence[np.ndarray],
-    seed: int,
-    num_samples: int,
-    generate: str,
-    reward_fn: Callable | None = None,
-    paired: bool = False,
-) -> Callable:
+def make_refresh(generator: Generator, generate: str, reward_fn: Callable | None = None) -> Callable:
     """Builds `refresh(base, adapter, step, masked, visited, stopped) -> (ResponseStore, [Generation]) | None`.
 
     `masked` and `visited` are ascending lower-level rows. The result is None if `stopped()` became true meanwhile.
 
     Args:
-      sample: from `sampling.make_sampler`.
-      score: from `scoring.make_scorer`: the training forward.
-      detokenize: token ids -> text.
-      ids, prompts: of all lower-level rows; every prompt leaves room for a response.
-      seed: of the responses, together with row, step and g.
-      num_samples: G.
+      generator: sampler, scorer and rows.
       generate: `needed`: answer the masked questions that will be visited; `all`: also the others, for inspection.
       reward_fn: from `rewards.make_reward_fn`; None for no rewards.
-      paired: whether the responses need log-probabilities under the reference model, the base without its adapter.
     """
-    generator = Generator(sample, score, detokenize, ids, prompts, seed, num_samples, paired)
 
     def refresh(base, adapter, step: int, masked, visited, stopped: Callable[[], bool]):
         needed = np.intersect1d(masked, visited)
@@ -312,7 +294,7 @@ def make_refresh(
                 references.extend(() if reference is None else reference)
             generations, stored = generations + part, stored + not_blank
         rewards = reward_fn(stored, np.array(log_probs)) if reward_fn and stored else None
-        return _store(step, len(prompts), masked, stored, log_probs, references, rewards), generations
+        return _store(step, len(generator.ids), masked, stored, log_probs, references, rewards), generations
 
     return refresh
 

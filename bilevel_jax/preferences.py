@@ -10,7 +10,7 @@ The G responses y^1 ... y^G of a policy to one question, with rewards r^g, have 
 
     -(1/G) Σ_g stop(w^g) log π(y^g|x)                                                       (R4)
     w^g = G exp(r^g/β) / Σ_h exp(r^h/β)      `reward_weighted`                              (R5)
-    w^g = r^g - (1/(G-1)) Σ_{h≠g} r^h        `leave_one_out`                                 (6)
+    w^g = r^g - (1/(G-1)) Σ_{h≠g} r^h        `leave_one_out`                                 (R6)
 
 The numbers are those of this module; `step` has the equations of the paper. Weights depend on rewards alone, so they are known
 before the forward pass, whichever micro-batches hold the responses to a question. Both responses of a pair must be in one
@@ -88,7 +88,7 @@ def reward_weighted(reward_E, group_E, beta: float) -> jax.Array:
 
 
 def leave_one_out(reward_E, group_E) -> jax.Array:
-    """Weights (6) of REINFORCE with a leave-one-out baseline, [E]: 0 for a group of one, 1 without a reward.
+    """Weights (R6) of REINFORCE with a leave-one-out baseline, [E]: 0 for a group of one, 1 without a reward.
 
     The gradient of (R4) has expectation -∇ E_π[r], since the baseline of y^g does not depend on y^g.
 

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,7 +26,7 @@ from bilevel_jax import (
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, rows, templates, token_ids
 from bilevel_jax.models import huggingface, layer_range, layer_settings, lora, model_config
-from bilevel_jax.runtime import checkpoint, disk, phases, state_store
+from bilevel_jax.runtime import phases
 from bilevel_jax.text import say
 
 
@@ -181,7 +180,7 @@ class Program:
     frozen_layers: frozen.FrozenLayers | None = None  # the layers below the first adapter; None where all layers are learned
 
     def put_batch(self, batch: batches.StepBatch, mesh: jax.sharding.Mesh) -> packing.Batch:
-        """The batch on the devices, complete with what frozen layers make of its rows."""
+        """The batch on the devices, complete with the hidden states that leave the frozen layers."""
         if self.frozen_layers is None:
             return sharding.split_batch(batch.batch, mesh)
         return self.frozen_layers.put_batch(batch.batch, batch.slots)
@@ -242,45 +241,6 @@ def without_adapter(setup: Setup) -> Setup:
     return dataclasses.replace(setup, adapter=jax.eval_shape(lambda: setup.adapter))
 
 
-def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
-    """The most bytes that the generated responses of one refresh take, all of maximum length."""
-    max_new_tokens = min(config.online.max_new_tokens, config.data.max_length - 1)
-    masked, visited = online.num_masked(num_rows, config.online.ratio), config.online.refresh_every * config.batch.size
-    answered = masked if config.online.generate == "all" else min(masked, visited)
-    num_fields = 4 + bool(config.online.reward) + (config.online.objective in preferences.PAIRS)  # float64 or int64, per response
-    return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
-
-
-def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: int) -> int:
-    """The most bytes of a checkpoint, with the most generated responses there can be."""
-    responses = response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
-    return checkpoint.num_bytes(state) + responses
-
-
-def cache_bytes(config: configuration.Config, setup: Setup) -> int:
-    """The most bytes that the results of frozen layers take, in memory or on disk; 0 where they are not kept."""
-    if config.model.cache_frozen == "off" or not frozen.num_frozen(setup.model, setup.adapter):
-        return 0
-    both = setup.upper, setup.lower
-    num_slots, num_tokens = 2 * sum(len(level.rows) for level in both), frozen.num_tokens(*both)
-    return state_store.num_bytes(num_slots, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
-
-
-def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
-    """Bytes that a run still writes into a workdir with `num_saved` checkpoints, without the results of frozen layers."""
-    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy.adapter))
-    size = checkpoint_bytes(config, state, num_rows)
-    return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter_bytes, num_rows, config.num_epochs)
-
-
-def new_bytes(config: configuration.Config, setup: Setup, state: step.State, workdir: pathlib.Path, num_saved: int) -> int:
-    """Bytes that a run still writes: `disk_bytes`, and what frozen layers compute where that is kept on disk."""
-    needed = disk_bytes(config, state, len(setup.lower.rows), num_saved)
-    if config.model.cache_frozen == "disk":
-        needed += max(0, cache_bytes(config, setup) - state_store.bytes_on_disk(workdir))
-    return needed
-
-
 def batch_layout(config: configuration.Config) -> packing.Layout:
     """The layout of every batch of a run. Where influences are measured, no sequence holds rows of both levels."""
     entries = configuration.entries_per_row(config) * config.batch.size
@@ -335,34 +295,20 @@ def compile_program(
     return Program(train_step, score, score_greedy, batch_of, values, layout, layers)
 
 
-class Prompts(Sequence):
-    """The prompts of rows, each read when it is used."""
-
-    def __init__(self, examples: Sequence[templates.Example]):
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, i):
-        return self._examples[i].prompt
-
-
 def build_refresh(config: configuration.Config, setup: Setup, score: Callable, reward_fn: Callable | None = None) -> Callable:
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
     sample = sampling.make_sampler(
         setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
     )
-    return online.make_refresh(
+    generator = online.Generator(
         sample,
         score,
         setup.detokenize,
         setup.lower.ids,
-        Prompts(setup.lower.examples),
+        setup.lower.examples,
         config.seed,
         config.online.num_samples,
-        config.online.generate,
-        reward_fn,
-        config.online.objective in preferences.PAIRS,
+        paired=config.online.objective in preferences.PAIRS,
     )
+    return online.make_refresh(generator, config.online.generate, reward_fn)

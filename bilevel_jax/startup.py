@@ -22,6 +22,7 @@ from bilevel_jax import (
     online,
     references,
     rewards,
+    run_sizes,
     search,
     sharding,
     step,
@@ -37,7 +38,7 @@ from bilevel_jax.text import say
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with. Nothing here changes from step to step, except for what is logged and counted."""
+    """What the loop works with. Nothing here changes from step to step, except for the clock and what is written."""
 
     config: configuration.Config
     workdir: pathlib.Path  # for the files of this process
@@ -56,8 +57,6 @@ class Run:
     identity: dict  # fingerprints of data and model, and the settings
     writer: metrics.MetricsWriter
     refresh: Callable | None  # from `online.make_refresh`; None for methods without generation
-    at_start: dict[str, float]  # losses before the first step
-    refresh_counts: dict[str, float]  # of all refreshes so far
 
     @property
     def num_steps(self) -> int:
@@ -73,12 +72,13 @@ class Run:
 
     def eval_due(self, done: int) -> bool:
         """Whether the run evaluates after `done` steps."""
-        every = self.config.eval.every
-        return done % self.epoch_steps == 0 or bool(every and done % every == 0)
+        return self._due(done, self.config.eval.every)
 
     def save_due(self, done: int) -> bool:
         """Whether the run saves a checkpoint after `done` steps."""
-        every = self.config.checkpoint.every
+        return self._due(done, self.config.checkpoint.every)
+
+    def _due(self, done: int, every: int) -> bool:
         return done % self.epoch_steps == 0 or bool(every and done % every == 0)
 
 
@@ -89,6 +89,8 @@ class Progress(NamedTuple):
     store: online.ResponseStore
     best: early_stopping.Best | None
     measured: dict[str, float]  # by the last evaluation of this process
+    at_start: dict[str, float]  # losses before the first step
+    refresh_counts: dict[str, float]  # of all refreshes so far
 
 
 def prepare(
@@ -113,13 +115,13 @@ def prepare(
         row_features = setups.row_features(config, setup, shared, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
     setup = setups.without_adapter(setup)
-    disk.check(shared, setups.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
+    disk.check(shared, run_sizes.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
     token_offsets = setups.token_offsets(config, setup)
     with clock("compile"), phases.phase("compiling the training step"):
         setup = setups.with_references(config, setup, shared if start else None)
         program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
 
-    progress = Progress(state, online.empty(len(lower.rows)), None, {})
+    progress = Progress(state, online.empty(len(lower.rows)), None, {}, {}, {})
     if start:
         progress = _restore(config, shared, checkpoints, state, counters, num_steps, clock)
 
@@ -146,8 +148,6 @@ def prepare(
         identity=identity,
         writer=_open_writer(config, config_dict, workdir, start),
         refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
-        at_start=dict(counters.get("at_start", {})),
-        refresh_counts=dict(counters.get("refreshed", {})),
     )
     return run, progress if start else _measure_start(run, progress)
 
@@ -184,7 +184,8 @@ def _restore(
     _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
     clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
     say(f"resuming {shared} at step {start} of {num_steps}")
-    return Progress(state, store, early_stopping.restore(counters.get("best"), adapter), {})
+    best = early_stopping.restore(counters.get("best"), adapter)
+    return Progress(state, store, best, {}, counters.get("at_start", {}), counters.get("refreshed", {}))
 
 
 def _check_growth(
@@ -234,12 +235,12 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
 
 
 def _measure_start(run: Run, progress: Progress) -> Progress:
-    """Evaluates before the first step, in `run.at_start`; the result has the best adapter so far."""
+    """Evaluates before the first step; the result has the losses, and the best adapter so far."""
     adapter = progress.state.policy.adapter
     with run.clock("eval"), phases.phase("evaluating before the first step"):
-        run.at_start.update(evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, adapter))
-    run.writer.write(0, 0, run.at_start)
-    return progress._replace(best=early_stopping.start(run.config, run.at_start, adapter))
+        at_start = evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, adapter)
+    run.writer.write(0, 0, at_start)
+    return progress._replace(best=early_stopping.start(run.config, at_start, adapter), at_start=at_start)
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

@@ -53,6 +53,11 @@ class State(NamedTuple):
     token_params: jax.Array | None = None  # [2] float32, φ of `token_weights`; None where tokens have no weights
     influence: influences.InfluenceState | None = None  # None for other costs
 
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.selector.logits.shape[0]
+
 
 class Scales(NamedTuple):
     """The factors of the two levels' means: (1, γ) for bilevel selection, (1-ρ, ρ) for direct mixing."""
@@ -199,7 +204,7 @@ def _level_by_level(
     (lower, (_, nll_E, power_E)), (lower_gradient, slopes) = _gradient(lower_of_micro, variables, batch.num_lower_micro)
     loss = scales.upper * upper + scales.lower * lower
     gradient = jax.tree.map(lambda up, low: scales.upper * up + scales.lower * low, upper_gradient, lower_gradient)
-    nll_E = jnp.where(batch.row_index < state.selector.logits.shape[0], nll_E, upper_nll_E)
+    nll_E = jnp.where(batch.row_index < state.num_rows, nll_E, upper_nll_E)
     return (loss, (upper, nll_E, power_E)), gradient, Slopes(mean, jnp.concatenate(jax.tree.leaves(slopes)))
 
 
@@ -220,7 +225,7 @@ def update_policy(problem: Problem, base, state: State, batch: packing.Batch, sh
     """
     model, objective, packed = problem.model, problem.objective, batch.packed
     adapter = state.policy.adapter
-    weigh, key = token_weight_fn(state.token_params, batch, state.selector.logits.shape[0]), problem.dropout_key(state)
+    weigh, key = token_weight_fn(state.token_params, batch, state.num_rows), problem.dropout_key(state)
     fixed_E = None
     if objective.response_weight == "softmax" and objective.generated not in preferences.PAIRS:
         # λ compares responses that may lie in different micro-batches, so it takes a pass of its own.
@@ -266,11 +271,6 @@ def update_tracker(
     return _descend(problem.optimizer, tracker, gradient), nll_E
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Costs
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def update_token_params(
     problem: Problem, base, policy: Learner, state: State, batch: packing.Batch, shares: Shares, scales: Scales
 ) -> tuple[jax.Array, jax.Array]:
@@ -283,7 +283,7 @@ def update_token_params(
     """
 
     def weighted_nll(token_params):
-        weigh = token_weight_fn(token_params, batch, state.selector.logits.shape[0])
+        weigh = token_weight_fn(token_params, batch, state.num_rows)
         nll_E = forward.entry_nll(problem.model, base, policy.adapter, batch.packed, batch.num_lower_micro, weigh)
         return nll_E, nll_E
 
@@ -291,6 +291,11 @@ def update_token_params(
     gradient_Ex2 = losses.row_losses(gradient_Ex2, batch.packed.length[:, None], problem.objective.reduction)
     rate, token_params = problem.selector.token_learning_rate, jnp.asarray(state.token_params)
     return token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Costs
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def influence_costs(
@@ -304,8 +309,9 @@ def influence_costs(
 ) -> tuple[influences.InfluenceState, jax.Array, jax.Array]:
     """What `influence.costs` returns.  (I1)-(I3)
 
-    Divided by the derivative of the lower level's loss in the NLL of an entry, its slopes are those of the NLL itself, and from
-    these follow those of ℓ. An entry that has no part in the loss, such as one with r = 0, has no influence.
+    The measured slope of an entry is that of the lower level's loss. Over the derivative of that loss in the entry's NLL it is the
+    slope of the NLL, from which that of ℓ follows by the chain rule. An entry that has no part in the loss, such as one with
+    r = 0, has no influence.
 
     Args:
       state: before the step.

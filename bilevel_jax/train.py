@@ -94,12 +94,12 @@ def _train(run: Run, progress: Progress) -> Progress:
             if early_stopping.is_over(progress.best, patience):
                 break
             if run.refresh_due(k):
-                refreshed = _refresh(run, progress.state, k, out)
+                refreshed = _refresh(run, progress, k, out)
                 if refreshed is None:
                     _save(run, progress, k)
                     break
                 out.write_responses(progress.store)
-                progress = progress._replace(store=refreshed)
+                progress = refreshed
             batch = out.prefetcher.get(k, progress.store)
             progress = progress._replace(state=_step(run, progress.state, k, batch, progress.store, out))
             done = k + 1
@@ -182,15 +182,15 @@ def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: 
     return state
 
 
-def _refresh(run: Run, state: step.State, k: int, out: Outputs) -> online.ResponseStore | None:
+def _refresh(run: Run, progress: Progress, k: int, out: Outputs) -> Progress | None:
     """New responses to the masked questions that steps k ... will visit (lines 5-8); None if a signal arrived meanwhile."""
     out.log.flush()  # notes the last ratios of the responses that are replaced
     with run.clock("generate"), out.log.paused():
-        return _generate(run, state, k, out.stopped)
+        return _generate(run, progress, k, out.stopped)
 
 
-def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) -> online.ResponseStore | None:
-    config, began, num_rows = run.config, time.perf_counter(), len(run.setup.lower.rows)
+def _generate(run: Run, progress: Progress, k: int, stopped: Callable[[], bool]) -> Progress | None:
+    config, state, began, num_rows = run.config, progress.state, time.perf_counter(), len(run.setup.lower.rows)
     logits = sharding.to_host(state.selector.logits) if config.method == "dynamic" else None
     masked = online.masked_rows(logits, num_rows, config.online.ratio, config.seed)
     until = min(k + config.online.refresh_every, run.num_steps)
@@ -207,9 +207,9 @@ def _generate(run: Run, state: step.State, k: int, stopped: Callable[[], bool]) 
     num_tokens = sum(len(one.response.ids) for one in generations)
     values["speed/generated_tokens_per_s"] = num_tokens / (time.perf_counter() - began)
     values["online/time_share"] = run.clock.share("generate", of=("train", "generate"))
-    run.refresh_counts.update(response_metrics.add_counts(run.refresh_counts, values))
+    counts = progress.refresh_counts | response_metrics.add_counts(progress.refresh_counts, values)
     run.writer.write(k + 1, k / run.epoch_steps, values)  # at the first step that uses them: a run resumed at k writes it again
-    return store
+    return progress._replace(store=store, refresh_counts=counts)
 
 
 def _measure(run: Run, state: step.State) -> dict[str, float]:
@@ -276,7 +276,7 @@ def _save(run: Run, progress: Progress, k: int) -> None:
     with run.clock("checkpoint"):
         finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": run.at_start, "refreshed": run.refresh_counts, "num_steps": run.num_steps, "step": k}
+        counters |= {"at_start": progress.at_start, "refreshed": progress.refresh_counts, "num_steps": run.num_steps, "step": k}
         counters |= {"best": best.counters()} if best else {}
         run.checkpoints.save(k, state, progress.store, counters, best and best.adapter)
 
@@ -298,6 +298,6 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
     values |= {"best_step": best.step} if best else {}
     for level in ("upper", "lower"):
         values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
-    values |= {f"start/{key.removeprefix('eval/')}": value for key, value in run.at_start.items()}
+    values |= {f"start/{key.removeprefix('eval/')}": value for key, value in progress.at_start.items()}
     state_store.remove(run.workdir)
-    return finish.write_summary(run.workdir, run.setup, values | measured | run.refresh_counts, run.clock)
+    return finish.write_summary(run.workdir, run.setup, values | measured | progress.refresh_counts, run.clock)

@@ -9,12 +9,12 @@ import pyarrow as pa
 import scipy.stats
 import tqdm
 
-from bilevel_jax import sampling, scoring
+from bilevel_jax import ranking, sampling, scoring
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, synthetic
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.models import huggingface
-from bilevel_jax.runtime import metrics, weight_table
+from bilevel_jax.runtime import weight_table
 from bilevel_jax.runtime.workdir import read_config
 from experiments import comparing
 from experiments.didactic import length_rewards
@@ -63,7 +63,7 @@ def add_certain_auroc(results: comparing.Results) -> None:
         table = weight_table.latest(run.workdir)
         certain = np.array([tiers.get(row_id) in CERTAIN for row_id in table["id"].to_pylist()])
         if certain.any():
-            run.values[CERTAIN_AUROC] = metrics.auroc(-table["weight"].to_numpy(), certain)
+            run.values[CERTAIN_AUROC] = ranking.auroc(-table["weight"].to_numpy(), certain)
 
 
 class Labels(NamedTuple):
@@ -100,12 +100,12 @@ def ranked_rows(scores: np.ndarray, row_labels: Labels, keep: float) -> dict[str
     bad = row_labels.bad
 
     def auroc(included: np.ndarray) -> float:
-        return metrics.auroc(-scores[included], bad[included])
+        return ranking.auroc(-scores[included], bad[included])
 
     values = {
         AUROC: auroc(np.ones(len(scores), bool)),
-        KEPT: metrics.bad_kept(scores, bad, keep),
-        AMONG_KEPT: metrics.bad_among_kept(scores, bad, keep),
+        KEPT: ranking.bad_kept(scores, bad, keep),
+        AMONG_KEPT: ranking.bad_among_kept(scores, bad, keep),
     }
     if (row_labels.hard & ~bad).any():
         values[HARD] = auroc(bad | row_labels.hard)

@@ -24,11 +24,10 @@ import tokenizers
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, ranking
 from bilevel_jax.data import packing, synthetic
 from bilevel_jax.data.synthetic import bed, statements
 from bilevel_jax.models import decoder, huggingface, model_config
-from bilevel_jax.runtime import metrics
 
 FLAGS = flags.FlagValues()
 RECIPE = flags.DEFINE_enum("recipe", "tasks", ["tasks", "text"], "what the model learns", flag_values=FLAGS)
@@ -233,7 +232,7 @@ def evaluate(config: model_config.ModelConfig, params, tokenizer, adapter=None, 
     bad, worst = column["bad"], losses >= np.quantile(losses, 0.8)
     lines = [
         f"Exact match of 2000 trusted rows: {exact.mean():.1%}. AUROC of the mean NLL for bad rows among 2000 lower rows: "
-        f"{metrics.auroc(losses, bad):.3f}; of the bad ones {worst[bad].mean():.1%} are among the worst fifth.",
+        f"{ranking.auroc(losses, bad):.3f}; of the bad ones {worst[bad].mean():.1%} are among the worst fifth.",
         "",
         "| bad rows | number | mean NLL | AUROC | in the worst fifth |",
         "| --- | --- | --- | --- | --- |",
@@ -241,7 +240,7 @@ def evaluate(config: model_config.ModelConfig, params, tokenizer, adapter=None, 
     for kind in ("clean", *synthetic.BAD_KINDS):
         of_kind = column["kind"] == kind
         compared = of_kind | ~bad
-        auroc = "" if kind == "clean" else f"{metrics.auroc(losses[compared], bad[compared]):.3f}"
+        auroc = "" if kind == "clean" else f"{ranking.auroc(losses[compared], bad[compared]):.3f}"
         lines.append(f"| {kind} | {of_kind.sum()} | {losses[of_kind].mean():.3f} | {auroc} | {worst[of_kind].mean():.1%} |")
     lines += [
         "",

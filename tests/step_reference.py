@@ -345,7 +345,7 @@ def _projections(learned) -> np.ndarray:
 
 def _products(inputs, before, after, at: "_Evaluated") -> tuple[np.ndarray, np.ndarray]:
     """⟨∇_p ℓ, D m_p⟩ of each projection and entry, and whether rounding leaves its sign in doubt."""
-    config, mean = inputs.config, flat(after.influence.upper_gradient)
+    config, mean = inputs.config, flat(after.influence.upper_mean)
     direction = mean
     settings = configuration.optimizer_settings(config)
     if moments(before.policy.optimizer) is not None:  # v after a step with ∇L0 alone
@@ -378,10 +378,10 @@ def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, 
             return float(mean)
         return value if math.isnan(mean) else 0.9 * float(mean) + 0.1 * value
 
-    square = running(state.mean_square, np.sum(share * change**2))
+    square = running(state.influence_square, np.sum(share * change**2))
     center = running(state.surprise_mean, np.sum(share * surprise))
     spread = running(state.surprise_square, np.sum(share * (surprise - center) ** 2))
-    named = {"mean_square": square, "surprise_mean": center, "surprise_square": spread, "correlation": state.correlation}
+    named = {"influence_square": square, "surprise_mean": center, "surprise_square": spread, "correlation": state.correlation}
     named = {key: np.array(value, float) for key, value in named.items()}
     if not share.any():
         return named, np.zeros(len(entries)), np.zeros(len(entries)), {}
@@ -394,7 +394,7 @@ def _influence(inputs, before, after, entries, at: "_Evaluated") -> tuple[dict, 
     cost = harm + part * excess
     # A vote of vectors that are nearly orthogonal may be another one, and a difference between rows loses digits.
     lost = np.max(doubt) / root, ROUNDING * np.max(np.abs(surprise)) / width
-    noise = {"influence: mean_square": 2 * lost[0] * square, "influence: surprise_square": 2 * lost[1] * spread}
+    noise = {"influence: influence_square": 2 * lost[0] * square, "influence: surprise_square": 2 * lost[1] * spread}
     of_correlation = 0.2 * (lost[0] / rms[0] + lost[1] / rms[1])
     noise |= {"influence: correlation": of_correlation, "selector: harm": lost[0]}
     # 6 is the largest slope of the part of the surprise in the correlation.
@@ -494,7 +494,7 @@ def _costs(inputs, at: _Evaluated, before, after, k) -> tuple[np.ndarray, np.nda
         _, tracked_slope = training_losses(config, objective, entries, tracked)
         expected |= _learner(inputs, "tracker", before, after, k, at.pull @ tracked_slope @ slopes)
     if before.influence is not None:
-        expected["influence: upper_gradient"] = 0.9 * flat(before.influence.upper_gradient) + 0.1 * at.of_upper
+        expected["influence: upper_mean"] = 0.9 * flat(before.influence.upper_mean) + 0.1 * at.of_upper
         means, harm, cost, noise = _influence(inputs, before, after, entries, at)
         return cost, harm, expected | {f"influence: {name}": value for name, value in means.items()}, noise
     if objective.coefficient_at == "next" and not selector.frozen:

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import errors, features, sharding, similarity
+from bilevel_jax import errors, features, ranking, sharding, similarity
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, layer_settings, layers
-from bilevel_jax.runtime import metrics
 from tests.conftest import load
 from tests.test_step import LLAMA
 
@@ -85,7 +84,7 @@ def random_rows(number, bad, seed, hidden=32):
 
 
 def auroc(values, is_bad, column=features.CCA_SCORE):
-    return metrics.auroc(-values[:, column].astype(np.float64), is_bad)
+    return ranking.auroc(-values[:, column].astype(np.float64), is_bad)
 
 
 def test_cca_score_finds_answers_to_other_questions():
@@ -96,7 +95,7 @@ def test_cca_score_finds_answers_to_other_questions():
     assert values.shape == (600, features.SIZE) and values.dtype == np.float32
     assert auroc(values, is_bad) > 0.95
     for column in values[:, : features.CCA_SCORE].T:
-        assert 0.35 < metrics.auroc(column.astype(np.float64), is_bad) < 0.65  # no single direction separates them
+        assert 0.35 < ranking.auroc(column.astype(np.float64), is_bad) < 0.65  # no single direction separates them
 
     new, new_bad = random_rows(600, 150, seed=2)
     assert abs(auroc(features.encode(encoder, new), new_bad) - auroc(values, is_bad)) < 0.02
@@ -176,7 +175,7 @@ def test_similarity_is_the_mean_of_two_standardised_scores():
     scores = features.encode(encoder, lower)[:, [features.CCA_SCORE, features.LOG_DENSITY_RATIO]].astype(np.float64)
     expected = ((scores - scores.mean(0)) / scores.std(0)).mean(1)
     similar = features.similarity(encoder, lower)
-    assert similar.dtype == np.float32 and metrics.auroc(-similar.astype(np.float64), is_bad) > 0.9
+    assert similar.dtype == np.float32 and ranking.auroc(-similar.astype(np.float64), is_bad) > 0.9
     np.testing.assert_allclose(similar, expected, atol=1e-3)
 
 
@@ -204,7 +203,7 @@ def test_similarity_of_many_rows(compared, monkeypatch):
     (lower, is_bad), (upper, _) = random_rows(650, 150, seed=0), random_rows(400, 0, seed=1)
     monkeypatch.setattr(similarity, "FITTED", 300)
     similar = compared(lower, upper)
-    assert similar.shape == (650,) and metrics.auroc(-similar.astype(np.float64), is_bad) > 0.9
+    assert similar.shape == (650,) and ranking.auroc(-similar.astype(np.float64), is_bad) > 0.9
     drawn = [np.sort(np.random.default_rng([0, similarity.DRAW, n]).permutation(n)[:300]) for n in (650, 400)]
     encoder = features.fit(lower[drawn[0]], upper[drawn[1]])
     np.testing.assert_allclose(similar, features.similarity(encoder, lower), rtol=1e-5, atol=1e-6)

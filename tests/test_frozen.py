@@ -298,8 +298,8 @@ def test_plan(make_config):
     plan, whole = memory.make_plan(make_config(changes)), memory.make_plan(make_config())
     items, of_all = ({item.name: item.size for item in one.items} for one in (plan, whole))
     assert 2 * items["adapter θ"] == of_all["adapter θ"]
-    assert items["results of frozen layers for two steps"] == 2 * (4 + 4) * 96 * 16 * 4  # sequences, tokens, width, bytes
-    assert items["results of frozen layers, lower level"] == (25 - 4) * 96 * 16 * 4
+    assert items["hidden states that leave the frozen layers"] == (4 + 4 + 2) * 96 * 16 * 4  # sequences, tokens, width, bytes
+    assert items["the same of the lower level, kept"] == (25 - 4) * 96 * 16 * 4
     assert items["activations of a micro-batch"] < of_all["activations of a micro-batch"]
     assert "on the disk, GB" in memory.table(make_config(changes), plan)
 
@@ -341,5 +341,5 @@ def test_the_dry_run_says_what_the_cache_takes(deep, make_config, tmp_path):
     setup = setups.load(checks.build(config))
     rows = [*setup.upper.examples, *setup.lower.examples]
     size = 64 * sum(len(row.prompt) + len(row.response) for row in rows) + 2 * 16 * len(rows)
-    assert f"cache: {size / 1e6:.1f} MB of memory keep what frozen layers make of all rows" in parts
+    assert f"cache: {size / 1e6:.1f} MB of memory keep the hidden states of all rows that leave the frozen layers" in parts
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ import fractions
 import hashlib
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -346,6 +347,7 @@ def test_responses_to_one_question_divide_its_share():
 NUM_ROWS, EOS = 8, 2
 IDS = [f"row-{i}" for i in range(NUM_ROWS)]
 PROMPTS = [int32(*[10 + i] * (i + 1)) for i in range(NUM_ROWS)]
+EXAMPLES = [types.SimpleNamespace(prompt=prompt) for prompt in PROMPTS]
 SPOKEN = {0: "", 1: " \n", 10: "yes", 11: "no"}
 
 
@@ -386,7 +388,8 @@ class Model:
         return 100.0 * row + sum(response)
 
     def refresh(self, masked, visited, generate="needed", num_samples=2, step=6, seed=3):
-        go = online.make_refresh(self.sample, self.score, say, IDS, PROMPTS, seed, num_samples, generate)
+        generator = online.Generator(self.sample, self.score, say, IDS, EXAMPLES, seed, num_samples)
+        go = online.make_refresh(generator, generate)
         return go("base", "adapter", step, np.array(masked, np.int64), np.array(visited, np.int64), self.stopped)
 
 
@@ -493,7 +496,8 @@ def test_rewards_and_references_of_what_is_kept():
             return np.array([1000.0 + Model.nll(len(s.prompt) - 1, s.response) for s in segments]), None
         return model.score(base, adapter, segments, description)
 
-    go = online.make_refresh(model.sample, score, say, IDS, PROMPTS, 3, 2, "all", judge, paired=True)
+    generator = online.Generator(model.sample, score, say, IDS, EXAMPLES, 3, 2, paired=True)
+    go = online.make_refresh(generator, "all", judge)
     own, _ = go("base", "adapter", 6, np.array([2, 4, 6]), np.array([2, 6]), model.stopped)
     [(texts, log_prob)] = judged
     assert texts == [(2, 1, "yes"), (6, 0, "yes"), (6, 1, "noyes"), (4, 0, "yes"), (4, 1, "noyes")]

@@ -333,7 +333,9 @@ def test_costs_of_influence_without_a_cost():
     """The running means of a batch in which no row has a cost stay as they are."""
     state = influence.InfluenceState({}, jnp.float32(2.0), jnp.float32(np.nan), jnp.float32(0.5), jnp.float32(0.25))
     after, _, _ = influence.costs(state, {}, jnp.ones(2), jnp.ones(2), jnp.zeros(2))
-    np.testing.assert_array_equal([after.mean_square, after.surprise_mean, after.surprise_square], np.float32([2, np.nan, 0.5]))
+    np.testing.assert_array_equal(
+        [after.influence_square, after.surprise_mean, after.surprise_square], np.float32([2, np.nan, 0.5])
+    )
     assert after.correlation == 0.25
 
 

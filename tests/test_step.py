@@ -294,7 +294,7 @@ def test_dropout_is_of_the_step():
     above = gradient(Scales(1.0, 0.0), np.zeros(N))
     below = [gradient(Scales(0.0, 1.0), 60.0 * (np.arange(N) == row.row_index)) for row in lower]
     change, after = np.array([-vote(one, above) for one in below]), tries[0][0]
-    assert_close(after.influence.upper_gradient, jax.tree.map(lambda x: 0.1 * x, above))
+    assert_close(after.influence.upper_mean, jax.tree.map(lambda x: 0.1 * x, above))
     harm = np.asarray(after.selector.harm)[[row.row_index for row in lower]]
     np.testing.assert_allclose(harm, np.tanh(change / np.sqrt(np.mean(change**2))), rtol=1e-5)
 

@@ -45,8 +45,8 @@ def actual(after, metrics, num_entries: int) -> dict[str, np.ndarray]:
     if after.token_params is not None:
         result["φ of tokens"] = np.asarray(after.token_params, float)
     if after.influence is not None:
-        result["influence: upper_gradient"] = step_reference.flat(after.influence.upper_gradient)
-        for name in ("mean_square", "surprise_mean", "surprise_square", "correlation"):
+        result["influence: upper_mean"] = step_reference.flat(after.influence.upper_mean)
+        for name in ("influence_square", "surprise_mean", "surprise_square", "correlation"):
             result[f"influence: {name}"] = np.asarray(getattr(after.influence, name), float)
     return result
 

@@ -14,7 +14,7 @@ from bilevel_jax.data.rejections import DataError
 from bilevel_jax.data.rows import Report, Row
 
 SUBSET, SPLIT = 1, 2  # tags of the random streams of the two functions
-MAX_SHARE = 200  # the most rows that are held out where a share of them is asked for
+MAX_HELD_OUT = 200  # the most rows that are held out where a share of them is asked for
 
 
 def open_source(
@@ -55,12 +55,12 @@ def num_held_out(number: float, num_rows: int) -> int:
     """How many of `num_rows` rows are held out.
 
     Args:
-      number: of rows; below 1, the share of the rows: rounded, from 1 to `MAX_SHARE`, and at least one row is left for training.
+      number: of rows; below 1, the share of the rows: rounded, from 1 to `MAX_HELD_OUT`, and at least one row is left for training.
         0 holds out none.
     """
     if number >= 1 or not number:
         return int(number)
-    return min(max(round(number * num_rows), 1), MAX_SHARE, num_rows - 1)
+    return min(max(round(number * num_rows), 1), MAX_HELD_OUT, num_rows - 1)
 
 
 def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

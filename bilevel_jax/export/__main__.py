@@ -57,8 +57,6 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of --resampled.", lower_bound=0, fl
 MERGED = flags.DEFINE_string("merged", None, "Directory for base and adapter as one model.", flag_values=FLAGS)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the merged weights.", flag_values=FLAGS)
 
-MAX_SOURCES = 20  # named in an error
-
 
 def check_flags() -> None:
     """Raises a ValueError, before any work, if the flags contradict each other."""
@@ -96,66 +94,13 @@ def check_selected(workdir: pathlib.Path, config, out: pathlib.Path) -> None:
     parts.refuse_overwriting(out, "--selected", config.data.upper, config.data.lower, *filter(None, [SCORE_NEW.value]))
 
 
-def logits_of_sources(workdir: pathlib.Path, file: str, rows) -> list[float]:
-    """The logit of each row's source in the run."""
-    from bilevel_jax.data import rows as data_rows
-    from bilevel_jax.runtime import weight_table
-
-    table = weight_table.latest(workdir)
-    logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
-    for row in rows:
-        if row.source not in logits:
-            shown, more = list(logits)[:MAX_SOURCES], len(logits) - MAX_SOURCES
-            sources = ", ".join(f"{source!r:.80}" for source in shown) + (f" and {more} others" if more > 0 else "")
-            where = data_rows.location(file, row.line)
-            raise ValueError(f"--score_new: {where}: source {row.source!r:.80} is none of those of {workdir}: {sources}")
-    return [logits[row.source] for row in rows]
-
-
-def rank_new(workdir: pathlib.Path, config, file: str):
-    """Ranks the rows of a file. Returns the rows that fit the model, and their `weight_table.table`."""
-    import numpy as np
-
-    from bilevel_jax import features, sharding
-    from bilevel_jax.data import by_turn, levels, templates, token_ids
-    from bilevel_jax.data import rows as data_rows
-    from bilevel_jax.models import huggingface, layer_settings
-    from bilevel_jax.runtime import weight_table
-
-    if config.method == "mixing":
-        raise ValueError(f"--score_new: {workdir} has no weights: direct mixing selects nothing")
-    by_domain = config.selection.get("unit", "sample") == "domain"
-    if not by_domain and config.selection.get("parameterization", "table") != "features":
-        raise ValueError(
-            f"--score_new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
-        )
-    directory = huggingface.locate(config.model.path)
-    tokenizer = templates.load_tokenizer(str(directory))
-    columns = config.data.get("columns", "") if COLUMNS.value is None else COLUMNS.value
-    rows, report = data_rows.read_rows(file, columns=columns)
-    rows, examples = levels.usable(config, file, rows, report, tokenizer)
-    if config.selection.get("unit", "sample") == "turn":
-        rows, examples = by_turn.split(rows, examples)
-    zeros = np.zeros(len(rows))
-    if by_domain:
-        return rows, weight_table.table(rows, logits_of_sources(workdir, file, rows), visits=zeros, masked=zeros)
-    encoder, _ = features.read(workdir / features.FILE)
-    phi = features.read_params(workdir / features.PARAMS_FILE)
-    model, base = huggingface.load_model(str(directory), config.model.dtype, config.model.get("quantization", "none"))
-    model = layer_settings.for_length(model, config.data.max_length)
-    token_ids.check(examples, tokenizer, model.vocab_size)
-    mesh = sharding.make_mesh(1)
-    raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, mesh)
-    return rows, weight_table.table(rows, features.encode(encoder, raw) @ phi, visits=zeros, masked=zeros)
-
-
 def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: str) -> None:
     """Writes the kept rows and their card, and prints what was written."""
     import numpy as np
 
-    from bilevel_jax.export import cards, kept_rows, records
+    from bilevel_jax.export import cards, kept_rows, new_rows, records
 
-    new = rank_new(workdir, config, SCORE_NEW.value) if SCORE_NEW.value else None
+    new = new_rows.rank(workdir, config, SCORE_NEW.value, COLUMNS.value) if SCORE_NEW.value else None
     dropped = {"drop_implausible": DROP_IMPLAUSIBLE.value, "drop_dissimilar": DROP_DISSIMILAR.value}
     options = dropped | {"refined": REFINED.value, "form": FORMAT.value}
     selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, weight=not RESAMPLED.value, new=new)

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_jax import batches, checks, features, initial_weights, online, preferences, rewards, scoring, sharding, step
+from bilevel_jax import batches, checks, features, initial_weights, online, preferences, rewards, run_sizes, scoring, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, templates
@@ -70,7 +70,7 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
         yield frozen_text(typed, setup, directory)
     if plan:
         yield memory.table(config, memory.make_plan(config, num_rows))
-    disk.check(directory, setups.new_bytes(typed, setup, state, directory, disk.num_saved(directory)))
+    disk.check(directory, run_sizes.new_bytes(typed, setup, state, directory, disk.num_saved(directory)))
     continues = f"continues the run in {directory}" if (directory / "config.json").exists() else "starts the run"
     yield f"nothing was written; the same command without --check {continues}"
 
@@ -163,7 +163,7 @@ def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[set
     row_values, num_features = _row_values(config, setup)
     state, shardings = setups.init_state(config, setup, num_features)
     setups.token_offsets(config, setup)  # raises if the tokenizer has none
-    return setups.compile_program(config, _without_references(setup), state, shardings, row_values), state
+    return setups.compile_program(config, _with_zero_references(setup), state, shardings, row_values), state
 
 
 def time_steps(config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, num_steps: int):
@@ -203,7 +203,7 @@ def time_evaluation(
     return seconds, sum(one.size for one in examples), len(examples)
 
 
-def _without_references(setup: setups.Setup) -> setups.Setup:
+def _with_zero_references(setup: setups.Setup) -> setups.Setup:
     """The setup with zeros for the reference log-probabilities of pairs, which do not change the time of a step."""
 
     def with_zeros(level: levels.Level) -> levels.Level:
@@ -283,14 +283,15 @@ def memory_text(compiled) -> str:
 
 
 def frozen_text(config: configuration.Config, setup: setups.Setup, directory: pathlib.Path) -> str:
-    """What keeping the results of frozen layers takes."""
+    """What keeping the states that leave the frozen layers takes."""
     where = "of memory" if config.model.cache_frozen == "memory" else f"in {directory / state_store.FOLDER}, until the run ends,"
-    return f"cache: {disk.amount(setups.cache_bytes(config, setup))} {where} keep what frozen layers make of all rows"
+    what = "the hidden states of all rows that leave the frozen layers"
+    return f"cache: {disk.amount(run_sizes.cache_bytes(config, setup))} {where} keep {what}"
 
 
 def disk_text(config: configuration.Config, state: step.State, num_rows: int, directory: pathlib.Path) -> str:
     """The disk space of a checkpoint and of the run, and the free space."""
-    one = disk.amount(setups.checkpoint_bytes(config, state, num_rows))
-    total = disk.amount(setups.disk_bytes(config, state, num_rows, disk.num_saved(directory)))
+    one = disk.amount(run_sizes.checkpoint_bytes(config, state, num_rows))
+    total = disk.amount(run_sizes.disk_bytes(config, state, num_rows, disk.num_saved(directory)))
     what = f"checkpoint.keep={config.checkpoint.keep} of them, one that is being written, and the results need {total}"
     return f"disk: a checkpoint needs {one}; {what}; {disk.amount(disk.free_bytes(directory))} are free at {directory}"

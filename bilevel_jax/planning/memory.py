@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, frozen, preferences, sharding, startup_checks, step
+from bilevel_jax import checks, decoding, features, forward, frozen, preferences, run_sizes, sharding, startup_checks, step
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, sources
@@ -228,6 +228,8 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
         num_parts = mesh.size if config.mesh.shard_selector else 1
         size = features.SIZE if configuration.has_row_features(config) else 1
         items.append(Item("features of all rows", 4 * size * num_rows // num_parts, ALWAYS, "formula"))
+    if config.eval.keep_best:
+        items.append(Item("best θ so far", size_of(*learned("adapter")), ALWAYS))
     items.append(Item("copy of all these but the base, for a checkpoint", size_of(state, shardings), ALWAYS))
     if mesh.shape["fsdp"] > 1:
         gathered = AbstractMesh((1, 1, mesh.shape["tensor"]), sharding.AXES)
@@ -265,18 +267,19 @@ def gradient_item(config: configuration.Config, size: int) -> Item:
 
 
 def _entering_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
-    """What the layers below the first adapter make of the rows of a step, and of all rows."""
+    """The hidden states that leave the layers below the first adapter: of the rows of a step, and of all rows."""
     if not frozen.num_frozen(model, adapter):
         return []
     entries = configuration.entries_per_row(config) * config.batch.size
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, entries)
     width = model.hidden_size * jnp.dtype(model.activations).itemsize
     size = layout.micro_batches * layout.sequences * layout.length * width // sharding.num_parts(mesh, "rows")
-    items = [Item("results of frozen layers for two steps", 2 * size, TRAINING, "formula: all sequences")]
+    size += size // layout.micro_batches  # a micro-batch is on its way while a step reads the others
+    items = [Item("hidden states that leave the frozen layers", size, TRAINING, "formula: all sequences")]
     if config.model.cache_frozen != "off":
         where = HOST if config.model.cache_frozen == "memory" else DISK
         lower = num_rows * (1 + (config.loss.lower in preferences.PAIRS)) * config.data.max_length * width
-        items.append(Item("results of frozen layers, lower level", lower, where, "formula: all of maximum length; --check: exact"))
+        items.append(Item("the same of the lower level, kept", lower, where, "formula: all of maximum length; --check: exact"))
     return items
 
 
@@ -293,7 +296,7 @@ def _refresh_items(config: configuration.Config, model: model_config.ModelConfig
         Item("KV cache", cache, SAMPLING),
         Item("KV cache, copy of the decoding window", cache, SAMPLING, "formula: the full cache"),
         Item("responses in progress", size_of(slots, shardings) - cache, SAMPLING),
-        Item("response store", setups.response_store_bytes(config, num_rows), HOST, "formula: all of maximum length"),
+        Item("response store", run_sizes.response_store_bytes(config, num_rows), HOST, "formula: all of maximum length"),
     ]
 
 

@@ -11,11 +11,11 @@ import ml_collections
 import numpy as np
 import pyarrow as pa
 
-from bilevel_jax import files, progress, selector
+from bilevel_jax import files, progress, ranking, selector
 from bilevel_jax.data import matching, shuffle, streaming
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import shown_rows
-from bilevel_jax.runtime import metrics, stored, weight_table
+from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 NUM_MISSING = 10  # ids shown of rows that are no longer in the data
@@ -188,9 +188,9 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
     known = in_data(run)  # a row that is missing is not a good one
     if bad is not None and bad[known].any() and not bad[known].all():
         scores, bad = -table["rank"][known], bad[known]
-        values["auroc"] = metrics.auroc(-weight[known], bad)
-        values["bad_kept"] = metrics.bad_kept(scores, bad, run.config.eval.keep)
-        values["bad_among_kept"] = metrics.bad_among_kept(scores, bad, run.config.eval.keep)
+        values["auroc"] = ranking.auroc(-weight[known], bad)
+        values["bad_kept"] = ranking.bad_kept(scores, bad, run.config.eval.keep)
+        values["bad_among_kept"] = ranking.bad_among_kept(scores, bad, run.config.eval.keep)
     return {name: float(value) for name, value in values.items()}
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from bilevel_jax import files
+from bilevel_jax import files, ranking
 from bilevel_jax.data import matching
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data.prepared import sequences
-from bilevel_jax.runtime import metrics
 
 SCHEMA = pa.schema(
     {
@@ -93,7 +92,7 @@ def blocks(
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
     ranks = np.empty(len(logits), np.int64)
-    ranks[metrics.keep_order(logits)] = np.arange(1, len(logits) + 1)
+    ranks[ranking.keep_order(logits)] = np.arange(1, len(logits) + 1)
     for first in range(0, len(ids), BLOCK):
         part = slice(first, first + BLOCK)
         s, u, like = (values[part].astype(np.float64) for values in (surprise, useful, similar))
@@ -232,7 +231,7 @@ def token_auroc(tokens: pa.Table, rows: Sequence[data_rows.Row], field: str) -> 
         spans = np.array(data_rows.spans(row, field)).reshape(-1, 2)
         bad.append(((start[:, None] < spans[:, 1]) & (spans[:, 0] < stop[:, None])).any(axis=1))
         weight.append(columns["weight"])
-    return metrics.auroc(-np.concatenate(weight), np.concatenate(bad))
+    return ranking.auroc(-np.concatenate(weight), np.concatenate(bad))
 
 
 def read_tokens(workdir: pathlib.Path) -> pa.Table | None:

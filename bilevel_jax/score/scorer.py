@@ -60,8 +60,8 @@ def stream(
     # Before the tokenizer: the reason why a model cannot be used.
     config = huggingface.read_config(directory, dtype, quantization=quantization)
     tokenizer = templates.load_tokenizer(str(directory))
-    base = huggingface.load_params(directory, config)
     config, weights = huggingface.load_adapter(str(adapter), config) if adapter else (config, None)
+    base = huggingface.load_params(directory, config)
     encoding = {"template": template, "eos": eos, "learn": learn}
     if notice := rendering.template_notice(template, tokenizer, templates.encode([first], tokenizer, **encoding)):
         say(notice)

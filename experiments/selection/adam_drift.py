@@ -16,10 +16,9 @@ import scipy.stats
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, ranking
 from bilevel_jax import selector as selection
 from bilevel_jax.data import shuffle
-from bilevel_jax.runtime import metrics
 from experiments import runs
 from experiments.selection import judgement
 
@@ -75,7 +74,7 @@ def measure(selector: selection.Selector, num_rows: int, seed: int) -> tuple[flo
     logits = np.asarray(train(selector, num_rows, rows, costs, gamma), float)
     weight = np.exp(logits - logits.max())
     drift = scipy.stats.spearmanr(logits, first).statistic
-    return metrics.auroc(-logits, bad), float(drift), float(selection.effective_sample_size(weight / weight.sum()))
+    return ranking.auroc(-logits, bad), float(drift), float(selection.effective_sample_size(weight / weight.sum()))
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ import scipy.stats
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli, features, scoring
+from bilevel_jax import cli, features, ranking, scoring
 from bilevel_jax import setup as setups
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.export import records, selected_rows
 from bilevel_jax.models import huggingface
-from bilevel_jax.runtime import metrics, weight_table
+from bilevel_jax.runtime import weight_table
 from bilevel_jax.runtime.workdir import read_config
 from experiments import comparing, measures, runs, tables
 from experiments.paper import published
@@ -148,7 +148,7 @@ def held_out_auroc(config, setup: setups.Setup, run: comparing.Run) -> float:
     level = setup.lower
     raw = features.pooled(setup.model, setup.base, level.eval_examples, config.batch.micro_size, config.data.max_length, setup.mesh)
     logits = features.encode(encoder, raw) @ features.read_params(run.workdir / features.PARAMS_FILE)
-    return metrics.auroc(-logits, measures.labels(level.eval_rows).bad)
+    return ranking.auroc(-logits, measures.labels(level.eval_rows).bad)
 
 
 def write_ranking(file: pathlib.Path, values: np.ndarray, rows: list[data_rows.Row], shares: list[float]) -> dict:

@@ -22,9 +22,8 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from bilevel_jax import cli, files, presets, search
+from bilevel_jax import cli, files, presets, ranking, search, similarity
 from bilevel_jax.data.synthetic import bed as kinds
-from bilevel_jax.runtime import metrics
 from experiments import runs
 from experiments.selection import candidates, judgement
 from experiments.selection.retraining import Bed, Measured
@@ -54,6 +53,7 @@ DRAWN = 64  # mixtures
 UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
 IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
+SIMILAR = "similar"
 NUMBERS = {"plausible": lambda state: -state.surprise, "useful": lambda state: -state.harm}  # of the rows, beside their weights
 
 
@@ -151,7 +151,7 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
 def kept_rows(score_N: np.ndarray, share: float) -> np.ndarray:
     """1.0 for the rows with the highest scores, else 0.0."""
     kept = np.zeros(len(score_N))
-    kept[metrics.keep_order(score_N)[: round(share * len(score_N))]] = 1.0
+    kept[ranking.keep_order(score_N)[: round(share * len(score_N))]] = 1.0
     return kept
 
 
@@ -206,7 +206,7 @@ def aurocs(bed: Bed, score_N: np.ndarray) -> dict[str, float]:
 
     def against_clean(*names: str) -> float:
         compared = np.isin(kind, (*names, "clean"))
-        return metrics.auroc(-score_N[compared], kind[compared] != "clean")
+        return ranking.auroc(-score_N[compared], kind[compared] != "clean")
 
     return {name: against_clean(name) for name in KINDS} | {"implausible": against_clean(*IMPLAUSIBLE)}
 
@@ -222,6 +222,7 @@ def measure_seed(seed: int, names) -> dict:
         )
         for name, of in NUMBERS.items()
     }
+    numbers[SIMILAR] = np.array(record.get(SIMILAR, lambda: similarity.measure(bed.config, bed.setup).tolist()))
     result = {
         "joint": measure_joint(bed, record),
         "kinds": measure_kinds(bed, record),
@@ -354,7 +355,7 @@ def page(results: dict[int, dict], names) -> list[str]:
     columns = [*KINDS, "implausible"]
     rows = [
         [name, *(judgement.interval([r["aurocs"][name][column] for r in results.values()]) for column in columns)]
-        for name in (*names, *NUMBERS)
+        for name in (*names, *NUMBERS, SIMILAR)
     ]
     lines += [
         "AUROC of each kind of rows against clean ones; implausible are " + ", ".join(IMPLAUSIBLE) + ":",

@@ -16,9 +16,8 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from bilevel_jax import cli, presets, similarity
+from bilevel_jax import cli, presets, ranking, similarity
 from bilevel_jax.errors import RunError
-from bilevel_jax.runtime import metrics
 from experiments import runs
 from experiments.selection import candidates, counterfactual, judgement
 from experiments.selection import swap as swap_test
@@ -116,8 +115,8 @@ def ranked(bed: Bed, swap: str, value_N) -> dict[str, float]:
     like, unlike = ("refused", "complied") if swap == "A" else ("complied", "refused")
     both = np.isin(kind, (like, unlike))
     return {
-        "like": metrics.auroc(value_N[both], kind[both] == like),
-        "all": metrics.auroc(-value_N, kind == unlike),
+        "like": ranking.auroc(value_N[both], kind[both] == like),
+        "all": ranking.auroc(-value_N, kind == unlike),
     }
 
 

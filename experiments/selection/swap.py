@@ -14,11 +14,10 @@ import tempfile
 import numpy as np
 from absl import flags
 
-from bilevel_jax import cli
+from bilevel_jax import cli, ranking
 from bilevel_jax import selector as selection
 from bilevel_jax.data.synthetic import bed as kinds
 from bilevel_jax.data.synthetic import tasks
-from bilevel_jax.runtime import metrics
 from experiments import runs
 from experiments.selection import candidates, counterfactual, judgement
 from experiments.selection.retraining import Bed
@@ -117,7 +116,7 @@ def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, float]:
     like, unlike = ("refused", "complied") if swap == "A" else ("complied", "refused")
     both = np.isin(kind, (like, unlike))
     means = {name: float(weight[kind == name].mean()) for name in ("ordinary", "refused", "complied")}
-    return {"auroc": metrics.auroc(weight[both], kind[both] == like), "like": means[like], "unlike": means[unlike], **means}
+    return {"auroc": ranking.auroc(weight[both], kind[both] == like), "like": means[like], "unlike": means[unlike], **means}
 
 
 def measure_seed(base: str, seed: int, rules) -> dict[tuple[str, str, bool], dict[str, float]]:
