@@ -212,7 +212,7 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
         changed = {RESPONSE_FIELDS[row.schema]: response}
     else:
         raise rows.DataError(f"line {row.line}: --refined cannot replace one response of a {row.schema} row; remove the flag")
-    return dataclasses.replace(row, response=response, fields={**row.fields, **changed})
+    return dataclasses.replace(rows.with_answer(row, response), fields={**row.fields, **changed})
 
 
 def refine(one: Kept, responses: Mapping[str, str]) -> tuple[Kept, dict]:

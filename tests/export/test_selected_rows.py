@@ -312,11 +312,26 @@ def test_exported_chats_are_read_again(tmp_path, name, only_columns):
         assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
 
 
-def test_refine_replaces_the_answer_of_every_form():
-    for value in FORMS:
-        (row,) = parse([value])
-        (again,) = parse([selected_rows.with_response(row, "new").fields])
-        assert again.response == "new" and again.messages == row.messages
+ENDS_WITH_CALL = [
+    {"messages": [CHAT[1], CALLING], "tools": [{"name": "f"}]},
+    {"messages": [CHAT[1], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]},
+    {"messages": [CHAT[1], {name: value for name, value in CALLING.items() if name != "content"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+    {"prompt": CHAT[1:2], "completion": [CALLING], "tools": [{"name": "f"}]},
+]
+
+
+@pytest.mark.parametrize("value", [*FORMS, *ENDS_WITH_CALL])
+def test_refine_replaces_the_answer_of_every_form(value):
+    """In the fields and in the columns for TRL, also where the answer of the data is a tool call."""
+    (row,) = parse([value])
+    refined = selected_rows.with_response(row, "new")
+    (again,) = parse([refined.fields])
+    assert again.response == "new" and again.messages == row.messages
+    before = templates.messages_of(row, with_response=True)[:-1]
+    for one in (refined, again):
+        columns = selected_rows.prompt_columns(one, "chat", None, None)
+        assert columns["prompt"] == before and columns["completion"] == [{"role": "assistant", "content": "new"}]
 
 
 # --------------------------------------------------------------------------------------------------------------------
