@@ -265,7 +265,7 @@ def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     """The held-out questions with their right responses; rows without a right response are skipped."""
     field = config.data.truth
     answerable = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
-    answered = [dataclasses.replace(row, response=row.fields[field], rejected=None) for row in answerable]
+    answered = [rows.with_answer(row, row.fields[field]) for row in answerable]
     encoded = templates.encode(answered, tokenizer, template=config.data.template, learn="last")
     return templates.fit(encoded, answered, config.data.max_length)[1]
 
