@@ -242,25 +242,6 @@ def prefers(config) -> bool:
     return config.loss.get("lower", "sft") != "sft"  # earlier runs have no such key
 
 
-def reopen(config) -> list[rows.Row]:
-    """Reads the lower level's rows of a run again, including the held-out rows; with `selection.unit=turn`, those of all answers.
-
-    Raises:
-      DataError: the source no longer exists, or has no usable row.
-    """
-    lower_rows, _ = sources.open_source(
-        config.data.lower,
-        seed=config.seed,
-        num_rows=config.data.num_lower,
-        bad_fraction=config.data.bad_fraction,
-        preference=prefers(config),
-        columns=columns_of(config),
-    )
-    if weighs_turns(config):
-        return [part for row in lower_rows for part in by_turn.rows_of(row, of_last=[config.data.truth])]
-    return lower_rows
-
-
 def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     """The held-out questions with their right responses; rows without a right response are skipped."""
     field = config.data.truth

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax import checks
 from bilevel_jax import config as configuration
-from bilevel_jax.data import by_turn, levels, templates
+from bilevel_jax.data import by_turn, levels, streaming, templates
 from tests.conftest import write_jsonl
 from tests.data.test_templates import PAIR, PLAIN, QA, WITH_TOOLS, parse
 from tests.data.test_turns import SYSTEM, answer, call, result, user
@@ -82,7 +82,7 @@ def test_training_rows_of_a_level(tmp_path, capsys):
     number = len({row.id.partition(".")[0] for row in lower.rows})
     assert len(lower.rows) == len(lower.examples) == 2 * number
     assert f"the {number} rows to train on have {2 * number} answers, each with a weight of its own" in capsys.readouterr().out
-    again = {row.id: row for row in levels.reopen(config)}
+    again = {row.id: row for row in streaming.reopen(config)}
     assert all(again[row.id].messages == row.messages for row in lower.rows)
     config.method = "mixing"  # has no weights
     assert len(levels.load_levels(checks.build(config), PLAIN)[1].rows) == number

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax import checks, train
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, rows, templates
+from bilevel_jax.data import levels, rows, streaming, templates
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import EVERYTHING, HELD_OUT, NUM_LOWER, load, make_rows, read_jsonl, write_jsonl
 from tests.data.test_turns import SHAPES, both
@@ -125,7 +125,7 @@ def test_columns_of_one_level(make_levels):
     expected, given = make_levels(UPPER, LOWER), make_levels(UPPER, renamed, {"data.columns": "question:query"})
     for one, other in zip(expected, given):
         assert [row.id for row in one.rows + one.eval_rows] == [row.id for row in other.rows + other.eval_rows]
-    reopened = levels.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"}))
+    reopened = list(streaming.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"})))
     assert len(reopened) == len(LOWER)
     with pytest.raises(DataError, match="up.jsonl and .*low.jsonl: no row has the column 'qury'"):
         make_levels(UPPER, LOWER, {"data.columns": "question:qury"})

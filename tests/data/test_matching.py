@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bilevel_jax.data import levels, matching, rows, streaming
+from bilevel_jax.data import matching, rows, streaming
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import make_rows, write_jsonl
 
@@ -59,14 +59,14 @@ CHAT = [
 def test_a_stream_has_the_rows_of_a_list(make_config, tmp_path, changes):
     objects = [*make_rows(4, seed=0), {"nothing": 1}, {"messages": CHAT}, {"asked": "q", "response": "r"}]
     config = make_config({"data.lower": str(write_jsonl(tmp_path / "rows.jsonl", objects))} | changes)
-    assert list(streaming.reopen(config)) == levels.reopen(config)
+    assert list(streaming.reopen(config)) == streaming._read_whole(config)
 
 
 @pytest.mark.parametrize("objects", [[], [{"nothing": 1}]])
 def test_a_stream_without_rows(make_config, tmp_path, objects):
     config = make_config({"data.lower": str(write_jsonl(tmp_path / "rows.jsonl", objects))})
     with pytest.raises(DataError) as expected:
-        levels.reopen(config)
+        streaming._read_whole(config)
     with pytest.raises(DataError) as result:
         list(streaming.reopen(config))
     assert str(result.value) == str(expected.value)
