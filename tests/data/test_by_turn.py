@@ -28,6 +28,8 @@ FORMS = [
     {"prompt": TALK[:3], "completion": TALK[3:]},
     {"prompt": "a", "completion": TALK[1:]},
     WITH_A_CALL,
+    {"prompt": TALK[:5], "chosen": "fine", "rejected": "bad", "system": "Be brief."},
+    {"chosen": [SYSTEM, *TALK], "rejected": [SYSTEM, *TALK[:5], answer("bad")]},
 ]
 
 
@@ -41,7 +43,7 @@ def test_rows_of_answers(value):
     (again,) = parse(first.fields)
     assert (again.system, again.messages, again.response, again.chat) == (first.system, first.messages, first.response, first.chat)
     assert first.messages == row.messages[:1] and first.response == row.messages[1][1]
-    assert "truth" not in first.fields and first.fields["bad"] == 1
+    assert "truth" not in first.fields and "rejected" not in first.fields and first.fields["bad"] == 1
 
 
 def test_rows_with_one_answer_stay():
