@@ -1,5 +1,6 @@
 """The Python interface: `select`, `Run`, `score`, `sample`, in one process, with rows in memory."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -19,7 +20,7 @@ from bilevel_jax import config as configuration
 from bilevel_jax import inputs, train
 from bilevel_jax.config import ConfigError
 from bilevel_jax.data import in_memory, streaming
-from bilevel_jax.data.rows import DataError
+from bilevel_jax.data.rows import DataError, iter_rows, read_rows
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import weight_table
 from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
@@ -329,12 +330,31 @@ def test_rows_in_memory(rows, tmp_path):
         (3, "int is not a list of rows"),
         (None, "NoneType is not a list of rows"),
         ([PLAIN[0], {"question": object()}], "row 2: field 'question' cannot be written as JSON (of type object"),
+        (
+            [{"question": "a", "nested": functools.reduce(lambda inner, _: [inner], range(9999), [])}],
+            "row 1: field 'nested' cannot",
+        ),
     ],
 )
 def test_what_is_no_rows(rows, reason, tmp_path):
     with pytest.raises(DataError) as caught:
         in_memory.write_jsonl(rows, tmp_path / "rows.jsonl")
     assert reason in str(caught.value)
+
+
+def test_tables_of_parquet_files(tmp_path):
+    """Pandas reads lists as arrays, also those in other lists."""
+    user = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}
+    chats = [
+        {"messages": [user, call], "tools": [{"name": "f"}]},
+        {"messages": [user, {"role": "assistant", "content": [user["content"][0]]}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "rows.parquet")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    assert isinstance(frame["messages"][0], np.ndarray)
+    expected, report = read_rows(tmp_path / "rows.parquet")
+    assert list(iter_rows(frame)) == list(iter_rows(frame.to_dict("records"))) == expected and not report.rejections
 
 
 @pytest.mark.parametrize("names", ["a.jsonl", ["a.jsonl"], ("a.jsonl", "b.jsonl")])
