@@ -5,6 +5,7 @@ the other way round.
 """
 
 import contextlib
+import dataclasses
 import html
 import os
 import pathlib
@@ -130,8 +131,9 @@ class Run:
     def weights(self):
         """The weights of the last epoch: a `pandas.DataFrame` with a line for each training row, in the order of the input.
 
-        The index `row` is the position of the row in the list, table or file of the lower level, from 0. Rows that were held out or
-        could not be used are missing. The columns:
+        The index `row` is the position of the row in the list, table or file of the lower level, from 0, and goes on from file to
+        file. Rows that were held out or could not be used are missing, but count. With `selection.unit="turn"` there is a line for
+        each answer of a row, all with the position of the row. The columns:
 
             id                    hash of the content
             weight, rank          the mean weight is 1; the heaviest row has rank 1
@@ -155,11 +157,13 @@ class Run:
             if table is None:
                 raise FileNotFoundError(f"{self.workdir} has no weights: no epoch is finished, or the method is direct mixing")
             texts: list = [None] * len(table)
-            for index, row in matching.match(streaming.reopen(self.config), table["id"]):
-                texts[index] = int(row.line) - 1, row.question, row.response
+            # `match` returns the rows alone, so they carry their position in place of their line.
+            rows = (dataclasses.replace(row, line=position) for position, row in streaming.numbered(self.config))
+            for index, row in matching.match(rows, table["id"]):
+                texts[index] = row.line, row.question, row.response
             frame = table.to_pandas()
-            lines, frame["question"], frame["response"] = zip(*texts)
-            frame.index = list(lines)
+            positions, frame["question"], frame["response"] = zip(*texts)
+            frame.index = list(positions)
             return frame.rename_axis("row")
 
     def kept(

@@ -11,7 +11,7 @@ import tqdm
 
 from bilevel_jax import ranking, sampling, scoring
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, synthetic
+from bilevel_jax.data import levels, streaming, synthetic
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import weight_table
@@ -40,7 +40,7 @@ def all_runs(results: comparing.Results) -> Iterator[comparing.Run]:
 
 def rows_of(workdir: pathlib.Path) -> dict[str, data_rows.Row]:
     """The rows of the lower level of a run by id, those that were held out among them."""
-    return {row.id: row for row in levels.reopen(read_config(workdir))}
+    return {row.id: row for row in streaming.reopen(read_config(workdir))}
 
 
 def column(table: pa.Table, name: str, rows: Sequence[data_rows.Row]) -> np.ndarray:

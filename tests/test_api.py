@@ -1,5 +1,6 @@
 """The Python interface: `select`, `Run`, `score`, `sample`, in one process, with rows in memory."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -15,11 +16,13 @@ import pyarrow.parquet
 import pytest
 
 import bilevel_jax as bj
+from bilevel_jax import config as configuration
 from bilevel_jax import inputs, train
 from bilevel_jax.config import ConfigError
-from bilevel_jax.data import in_memory
-from bilevel_jax.data.rows import DataError
+from bilevel_jax.data import in_memory, streaming
+from bilevel_jax.data.rows import DataError, iter_rows, read_rows
 from bilevel_jax.errors import RunError
+from bilevel_jax.runtime import weight_table
 from tests.conftest import load, make_rows, read_jsonl, run_command, token_log_probs, write_jsonl
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,6 +73,50 @@ def test_weights_are_in_the_order_of_the_input(run, arguments):
         assert (question, response) == (arguments["lower"][row]["question"], arguments["lower"][row]["response"])
     assert len(weights) == 24 - 2  # 24 usable rows, of which 10% are held out
     assert weights["weight"].mean() == pytest.approx(1)
+
+
+def write_weights(workdir, lower, changes=()):
+    """A run with weights of all rows, the texts of its lower files, by name, and a table of their weights in reverse order."""
+    for name, text in lower.items():
+        (workdir / name).write_text(text)
+    config = configuration.default()
+    config.update_from_flattened_dict({"data.lower": ",".join(str(workdir / name) for name in lower)} | dict(changes))
+    (workdir / "config.json").write_text(config.to_json())
+    given = list(streaming.reopen(config))[::-1]
+    weight_table.write(workdir / "weights" / "epoch_1.parquet", weight_table.table(given, *np.zeros((3, len(given)))))
+    return bj.Run(workdir)
+
+
+JSONL = '\n{"question": "a", "response": "A"}\n\n[]\n{"question": "b", "response": "B"}\nbad\n{"question": "c", "response": "C"}\n'
+CSV = 'question,response\n"a","A\nA"\n\n"b",""\n"b","B"\n"c","C"\n'
+TALK = json.dumps({"messages": [{"role": role, "content": role} for role in ["user", "assistant"] * 2]}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("lower", "changes", "positions"),
+    [
+        ({"a.jsonl": JSONL}, {}, {0: "a", 2: "b", 4: "c"}),
+        ({"a.csv": CSV}, {}, {0: "a", 2: "b", 3: "c"}),
+        ({"a.csv": CSV, "b.jsonl": JSONL.replace("C", "CC")}, {}, {0: "a", 2: "b", 3: "c", 4: "a", 6: "b", 8: "c"}),
+        ({"a.jsonl": JSONL * 40}, {"data.num_lower": 60}, {i: "abc"[i % 5 // 2] for i in range(200) if i % 5 in (0, 2, 4)}),
+    ],
+    ids=["jsonl", "csv", "several files", "a random subset"],
+)
+def test_the_index_of_weights_is_the_position(tmp_path, lower, changes, positions):
+    """From 0, among the rows of all files; blank lines and the header are no rows, and those that cannot be used are."""
+    weights = write_weights(tmp_path, lower, changes).weights
+    assert weights.index.is_unique and len(weights) == (changes.get("data.num_lower") or len(positions))
+    assert set(zip(weights.index, weights["question"])) <= positions.items()
+
+
+def test_answers_of_a_conversation_have_its_position(tmp_path):
+    """So the snippet of docs/python.md gives each conversation the mean weight of its answers."""
+    run = write_weights(tmp_path, {"a.jsonl": JSONL.splitlines()[1] + "\n" + TALK + TALK}, {"selection.unit": "turn"})
+    assert sorted(run.weights.index) == [0, 1, 1, 2, 2]
+    (snippet,) = re.findall(r"^weights = .*$", (ROOT / "docs" / "python.md").read_text(), flags=re.M)
+    names: dict = {"run": run, "mixture": range(5)}
+    exec(snippet, names)
+    assert names["weights"].tolist() == [1, 1, 1, 0, 0]
 
 
 def test_kept_rows_are_the_heaviest_and_those_of_the_command(run, arguments, tmp_path):
@@ -293,12 +340,31 @@ def test_rows_in_memory(rows, tmp_path):
         (3, "int is not a list of rows"),
         (None, "NoneType is not a list of rows"),
         ([PLAIN[0], {"question": object()}], "row 2: field 'question' cannot be written as JSON (of type object"),
+        (
+            [{"question": "a", "nested": functools.reduce(lambda inner, _: [inner], range(9999), [])}],
+            "row 1: field 'nested' cannot",
+        ),
     ],
 )
 def test_what_is_no_rows(rows, reason, tmp_path):
     with pytest.raises(DataError) as caught:
         in_memory.write_jsonl(rows, tmp_path / "rows.jsonl")
     assert reason in str(caught.value)
+
+
+def test_tables_of_parquet_files(tmp_path):
+    """Pandas reads lists as arrays, also those in other lists."""
+    user = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}
+    chats = [
+        {"messages": [user, call], "tools": [{"name": "f"}]},
+        {"messages": [user, {"role": "assistant", "content": [user["content"][0]]}]},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "rows.parquet")
+    frame = pandas.read_parquet(tmp_path / "rows.parquet")
+    assert isinstance(frame["messages"][0], np.ndarray)
+    expected, report = read_rows(tmp_path / "rows.parquet")
+    assert list(iter_rows(frame)) == list(iter_rows(frame.to_dict("records"))) == expected and not report.rejections
 
 
 @pytest.mark.parametrize("names", ["a.jsonl", ["a.jsonl"], ("a.jsonl", "b.jsonl")])

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from bilevel_jax import checks, cli, errors, sampling
 from bilevel_jax import config as configuration
 from bilevel_jax.data import rows, templates
-from bilevel_jax.export import records, selected_rows
+from bilevel_jax.export import kept_rows, records, selected_rows
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import run_data
 from bilevel_jax.runtime import metrics, response_log, weight_table
@@ -382,7 +382,7 @@ def check_weights(at, case):
     file.write_bytes(damaged(file.read_bytes(), damage))
     table = attempt(weight_table.latest, at.directory / "run")
     if table is not None:
-        attempt(selected_rows.select, read, table, 0.5)
+        attempt(kept_rows.collect, at.directory / "run", configuration.default(), keep=0.5, form="original", new=(read, table))
 
 
 ANSWER = {"step": 2, "id": "ab", "sample": 0, "text": "yes", "logprob": -1.5, "ratio": None, "finish_reason": "stop"}

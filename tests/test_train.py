@@ -23,7 +23,7 @@ from bilevel_jax import batches, errors, features, online, rewards, sampling, sc
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
-from bilevel_jax.data import packing, shuffle, templates
+from bilevel_jax.data import packing, shuffle, streaming, templates
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.planning import memory
 from bilevel_jax.runtime import phases, response_log, weight_table
@@ -664,7 +664,7 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
     phi = np.array([summary["selector/token_own"], summary["selector/token_before"]])
     assert phi[0] < -0.05  # a token that is more surprising than others of its response is trusted less
 
-    rows, loaded = {row.id: row for row in data_levels.reopen(config)}, load(config.model.path, workdir / "adapter")
+    rows, loaded = {row.id: row for row in streaming.reopen(config)}, load(config.model.path, workdir / "adapter")
     marked, result = [], []
     for of_row in weight_table.read_tokens(workdir).to_pylist():
         row = rows[of_row["id"]]
@@ -1171,7 +1171,7 @@ def test_pair_accuracy(make_config, tmp_path, neox, level):
         rose.append(gain[1] - gain[0] > gain[3] - gain[2])
     assert summary[f"eval/{level}_pair_accuracy"] == np.mean(rose)
     if level == "lower":
-        assert {row.id for row in data_levels.reopen(config)} > set(table_of(tmp_path / "run", 1)["id"].to_pylist())
+        assert {row.id for row in streaming.reopen(config)} > set(table_of(tmp_path / "run", 1)["id"].to_pylist())
 
 
 def test_a_reward_that_cannot_be_had_stops_the_run_before_it_begins(make_config, tmp_path):

@@ -78,6 +78,10 @@ def _fields(row: Row, number: int, of_last: Collection[str]) -> dict:
     fields = {name: value for name, value in row.fields.items() if name not in of_last}
     if row.schema in ("messages", "conversations"):
         return fields | {row.schema: messages.first_turns(fields[row.schema], number)}
+    if row.schema == "prompt/chosen/rejected":  # only the last answer has a rejected one, so the others are prompt and completion
+        fields = {name: value for name, value in fields.items() if name not in ("chosen", "rejected")}
+        *turns, answer = templates.messages_of(row, with_response=False)[: number + bool(row.system)]
+        return fields | {"prompt": turns, "completion": [answer]}
     prompt = fields["prompt"] if isinstance(fields["prompt"], list) else [{"role": "user", "content": fields["prompt"]}]
     *turns, answer = messages.first_turns([*prompt, *fields["completion"]], number)
     return fields | {"prompt": turns, "completion": [answer]}

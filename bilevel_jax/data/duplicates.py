@@ -40,9 +40,9 @@ def num_copies(sizes_of_clusters: Mapping[int, int]) -> int:
 
 
 def shingles(row: Row) -> set[str]:
-    """The word 5-grams of all texts of a row, in lower case; all words as one for shorter rows."""
-    texts = (row.system, *(content for _, content in row.messages), row.response, row.rejected or "")
-    words = re.findall(r"\w+", " ".join(texts).lower())
+    """The word 5-grams of all texts of a row, in lower case; all words as one for shorter rows, the text itself without words."""
+    text = " ".join((row.system, *(content for _, content in row.messages), row.response, row.rejected or ""))
+    words = re.findall(r"\w+", text.lower()) or [text.strip()]
     return {" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))}
 
 

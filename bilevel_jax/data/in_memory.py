@@ -1,5 +1,6 @@
 """Rows in memory: lists of objects, `datasets.Dataset`, pandas tables. They have the same schemas as rows of files."""
 
+import contextlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ def name(rows: Any) -> str:
 
 
 def objects(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Yields (number, object) for every row, numbered from 1, as `readers.read_objects` does for a file.
+    """Yields (number, object) for every row, numbered from 1, as `readers.read_objects` does for a file, without NumPy values.
 
     Args:
       rows: objects with the fields of a schema: a list or another iterable of them, a `datasets.Dataset`, a `pandas.DataFrame`.
@@ -52,7 +53,18 @@ def objects(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{type(rows).__name__} is not a list of rows; {remedy}")
     if not isinstance(rows, Iterable):
         raise DataError(f"{type(rows).__name__} is not a list of rows; give a list of objects, a Dataset, a DataFrame or a file")
-    yield from enumerate(rows, 1)
+    for number, value in enumerate(rows, 1):
+        with contextlib.suppress(RecursionError):  # a value that is nested too deeply, which those who use the row refuse
+            value = _without_arrays(value)
+        yield number, value
+
+
+def _without_arrays(value: Any) -> Any:
+    """`value` with lists and numbers in place of NumPy's, at any depth: pandas reads the lists of Parquet files as arrays."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: _without_arrays(field) for key, field in value.items()}
+    return [_without_arrays(item) for item in value] if isinstance(value, list) else value
 
 
 def write_jsonl(rows: Iterable[Any], file: pathlib.Path) -> None:

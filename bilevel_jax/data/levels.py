@@ -242,30 +242,11 @@ def prefers(config) -> bool:
     return config.loss.get("lower", "sft") != "sft"  # earlier runs have no such key
 
 
-def reopen(config) -> list[rows.Row]:
-    """Reads the lower level's rows of a run again, including the held-out rows; with `selection.unit=turn`, those of all answers.
-
-    Raises:
-      DataError: the source no longer exists, or has no usable row.
-    """
-    lower_rows, _ = sources.open_source(
-        config.data.lower,
-        seed=config.seed,
-        num_rows=config.data.num_lower,
-        bad_fraction=config.data.bad_fraction,
-        preference=prefers(config),
-        columns=columns_of(config),
-    )
-    if weighs_turns(config):
-        return [part for row in lower_rows for part in by_turn.rows_of(row, of_last=[config.data.truth])]
-    return lower_rows
-
-
 def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:
     """The held-out questions with their right responses; rows without a right response are skipped."""
     field = config.data.truth
     answerable = [row for row in level.eval_rows if isinstance(row.fields.get(field), str) and row.fields[field].strip()]
-    answered = [dataclasses.replace(row, response=row.fields[field], rejected=None) for row in answerable]
+    answered = [rows.with_answer(row, row.fields[field]) for row in answerable]
     encoded = templates.encode(answered, tokenizer, template=config.data.template, learn="last")
     return templates.fit(encoded, answered, config.data.max_length)[1]
 

@@ -83,12 +83,16 @@ def read_tools(fields: Mapping) -> list[dict] | None:
 
 
 def with_last_answer(messages: Any, response: str) -> list[dict]:
-    """Messages of a row up to the assistant's last one, which gets another content."""
+    """Messages of a row up to the assistant's last one, which gets another content in place of its own and of its tool calls."""
     messages = list(_from_json(messages))
     while _role(messages[-1]) != "assistant":
         messages.pop()
     *turns, last = messages
-    return [*turns, {**last, ("content" if "content" in last else "value"): response}]
+    last = {name: value for name, value in last.items() if name not in ("tool_calls", "function_call")}
+    if _is_call(last):
+        last |= {"from": "gpt"} if "from" in last else {"role": "assistant"}
+    key = "value" if "value" in last and "content" not in last else "content"
+    return [*turns, {**last, key: response}]
 
 
 def first_turns(messages: Any, number: int) -> list[dict]:

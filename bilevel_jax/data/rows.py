@@ -100,6 +100,12 @@ def content_of(row_id: str) -> str:
     return row_id.partition("-")[0]
 
 
+def with_answer(row: Row, response: str) -> Row:
+    """The row with another response, a text, in place of its own, which may be a tool call. Its fields stay as they are."""
+    chat = row.chat and (*row.chat[:-1], {"role": "assistant", "content": response})
+    return dataclasses.replace(row, response=response, rejected=None, chat=chat)
+
+
 def _make_row(line: int, value: Any, preference: bool, questions_only: bool, named: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise schemas.Unusable("not an object")

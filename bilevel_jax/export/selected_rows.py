@@ -21,17 +21,16 @@ merges with the next word.
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bilevel_jax.data import matching, messages, rows, templates
+from bilevel_jax.data import messages, rows, templates
 from bilevel_jax.runtime import weight_table
 
 FORMATS = {
@@ -109,22 +108,6 @@ def with_weights(some: Sequence[rows.Row], columns: Mapping[str, np.ndarray], in
 def numbers(table) -> dict[str, np.ndarray]:
     """The columns of a `weight_table.table` that a kept row has; NaN where a number is not known."""
     return {name: table[name].to_numpy() for name in Kept._fields if name != "row"}
-
-
-def select(candidates: Iterable[rows.Row], table, keep: float, left_out: np.ndarray | None = None) -> list[Kept]:
-    """The rows of `heaviest` with their weights, in stored order; arguments as there.
-
-    Args:
-      candidates: rows of the lower level, at least all rows of the table.
-
-    Raises:
-      DataError: the table is of other rows, or no row is kept.
-    """
-    kept, columns = heaviest(table, keep, left_out), numbers(table)
-    selected = []
-    for indices, some in matching.blocks(candidates, table["id"]):
-        selected += with_weights([*itertools.compress(some, kept[indices])], columns, indices[kept[indices]])
-    return selected
 
 
 def resample(weights: Sequence[float], seed: int) -> np.ndarray:
@@ -212,7 +195,7 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
         changed = {RESPONSE_FIELDS[row.schema]: response}
     else:
         raise rows.DataError(f"line {row.line}: --refined cannot replace one response of a {row.schema} row; remove the flag")
-    return dataclasses.replace(row, response=response, fields={**row.fields, **changed})
+    return dataclasses.replace(rows.with_answer(row, response), fields={**row.fields, **changed})
 
 
 def refine(one: Kept, responses: Mapping[str, str]) -> tuple[Kept, dict]:

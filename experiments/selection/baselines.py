@@ -8,6 +8,7 @@ are used for measurement only.
 """
 
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Callable
@@ -158,7 +159,8 @@ def write_ranking(file: pathlib.Path, values: np.ndarray, rows: list[data_rows.R
     weight_table.write(file, table)
     for share in shares:
         kept[share] = file.with_name(f"{file.stem}_{100 * share:g}.jsonl")
-        records.write(kept[share], [item.row.fields for item in selected_rows.select(rows, table, share)])
+        is_kept = selected_rows.heaviest(table, share)  # in the order of the table, which is that of the rows
+        records.write(kept[share], [row.fields for row in itertools.compress(rows, is_kept)])
     return kept
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax import checks
 from bilevel_jax import config as configuration
-from bilevel_jax.data import by_turn, levels, templates
+from bilevel_jax.data import by_turn, levels, streaming, templates
 from tests.conftest import write_jsonl
 from tests.data.test_templates import PAIR, PLAIN, QA, WITH_TOOLS, parse
 from tests.data.test_turns import SYSTEM, answer, call, result, user
@@ -28,6 +28,8 @@ FORMS = [
     {"prompt": TALK[:3], "completion": TALK[3:]},
     {"prompt": "a", "completion": TALK[1:]},
     WITH_A_CALL,
+    {"prompt": TALK[:5], "chosen": "fine", "rejected": "bad", "system": "Be brief."},
+    {"chosen": [SYSTEM, *TALK], "rejected": [SYSTEM, *TALK[:5], answer("bad")]},
 ]
 
 
@@ -41,7 +43,7 @@ def test_rows_of_answers(value):
     (again,) = parse(first.fields)
     assert (again.system, again.messages, again.response, again.chat) == (first.system, first.messages, first.response, first.chat)
     assert first.messages == row.messages[:1] and first.response == row.messages[1][1]
-    assert "truth" not in first.fields and first.fields["bad"] == 1
+    assert "truth" not in first.fields and "rejected" not in first.fields and first.fields["bad"] == 1
 
 
 def test_rows_with_one_answer_stay():
@@ -82,7 +84,7 @@ def test_training_rows_of_a_level(tmp_path, capsys):
     number = len({row.id.partition(".")[0] for row in lower.rows})
     assert len(lower.rows) == len(lower.examples) == 2 * number
     assert f"the {number} rows to train on have {2 * number} answers, each with a weight of its own" in capsys.readouterr().out
-    again = {row.id: row for row in levels.reopen(config)}
+    again = {row.id: row for row in streaming.reopen(config)}
     assert all(again[row.id].messages == row.messages for row in lower.rows)
     config.method = "mixing"  # has no weights
     assert len(levels.load_levels(checks.build(config), PLAIN)[1].rows) == number

@@ -69,3 +69,14 @@ def test_near_duplicates_are_those_of_all_pairs():
             expected = [expected[i] if root == expected[j] else root for root in expected]
     assert 12 < len(set(expected)) < len(parsed)
     assert duplicates.clusters(parsed, "near").tolist() == expected
+
+
+def test_rows_without_words():
+    """Their texts tell them apart."""
+    objects = [
+        {"question": question, "response": response}
+        for question, response in [("?", "!"), ("🙂", "👍"), (" 🙂", "👍 "), ("a", "b")]
+    ]
+    parsed = list(rows.parse(enumerate(objects, 1)))
+    assert duplicates.shingles(parsed[0]) == {"? !"} and duplicates.shingles(parsed[3]) == {"a b"}
+    assert duplicates.clusters(parsed, "near").tolist() == [0, 1, 1, 3]

@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bilevel_jax import checks, train
 from bilevel_jax import config as configuration
-from bilevel_jax.data import levels, rows
+from bilevel_jax.data import levels, rows, streaming, templates
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import EVERYTHING, HELD_OUT, NUM_LOWER, load, make_rows, read_jsonl, write_jsonl
+from tests.data.test_turns import SHAPES, both
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def test_columns_of_one_level(make_levels):
     expected, given = make_levels(UPPER, LOWER), make_levels(UPPER, renamed, {"data.columns": "question:query"})
     for one, other in zip(expected, given):
         assert [row.id for row in one.rows + one.eval_rows] == [row.id for row in other.rows + other.eval_rows]
-    reopened = levels.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"}))
+    reopened = list(streaming.reopen(make_levels.config(UPPER, LOWER, {"data.columns": "question:query"})))
     assert len(reopened) == len(LOWER)
     with pytest.raises(DataError, match="up.jsonl and .*low.jsonl: no row has the column 'qury'"):
         make_levels(UPPER, LOWER, {"data.columns": "question:qury"})
@@ -145,6 +147,17 @@ def test_a_run_says_what_it_left_out(make_config, data, tmp_path):
     assert summary["rows"] == NUM_LOWER - HELD_OUT
     assert (summary["data/lower_duplicates"], summary["data/lower_duplicate_clusters"]) == (6, {"2": 6})
     assert 'id="repeated"' in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("shape", ["single turn", "tool results", "tool calls"])
+def test_right_answers_of_held_out_rows(shape):
+    """They are scored in place of the answer of the data, also where that is a tool call."""
+    tokenizer, _ = both("qwen2_5")
+    eval_rows = list(rows.parse([(1, {**SHAPES[shape], "truth": "It rains."})]))
+    level = levels.Level([], [], eval_rows, templates.encode(eval_rows, tokenizer, template="chat"))
+    (example,) = levels.with_truth(level, configuration.default(), tokenizer)
+    assert tokenizer.decode(example.response) == "It rains.<|im_end|>"
+    np.testing.assert_array_equal(example.prompt, level.eval_examples[0].prompt)
 
 
 # ---- lists in configs ----

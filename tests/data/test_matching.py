@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bilevel_jax.data import levels, matching, rows, streaming
+from bilevel_jax.data import by_turn, matching, rows, streaming
 from bilevel_jax.data.rejections import DataError
 from tests.conftest import make_rows, write_jsonl
 
@@ -57,16 +57,21 @@ CHAT = [
     ],
 )
 def test_a_stream_has_the_rows_of_a_list(make_config, tmp_path, changes):
+    """Each with the number of its object, of which one cannot be used; answers of a conversation have that of the conversation."""
     objects = [*make_rows(4, seed=0), {"nothing": 1}, {"messages": CHAT}, {"asked": "q", "response": "r"}]
     config = make_config({"data.lower": str(write_jsonl(tmp_path / "rows.jsonl", objects))} | changes)
-    assert list(streaming.reopen(config)) == levels.reopen(config)
+    whole = streaming._read_whole(config)
+    answers = [by_turn.rows_of(row, ["truth"]) if "selection.unit" in changes else [row] for row in whole]
+    assert list(streaming.reopen(config)) == [part for parts in answers for part in parts]
+    numbers = [row.line - 1 for row, parts in zip(whole, answers) for _ in parts]
+    assert [position for position, _ in streaming.numbered(config)] == numbers
 
 
 @pytest.mark.parametrize("objects", [[], [{"nothing": 1}]])
 def test_a_stream_without_rows(make_config, tmp_path, objects):
     config = make_config({"data.lower": str(write_jsonl(tmp_path / "rows.jsonl", objects))})
     with pytest.raises(DataError) as expected:
-        levels.reopen(config)
+        streaming._read_whole(config)
     with pytest.raises(DataError) as result:
         list(streaming.reopen(config))
     assert str(result.value) == str(expected.value)

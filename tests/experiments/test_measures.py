@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_jax import presets, sampling
 from bilevel_jax import setup as setups
-from bilevel_jax.data import levels, rows, synthetic
+from bilevel_jax.data import rows, streaming, synthetic
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import weight_table
 from bilevel_jax.runtime.workdir import read_config
@@ -46,7 +46,7 @@ def test_suppliers_weigh_as_their_rows_do(tmp_path):
     config = presets.get("")
     config.update_from_flattened_dict({"data.upper": "synthetic:upper", "data.lower": "synthetic:domains", "data.num_lower": 12})
     (tmp_path / "config.json").write_text(config.to_json())
-    given = levels.reopen(config)
+    given = list(streaming.reopen(config))
     names = list(synthetic.SUPPLIERS)
     heavy = np.array([row.source in names[:2] for row in given])
     table = weight_table.table(given, np.where(heavy, np.log(2.0), 0.0), np.zeros(12), np.zeros(12))

@@ -326,7 +326,7 @@ def test_bad_rows_with_a_certain_label_are_ranked_separately(tmp_path, monkeypat
     """Weights 4, 3, 2, 1: the one certain row against the other three, of which two weigh more."""
     tiers = "", "B", "H", ""
     given = [rows.Row(str(i), "", (), "", None, "", {"unsafe_tier": tier}, i, "") for i, tier in enumerate(tiers)]
-    monkeypatch.setattr(measures.levels, "reopen", lambda config: given)
+    monkeypatch.setattr(measures.streaming, "reopen", lambda config: given)
     monkeypatch.setattr(measures, "read_config", lambda workdir: None)
     nothing = np.zeros(4)
     weight_table.write(

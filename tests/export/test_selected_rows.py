@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from bilevel_jax.data import rows, templates
+from bilevel_jax.export import kept_rows, selected_rows
 from bilevel_jax.export import records as exported
-from bilevel_jax.export import selected_rows
 from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime.workdir import read_config
 from tests.conftest import HELD_OUT, NUM_LOWER, load, write_jsonl
 
 TRAINED = NUM_LOWER - HELD_OUT
@@ -60,34 +61,39 @@ def read(file, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.8, 1.0])
-def test_select(finished, data, keep):
+def test_the_heaviest_rows_are_kept(finished, data, keep):
     table = weight_table.latest(finished)
     candidates, _ = rows.read_rows(data / "lower.jsonl")
-    kept = selected_rows.select(candidates, table, keep)
+    kept = [*kept_rows.collect(finished, read_config(finished), keep=keep, form="original").records]
 
-    records = sorted(table.to_pylist(), key=lambda record: -record["weight"])[: round(keep * TRAINED)]
-    by_id = {row.id: row for row in candidates}
-    names = "weight", "rank", "masked", *weight_table.MEASURES
-    expected = [(by_id[record["id"]], *map(record.get, names)) for record in records]
-    assert sorted(kept, key=lambda one: one.rank) == expected
-    lines = [one.row.line for one in kept]
-    assert lines == sorted(lines)  # stored order
+    heaviest = sorted(table.to_pylist(), key=lambda record: -record["weight"])[: round(keep * TRAINED)]
+    fields = {row.id: row.fields for row in candidates}
+    names = "id", "weight", "rank", "masked", *weight_table.known_measures(table)
+    expected = [fields[record["id"]] | {name: record[name] for name in names} for record in heaviest]
+    assert sorted(kept, key=lambda record: record["rank"]) == expected
+    order = [*fields]
+    positions = [order.index(record["id"]) for record in kept]
+    assert positions == sorted(positions)  # stored order
 
 
-def test_select_does_not_depend_on_the_order_of_the_rows(finished, data):
+def kept_of(finished, candidates, table, keep):
+    new = candidates, table
+    return [*kept_rows.collect(finished, read_config(finished), keep=keep, form="original", new=new).records]
+
+
+def test_kept_rows_do_not_depend_on_the_order_of_the_rows(finished, data):
     table = weight_table.latest(finished)
     candidates, _ = rows.read_rows(data / "lower.jsonl")
-    kept, backwards = selected_rows.select(candidates, table, 0.5), selected_rows.select(candidates[::-1], table, 0.5)
-    assert backwards == kept[::-1]
+    assert kept_of(finished, candidates[::-1], table, 0.5) == kept_of(finished, candidates, table, 0.5)[::-1]
 
 
 @pytest.mark.parametrize("change", [lambda parsed: parsed[:5], lambda parsed: parsed[1:]])
-def test_select_refuses_other_rows(finished, data, change):
+def test_other_rows_are_refused(finished, data, change):
     table = weight_table.latest(finished)
     trained = set(table["id"].to_pylist())
     parsed = [row for row in rows.read_rows(data / "lower.jsonl")[0] if row.id in trained]
     with pytest.raises(rows.DataError, match="match no row"):
-        selected_rows.select(change(parsed), table, 1.0)
+        kept_of(finished, change(parsed), table, 1.0)
 
 
 def measured(plausible, logits, useful=None):
@@ -115,9 +121,9 @@ def measured(plausible, logits, useful=None):
 )
 def test_implausible_rows_are_left_out(keep, share, expected):
     """Weights rise with the index."""
-    parsed, table = measured([0.2, 0, 0.2, 0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.5], np.arange(10.0))
-    kept = selected_rows.select(parsed, table, keep, selected_rows.smallest(table, "plausible", share))
-    assert [int(one.row.question) for one in kept] == list(expected)
+    _, table = measured([0.2, 0, 0.2, 0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.5], np.arange(10.0))
+    kept = selected_rows.heaviest(table, keep, selected_rows.smallest(table, "plausible", share))
+    assert np.flatnonzero(kept).tolist() == list(expected)
 
 
 def test_implausible_rows_of_many():
@@ -126,23 +132,24 @@ def test_implausible_rows_of_many():
     parsed, table = measured(plausible, logits, useful=rng.normal(size=200))
     rest = np.argsort(plausible)[50:]
     heaviest = rest[np.argsort(-logits[rest])][:100]
-    kept = selected_rows.select(parsed, table, 0.5, selected_rows.smallest(table, "plausible", 0.25))
-    assert [int(one.row.question) for one in kept] == sorted(heaviest)
+    indices = np.flatnonzero(selected_rows.heaviest(table, 0.5, selected_rows.smallest(table, "plausible", 0.25)))
+    assert indices.tolist() == sorted(heaviest)
+    kept = selected_rows.with_weights([parsed[i] for i in indices], selected_rows.numbers(table), indices)
     np.testing.assert_allclose([one.plausible for one in kept], plausible[np.sort(heaviest)], rtol=1e-6)
     assert [one.useful for one in kept] == table["useful"].to_numpy()[np.sort(heaviest)].tolist()
 
 
-def test_select_refuses_to_leave_all_out():
-    parsed, table = measured([0.5, 0.6], [0.0, 1.0])
+def test_leaving_all_out_is_refused():
+    _, table = measured([0.5, 0.6], [0.0, 1.0])
     with pytest.raises(rows.DataError, match=r"--keep=0.5 keeps none of 2 rows without the 2 that are left out$"):
-        selected_rows.select(parsed, table, 0.5, selected_rows.smallest(table, "plausible", 0.8))
+        selected_rows.heaviest(table, 0.5, selected_rows.smallest(table, "plausible", 0.8))
 
 
-def test_select_refuses_to_keep_nothing():
+def test_keeping_nothing_is_refused():
     parsed = parse(MIXED)
     table = weight_table.table(parsed, [0.0] * 4, [1] * 4, [False] * 4)
     with pytest.raises(rows.DataError, match="none of 4 rows"):
-        selected_rows.select(parsed, table, 0.1)
+        selected_rows.heaviest(table, 0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,11 +319,26 @@ def test_exported_chats_are_read_again(tmp_path, name, only_columns):
         assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
 
 
-def test_refine_replaces_the_answer_of_every_form():
-    for value in FORMS:
-        (row,) = parse([value])
-        (again,) = parse([selected_rows.with_response(row, "new").fields])
-        assert again.response == "new" and again.messages == row.messages
+ENDS_WITH_CALL = [
+    {"messages": [CHAT[1], CALLING], "tools": [{"name": "f"}]},
+    {"messages": [CHAT[1], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]},
+    {"messages": [CHAT[1], {name: value for name, value in CALLING.items() if name != "content"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+    {"prompt": CHAT[1:2], "completion": [CALLING], "tools": [{"name": "f"}]},
+]
+
+
+@pytest.mark.parametrize("value", [*FORMS, *ENDS_WITH_CALL])
+def test_refine_replaces_the_answer_of_every_form(value):
+    """In the fields and in the columns for TRL, also where the answer of the data is a tool call."""
+    (row,) = parse([value])
+    refined = selected_rows.with_response(row, "new")
+    (again,) = parse([refined.fields])
+    assert again.response == "new" and again.messages == row.messages
+    before = templates.messages_of(row, with_response=True)[:-1]
+    for one in (refined, again):
+        columns = selected_rows.prompt_columns(one, "chat", None, None)
+        assert columns["prompt"] == before and columns["completion"] == [{"role": "assistant", "content": "new"}]
 
 
 # --------------------------------------------------------------------------------------------------------------------

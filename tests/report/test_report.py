@@ -16,8 +16,8 @@ import pytest
 
 from bilevel_jax import config as configuration
 from bilevel_jax import finish, train
-from bilevel_jax.data import levels
 from bilevel_jax.data import rows as data_rows
+from bilevel_jax.data import streaming
 from bilevel_jax.errors import RunError
 from bilevel_jax.report import page, plots, run_data, screenshot, shown_rows
 from bilevel_jax.runtime import summary_table, weight_table
@@ -491,7 +491,7 @@ def test_command_makes_the_same_report_again(finished, tmp_path):
     assert done.stdout.strip() == str(copy / "report.html")
     assert (copy / "report.html").read_bytes() == (finished / "report.html").read_bytes()
     lightest = pyarrow.parquet.read_table(finished / "weights" / "epoch_2.parquet").sort_by("weight")["id"][0].as_py()
-    questions = {row.id: row.question for row in levels.reopen(read_config(finished))}
+    questions = {row.id: row.question for row in streaming.reopen(read_config(finished))}
     assert questions[lightest] in Parsed((copy / "report.html").read_text()).words["rows"]
 
 
