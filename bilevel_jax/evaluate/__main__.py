@@ -78,7 +78,7 @@ def model_from_flags() -> EvaluatedModel:
     config = read_finished(workdir)
     out = pathlib.Path(OUT.value or workdir / "lm_eval.json")
     path, adapter = learned(workdir, config)
-    quantization = QUANTIZATION.value or config.model.get("quantization", "none")
+    quantization = QUANTIZATION.value or config.model.quantization
     return EvaluatedModel(path, adapter and str(adapter), DTYPE.value or config.model.dtype, quantization, out)
 
 

@@ -54,7 +54,7 @@ class Provenance:
         """The origin as lines of a Markdown table."""
         config = self.config
         rule = f", selection.rule={config['selection']['rule']}" if config["method"] != "mixing" else ""
-        if init := config["selection"].get("init"):
+        if init := config["selection"]["init"]:
             rule = f", weights of `{init}`" + ("" if config["selection"]["freeze"] else rule)
         lora = config["lora"]
         rows = {

@@ -26,16 +26,16 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
     """
     if config.method == "mixing":
         raise ValueError(f"--score_new: {workdir} has no weights: direct mixing selects nothing")
-    by_domain = config.selection.get("unit", "sample") == "domain"
-    if not by_domain and config.selection.get("parameterization", "table") != "features":
+    by_domain = config.selection.unit == "domain"
+    if not by_domain and config.selection.parameterization != "features":
         raise ValueError(
             f"--score_new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
-    new, report = rows.read_rows(file, columns=config.data.get("columns", "") if columns is None else columns)
+    new, report = rows.read_rows(file, columns=config.data.columns if columns is None else columns)
     new, examples = levels.usable(config, file, new, report, tokenizer)
-    if config.selection.get("unit", "sample") == "turn":
+    if config.selection.unit == "turn":
         new, examples = by_turn.split(new, examples)
     if by_domain:
         logits = _logits_of_sources(workdir, file, new)
@@ -63,7 +63,7 @@ def _logits_of_features(workdir: pathlib.Path, config, examples, tokenizer) -> n
     encoder, _ = features.read(workdir / features.FILE)
     phi = features.read_params(workdir / features.PARAMS_FILE)
     directory = str(huggingface.locate(config.model.path))
-    model, base = huggingface.load_model(directory, config.model.dtype, config.model.get("quantization", "none"))
+    model, base = huggingface.load_model(directory, config.model.dtype, config.model.quantization)
     model = layer_settings.for_length(model, config.data.max_length)
     token_ids.check(examples, tokenizer, model.vocab_size)
     raw = features.pooled(model, base, examples, config.batch.micro_size, config.data.max_length, sharding.make_mesh(1))

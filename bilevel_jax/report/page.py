@@ -51,7 +51,7 @@ def text_of(text: str) -> Text:
 def _learned_earlier(run: Run, row: data_rows.Row, masked: bool) -> bool:
     """Whether the run learned the answers before the response of a row."""
     # Runs of earlier versions have no such keys.
-    one_answer = run.config.data.get("learn", "last") == "last" or run.config.selection.get("unit", "sample") == "turn"
+    one_answer = run.config.data.learn == "last" or run.config.selection.unit == "turn"
     if masked or row.rejected is not None or one_answer:
         return False
     return any(role == "assistant" for role, _ in row.messages)
@@ -170,10 +170,10 @@ def method_text(run: Run) -> str:
             "All rows have the same weight."
         )
     weights = "the run learned one weight for each row of the mixture, jointly with the model"
-    if run.config.selection.get("freeze"):
+    if run.config.selection.freeze:
         weights = "each row of the mixture had a given weight, which stayed as it was"
     if run.config.method == "offline":
-        purpose = "" if run.config.selection.get("freeze") else ", so that the model does best on the trusted rows"
+        purpose = "" if run.config.selection.freeze else ", so that the model does best on the trusted rows"
         return f"Data selection: {weights}{purpose}."
     ratio = f"{run.config.online.ratio:.0%}"
     dynamic = run.config.method == "dynamic"
@@ -208,7 +208,7 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
 def best_text(run: Run) -> str:
     """Which step the adapter is of, where it is not the last one (`eval.keep_best`)."""
     best, steps = run.summary.get("best_step"), run.summary.get("steps")
-    if not run.config.eval.get("keep_best") or best is None or best == steps:
+    if not run.config.eval.keep_best or best is None or best == steps:
         return ""
     return f" The adapter is that of step {best:.0f} of {steps:.0f}, where the loss on trusted rows was lowest."
 

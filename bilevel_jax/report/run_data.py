@@ -229,7 +229,7 @@ def repeated_rows(run: Run) -> list[Repeated]:
             sizes = values.get("duplicate_clusters", {})
             clusters = sorted(((int(size), int(count)) for size, count in sizes.items()), reverse=True)
             counts = (int(values.get(key, 0)) for key in ("overlap", "held_out_copies"))
-            dropped = run.config.data.get("deduplicate", "off") != "off"
+            dropped = run.config.data.deduplicate != "off"
             levels_with_some.append(Repeated(name, int(values.get("duplicates", 0)), clusters, dropped, *counts))
     return levels_with_some
 

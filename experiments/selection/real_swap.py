@@ -169,7 +169,7 @@ def page(results: list[dict]) -> list[str]:
                 for swap in "AB"
                 for key in ("like", "all", "mean")
             ]
-            table.append([rule, number, len(of_rule), *map(judgement.interval, values)])
+            table.append([rule, number, str(len(of_rule)), *map(judgement.interval, values)])
     sizes = f"{ORDINARY.value} ordinary rows, {EACH.value} refused, {EACH.value} complied, {TRUSTED.value} trusted rows"
     settings = (
         f"{EPOCHS.value} epochs, learning rate {RATE.value:g}, adapters in layers {LAYERS.value}; AUROC, 95% intervals over seeds."

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bilevel_jax.errors import RunError
-from experiments.selection import real_swap
+from experiments.selection import candidates, real_swap
 
 SIZES = 4, 3, 6  # ordinary, refused and complied, trusted
 SOURCES = {  # source, unsafe, tier: kind
@@ -48,3 +48,20 @@ def test_only_the_trusted_rows_change(rows):
 def test_too_few_rows(rows):
     with pytest.raises(RunError, match="40 refused rows are wanted, and there are 16 short ones"):
         real_swap.make_rows(rows, "A", 0, (4, 37, 6))
+
+
+def test_a_page_with_rules_of_fewer_seeds_than_similar():
+    real_swap.FLAGS(["real_swap"])
+    numbers = {"weight": {"like": 0.9, "all": 0.7, "mean": 1.1}, "plausible": {"like": 0.8, "all": 0.6}}
+    similar = {"similar": {"like": 0.99, "all": 0.95}}
+    of_rules = {(candidates.OURS, swap): numbers | {"useful": {"like": 0.85, "all": 0.65}} for swap in "AB"} | {
+        (candidates.LOSS, swap): numbers for swap in "AB"
+    }
+    untrained = {(real_swap.UNTRAINED, swap): similar for swap in "AB"}
+    lines = real_swap.page([of_rules | untrained, untrained])
+    assert f"| {candidates.OURS} | useful | 1 | 0.8500 | 0.6500 |  | 0.8500 | 0.6500 |  |" in lines
+    assert (
+        f"| {real_swap.UNTRAINED} | similar | 2 | 0.9900 ± 0.0000 | 0.9500 ± 0.0000 |  | 0.9900 ± 0.0000 | 0.9500 ± 0.0000 |  |"
+        in lines
+    )
+    assert not any(f"| {candidates.LOSS} | useful" in line for line in lines)
