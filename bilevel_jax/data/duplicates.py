@@ -21,9 +21,15 @@ WORDS = 5  # of a shingle
 NUM_HASHES = 128
 
 
-def clusters(rows: Sequence[Row], mode: str) -> np.ndarray:
-    """The cluster of each row, [n] int64: the index of the first row with the same content (nearly the same for `near`)."""
-    _, first, inverse = np.unique(sequences.contents(rows), return_index=True, return_inverse=True)
+def clusters(rows: Sequence[Row], mode: str, pairs: bool = True) -> np.ndarray:
+    """The cluster of each row, [n] int64: the index of the first row with the same content (nearly the same for `near`).
+
+    Args:
+      rows: of one level.
+      mode: `near`, or another one for equal contents.
+      pairs: as in `sequences.contents`.
+    """
+    _, first, inverse = np.unique(sequences.contents(rows, pairs), return_index=True, return_inverse=True)
     exact = first[inverse].astype(np.int64)
     return _join(exact, _near_pairs(rows, np.sort(first).tolist())) if mode == "near" else exact
 

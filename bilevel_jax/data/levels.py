@@ -53,6 +53,7 @@ class _Read:
     rows: Sequence[rows.Row]
     examples: Sequence[templates.Example]
     counts: Mapping[str, object]
+    pairs: bool  # whether rejected responses are used
 
     def pick(self, indices: np.ndarray) -> tuple[Sequence[rows.Row], Sequence[templates.Example]]:
         return _pick(self.rows, indices), _pick(self.examples, indices)
@@ -144,9 +145,10 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     """Reads and tokenizes one level, and removes duplicates as `data.deduplicate` says."""
     source = getattr(config.data, level)
     all_rows, report = _open(config, level, tokenizer, columns)
-    read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={})
+    pairs = getattr(config.loss, level) != "sft"
+    read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={}, pairs=pairs)
     mode = getattr(config.data, "deduplicate", "off")
-    cluster = duplicates.clusters(read.rows, mode)
+    cluster = duplicates.clusters(read.rows, mode, pairs)
     sizes = duplicates.sizes(cluster)
     if not sizes:
         return read
@@ -196,7 +198,7 @@ def _without_overlap(config, upper: _Read, lower: _Read) -> _Read:
     Raises:
       DataError: rows are on both levels and `data.overlap=refuse`.
     """
-    is_both = np.isin(sequences.contents(lower.rows), sequences.contents(upper.rows))
+    is_both = _are_among(lower, lower.rows, upper, upper.rows)
     both = np.flatnonzero(is_both)
     if not len(both):
         return lower
@@ -222,12 +224,22 @@ def _split(config, read: Sequence[_Read]) -> list[Level]:
             what = f"eval.num_{one.level}={num_eval} leaves no row for training: {one.source} has {len(one.rows)} usable rows"
             raise rows.DataError(f"{what}; hold out a share of them, such as eval.num_{one.level}=0.1")
         splits.append(sources.split(one.rows, num_eval, config.seed))
-    held = np.concatenate([sequences.contents(_pick(one.rows, held_out)) for one, (_, held_out) in zip(read, splits)])
+    held = [(one, _pick(one.rows, held_out)) for one, (_, held_out) in zip(read, splits)]
     return [_level(one, train, held_out, held) for one, (train, held_out) in zip(read, splits)]
 
 
-def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: np.ndarray) -> Level:
-    free = train[~np.isin(sequences.contents(_pick(read.rows, train)), held)]
+def _are_among(read: _Read, some: Sequence[rows.Row], other: _Read, others: Sequence[rows.Row]) -> np.ndarray:
+    """Which rows of a level have the content of one of the rows of another level, [n] bool.
+
+    A rejected response counts where both levels use it: without it, pairs that differ in it alone are the same row.
+    """
+    pairs = read.pairs and other.pairs
+    return np.isin(sequences.contents(some, pairs), sequences.contents(others, pairs))
+
+
+def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Sequence[tuple[_Read, Sequence[rows.Row]]]) -> Level:
+    train_rows = _pick(read.rows, train)
+    free = train[~np.any([_are_among(read, train_rows, other, others) for other, others in held], axis=0)]
     counts = dict(read.counts)
     if len(free) < len(train):
         counts["held_out_copies"] = len(train) - len(free)

@@ -100,6 +100,13 @@ def content_of(row_id: str) -> str:
     return row_id.partition("-")[0]
 
 
+def unpaired_content(row: Row) -> str:
+    """`content_of` the row without its rejected response: equal for rows that are the same where only the chosen one is used."""
+    if row.schema not in schemas.PREFERENCES:
+        return content_of(row.id)
+    return content_id(schemas.Content(row.system, row.messages, row.response, chat=row.chat, tools=row.tools))
+
+
 def with_answer(row: Row, response: str) -> Row:
     """The row with another response, a text, in place of its own, which may be a tool call. Its fields stay as they are."""
     chat = row.chat and (*row.chat[:-1], {"role": "assistant", "content": response})

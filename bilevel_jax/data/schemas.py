@@ -163,6 +163,7 @@ SCHEMAS = (  # in order of precedence
     Schema("prompt/completion", ("prompt",), _parse_completion, reads=("tools",)),
     Schema("conversations", ("conversations",), functools.partial(_parse_chat, key="conversations"), reads=("tools",)),
 )
+PREFERENCES = frozenset(schema.name for schema in SCHEMAS if schema.preference)
 KEYS = frozenset(key for schema in SCHEMAS for key in schema.keys)
 FIELDS = (  # what a column can be read as
     *("question", "response", "instruction", "input", "output", "prompt", "completion", "messages", "conversations"),

@@ -131,6 +131,25 @@ def test_columns_of_one_level(make_levels):
         make_levels(UPPER, LOWER, {"data.columns": "question:qury"})
 
 
+PAIRS = [{"prompt": f"{i}", "chosen": "fine", "rejected": f"{k}"} for i in range(10) for k in range(4)]
+BOTH, ONLY_UPPER = {"loss.upper": "dpo", "loss.lower": "dpo"}, {"loss.upper": "dpo"}
+
+
+@pytest.mark.parametrize(("losses", "overlap"), [({}, 40), (ONLY_UPPER, 40), (BOTH, 0)])
+def test_the_rejected_answer_counts_where_both_levels_use_it(make_levels, losses, overlap):
+    """The lower level has the upper one's prompts and chosen answers, with other rejected ones."""
+    other = [pair | {"rejected": f"other {pair['rejected']}"} for pair in PAIRS]
+    upper, lower = make_levels(PAIRS, other[::-1], losses)
+    assert lower.counts.get("overlap", 0) == overlap
+    assert upper.counts.get("duplicates", 0) == (0 if losses else 30) and lower.counts.get("duplicates", 0) == (
+        30 if overlap else 0
+    )
+    held = {name: {row.question for row in level.eval_rows} for name, level in (("upper", upper), ("lower", lower))}
+    trained = {name: {row.question for row in level.rows} for name, level in (("upper", upper), ("lower", lower))}
+    assert bool(trained["upper"] & held["upper"]) == bool(losses) and bool(trained["lower"] & held["lower"]) == (not overlap)
+    assert bool(trained["lower"] & held["upper"]) == bool(trained["upper"] & held["lower"]) == (not overlap)
+
+
 def test_near_needs_a_library(make_levels, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(configuration.ConfigError, match=r"^data.deduplicate=near needs the package datasketch: pip install"):

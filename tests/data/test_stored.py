@@ -140,6 +140,20 @@ def test_pairs(load_both, tmp_path):
         assert others == names and other_index.tolist() == index.tolist() and other_index.dtype == index.dtype
 
 
+@pytest.mark.parametrize("deduplicate", ["off", "exact"])
+def test_pairs_of_which_only_the_chosen_answer_is_used(load_both, tmp_path, deduplicate):
+    """Those that differ in the rejected answer have one content: they are copies, and none is trained on if one is held out."""
+    rows = [{"prompt": f"{i}", "chosen": "fine", "rejected": f"{k}"} for i in range(10) for k in range(4)]
+    loaded = load_both(write_jsonl(tmp_path / "pairs.jsonl", rows), PLAIN, {"data.deduplicate": deduplicate})
+    assert_same(loaded)
+    upper, lower, printed = loaded[0]
+    assert "30 copies of 10 other rows" in printed
+    held_out = {row.question for level in (upper, lower) for row in level.eval_rows}
+    assert held_out and not held_out & {row.question for level in (upper, lower) for row in level.rows}
+    assert len(lower.rows) == (10 - len(held_out)) * (4 if deduplicate == "off" else 1)
+    assert len({row.id for row in lower.rows}) == len(lower.rows)
+
+
 def write(tmp_path, kind):
     rows = make_rows(16, 0, bad_every=4)
     file = tmp_path / f"rows.{kind}"

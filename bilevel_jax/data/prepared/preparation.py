@@ -24,7 +24,7 @@ from bilevel_jax.text import say
 
 CHUNK_ROWS, CHUNK_BYTES = 4096, (1 << 20, 32 << 20)  # of a chunk, at most: objects, and bytes in small and in large sources
 NUM_CHUNKS = 16  # of a source, so that all processes end at about the same time, unless its chunks would be too small
-SMALL_COLUMNS = ("content", "line", "file", "marked", "turns")  # of shards, which the index has too
+SMALL_COLUMNS = ("content", "unpaired", "line", "file", "marked", "turns")  # of shards, which the index has too
 
 
 class Source(NamedTuple):

@@ -89,6 +89,11 @@ class StoredRows(Stored):
         """`rows.content_of` of each row as a number, [n] uint64."""
         return self.store.index["content"][self.index]
 
+    @property
+    def unpaired_contents(self) -> np.ndarray:
+        """`rows.unpaired_content` of each row as a number, [n] uint64."""
+        return self.store.index["unpaired"][self.index]
+
     def sources(self) -> pa.DictionaryArray:
         """The source of each row, [n]."""
         return self.store.text["source"].take(pa.array(self.index))
@@ -283,11 +288,17 @@ def ids(given: Sequence[Row]) -> Sequence[str]:
     return given.ids if isinstance(given, StoredRows) else [row.id for row in given]
 
 
-def contents(given: Sequence[Row]) -> np.ndarray:
-    """The content of each row as a number, [n] uint64: `rows.content_of` its id; prepared rows are not parsed."""
+def contents(given: Sequence[Row], pairs: bool = True) -> np.ndarray:
+    """The content of each row as a number, [n] uint64; prepared rows are not parsed.
+
+    Args:
+      given: rows of which none is a single answer of a conversation.
+      pairs: whether the rejected response of a pair is part of the content, as it is of the id.
+    """
     if isinstance(given, StoredRows):
-        return given.contents
-    return np.fromiter((int(rows.content_of(row.id), 16) for row in given), np.uint64, len(given))
+        return given.contents if pairs else given.unpaired_contents
+    ids = (rows.content_of(row.id) if pairs else rows.unpaired_content(row) for row in given)
+    return np.fromiter((int(one, 16) for one in ids), np.uint64, len(given))
 
 
 def sizes(examples: Sequence[templates.Example]) -> np.ndarray:

@@ -7,6 +7,7 @@ A shard has one record batch. Its schema carries a summary as JSON: what a repor
     earlier                     list<int32>   starts and stops of the learned answers in the prompt
     reason                      string        why there are no tokens; null if there are
     content                     uint64        the id of the row without the number of a copy
+    unpaired                    uint64        the same without a rejected response: `rows.unpaired_content`
     line, file                  int64, int32  where the row is; the file is an index, -1 for the only one
     source                      string
     marked                      int8          whether the field of labels marks the row; -1: it has no such field
@@ -210,6 +211,7 @@ def _batch(job: Job, values: list[bytes], kept: Sequence[Row], examples: Sequenc
         "earlier": _lists([np.ravel(np.array(example.earlier, np.int32)) for example in examples]),
         "reason": pa.array([example.reason for example in examples], pa.string()),
         "content": pa.array([_content(row) for row in kept], pa.uint64()),
+        "unpaired": pa.array([int(rows.unpaired_content(row), 16) for row in kept], pa.uint64()),
         "line": pa.array([line for line, _ in locations], pa.int64()),
         "file": pa.array([file for _, file in locations], pa.int32()),
         "source": pa.array([row.source for row in kept], pa.string()),
