@@ -85,7 +85,7 @@ def usable(
         encoded = all_rows.examples()
         kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
     else:
-        encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=_learn(config))
+        encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=config.data.learn)
         kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
     for reason, (count, line) in counts.items():
         say(f"  {count}: {reason} (first: {rows.location(source, line)})")
@@ -94,10 +94,6 @@ def usable(
             raise rows.DataError(f"{rows.location(source, all_rows[0].line)}: {encoded[0].reason}; no row can be used")
         raise rows.DataError(f"{source}: no row fits data.max_length={config.data.max_length} tokens")
     return _pick(all_rows, kept), examples
-
-
-def _learn(config) -> str:
-    return getattr(config.data, "learn", "last")  # earlier runs have no such key
 
 
 def load_level(config, level: str, tokenizer) -> Level:
@@ -125,7 +121,7 @@ def load_levels(config, tokenizer) -> tuple[Level, Level]:
 
 def weighs_turns(config) -> bool:
     """Whether every answer of a conversation has a weight of its own."""
-    return config.method != "mixing" and getattr(config.selection, "unit", "sample") == "turn"  # earlier runs have no such key
+    return config.method != "mixing" and config.selection.unit == "turn"
 
 
 def _by_turn(config, level: Level) -> Level:
@@ -138,7 +134,7 @@ def _by_turn(config, level: Level) -> Level:
 
 def columns_of(config) -> Columns:
     """Other names of columns, of a run that may be an earlier one."""
-    return Columns(getattr(config.data, "columns", ""), "data.columns")  # earlier runs have no such key
+    return Columns(config.data.columns, "data.columns")
 
 
 def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
@@ -147,7 +143,7 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     all_rows, report = _open(config, level, tokenizer, columns)
     pairs = getattr(config.loss, level) != "sft"
     read = _Read(level, source, *usable(config, source, all_rows, report, tokenizer), counts={}, pairs=pairs)
-    mode = getattr(config.data, "deduplicate", "off")
+    mode = config.data.deduplicate
     cluster = duplicates.clusters(read.rows, mode, pairs)
     sizes = duplicates.sizes(cluster)
     if not sizes:
@@ -168,14 +164,14 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
     preference = getattr(config.loss, level) != "sft"
     options = cache.Options(
         template=config.data.template,
-        learn=_learn(config),
+        learn=config.data.learn,
         preference=preference,
-        columns=getattr(config.data, "columns", ""),
+        columns=config.data.columns,
         num_rows=num_rows,
         seed=config.seed,
         label=config.data.label,
     )
-    prepared = cache.open_rows(getattr(config.data, "cache", cache.AUTO), source, tokenizer, options, columns)
+    prepared = cache.open_rows(config.data.cache, source, tokenizer, options, columns)
     if prepared:
         read, report = sequences.rows_of(prepared[0]), prepared[1]
     else:
@@ -251,7 +247,7 @@ def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Sequence[
 
 def prefers(config) -> bool:
     """Whether the lower level has preference rows, of a run that may be an earlier one."""
-    return config.loss.get("lower", "sft") != "sft"  # earlier runs have no such key
+    return config.loss.lower != "sft"
 
 
 def with_truth(level: Level, config, tokenizer) -> list[templates.Example]:

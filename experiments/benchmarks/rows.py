@@ -89,9 +89,11 @@ def _run(name: str, directory: str, file: pathlib.Path, cache: pathlib.Path) -> 
 def _settings(file: str, cache: str) -> types.SimpleNamespace:
     """What `levels.load_level` reads of a config; a whole one would need JAX, whose memory would be counted."""
     tokens = {"learn": "all", "template": "auto", "max_length": 2048}
-    data = types.SimpleNamespace(lower=file, num_lower=0, bad_fraction=0.0, columns="", label="bad", cache=cache, **tokens)
+    reading = {"columns": "", "label": "bad", "cache": cache, "deduplicate": "off"}
+    data = types.SimpleNamespace(lower=file, num_lower=0, bad_fraction=0.0, **reading, **tokens)
+    selection = types.SimpleNamespace(unit="sample")
     loss, held_out = types.SimpleNamespace(lower="sft"), types.SimpleNamespace(num_lower=200.0)
-    return types.SimpleNamespace(data=data, method="offline", seed=0, loss=loss, eval=held_out)
+    return types.SimpleNamespace(data=data, method="offline", seed=0, loss=loss, eval=held_out, selection=selection)
 
 
 def _ours(tokenizer, file: str, cache: str) -> int:
