@@ -15,8 +15,20 @@ NEEDED = (  # keys that commands read from the config of a run; all versions wro
     *("data.label", "data.truth", "data.num_lower", "data.bad_fraction", "lora.rank", "lora.alpha", "lora.targets", "eval.keep"),
     *("selection.rule", "batch.size", "batch.micro_size", "online.ratio", "online.refresh_every"),
 )
-READ = (*NEEDED, "data.columns", "data.deduplicate", "loss.lower", *(f"selection.{name}" for name in ("freeze", "init")))
-READ = (*READ, "selection.unit", "selection.parameterization")  # earlier versions lack those that are not needed
+EARLIER = {  # other keys that commands read, and what runs of earlier versions did, whose configs lack them
+    "data.cache": "auto",
+    "data.columns": "",
+    "data.deduplicate": "off",
+    "data.learn": "last",
+    "eval.keep_best": False,
+    "loss.lower": "sft",
+    "model.quantization": "none",
+    "selection.freeze": False,
+    "selection.init": "",
+    "selection.parameterization": "table",
+    "selection.unit": "sample",
+}
+READ = (*NEEDED, *EARLIER)
 CLUSTERS = "duplicate_clusters"  # the end of a key of the summary whose value is an object
 REMEDY = "put it back, or give another --workdir"
 
@@ -40,6 +52,16 @@ def check_config(config: ml_collections.ConfigDict, file: pathlib.Path) -> None:
             continue
         if problem := checks.problem(key, values[name], default[section][name] if section else default[name]):
             raise RunError(f"{file}: {problem}; {REMEDY}")
+
+
+def complete_config(config: ml_collections.ConfigDict) -> None:
+    """Gives a config the `EARLIER` values that it lacks."""
+    for key, value in EARLIER.items():
+        section, _, name = key.partition(".")
+        if section not in config:
+            config[section] = ml_collections.ConfigDict()
+        if name not in config[section]:
+            config[section][name] = value
 
 
 def read_summary(workdir: pathlib.Path, needed: Collection[str] = ()) -> dict:

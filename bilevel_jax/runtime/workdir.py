@@ -37,19 +37,6 @@ RESUMABLE = (
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
 REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
 PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values
-EARLIER = {  # what runs of earlier versions did, whose configs lack these keys that commands read
-    "data.cache": "auto",
-    "data.columns": "",
-    "data.deduplicate": "off",
-    "data.learn": "last",
-    "eval.keep_best": False,
-    "loss.lower": "sft",
-    "model.quantization": "none",
-    "selection.freeze": False,
-    "selection.init": "",
-    "selection.parameterization": "table",
-    "selection.unit": "sample",
-}
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -267,7 +254,7 @@ def _read_config_file(file: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-    """The resolved config of the run in a workdir, finished or not, with `EARLIER` values of keys that it lacks.
+    """The resolved config of the run in a workdir, finished or not, with those of `stored.EARLIER` that it lacks.
 
     Raises:
       FileNotFoundError: the workdir holds no run.
@@ -278,9 +265,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         raise FileNotFoundError(f"{workdir} holds no run (config.json is missing)")
     config = _read_config_file(file)
     stored.check_config(config, file)
-    for key, value in EARLIER.items():
-        section, _, name = key.partition(".")
-        config.setdefault(section, ml_collections.ConfigDict()).setdefault(name, value)
+    stored.complete_config(config)
     return config
 
 
