@@ -22,6 +22,8 @@ from bilevel_jax.text import one_line
 MAX_REASONS = 20  # lines of a report on rows that are left out
 MAX_REASON = 200  # characters of a reason, which may quote the row
 CUT = "turns after the last answer left out"
+EXPORTED = frozenset(("id", "rank", "prompt", "completion"))  # columns of a row that was exported for SFTTrainer
+RENAMED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")  # then, as original_NAME
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)  # of what the id covers
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
@@ -36,7 +38,9 @@ class Row:
     response: str  # the chosen one of a preference row; "" if only questions are read and the row has no response
     rejected: str | None  # None unless preferences are read
     source: str
-    fields: Mapping[str, Any]  # the original object, unchanged (labels for measurement are here)
+    fields: Mapping[
+        str, Any
+    ]  # the original object, unchanged (labels for measurement are here); of an exported row, its own fields
     line: int  # 1-based: the line of a JSONL file, the row number otherwise
     schema: str
     chat: tuple[dict, ...] | None = None  # with tools: the messages in OpenAI's form, the response among them
@@ -203,8 +207,38 @@ def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = Fal
 
 
 def parse_columns(objects: Iterable[tuple[int, Any]], columns: Columns, **options: bool) -> Iterator[Row | Rejection]:
-    """`parse` of objects whose columns have other names."""
-    return parse(columns.rename(objects), named=columns.names, **options)
+    """`parse` of objects whose columns have other names, and of exported rows as the rows of the data."""
+    asked = columns.names.values()
+    return parse(columns.rename((line, _own_fields(value, asked)) for line, value in objects), named=columns.names, **options)
+
+
+def _own_fields(value: Any, asked: Collection[str]) -> Any:
+    """An exported row with the fields that the export renamed, in place of those for SFTTrainer; other objects as they are.
+
+    A prompt for SFTTrainer may have the template of the run in it, and would get the template again.
+
+    Args:
+      value: of a source.
+      asked: columns that the user names, which stay.
+    """
+    if not isinstance(value, Mapping) or not EXPORTED <= value.keys():
+        return value
+    renamed = {name: f"original_{name}" for name in RENAMED}
+    own = {name: value[old] for name, old in renamed.items() if value.get(old) is not None and old not in asked}
+    if not own or _has_its_id(value):
+        return value
+    left_out = {renamed[name] for name in own}
+    if "prompt" not in own and own.keys() & {"messages", "conversations", "chosen"}:
+        left_out |= {"prompt", "completion"}  # the row of the data has none
+    return {name: field for name, field in value.items() if name not in left_out} | own
+
+
+def _has_its_id(value: Mapping) -> bool:
+    """Whether the `id` of an exported row is that of its fields as they are, so that none of its content was renamed."""
+    try:
+        return _make_row(0, value, False, False, ()).id == content_of(str(value["id"]))
+    except schemas.Unusable:
+        return False
 
 
 def collect(items: Iterable[Row | Rejection], path: str) -> tuple[list[Row], Report]:

@@ -62,6 +62,19 @@ def test_the_form_follows_from_all_rows(tmp_path, objects, form):
     assert selection.labels.tolist() == [1 if value is PLAIN else kept_rows.UNLABELLED for value in objects]
 
 
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+def test_an_export_of_all_schemas_is_read_as_the_same_rows(tmp_path, name):
+    """Fields are renamed in all rows if they clash in one."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}] * 2
+    shared = [{"from": turn["role"], "value": turn["content"]} for turn in turns[:2]]
+    pair = {"prompt": "p", "chosen": "c", "rejected": "d"}
+    objects = [{"messages": turns}, PLAIN, PAIRED, {"conversations": shared}, pair, {"instruction": "i", "output": "o"}]
+    workdir, parsed, _, _ = make_workdir(tmp_path, objects, np.zeros(6))
+    run_command("export", [f"--workdir={workdir}", f"--selected={tmp_path / name}", "--keep=1"])
+    again, report = rows.read_rows(tmp_path / name)
+    assert [row.id for row in again] == [row.id for row in parsed] and not report.rejections
+
+
 def test_parquet_in_blocks(tmp_path, monkeypatch):
     """Blocks with other fields, numbers that are whole in one block only, and structs that grow."""
     given = [{"a": 1, "m": [{"x": "1"}]}, {"a": 2}, {"b": None, "a": 2.5}, {"m": [{"x": "1", "y": "2"}], "b": "t"}, {"m": []}]

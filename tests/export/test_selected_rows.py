@@ -6,12 +6,14 @@ import datasets
 import numpy as np
 import pytest
 
-from bilevel_jax.data import rows, templates
+from bilevel_jax.data import by_turn, rows, templates
 from bilevel_jax.export import kept_rows, selected_rows
 from bilevel_jax.export import records as exported
 from bilevel_jax.runtime import weight_table
 from bilevel_jax.runtime.workdir import read_config
 from tests.conftest import HELD_OUT, NUM_LOWER, load, write_jsonl
+from tests.data.test_templates import PLAIN
+from tests.data.test_turns import both
 
 TRAINED = NUM_LOWER - HELD_OUT
 CHAT = [
@@ -317,6 +319,65 @@ def test_exported_chats_are_read_again(tmp_path, name, only_columns):
         exported.write(tmp_path / name, columns if only_columns else records)
         usable, report = rows.read_rows(tmp_path / name)
         assert [row.id for row in usable] == [row.id for row in parsed] and not report.rejections
+
+
+QWEN, _ = both("qwen2_5")
+PAIRS = [
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": CHAT, "rejected": [*CHAT[:-1], {"role": "assistant", "content": "No"}]},
+]
+UNREAD = [
+    {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]},
+    {"prompt": "a", "completion": "b", "conversations": "unused"},
+]
+
+
+def exported_again(parsed, form, template, tokenizer, file):
+    """Exported rows that are read again, by themselves: an export of one row has the form of that row."""
+    for row in parsed:
+        columns = {"id": row.id, "rank": 1} | selected_rows.prompt_columns(row, form, tokenizer, template)
+        records, _ = join([row], [columns], selected_rows.misread(form, traits([row])))
+        exported.write(file, records)
+        ((again,), report) = rows.read_rows(file)
+        assert not report.rejections
+        yield row, again
+
+
+@pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])
+@pytest.mark.parametrize(
+    ("form", "template", "tokenizer"), [("text", "human", PLAIN), ("text", "chat", QWEN), ("chat", "chat", QWEN)]
+)
+def test_exported_rows_are_read_again(tmp_path, name, form, template, tokenizer):
+    """As the rows of the data, not as those of SFTTrainer, whose prompts have the template in them."""
+    parsed = [row for value in [*FORMS, *PAIRS, *UNREAD] for row in parse([value]) if template == "chat" or not row.chat]
+    for row, again in exported_again(parsed, form, template, tokenizer, tmp_path / name):
+        assert again.id == row.id and (form == "chat" or again.schema == row.schema)
+        if form == "text" and name == "kept.jsonl":  # Parquet has null for absent fields
+            assert {key: again.fields[key] for key in row.fields} == row.fields
+
+
+@pytest.mark.parametrize("value", UNREAD)
+def test_rows_that_stay_as_they_are_are_read_again(tmp_path, value):
+    """Fields of other schemas that SFTTrainer interprets are renamed, and are no content."""
+    for row, again in exported_again(parse([value]), "as is", "human", PLAIN, tmp_path / "kept.jsonl"):
+        assert again.id == row.id
+
+
+@pytest.mark.parametrize("value", FORMS[4:])
+def test_exported_answers_and_refined_rows_are_read_again(tmp_path, value):
+    """Their content has not the id of the export, which is that of the conversation and of the data."""
+    (row,) = parse([value])
+    parts = [*by_turn.rows_of(row), selected_rows.with_response(row, "new")]
+    for part, again in exported_again(parts, "text", "chat", QWEN, tmp_path / "kept.jsonl"):
+        assert (again.system, again.messages, again.response) == (part.system, part.messages, part.response)
+        assert again.schema == part.schema and again.chat == part.chat
+
+
+def test_a_column_that_the_user_names_is_read(tmp_path):
+    (row,) = parse([MIXED[3]])
+    ((_, again),) = exported_again([row], "text", "human", PLAIN, tmp_path / "kept.jsonl")
+    (named,) = rows.iter_rows(tmp_path / "kept.jsonl", columns="messages:original_messages")
+    assert named.id == again.id == row.id
 
 
 ENDS_WITH_CALL = [
