@@ -133,7 +133,7 @@ def _by_turn(config, level: Level) -> Level:
 
 
 def columns_of(config) -> Columns:
-    """Other names of columns, of a run that may be an earlier one."""
+    """Other names of columns."""
     return Columns(config.data.columns, "data.columns")
 
 
@@ -246,7 +246,7 @@ def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Sequence[
 
 
 def prefers(config) -> bool:
-    """Whether the lower level has preference rows, of a run that may be an earlier one."""
+    """Whether the lower level has preference rows."""
     return config.loss.lower != "sft"
 
 

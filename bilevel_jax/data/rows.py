@@ -38,9 +38,7 @@ class Row:
     response: str  # the chosen one of a preference row; "" if only questions are read and the row has no response
     rejected: str | None  # None unless preferences are read
     source: str
-    fields: Mapping[
-        str, Any
-    ]  # the original object, unchanged (labels for measurement are here); of an exported row, its own fields
+    fields: Mapping[str, Any]  # the object that was read, with labels for measurement; of an exported row, its own fields
     line: int  # 1-based: the line of a JSONL file, the row number otherwise
     schema: str
     chat: tuple[dict, ...] | None = None  # with tools: the messages in OpenAI's form, the response among them

@@ -104,14 +104,9 @@ def collect(
         cause = "direct mixing selects nothing" if config.method == "mixing" else "the run wrote it, and it was removed"
         raise FileNotFoundError(f"{workdir} has no weights/: {cause}")
     measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
-    shares = {"plausible": drop_implausible, "similar": drop_dissimilar}
-    for name in [name for name, share in shares.items() if share and name not in measures]:
-        cause = "eval.similar=False, few trusted rows or an earlier version" if name == "similar" else "an earlier version"
-        what = f"--drop_{selected_rows.OPPOSITES[name]}: {workdir}/weights has no `{name}` ({cause})"
-        raise ValueError(f"{what}; train again or remove the flag")
     if refined and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
-    left_out = {name: selected_rows.smallest(table, name, share) for name, share in shares.items() if share}
+    left_out = _left_out(workdir, table, {"plausible": drop_implausible, "similar": drop_dissimilar})
     kept = selected_rows.heaviest(table, keep, np.any([*left_out.values()], axis=0) if left_out else None)
     names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
     writer = _writer(config, form, names, selected_rows.latest_responses(responses) if refined else None)
@@ -132,6 +127,19 @@ def collect(
         renamed=gathered.records.rename(selected_rows.misread(form, gathered.traits)),
         num_left_out={name: int(chosen.sum()) for name, chosen in left_out.items() if chosen.any()},
     )
+
+
+def _left_out(workdir: pathlib.Path, table: pa.Table, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The rows with the smallest values of each measure of which a share is to be left out, [N] bool each, by measure."""
+    chosen = {}
+    for name, share in shares.items():
+        if share and name not in weight_table.known_measures(table):
+            cause = "eval.similar=False, few trusted rows or an earlier version" if name == "similar" else "an earlier version"
+            what = f"--drop_{selected_rows.OPPOSITES[name]}: {workdir}/weights has no `{name}` ({cause})"
+            raise ValueError(f"{what}; train again or remove the flag")
+        if share:
+            chosen[name] = selected_rows.smallest(table, name, share)
+    return chosen
 
 
 def _writer(config, form: str, names: list[str], responses: Mapping[str, str] | None) -> _Writer:
