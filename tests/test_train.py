@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from bilevel_jax import batches, errors, features, online, rewards, sampling, scoring, search, train
+from bilevel_jax import batches, errors, features, online, rewards, sampling, scoring, search, similarity, train
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels as data_levels
@@ -687,8 +687,9 @@ def test_weights_of_tokens(make_config, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_influence(make_config, tmp_path):
-    """The default: its numbers are in the table, and an interrupted run ends with the same bits."""
+def test_influence(make_config, tmp_path, monkeypatch):
+    """The default: its numbers are in the table."""
+    monkeypatch.setattr(similarity, "MIN_TRUSTED", 2)  # there are few trusted rows
     changes = {"selection.cost": "influence", "eval.similar": True}
     assert np.isfinite(list(train_without_report(make_config(changes), tmp_path / "whole").values())).all()
     table = table_of(tmp_path / "whole", EPOCHS)

@@ -24,18 +24,18 @@ def numbered(config) -> Iterator[tuple[int, Row]]:
     Objects that cannot be used count too, and the count goes on from file to file. Answers of a conversation have its position.
     """
     source, size = config.data.lower, config.data.num_lower
-    found: Iterable[tuple[int, Row]]
+    with_positions: Iterable[tuple[int, Row]]
     if source.partition(":")[0] in ("recipe", "synthetic") or (size and readers.is_indexed(source)):
-        found = ((row.line - 1, row) for row in _read_whole(config))
+        with_positions = ((row.line - 1, row) for row in _read_whole(config))
     else:
         columns, preference = levels.columns_of(config), levels.prefers(config)
         items = rows.parse_columns(readers.read_objects(source), columns, preference=preference)
-        found = ((position, item) for position, item in enumerate(items) if isinstance(item, Row))
+        with_positions = ((position, item) for position, item in enumerate(items) if isinstance(item, Row))
         if size:
-            usable = list(found)
-            found = (usable[i] for i in sources.subset_indices(len(usable), size, config.seed))
+            usable = list(with_positions)
+            with_positions = (usable[i] for i in sources.subset_indices(len(usable), size, config.seed))
     by_answer, is_empty = levels.weighs_turns(config), True
-    for position, row in found:
+    for position, row in with_positions:
         is_empty = False
         for part in by_turn.rows_of(row, of_last=[config.data.truth]) if by_answer else (row,):
             yield position, part
