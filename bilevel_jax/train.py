@@ -245,9 +245,8 @@ def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
     epochs, rest = divmod(done, run.epoch_steps)
     run.writer.write(done, done / run.epoch_steps if rest else epochs, values)
     best = early_stopping.update(progress.best, values, done, progress.state.policy.adapter)
-    ends = done % run.epoch_steps == 0 or early_stopping.is_over(best, run.config.eval.patience)
-    if run.selects and ends:
-        is_last = done == run.num_steps or early_stopping.is_over(best, run.config.eval.patience)
+    is_last = done == run.num_steps or early_stopping.is_over(best, run.config.eval.patience)
+    if run.selects and (is_last or done % run.epoch_steps == 0):
         _write_weights(run, progress, -(-done // run.epoch_steps), _similarities(run) if is_last else None)
     return progress._replace(best=best, measured=values)
 

@@ -207,10 +207,10 @@ def iter_rows(path: Any, *, preference: bool = False, questions_only: bool = Fal
 def parse_columns(objects: Iterable[tuple[int, Any]], columns: Columns, **options: bool) -> Iterator[Row | Rejection]:
     """`parse` of objects whose columns have other names, and of exported rows as the rows of the data."""
     asked = columns.names.values()
-    return parse(columns.rename((line, _own_fields(value, asked)) for line, value in objects), named=columns.names, **options)
+    return parse(columns.rename((line, _restored(value, asked)) for line, value in objects), named=columns.names, **options)
 
 
-def _own_fields(value: Any, asked: Collection[str]) -> Any:
+def _restored(value: Any, asked: Collection[str]) -> Any:
     """An exported row with the fields that the export renamed, in place of those for SFTTrainer; other objects as they are.
 
     A prompt for SFTTrainer may have the template of the run in it, and would get the template again.
@@ -222,13 +222,13 @@ def _own_fields(value: Any, asked: Collection[str]) -> Any:
     if not isinstance(value, Mapping) or not EXPORTED <= value.keys():
         return value
     renamed = {name: f"original_{name}" for name in RENAMED}
-    own = {name: value[old] for name, old in renamed.items() if value.get(old) is not None and old not in asked}
-    if not own or _has_its_id(value):
+    restored = {name: value[old] for name, old in renamed.items() if value.get(old) is not None and old not in asked}
+    if not restored or _has_its_id(value):
         return value
-    left_out = {renamed[name] for name in own}
-    if "prompt" not in own and own.keys() & {"messages", "conversations", "chosen"}:
+    left_out = {renamed[name] for name in restored}
+    if "prompt" not in restored and restored.keys() & {"messages", "conversations", "chosen"}:
         left_out |= {"prompt", "completion"}  # the row of the data has none
-    return {name: field for name, field in value.items() if name not in left_out} | own
+    return {name: field for name, field in value.items() if name not in left_out} | restored
 
 
 def _has_its_id(value: Mapping) -> bool:
