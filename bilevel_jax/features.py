@@ -234,12 +234,16 @@ def _mean_and_std(values: np.ndarray) -> np.ndarray:
     return np.array([values.mean(), values.std() + 1e-6])
 
 
+def coordinates(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
+    """Principal coordinates of questions and answers, [n, 2d]. Each has mean 0 over the rows to which the encoder was fitted."""
+    return _project(raw_nx2xD, encoder.mean, encoder.directions).reshape(len(raw_nx2xD), -1)
+
+
 def encode(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
     """Features of rows, [n, A] float32: principal directions of questions, of answers, `cca_score`, `log_density_ratio`.
 
     Each feature has mean 0 over the rows to select from to which the encoder was fitted.
     """
-    projected = _project(raw_nx2xD, encoder.mean, encoder.directions)
     cca_score, log_ratio = (
         size * (values - mean) / spread
         for size, values, (mean, spread) in (
@@ -247,7 +251,7 @@ def encode(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
             (DENSITY_RATIO_SPREAD, _log_density_ratio(encoder, raw_nx2xD), encoder.log_density_ratio),
         )
     )
-    columns = [projected.reshape(len(projected), -1), cca_score[:, None], log_ratio[:, None]]
+    columns = [coordinates(encoder, raw_nx2xD), cca_score[:, None], log_ratio[:, None]]
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 

@@ -1,14 +1,19 @@
-"""How much rows are like the trusted ones: the column `similar` of the weights.
+"""How much rows are like the trusted ones, and like which: the columns `similar` and `nearest` of the weights.
 
 A weight says what a row does to the trusted loss. That need not tell a kind of row which the trusted rows never have: the gradients
 of answers that comply with a harmful request agree at first with those of answers that refuse one. The frozen base model tells the
-kinds apart. The number is the mean of `features`' two scores, (F1) and (F2), each standardised over the rows:
+kinds apart. `similar` is the mean of `features`' two scores, (F1) and (F2), each standardised over the rows:
 
     cca_score           does the answer fit its question as answers of trusted rows fit theirs?
     log_density_ratio   are such a question and such an answer more frequent among the trusted rows?
 
-It takes one forward pass through half of the layers, at the end of a run. It trains nothing, and no weight depends on it.
+`nearest` is the trusted row whose question and answer are closest in the principal coordinates of `features`. A small share of the
+rows is kept in turns over the trusted rows, so that it covers what these ask for (`export.selected_rows.choose`).
+
+Both take one forward pass through half of the layers, at the end of a run. They train nothing, and no weight depends on them.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +25,14 @@ from bilevel_jax.data import levels
 FITTED = 10_000  # rows of each level to which the scores are fitted, drawn at random if there are more
 MIN_TRUSTED = 16  # trusted rows; fewer say too little
 DRAW = 4  # tag of the random stream
+COMPARED = 1000  # rows that are compared at once with all trusted ones
+
+
+class Likeness(NamedTuple):
+    """What is measured of the N rows to select from."""
+
+    similar: np.ndarray  # [N] float32, mean 0 over the rows to which it was fitted
+    nearest: np.ndarray  # [N] int32, index of a trusted row
 
 
 def _means(config: configuration.Config, setup: setups.Setup, level: levels.Level, rows, description: str) -> np.ndarray:
@@ -29,8 +42,17 @@ def _means(config: configuration.Config, setup: setups.Setup, level: levels.Leve
     return features.pooled(setup.model, setup.base, examples, size, length, setup.mesh, description)
 
 
-def measure(config: configuration.Config, setup: setups.Setup) -> np.ndarray | None:
-    """The similarity of each lower-level row to the trusted rows.
+def nearest(some_nxd: np.ndarray, others_txd: np.ndarray) -> np.ndarray:
+    """The index of the closest of the others, [n] int32: argmin_j |x_i - y_j|² = argmin_j |y_j|² - 2 x_i·y_j."""
+    square_t, closest_n = (others_txd**2).sum(axis=1), np.empty(len(some_nxd), np.int32)
+    for first in range(0, len(some_nxd), COMPARED):
+        part = slice(first, first + COMPARED)
+        closest_n[part] = (square_t - 2 * some_nxd[part] @ others_txd.T).argmin(axis=1)
+    return closest_n
+
+
+def measure(config: configuration.Config, setup: setups.Setup) -> Likeness | None:
+    """Compares each lower-level row with the trusted rows, with at most `FITTED` of them, drawn at random.
 
     Memory for hidden states is bounded: `FITTED` rows at a time.
 
@@ -39,7 +61,7 @@ def measure(config: configuration.Config, setup: setups.Setup) -> np.ndarray | N
       setup: of the run; its base is used, and no adapter.
 
     Returns:
-      [N] float32, mean 0 over the rows to which it was fitted; None with fewer than `MIN_TRUSTED` trusted rows.
+      None with fewer than `MIN_TRUSTED` trusted rows.
     """
     num_upper, num_lower = len(setup.upper.examples), len(setup.lower.examples)
     if num_upper < MIN_TRUSTED:
@@ -47,13 +69,20 @@ def measure(config: configuration.Config, setup: setups.Setup) -> np.ndarray | N
     drawn = (np.random.default_rng([config.seed, DRAW, n]).permutation(n)[:FITTED] for n in (num_lower, num_upper))
     lower, upper = (np.sort(rows) for rows in drawn)
     fitted = _means(config, setup, setup.lower, lower, "rows to compare")
-    encoder = features.fit(fitted, _means(config, setup, setup.upper, upper, "trusted rows to compare with"))
+    trusted = _means(config, setup, setup.upper, upper, "trusted rows to compare with")
+    encoder = features.fit(fitted, trusted)
+    trusted_txd = features.coordinates(encoder, trusted)
+
+    def compare(means: np.ndarray) -> Likeness:
+        near = upper[nearest(features.coordinates(encoder, means), trusted_txd)]
+        return Likeness(features.similarity(encoder, means), near.astype(np.int32))
+
     if num_lower <= FITTED:
-        return features.similarity(encoder, fitted)
-    similar = np.empty(num_lower, np.float32)
+        return compare(fitted)
+    result = Likeness(np.empty(num_lower, np.float32), np.empty(num_lower, np.int32))
     for first in range(0, num_lower, FITTED):
         block = range(first, min(first + FITTED, num_lower))
-        similar[block.start : block.stop] = features.similarity(
-            encoder, _means(config, setup, setup.lower, block, f"rows to compare, {block.stop:,} of {num_lower:,}")
-        )
-    return similar
+        part = compare(_means(config, setup, setup.lower, block, f"rows to compare, {block.stop:,} of {num_lower:,}"))
+        for whole, values in zip(result, part):
+            whole[block.start : block.stop] = values
+    return result

@@ -247,25 +247,25 @@ def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
     best = early_stopping.update(progress.best, values, done, progress.state.policy.adapter)
     is_last = done == run.num_steps or early_stopping.is_over(best, run.config.eval.patience)
     if run.selects and (is_last or done % run.epoch_steps == 0):
-        _write_weights(run, progress, -(-done // run.epoch_steps), _similarities(run) if is_last else None)
+        _write_weights(run, progress, -(-done // run.epoch_steps), _likeness(run) if is_last else None)
     return progress._replace(best=best, measured=values)
 
 
-def _similarities(run: Run) -> np.ndarray | None:
-    """How much each row is like the trusted ones; None where it is not measured."""
+def _likeness(run: Run) -> similarity.Likeness | None:
+    """How much each row is like the trusted ones, and like which; None where it is not measured."""
     if not run.config.eval.similar:
         return None
     with run.clock("eval"), phases.phase("comparing the rows with the trusted ones"):
         return similarity.measure(run.config, run.setup)
 
 
-def _write_weights(run: Run, progress: Progress, epoch: int, similar: np.ndarray | None) -> None:
+def _write_weights(run: Run, progress: Progress, epoch: int, likeness: similarity.Likeness | None) -> None:
     s, has_influence = progress.state.selector, progress.state.influence is not None
     parts = s.logits, s.visits, s.data_visits, s.surprise, s.harm
     logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
     ids, masked = run.setup.lower.ids, progress.store.masked
-    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, similar)
+    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, *(likeness or ()))
     weight_table.write_blocks(run.workdir / "weights" / f"epoch_{epoch}.parquet", blocks)
 
 

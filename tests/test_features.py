@@ -181,7 +181,7 @@ def test_similarity_is_the_mean_of_two_standardised_scores():
 
 @pytest.fixture
 def compared(monkeypatch):
-    """`f(lower, upper) -> similarities` of rows with these hidden states."""
+    """`f(lower, upper) -> Likeness` of rows with these hidden states."""
     descriptions = []
 
     def means(config, setup, level, rows, description):
@@ -202,18 +202,28 @@ def test_similarity_of_many_rows(compared, monkeypatch):
     """The scores are fitted to some rows of each level, and all rows get a number, block by block."""
     (lower, is_bad), (upper, _) = random_rows(650, 150, seed=0), random_rows(400, 0, seed=1)
     monkeypatch.setattr(similarity, "FITTED", 300)
-    similar = compared(lower, upper)
+    similar, nearest = compared(lower, upper)
     assert similar.shape == (650,) and ranking.auroc(-similar.astype(np.float64), is_bad) > 0.9
     drawn = [np.sort(np.random.default_rng([0, similarity.DRAW, n]).permutation(n)[:300]) for n in (650, 400)]
     encoder = features.fit(lower[drawn[0]], upper[drawn[1]])
     np.testing.assert_allclose(similar, features.similarity(encoder, lower), rtol=1e-5, atol=1e-6)
+    lower_Nxd, upper_txd = (features.coordinates(encoder, states) for states in (lower, upper[drawn[1]]))
+    distance_Nxt = np.linalg.norm(lower_Nxd[:, None] - upper_txd, axis=2)
+    assert nearest.dtype == np.int32 and nearest.tolist() == drawn[1][distance_Nxt.argmin(axis=1)].tolist()
     assert compared.descriptions[2:] == [f"rows to compare, {stop} of 650" for stop in (300, 600, 650)]
 
 
 def test_few_trusted_rows_say_nothing(compared):
     lower, _ = random_rows(60, 10, seed=0)
     assert compared(lower, lower[: similarity.MIN_TRUSTED - 1]) is None
-    assert np.isfinite(compared(lower, lower[: similarity.MIN_TRUSTED])).all()
+    assert np.isfinite(compared(lower, lower[: similarity.MIN_TRUSTED]).similar).all()
+
+
+def test_the_nearest_of_points_on_a_line(monkeypatch):
+    """Ties go to the first; blocks do not matter."""
+    monkeypatch.setattr(similarity, "COMPARED", 2)
+    points, others = np.array([[0.0], [0.9], [2.0], [5.0], [-3.0]]), np.array([[3.0], [1.0], [-1.0]])
+    assert similarity.nearest(points, others).tolist() == [1, 1, 0, 0, 2]
 
 
 # --------------------------------------------------------------------------------------------------------------------

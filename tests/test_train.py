@@ -123,7 +123,7 @@ def test_refuses_to_trace_steps_beyond_the_run(make_config, tmp_path):
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_weights(finished, epoch):
     table = table_of(finished, epoch)
-    names = ["id", "weight", "logit", "rank", "plausible", "useful", "similar", "visits", "masked", "source"]
+    names = ["id", "weight", "logit", "rank", "plausible", "useful", "similar", "nearest", "visits", "masked", "source"]
     assert table.column_names == names
     columns = table.to_pydict()
     assert columns["visits"] == [epoch] * (NUM_LOWER - HELD_OUT)  # every row once an epoch
@@ -695,7 +695,7 @@ def test_influence(make_config, tmp_path, monkeypatch):
     table = table_of(tmp_path / "whole", EPOCHS)
     assert table_of(tmp_path / "whole", 1)["similar"].null_count == len(table) and table["similar"].null_count == 0
     assert abs(np.mean(table["similar"])) < 1e-5 and np.std(table["similar"]) > 0.3  # the mean of two numbers of deviation 1
-    assert np.ptp(table["logit"]) > 0.1
+    assert np.ptp(table["logit"]) > 0.1 and len(set(table["nearest"].to_pylist())) > 1
     assert table["useful"].null_count == 0 and 0 < min(table["plausible"].to_pylist()) <= max(table["plausible"].to_pylist()) <= 1
 
 

@@ -5,7 +5,8 @@
     python -m bilevel_jax.export --workdir=DIR --score_new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
-`--selected` writes the heaviest rows and a card, FILE.card.md. `--drop_implausible` leaves out the rows with the least likely
+`--selected` writes the heaviest rows and a card, FILE.card.md. A share below one half is chosen among the heaviest half, so that it
+covers what the trusted rows ask for. `--drop_implausible` leaves out the rows with the least likely
 responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score_new` ranks rows that the run
 never saw, and needs `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one
 model directory.
@@ -24,7 +25,12 @@ from bilevel_jax.text import say
 FLAGS = flags.FlagValues()
 WORKDIR = flags.DEFINE_string("workdir", None, "A finished run.", required=True, flag_values=FLAGS)
 SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file for the kept rows.", flag_values=FLAGS)
-KEEP = flags.DEFINE_float("keep", 0.8, "Share of the rows to keep, heaviest first.", flag_values=FLAGS)
+KEEP = flags.DEFINE_float(
+    "keep",
+    0.8,
+    "Share of the rows to keep: the heaviest, or, below 0.5, rows of the heaviest half in turns over the trusted rows they are like.",
+    flag_values=FLAGS,
+)
 DROP_IMPLAUSIBLE = flags.DEFINE_float(
     "drop_implausible",
     0.0,
@@ -121,6 +127,10 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     files.write_atomically(card, text)
 
     say(f"{out}: {num_kept} of {selection.table.num_rows} rows kept")
+    if selection.in_turns:
+        say("  chosen among the heaviest half, in turns over the trusted rows that they are most like")
+    elif KEEP.value < selected_rows.TURNS:
+        say("  by weight alone, because their nearest trusted rows are not known; half of the rows or more may train better")
     if num_different is not None:
         say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     for name, number in selection.num_left_out.items():

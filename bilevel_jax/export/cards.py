@@ -102,6 +102,11 @@ def data_card(
         "",
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
+        *(
+            ["They were chosen among the heaviest half, in turns over the trusted rows that they are most like."]
+            if selection.in_turns
+            else []
+        ),
         *(f"Rows with the smallest `{name}` were left out first: {number}." for name, number in selection.num_left_out.items()),
         *([] if num_different is None else [_repeated(num_different, num_kept)]),
         *(["The run did not train on these rows. Their weights are predicted from its training rows."] if is_new else []),

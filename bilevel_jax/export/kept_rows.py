@@ -34,6 +34,7 @@ class KeptRows:
     form: str  # of `selected_rows.resolve_format`
     renamed: list[str]  # fields that are now called original_NAME
     num_left_out: dict[str, int]  # rows that are left out for the smallest values of a measure, by measure
+    in_turns: bool = False  # whether the rows were chosen in turns over the trusted rows, see `selected_rows.choose`
 
     @property
     def masked(self) -> np.ndarray:
@@ -82,7 +83,7 @@ def collect(
     weight: bool = True,
     new: tuple[list[rows.Row], pa.Table] | None = None,
 ) -> KeptRows:
-    """Selects the heaviest rows of a finished run, and gives them their columns.
+    """Selects rows of a finished run, see `selected_rows.choose`, and gives them their columns.
 
     Args:
       workdir: of the run.
@@ -107,7 +108,7 @@ def collect(
     if refined and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")
     left_out = _left_out(workdir, table, {"plausible": drop_implausible, "similar": drop_dissimilar})
-    kept = selected_rows.heaviest(table, keep, np.any([*left_out.values()], axis=0) if left_out else None)
+    kept = selected_rows.choose(table, keep, np.any([*left_out.values()], axis=0) if left_out else None)
     names = [*(["weight"] if weight else []), "rank", *([] if new else ["masked"]), *measures]
     writer = _writer(config, form, names, selected_rows.latest_responses(responses) if refined else None)
     form = writer.form(selected_rows.Traits())
@@ -126,6 +127,7 @@ def collect(
         form=form,
         renamed=gathered.records.rename(selected_rows.misread(form, gathered.traits)),
         num_left_out={name: int(chosen.sum()) for name, chosen in left_out.items() if chosen.any()},
+        in_turns=selected_rows.takes_turns(table, keep),
     )
 
 

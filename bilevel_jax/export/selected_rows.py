@@ -43,6 +43,7 @@ READ_BY_TRL = (  # field names that SFTTrainer 1.16 interprets
     *("messages", "conversations", "text", "chosen", "rejected", "input_ids", "labels", "completion_mask", "assistant_masks"),
     *("seq_lengths", "tools", "chat_template_kwargs", "image", "images"),
 )
+TURNS = 0.5  # share of the rows, the heaviest, among which a smaller share takes turns
 OPPOSITES = {"plausible": "implausible", "similar": "dissimilar"}  # measures by which rows can be left out
 RESPONSE_FIELDS = {"question/response": "response", "instruction/input/output": "output", "prompt/completion": "completion"}
 
@@ -76,8 +77,17 @@ def smallest(table, measure: str, share: float) -> np.ndarray:
     return chosen
 
 
-def heaviest(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray:
-    """Which rows have the largest weights, [n] bool: a share `keep` of all rows, or all that are not left out.
+def takes_turns(table, keep: float) -> bool:
+    """Whether `choose` goes by `nearest`, too."""
+    return keep < TURNS and table["nearest"].null_count == 0
+
+
+def choose(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray:
+    """Which rows are kept, [n] bool: a share `keep` of all rows, or all that are not left out.
+
+    Of half or more, the heaviest rows are kept. Fewer are chosen among the heaviest half, in turns over the trusted rows: first the
+    heaviest of the rows that are nearest to each trusted row, then the second heaviest ones, and so on. The heaviest rows alone are
+    much alike, and leave out some of what the trusted rows ask for. Without `nearest`, weights alone decide.
 
     Args:
       table: a `weight_table.table`.
@@ -87,16 +97,28 @@ def heaviest(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarr
     Raises:
       DataError: no row is kept.
     """
-    by_rank = np.argsort(table["rank"].to_numpy())
+    order = np.argsort(table["rank"].to_numpy())
     if left_out is not None:
-        by_rank = by_rank[~left_out[by_rank]]
+        order = order[~left_out[order]]
+    if takes_turns(table, keep):
+        order = order[: round(TURNS * len(table))]
+        order = order[np.argsort(_turns(table["nearest"].to_numpy()[order]), kind="stable")]
     kept = np.zeros(len(table), bool)
-    kept[by_rank[: round(keep * len(table))]] = True
+    kept[order[: round(keep * len(table))]] = True
     if not kept.any():
         number = 0 if left_out is None else int(left_out.sum())
         without = f" without the {number} that are left out" if number else ""
         raise rows.DataError(f"--keep={keep} keeps none of {len(table)} rows{without}")
     return kept
+
+
+def _turns(group: np.ndarray) -> np.ndarray:
+    """How many earlier ones are in the group of each, [n]."""
+    by_group = np.argsort(group, kind="stable")
+    _, first, size = np.unique(group[by_group], return_index=True, return_counts=True)
+    turn = np.empty(len(group), np.int64)
+    turn[by_group] = np.arange(len(group)) - np.repeat(first, size)
+    return turn
 
 
 def with_weights(some: Sequence[rows.Row], columns: Mapping[str, np.ndarray], indices: np.ndarray) -> list[Kept]:

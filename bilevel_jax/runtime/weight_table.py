@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         "plausible": pa.float32(),
         "useful": pa.float32(),
         "similar": pa.float32(),
+        "nearest": pa.int32(),
         "visits": pa.int64(),
         "masked": pa.bool_(),
         "source": pa.string(),
@@ -35,6 +36,7 @@ MEASURES = {  # null where they are not known, and in tables of earlier versions
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
     "similar": "how much question and answer are like those of the trusted rows; 0 on average",
 }
+NULLABLE = (*MEASURES, "nearest")
 BLOCK = 1 << 17  # rows that are made and written at once
 TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
 TOKENS_SCHEMA = pa.schema(
@@ -50,10 +52,12 @@ def table(
     surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
     similar: np.ndarray | None = None,
+    nearest: np.ndarray | None = None,
 ) -> pa.Table:
     """One line for each row, see `blocks`; `rows` are the training rows."""
     sources = pa.array([row.source for row in rows], pa.string())
-    return pa.concat_tables(blocks([row.id for row in rows], sources, logits, visits, masked, surprise, useful, similar))
+    ids = [row.id for row in rows]
+    return pa.concat_tables(blocks(ids, sources, logits, visits, masked, surprise, useful, similar, nearest))
 
 
 def blocks(
@@ -65,6 +69,7 @@ def blocks(
     surprise: np.ndarray | None = None,
     useful: np.ndarray | None = None,
     similar: np.ndarray | None = None,
+    nearest: np.ndarray | None = None,
 ) -> Iterator[pa.Table]:
     """Yields the table of weights, at most `BLOCK` rows at a time. It has one line for each row.
 
@@ -74,8 +79,10 @@ def blocks(
                     probabilities of its tokens
         useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
         similar     how much the row is like the trusted ones, `features.similarity`, mean 0; measured at the end of the run
+        nearest     index of the trusted row that it is most like, among those that the run trained on; measured with `similar`
 
-    All three are about the response of the data. Plausible and useful are null for rows that were only visited with generated ones.
+    All of these are about the response of the data. Plausible and useful are null for rows that were only visited with generated
+    ones.
 
     Args:
       ids, sources: of the training rows, N; sources are texts or a dictionary of them.
@@ -84,7 +91,7 @@ def blocks(
       masked: whether the model answers the row's question, [N].
       surprise: s at the last visit, `losses.surprises`, [N], nats; NaN for rows that were never visited.
       useful: [N]; NaN where it is not known; None if costs are losses.
-      similar: [N]; None if it was not measured.
+      similar, nearest: [N]; None if they were not measured.
     """
     unknown = np.broadcast_to(np.nan, len(ids))
     surprise, useful, similar = (unknown if x is None else np.asarray(x) for x in (surprise, useful, similar))
@@ -104,6 +111,7 @@ def blocks(
             "plausible": pa.array(np.exp(-s).astype(np.float32), mask=np.isnan(s)),
             "useful": pa.array(u.astype(np.float32), mask=np.isnan(u)),
             "similar": pa.array(like.astype(np.float32), mask=np.isnan(like)),
+            "nearest": pa.nulls(len(s), pa.int32()) if nearest is None else pa.array(nearest[part], pa.int32()),
             "visits": np.rint(visits[part]).astype(np.int64),
             "masked": masked[part],
             "source": sources[part].cast(pa.string()),
@@ -131,15 +139,15 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
       DataError: the file is damaged or is no such table.
       FileNotFoundError: there is no file.
     """
-    measures = MEASURES if schema is SCHEMA else ()  # tables of earlier versions lack them
+    nullable = NULLABLE if schema is SCHEMA else ()  # tables of earlier versions lack them
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:  # part by part, which takes a third of the memory
-            names = [name for name in schema.names if name not in measures or name in file.schema_arrow.names]
+            names = [name for name in schema.names if name not in nullable or name in file.schema_arrow.names]
             parts = [file.read_row_group(i, names, use_threads=False) for i in range(file.num_row_groups)]
             stored = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
-        for name in measures:
+        for name in nullable:
             if name not in names:
-                stored = stored.append_column(name, pa.nulls(len(stored), pa.float32()))
+                stored = stored.append_column(name, pa.nulls(len(stored), schema.field(name).type))
         weights = stored.select(schema.names).cast(schema)
     except FileNotFoundError:
         raise
@@ -152,14 +160,14 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
 
 
 def _check_values(path: pathlib.Path, weights: pa.Table) -> None:
-    """Refuses a table with a null, except in `MEASURES`, or with a number that is not finite or, for a weight, below 0.
+    """Refuses a table with a null, except in `NULLABLE`, or with a number that is not finite or, for a weight, below 0.
 
     Raises:
       DataError: names the row and the column.
     """
     for name in weights.column_names:
         column = weights[name].combine_chunks()
-        wrong = np.zeros(len(column), bool) if name in MEASURES else column.is_null().to_numpy(zero_copy_only=False)
+        wrong = np.zeros(len(column), bool) if name in NULLABLE else column.is_null().to_numpy(zero_copy_only=False)
         if pa.types.is_floating(column.type):
             values = column.fill_null(0).to_numpy()
             wrong |= ~np.isfinite(values) | (values < 0 if name == "weight" else False)

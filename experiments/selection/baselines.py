@@ -159,7 +159,7 @@ def write_ranking(file: pathlib.Path, values: np.ndarray, rows: list[data_rows.R
     weight_table.write(file, table)
     for share in shares:
         kept[share] = file.with_name(f"{file.stem}_{100 * share:g}.jsonl")
-        is_kept = selected_rows.heaviest(table, share)  # in the order of the table, which is that of the rows
+        is_kept = selected_rows.choose(table, share)  # in the order of the table, which is that of the rows
         records.write(kept[share], [row.fields for row in itertools.compress(rows, is_kept)])
     return kept
 

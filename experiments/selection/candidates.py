@@ -15,7 +15,7 @@ from experiments.selection.retraining import Bed
 MIRROR = selection.Selector()
 OURS, LOSS, EXACT = "influence (default)", "loss (the paper's rule)", "exact metagradient"
 ROUGH, OWN = "exact metagradient, rough training", "exact metagradient, own trusted rows"
-TRACKED = "tracked v(ω)"
+TRACKED, RANDOM = "tracked v(ω)", "random"
 CHECKPOINTS = 3
 AVERAGED = 4  # metagradients
 
@@ -117,5 +117,5 @@ CANDIDATES: dict[str, Callable[[Bed, int], np.ndarray]] = {  # (bed, seed of the
     "−ℓ, base model": base_loss,
     "−ℓ, trusted rows": trusted_loss,
     "excess loss": excess_loss,
-    "random": random,
+    RANDOM: random,
 }

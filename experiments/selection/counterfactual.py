@@ -8,22 +8,26 @@ number says is then tried:
   mixtures: of each kind of rows, a share that is drawn uniformly. Halves hold about the same of each kind, so their losses differ
   little. Every subset is trained in two orders; the correlation of the two measurements says how reliable their mean is.
 - Leaving one kind of rows out.
-- Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone.
+- Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone. The default keeps rows as
+  an export does: less than half of them in turns over the trusted rows (`selected_rows.choose`).
 - Weights. Training on all rows, with weights made of the scores: for the exact metagradient as `search` does it, for all others by
   one map, `weights_of`.
 
 The trusted loss is that of rows that no rule has seen. Measurements are kept in WORKDIR/seed_K.json, so the same command continues.
 """
 
+import functools
 import json
 import pathlib
 
 import numpy as np
+import pyarrow as pa
 import tqdm
 from absl import flags
 
 from bilevel_jax import cli, files, presets, ranking, search, similarity
 from bilevel_jax.data.synthetic import bed as kinds
+from bilevel_jax.export import selected_rows
 from experiments import runs
 from experiments.selection import candidates, judgement
 from experiments.selection.retraining import Bed, Measured
@@ -53,7 +57,8 @@ DRAWN = 64  # mixtures
 UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
 IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
-SIMILAR = "similar"
+SIMILAR, NEAREST = "similar", "nearest"
+ALONE, IN_TURNS = "by weight alone", "in turns"  # ways to keep rows, where a rule has both
 NUMBERS = {"plausible": lambda state: -state.surprise, "useful": lambda state: -state.harm}  # of the rows, beside their weights
 
 
@@ -148,23 +153,40 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
     return result
 
 
-def kept_rows(score_N: np.ndarray, share: float) -> np.ndarray:
-    """1.0 for the rows with the highest scores, else 0.0."""
-    kept = np.zeros(len(score_N))
-    kept[ranking.keep_order(score_N)[: round(share * len(score_N))]] = 1.0
+def kept_rows(score_N: np.ndarray, share: float, nearest_N: np.ndarray | None = None) -> np.ndarray:
+    """1.0 for the rows with the highest scores, else 0.0; with `nearest_N` in turns, as in an export."""
+    rank_N = np.empty(len(score_N), np.int64)
+    rank_N[ranking.keep_order(score_N)] = np.arange(1, len(score_N) + 1)
+    nearest = pa.nulls(len(score_N), pa.int32()) if nearest_N is None else pa.array(nearest_N, pa.int32())
+    return selected_rows.choose(pa.table({"rank": rank_N, NEAREST: nearest}), share).astype(float)
+
+
+def ways_to_keep(scores: dict[str, np.ndarray], nearest_N: np.ndarray) -> dict[tuple[str, float], np.ndarray]:
+    """The rows that each rule keeps, by rule and share. Small shares of the default by weight alone and of random rows in turns
+    tell what turns do."""
+    kept = {}
+    for share in KEPT.value:
+        for name, score_N in scores.items():
+            kept[name, share] = kept_rows(score_N, share, nearest_N if name == candidates.OURS else None)
+        if share < selected_rows.TURNS:
+            others = (candidates.OURS, ALONE, None), (candidates.RANDOM, IN_TURNS, nearest_N)
+            kept |= {
+                (f"{name}, {way}", share): kept_rows(scores[name], share, near) for name, way, near in others if name in scores
+            }
     return kept
 
 
-def measure_kept(bed: Bed, record: Record, name: str, score_N: np.ndarray, alone: bool) -> dict[float, list[float]]:
-    """Trusted loss and share of right answers after training on the kept rows, by share."""
-    levels = (0.0, 1.0) if alone else (1.0, 1.0)
-    return {
-        share: record.get(
-            f"kept/{share}/{alone}/{name}",
-            lambda share=share: _pair(bed.measure(bed.train(kept_rows(score_N, share), 0, levels=levels))),
-        )
-        for share in KEPT.value
-    }
+def measure_kept(bed: Bed, record: Record, scores: dict[str, np.ndarray], nearest_N: np.ndarray) -> dict[tuple, dict]:
+    """Trusted loss and share of right answers after training on the kept rows, by (rule, alone) and share."""
+    result: dict[tuple, dict] = {}
+    for (name, share), kept_N in ways_to_keep(scores, nearest_N).items():
+        for alone in (False, True):
+            levels = (0.0, 1.0) if alone else (1.0, 1.0)
+            result.setdefault((name, alone), {})[share] = record.get(
+                f"kept/{share}/{alone}/{name}",
+                lambda kept_N=kept_N, levels=levels: _pair(bed.measure(bed.train(kept_N, 0, levels=levels))),
+            )
+    return result
 
 
 def weights_of(score_N: np.ndarray) -> np.ndarray:
@@ -222,7 +244,8 @@ def measure_seed(seed: int, names) -> dict:
         )
         for name, of in NUMBERS.items()
     }
-    numbers[SIMILAR] = np.array(record.get(SIMILAR, lambda: similarity.measure(bed.config, bed.setup).tolist()))
+    likeness = functools.cache(lambda: similarity.measure(bed.config, bed.setup))
+    numbers[SIMILAR] = np.array(record.get(SIMILAR, lambda: likeness().similar.tolist()))
     result = {
         "joint": measure_joint(bed, record),
         "kinds": measure_kinds(bed, record),
@@ -233,11 +256,8 @@ def measure_seed(seed: int, names) -> dict:
     }
     if CHOOSE.value:
         result["weighted"] = {name: measure_weighted(bed, record, name, score) for name, score in scores.items()}
-        result["kept"] = {
-            (name, alone): measure_kept(bed, record, name, score, alone)
-            for name, score in scores.items()
-            for alone in (False, True)
-        }
+        nearest_N = np.array(record.get(NEAREST, lambda: likeness().nearest.tolist()))
+        result["kept"] = measure_kept(bed, record, scores, nearest_N)
     kind = np.array([row.fields["kind"] for row in bed.setup.lower.rows])
     subsets = {"half": halves(seed, HALVES.value, bed.N), "mixture": mixtures(seed, MIXTURES.value, kind)}
     for subset, masks in subsets.items():
@@ -310,7 +330,7 @@ def _kept_claims(results: dict[int, dict]) -> list[tuple]:
     for name in names:
         pair = (name, candidates.OURS) if name == candidates.EXACT else (candidates.OURS, name)
         for alone in (False, True):
-            for share in KEPT.value:
+            for share in next(iter(results.values()))["kept"][name, alone]:
                 text = f"kept {share:.0%}, {'alone' if alone else 'beside the trusted rows'}: {pair[0]} below {pair[1]}"
                 claims.append((text, *({seed: r["kept"][rule, alone][share][0] for seed, r in results.items()} for rule in pair)))
     return claims
@@ -318,10 +338,12 @@ def _kept_claims(results: dict[int, dict]) -> list[tuple]:
 
 def _kept_lines(results: dict[int, dict], names) -> list[str]:
     lines = []
+    ways = dict.fromkeys(name for result in results.values() for name, _ in result["kept"])
     for alone in (False, True):
         rows = []
-        for name in names:
-            entries = [[result["kept"][name, alone][share][0] for result in results.values()] for share in KEPT.value]
+        for name in ways:
+            kept = [result["kept"][name, alone] for result in results.values()]
+            entries = [[of_seed[share][0] for of_seed in kept if share in of_seed] for share in KEPT.value]
             rows.append([name, *(judgement.interval(values) for values in entries)])
         where = "alone" if alone else "beside the trusted rows"
         lines += [

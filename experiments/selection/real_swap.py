@@ -134,7 +134,7 @@ def measure(bed: Bed, rule: str, swap: str, seed: int) -> dict[str, dict[str, fl
 
 def measure_similar(bed: Bed, swap: str) -> dict[str, dict[str, float]]:
     """`ranked` by `similar`, for which nothing is trained."""
-    return {"similar": ranked(bed, swap, similarity.measure(bed.config, bed.setup))}
+    return {"similar": ranked(bed, swap, similarity.measure(bed.config, bed.setup).similar)}
 
 
 def measure_seed(rows: dict[str, list[dict]], seed: int, rules: tuple[str, ...]) -> dict[tuple[str, str], dict]:

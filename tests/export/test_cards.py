@@ -28,7 +28,7 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     ones = np.ones(len(parsed))
     table = weight_table.table(parsed, np.log(np.arange(1, len(parsed) + 1)), ones, 0 * ones, **measures)
     left_out = selected_rows.smallest(table, "plausible", share)
-    kept = selected_rows.heaviest(table, keep, left_out)
+    kept = selected_rows.choose(table, keep, left_out)
     out = provenance.workdir / "a.jsonl"
     marks = [rows.mark(row, "bad") for row in parsed]
     labels = np.array([kept_rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)

@@ -124,9 +124,10 @@ def test_jsonl_and_parquet(finished, data, tmp_path):
 def measure(workdir, **measures):
     """Writes new columns into the last table of a run, or drops all if there are none."""
     file = max((workdir / "weights").glob("epoch_*.parquet"))
-    table = pyarrow.parquet.read_table(file).drop_columns(list(weight_table.MEASURES))
+    table = pyarrow.parquet.read_table(file)
+    table = table.drop_columns([name for name in weight_table.NULLABLE if name in table.column_names])
     for name, values in measures.items():
-        table = table.append_column(name, pa.array(values, pa.float32()))
+        table = table.append_column(name, pa.array(values, weight_table.SCHEMA.field(name).type))
     pyarrow.parquet.write_table(table, file)
     return table.to_pylist()
 
@@ -166,6 +167,21 @@ def test_dissimilar_rows(copied, tmp_path):
     measure(workdir, plausible=plausible, useful=useful)
     with pytest.raises(ValueError, match=r"^--drop_dissimilar: .* has no `similar` \(eval.similar=False, few trusted rows or an"):
         command(f"--workdir={workdir}", f"--selected={out}", "--drop_dissimilar=0.1")
+
+
+def test_a_small_share_covers_the_trusted_rows(copied, tmp_path):
+    workdir, _ = copied
+    out = tmp_path / "kept.jsonl"
+    arguments = f"--workdir={workdir}", f"--selected={out}", "--keep=0.2"
+    measure(workdir)
+    assert "by weight alone" in command(*arguments) and "in turns" not in out.with_suffix(".card.md").read_text()
+    records = measure(workdir, nearest=np.arange(TRAINED) % 3)
+    assert "in turns over the trusted rows" in command(*arguments)
+    assert "in turns over the trusted rows" in out.with_suffix(".card.md").read_text()
+    half = sorted(range(TRAINED), key=lambda i: records[i]["rank"])[: round(TRAINED / 2)]
+    firsts = {min((i for i in half if i % 3 == j), key=lambda i: records[i]["rank"]) for j in range(3)}
+    assert {records[i]["rank"] for i in firsts} <= {row["rank"] for row in read_jsonl(out)}
+    assert "turns" not in command(*arguments[:2], "--keep=0.5")
 
 
 def test_tables_of_earlier_versions(copied, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from bilevel_jax.data import by_turn, rows, templates
@@ -124,7 +125,7 @@ def measured(plausible, logits, useful=None):
 def test_implausible_rows_are_left_out(keep, share, expected):
     """Weights rise with the index."""
     _, table = measured([0.2, 0, 0.2, 0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.5], np.arange(10.0))
-    kept = selected_rows.heaviest(table, keep, selected_rows.smallest(table, "plausible", share))
+    kept = selected_rows.choose(table, keep, selected_rows.smallest(table, "plausible", share))
     assert np.flatnonzero(kept).tolist() == list(expected)
 
 
@@ -134,24 +135,66 @@ def test_implausible_rows_of_many():
     parsed, table = measured(plausible, logits, useful=rng.normal(size=200))
     rest = np.argsort(plausible)[50:]
     heaviest = rest[np.argsort(-logits[rest])][:100]
-    indices = np.flatnonzero(selected_rows.heaviest(table, 0.5, selected_rows.smallest(table, "plausible", 0.25)))
+    indices = np.flatnonzero(selected_rows.choose(table, 0.5, selected_rows.smallest(table, "plausible", 0.25)))
     assert indices.tolist() == sorted(heaviest)
     kept = selected_rows.with_weights([parsed[i] for i in indices], selected_rows.numbers(table), indices)
     np.testing.assert_allclose([one.plausible for one in kept], plausible[np.sort(heaviest)], rtol=1e-6)
     assert [one.useful for one in kept] == table["useful"].to_numpy()[np.sort(heaviest)].tolist()
 
 
+@pytest.mark.parametrize(
+    "keep, left_out, expected",
+    [
+        (0.5, [], [7, 8, 9, 10, 11, 12, 13]),  # half: the heaviest
+        (
+            0.43,
+            [],
+            [7, 9, 10, 11, 12, 13],
+        ),  # the first turn has 13, 11 and 7, the second one 12 and 9, the third one 10, the last 8
+        (0.29, [], [7, 11, 12, 13]),
+        (0.21, [], [7, 11, 13]),
+        (0.07, [], [13]),
+        (0.21, [11, 13], [7, 9, 12]),  # half of all rows without them: 12 to 5
+    ],
+)
+def test_a_small_share_takes_turns(keep, left_out, expected):
+    """14 rows whose weights rise with the index. Of the heaviest half 13, 12 and 10 are nearest to the trusted row 4; 11, 9 and 8
+    to 0; 7 to 2."""
+    nearest = np.array([0, 1, 2, 3, 4, 4, 2, 2, 0, 0, 4, 0, 4, 4], np.int32)
+    parsed = parse([{"question": f"{i}", "response": "x"} for i in range(14)])
+    table = weight_table.table(parsed, np.arange(14.0), np.zeros(14), np.zeros(14), nearest=nearest)
+    kept = selected_rows.choose(table, keep, np.isin(np.arange(14), left_out) if left_out else None)
+    assert np.flatnonzero(kept).tolist() == expected
+    assert selected_rows.takes_turns(table, keep) == (keep < 0.5)
+    by_weight = selected_rows.choose(table.set_column(7, "nearest", pa.nulls(14, pa.int32())), keep)
+    assert np.flatnonzero(by_weight).tolist() == list(range(14))[-round(14 * keep) :]
+
+
+def test_turns_of_many():
+    """Against the plain loop: each trusted row in turn takes its heaviest row that is left."""
+    rng = np.random.default_rng(0)
+    logits, nearest = rng.normal(size=300), rng.integers(40, size=300).astype(np.int32)
+    parsed = parse([{"question": f"{i}", "response": "x"} for i in range(300)])
+    table = weight_table.table(parsed, logits, np.zeros(300), np.zeros(300), nearest=nearest)
+    left, expected = list(np.argsort(-logits)[:150]), []
+    while len(expected) < 75:
+        turn = list({nearest[i]: i for i in reversed(left)}.values())  # the heaviest of each
+        expected += sorted(turn, key=lambda i: -logits[i])
+        left = [i for i in left if i not in turn]
+    assert np.flatnonzero(selected_rows.choose(table, 0.25)).tolist() == sorted(expected[:75])
+
+
 def test_leaving_all_out_is_refused():
     _, table = measured([0.5, 0.6], [0.0, 1.0])
     with pytest.raises(rows.DataError, match=r"--keep=0.5 keeps none of 2 rows without the 2 that are left out$"):
-        selected_rows.heaviest(table, 0.5, selected_rows.smallest(table, "plausible", 0.8))
+        selected_rows.choose(table, 0.5, selected_rows.smallest(table, "plausible", 0.8))
 
 
 def test_keeping_nothing_is_refused():
     parsed = parse(MIXED)
     table = weight_table.table(parsed, [0.0] * 4, [1] * 4, [False] * 4)
     with pytest.raises(rows.DataError, match="none of 4 rows"):
-        selected_rows.heaviest(table, 0.1)
+        selected_rows.choose(table, 0.1)
 
 
 # --------------------------------------------------------------------------------------------------------------------

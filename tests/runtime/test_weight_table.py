@@ -25,7 +25,8 @@ def make(rows, logits=LOGITS):
 
 def test_columns(rows):
     table = make(rows)
-    assert table.column_names == ["id", "weight", "logit", "rank", "plausible", "useful", "similar", "visits", "masked", "source"]
+    measures = "plausible", "useful", "similar", "nearest"
+    assert table.column_names == ["id", "weight", "logit", "rank", *measures, "visits", "masked", "source"]
     columns = table.to_pydict()
     sigma = np.exp(LOGITS) / np.exp(LOGITS).sum()
     np.testing.assert_allclose(columns["weight"], 5 * sigma, rtol=1e-6)
@@ -59,8 +60,12 @@ def test_measures(rows, tmp_path):
     assert table["useful"].to_pylist() == [1.5, -2, 0, 0, 1] and weight_table.known_measures(table) == ["plausible", "useful"]
     table = weight_table.table(rows, LOGITS, zeros, zeros, loss, similar=np.arange(5) - 2)
     assert table["similar"].to_pylist() == [-2, -1, 0, 1, 2] and weight_table.known_measures(table) == ["plausible", "similar"]
+    table = weight_table.table(rows, LOGITS, zeros, zeros, loss, nearest=np.array([3, 0, 0, 7, 1], np.int32))
+    assert table["nearest"].to_pylist() == [3, 0, 0, 7, 1] and weight_table.known_measures(table) == ["plausible"]
     table = weight_table.table(rows, LOGITS, zeros, zeros, loss)
-    assert table["useful"].null_count == 5 and weight_table.known_measures(table) == ["plausible"]
+    assert (
+        table["nearest"].null_count == 5 and table["useful"].null_count == 5 and weight_table.known_measures(table) == ["plausible"]
+    )
 
 
 def test_blocks_are_parts_of_one_table(rows, tmp_path, monkeypatch):
@@ -83,11 +88,11 @@ def test_a_table_of_one_block_is_one_row_group(rows, tmp_path):
 
 
 def test_tables_of_earlier_versions(rows, tmp_path):
-    old = make(rows).drop_columns([*weight_table.MEASURES])
+    old = make(rows).drop_columns([*weight_table.NULLABLE])
     weight_table.write(tmp_path / "weights" / "epoch_1.parquet", old)
     table = weight_table.latest(tmp_path)
     assert table.schema == weight_table.SCHEMA and weight_table.known_measures(table) == []
-    assert table.drop_columns([*weight_table.MEASURES]).equals(old)
+    assert table.drop_columns([*weight_table.NULLABLE]).equals(old)
 
 
 WEIGHT = [[0.5, 1.5], [2.0, 0.4, 0.6], [1.0]]
