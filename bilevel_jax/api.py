@@ -141,6 +141,7 @@ class Run:
             plausible, useful     how likely the model finds the response; how much the row helps the trusted rows, below 0 if it
                                   harms them; missing where they are not known
             similar               how much question and answer are like those of the trusted rows, 0 on average
+            nearest               the trusted row that it is most like, by its index among those that the run trained on
             visits, masked        steps that used the row; whether the model answered its question itself
             source                the field of that name
             question, response    of the data

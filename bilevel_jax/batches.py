@@ -19,7 +19,7 @@ class StepBatch(NamedTuple):
     ids: list[str]  # the row of each entry
     store_index: np.ndarray  # [n] index of each entry in the response store, -1 for responses of the data
     num_tokens: int
-    slots: np.ndarray | None = None  # [n] of `frozen.Slots`, -1 for generated responses; None where no layer is frozen
+    slots: np.ndarray | None = None  # [n] of `frozen.SegmentSlots`, -1 for generated responses; None where no layer is frozen
 
 
 def row_segments(level: levels.Level, i: int, share: float, group: int, row_index: int = -1) -> list[packing.Segment]:
@@ -41,7 +41,7 @@ def make_batch(
     layout: packing.Layout,
     k: int,
     store: online.ResponseStore,
-    row_slots: frozen.Slots | None = None,
+    row_slots: frozen.SegmentSlots | None = None,
 ) -> StepBatch:
     """The packed batch of step k; with `row_slots`, the slots of its entries too."""
     size, segments, ids, store_index, slots = config.batch.size, [], [], [], []

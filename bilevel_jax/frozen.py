@@ -54,7 +54,7 @@ def num_tokens(*of: levels.Level) -> int:
     return sum(int(sequences.sizes(level.examples).sum()) for level in of)
 
 
-class Slots:
+class SegmentSlots:
     """Numbers for the segments of the data: those of the upper level first, two for a pair.
 
     Args:
@@ -197,7 +197,7 @@ def make(
     base,
     adapter,
     mesh: jax.sharding.Mesh,
-    slots: Slots,
+    slots: SegmentSlots,
     directory: pathlib.Path | None,
     resumed: bool,
 ) -> FrozenLayers | None:

@@ -280,7 +280,7 @@ def compile_program(
     layout = batch_layout(config)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper, lower = setup.upper, setup.lower
-    slots = frozen.Slots(upper, lower)
+    slots = frozen.SegmentSlots(upper, lower)
     layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, slots, directory, resumed)
     batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_slots=slots if layers else None)
     with jax.set_mesh(mesh):

@@ -28,7 +28,7 @@ SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file for the 
 KEEP = flags.DEFINE_float(
     "keep",
     0.8,
-    "Share of the rows to keep: the heaviest, or, below 0.5, rows of the heaviest half in turns over the trusted rows they are like.",
+    "Share of the rows to keep: the heaviest, or, below 0.5, rows of the heaviest half in turns over the trusted rows.",
     flag_values=FLAGS,
 )
 DROP_IMPLAUSIBLE = flags.DEFINE_float(

@@ -17,7 +17,7 @@ from bilevel_jax import files
 from bilevel_jax.data import rendering
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import corners, plots, run_data, shown_rows
-from bilevel_jax.report.run_data import Run
+from bilevel_jax.report.run_data import RunData
 from bilevel_jax.runtime import weight_table
 from bilevel_jax.text import one_line, say, visible
 
@@ -48,7 +48,7 @@ def text_of(text: str) -> Text:
     return Text(one_line(text, SHORT), visible(text[:LONG]), max(0, len(text) - LONG))
 
 
-def _learned_earlier(run: Run, row: data_rows.Row, masked: bool) -> bool:
+def _learned_earlier(run: RunData, row: data_rows.Row, masked: bool) -> bool:
     """Whether the run learned the answers before the response of a row."""
     # Runs of earlier versions have no such keys.
     one_answer = run.config.data.learn == "last" or run.config.selection.unit == "turn"
@@ -63,7 +63,7 @@ def _marked_question(row: data_rows.Row) -> str:
     return "\n\n".join(answer.format(text) if role == "assistant" and text.strip() else text for role, text in row.messages)
 
 
-def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
+def row_cells(run: RunData, table: Mapping[str, np.ndarray], i: int) -> dict:
     """Row `i` of a weight table, with the texts of the row, as the template shows it."""
     row = run.rows.get(table["id"][i])
     label = run.config.data.label
@@ -84,20 +84,20 @@ def row_cells(run: Run, table: Mapping[str, np.ndarray], i: int) -> dict:
     }
 
 
-def extremes(run: Run, epoch: int) -> tuple[list[dict], list[dict]]:
+def extremes(run: RunData, epoch: int) -> tuple[list[dict], list[dict]]:
     """The heaviest rows of an epoch, heaviest first, and the lightest rows, lightest first."""
     table = run.tables[epoch]
     first, last = shown_rows.extremes(table)
     return [row_cells(run, table, i) for i in first], [row_cells(run, table, i) for i in last]
 
 
-def unlike_rows(run: Run) -> list[dict]:
+def unlike_rows(run: RunData) -> list[dict]:
     """The rows of the last epoch that are least like the trusted ones."""
     table = run.tables[max(run.tables)]
     return [row_cells(run, table, i) for i in shown_rows.unlike(table)]
 
 
-def corner_rows(run: Run) -> list[tuple[corners.Corner, list[dict]]]:
+def corner_rows(run: RunData) -> list[tuple[corners.Corner, list[dict]]]:
     """The corners of the last epoch, each with its most extreme rows."""
     table = run.tables[max(run.tables)]
     split = corners.split(table, run_data.labels(run), run_data.in_data(run))
@@ -119,7 +119,7 @@ def _tinted_pieces(text: str, token_weights: Mapping) -> list[tuple[str, int]]:
     return pieces
 
 
-def token_weighted_responses(run: Run) -> list[dict]:
+def token_weighted_responses(run: RunData) -> list[dict]:
     """The responses whose token weights have the smallest ESS/T, with tinted pieces."""
     if run.tokens is None:
         return []
@@ -135,7 +135,7 @@ def token_weighted_responses(run: Run) -> list[dict]:
     return responses
 
 
-def compared_responses(run: Run) -> list[dict]:
+def compared_responses(run: RunData) -> list[dict]:
     """Masked rows whose latest generated response has the fewest words in common with that of the data; ties by weight."""
     table = run.tables[max(run.tables)]
     latest: dict[str, dict] = {}
@@ -162,7 +162,7 @@ def compared_responses(run: Run) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def method_text(run: Run) -> str:
+def method_text(run: RunData) -> str:
     """What the run did, for a reader who does not know the method."""
     if run.config.method == "mixing":
         return (
@@ -181,7 +181,7 @@ def method_text(run: Run) -> str:
     return f"Data selection with self-refinement: {weights}, and the model regenerated the responses of {which}."
 
 
-def _first_and_last(run: Run, key: str) -> tuple[float, float] | None:
+def _first_and_last(run: RunData, key: str) -> tuple[float, float] | None:
     """A held-out loss before training and at the end."""
     values = run_data.series(run.events, f"eval/{key}")[1]
     if len(values) < 2:
@@ -205,7 +205,7 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
     return text if right is None else f"{text} Of their questions {right[0]:.1%} were answered right before, {right[1]:.1%} after."
 
 
-def best_text(run: Run) -> str:
+def best_text(run: RunData) -> str:
     """Which step the adapter is of, where it is not the last one (`eval.keep_best`)."""
     best, steps = run.summary.get("best_step"), run.summary.get("steps")
     if not run.config.eval.keep_best or best is None or best == steps:
@@ -213,7 +213,7 @@ def best_text(run: Run) -> str:
     return f" The adapter is that of step {best:.0f} of {steps:.0f}, where the loss on trusted rows was lowest."
 
 
-def tiles(run: Run) -> list[tuple[str, str, str]]:
+def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(name, value, note) of the numbers at the head of the page."""
     cells = []
     losses = {"upper_loss": "Loss on trusted rows", "lower_clean_loss": "Mixture, right answers"}
@@ -247,7 +247,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 Panels = list[tuple[str, str]]  # (title, SVG)
 
 
-def loss_panels(run: Run) -> Panels:
+def loss_panels(run: RunData) -> Panels:
     panels = []
     for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
         held_out = {"held out": run_data.series(run.events, f"eval/{level}_loss")}
@@ -260,14 +260,14 @@ def loss_panels(run: Run) -> Panels:
     return panels
 
 
-def _kinds(run: Run, bad: np.ndarray | None, values: np.ndarray) -> dict[str, np.ndarray]:
+def _kinds(run: RunData, bad: np.ndarray | None, values: np.ndarray) -> dict[str, np.ndarray]:
     """Values of other rows and of bad rows, by name; empty unless there are both."""
     if bad is None or not bad.any() or bad.all():
         return {}
     return {"other rows": values[~bad], f"marked {one_line(run.config.data.label, 12)}": values[bad]}
 
 
-def weight_panels(run: Run) -> Panels:
+def weight_panels(run: RunData) -> Panels:
     panels = []
     ess = run_data.series(run.events, "selector/ess")
     if len(ess[0]) > 1:
@@ -290,7 +290,7 @@ def weight_panels(run: Run) -> Panels:
     return panels
 
 
-def corner_panels(run: Run) -> Panels:
+def corner_panels(run: RunData) -> Panels:
     """Plausible and useful of each row, or plausible and weight where useful is not known."""
     table = run.tables[max(run.tables)] if run.tables else {}
     if not table or not corners.measures(table):
@@ -305,7 +305,7 @@ def corner_panels(run: Run) -> Panels:
     return [(title, plots.scatter(title, ("plausible", "useful" if has_useful else "weight (mean 1)"), kinds, lines))]
 
 
-def source_panels(run: Run) -> Panels:
+def source_panels(run: RunData) -> Panels:
     if not run.tables:
         return []
     moved = sorted(run_data.source_shares(run)[:MAX_FIGURE_SOURCES], key=lambda item: item[2][0] - item[2][-1])
@@ -316,7 +316,7 @@ def source_panels(run: Run) -> Panels:
     return [(title, plots.sources(title, names, np.stack([shares for _, _, shares in moved])))]
 
 
-def figures(run: Run, lengths: Mapping[str, list[float]]) -> dict[str, list[tuple[str, markupsafe.Markup]]]:
+def figures(run: RunData, lengths: Mapping[str, list[float]]) -> dict[str, list[tuple[str, markupsafe.Markup]]]:
     """(title, SVG) of the figures of each section. A section without data has no figures."""
     panels = {
         "losses": loss_panels(run),
@@ -338,7 +338,7 @@ def figures(run: Run, lengths: Mapping[str, list[float]]) -> dict[str, list[tupl
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def empty_reasons(run: Run, compared: list[dict]) -> dict[str, str]:
+def empty_reasons(run: RunData, compared: list[dict]) -> dict[str, str]:
     """Why a section is empty, in one line; "" for a section with content."""
     reasons = dict.fromkeys(("losses", "weights", "sources", "rows", "corners", "lengths", "responses", "time"), "")
     if not run.events:
@@ -366,7 +366,7 @@ def empty_reasons(run: Run, compared: list[dict]) -> dict[str, str]:
     return reasons
 
 
-def render(run: Run) -> str:
+def render(run: RunData) -> str:
     """The report as HTML."""
     environment = jinja2.Environment(
         autoescape=True,

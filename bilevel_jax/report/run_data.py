@@ -26,7 +26,7 @@ UNLABELLED, MISSING = -1, -2
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class RunData(NamedTuple):
     """The content of a workdir."""
 
     name: str
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     tokens: pa.Table | None = None  # weights of tokens, or None
 
 
-def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> Run:
+def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> RunData:
     """Reads a workdir.
 
     Args:
@@ -72,7 +72,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         except (ValueError, OSError) as error:
             by_id, labels[:], words[:] = {}, MISSING, np.nan
             notice = f"The rows cannot be read, so their ids are shown instead of their texts ({error})."
-    return Run(
+    return RunData(
         name=workdir.resolve().name,
         config=config,
         summary=stored.read_summary(workdir) if (workdir / "summary.json").exists() else {},
@@ -156,22 +156,22 @@ def series(events: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def has_ranking(run: Run) -> bool:
+def has_ranking(run: RunData) -> bool:
     """Whether the weights differ. A frozen selector leaves all weights equal, and their order means nothing."""
     return any(np.ptp(table["weight"]) > 0 for table in run.tables.values())
 
 
-def labels(run: Run) -> np.ndarray | None:
+def labels(run: RunData) -> np.ndarray | None:
     """Which rows of the tables are marked bad in the data, [N] bool; None if no row has the label."""
     return run.labels == 1 if (run.labels >= 0).any() else None
 
 
-def in_data(run: Run) -> np.ndarray:
+def in_data(run: RunData) -> np.ndarray:
     """Which rows of the tables are in the data, [N] bool."""
     return run.labels != MISSING
 
 
-def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
+def epoch_metrics(run: RunData, epoch: int) -> dict[str, float]:
     """ESS/N, range and masked share of an epoch's weights. With labels also AUROC and the two shares of bad rows.
 
     `bad_kept` is the share of the bad rows that are kept; `bad_among_kept` is the share of the kept rows that are bad.
@@ -194,7 +194,7 @@ def epoch_metrics(run: Run, epoch: int) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def source_shares(run: Run) -> list[tuple[str, int, np.ndarray]]:
+def source_shares(run: RunData) -> list[tuple[str, int, np.ndarray]]:
     """(source, number of rows, shares [1 + epochs]) of each source, the largest change first.
 
     The first share is that of the rows, the others are shares of the total weight after each epoch.
@@ -218,7 +218,7 @@ class Repeated(NamedTuple):
     held_out: int  # training rows left out as copies of held-out ones
 
 
-def repeated_rows(run: Run) -> list[Repeated]:
+def repeated_rows(run: RunData) -> list[Repeated]:
     """What the summary says about duplicates and overlap, by level; empty without any."""
     levels_with_some = []
     for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
@@ -234,7 +234,7 @@ def repeated_rows(run: Run) -> list[Repeated]:
     return levels_with_some
 
 
-def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:
+def responses_in_use(run: RunData, epoch: int) -> dict[str, list[str]]:
     """The generated responses that replaced those of the data at the end of an epoch, by row id."""
     if not run.responses:
         return {}
@@ -248,7 +248,7 @@ def responses_in_use(run: Run, epoch: int) -> dict[str, list[str]]:
     return texts
 
 
-def response_lengths(run: Run, share: float = 0.1) -> dict[str, list[float]]:
+def response_lengths(run: RunData, share: float = 0.1) -> dict[str, list[float]]:
     """Mean words of the responses in use, by epoch: of the `share` heaviest rows, of all rows, of the `share` lightest rows."""
     means = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
     answered = {response["id"] for response in run.responses}
@@ -275,7 +275,7 @@ def words_in_common(a: str, b: str) -> float:
     return 2 * (first & second).total() / total if total else 1.0
 
 
-def time_split(run: Run) -> dict[str, float]:
+def time_split(run: RunData) -> dict[str, float]:
     """Seconds by activity, the longest first. The report's own time is left out, so that a report can be reproduced exactly."""
     seconds = {key.removeprefix("time/"): value for key, value in run.summary.items() if key.startswith("time/")}
     seconds.pop("report", None)

@@ -26,7 +26,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     optimizer = configuration.to_optimizer(config, rounds)
     influence = step.measures_influence(objective, selector)
     layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=influence)
-    slots, store = frozen.Slots(upper, lower), online.empty(len(lower.rows))
+    slots, store = frozen.SegmentSlots(upper, lower), online.empty(len(lower.rows))
     hosts = [batches.make_batch(config, upper, lower, layout, k, store, slots) for k in range(rounds)]
     targets = lora.resolve_targets(model, config.lora.targets)
     scales = batches.level_scales(config, 0)

@@ -282,7 +282,7 @@ def test_lengths_by_difficulty(tmp_path, monkeypatch):
             given[f"{level}{i}"] = rows.Row(f"{level}{i}", "", (("user", f"{i}?"),), text, None, "", {"difficulty": level}, i, "")
     responses = [{"id": "easy1", "text": "an early one"}, {"id": "easy1", "text": "a late one indeed"}]
     table = {1: {"id": np.array(list(given))}}
-    data = run_data.Run("", None, {}, [], table, responses, rows={}, labels=np.zeros(3), words=np.zeros(3), notice="")
+    data = run_data.RunData("", None, {}, [], table, responses, rows={}, labels=np.zeros(3), words=np.zeros(3), notice="")
     monkeypatch.setattr(table9.run_data, "read", lambda workdir: data)
     monkeypatch.setattr(table9.measures, "rows_of", lambda workdir: given)
     run = comparing.Run(tmp_path, {})
