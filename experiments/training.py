@@ -1,6 +1,6 @@
 """Does a schedule, clipping and keeping the best adapter help? `python -m experiments.training --seeds=5`.
 
-Runs of `configs/safety.py` with `method=offline`, on fewer rows. One has a constant learning rate, the other one a linear
+Runs of `configs/safety.py` with `method=offline`. One has a constant learning rate, the other one a linear
 schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on other seeds than
 those reported. A third one has the constant rate of the config. The trusted loss is that of 2,000 rows that no run has seen, so
 that choosing an adapter by held-out rows does not bias it.
@@ -27,16 +27,18 @@ FLAGS = flags.FlagValues()
 SEEDS = flags.DEFINE_integer("seeds", 5, "Number of reported seeds.", lower_bound=2, flag_values=FLAGS)
 CONFIG = flags.DEFINE_string("config", "configs/safety.py", "Config file and tier.", flag_values=FLAGS)
 WORKDIR = flags.DEFINE_string("workdir", "runs/training", "Directory of the runs.", flag_values=FLAGS)
+NUM_UPPER = flags.DEFINE_integer("num_upper", 400, "Trusted rows of a run, with the held-out ones.", 1, flag_values=FLAGS)
+NUM_LOWER = flags.DEFINE_integer("num_lower", 800, "Rows to select from, with the held-out ones.", 1, flag_values=FLAGS)
+RATES = flags.DEFINE_multi_float(
+    "rate", [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "A learning rate to choose from.", flag_values=FLAGS
+)
 PAGE = flags.DEFINE_string("page", "training", "Name of the page in experiments/results.", flag_values=FLAGS)
 
 NUM_TEST = 2000
 TEST_SEED = 900  # + the seed of the run: rows that it has not seen
 TUNING_SEEDS = (100, 101)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 COMMON = {
     "method": "offline",
-    "data.num_upper": 400,
-    "data.num_lower": 800,
     "eval.num_upper": 200,
     "eval.num_lower": 100,
     "log.tensorboard": False,
@@ -79,8 +81,9 @@ def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 
 def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str, float]:
     """The `test_losses` of one run, which is made if it is not there."""
-    settings = COMMON | {"seed": seed, "optimizer.learning_rate": rate} | settings
-    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in COMMON))
+    sizes = {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
+    settings = COMMON | sizes | {"seed": seed, "optimizer.learning_rate": rate} | settings
+    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in COMMON | sizes))
     cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
     result = runs.run_cell(cell)
     if isinstance(result, str):
@@ -93,7 +96,7 @@ def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str,
 
 def choose(settings: Mapping[str, object]) -> dict[float, float]:
     """Mean trusted loss by learning rate on the seeds that are not reported."""
-    return {rate: float(np.mean([measure(settings, rate, seed)["left"] for seed in TUNING_SEEDS])) for rate in RATES}
+    return {rate: float(np.mean([measure(settings, rate, seed)["left"] for seed in TUNING_SEEDS])) for rate in RATES.value}
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def main() -> None:
     lines = [
         " ".join(__doc__.split("\n\n")[1].split()),
         "",
-        f"The other run has {described}.",
+        f"The other run has {described}. {NUM_UPPER.value} trusted rows, {NUM_LOWER.value} to select from, with the held-out ones.",
         "",
         f"{SEEDS.value} seeds, means with 95% intervals:",
         "",
@@ -130,7 +133,7 @@ def main() -> None:
         f"Choice of the learning rate, mean trusted loss of the seeds {' and '.join(map(str, TUNING_SEEDS))}:",
         "",
         *runs.markdown(
-            ["setting", *(f"{rate:g}" for rate in RATES)],
+            ["setting", *(f"{rate:g}" for rate in RATES.value)],
             [[name, *(f"{loss:.4f}" for loss in by_rate.values())] for name, by_rate in tuning.items()],
         ),
     ]
