@@ -12,7 +12,16 @@ from bilevel_jax.runtime.workdir import read_config
 LOSSES = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
 RIGHT = {"upper_right": "trusted rows", "lower_clean_right": "mixture"}
 PAIRS = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
-FILES = "weights/*.parquet, metrics.jsonl, summary.json, tensorboard/"
+FILES = {  # in a workdir, as they are named to the user
+    "report.html": "report.html (open it in a browser)",
+    "adapter": "adapter/ (PEFT)",
+    "model": "model/",
+    "weights": "weights/*.parquet",
+    "responses.jsonl": "responses.jsonl",
+    "metrics.jsonl": "metrics.jsonl",
+    "summary.json": "summary.json",
+    "tensorboard": "tensorboard/",
+}
 
 
 def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
@@ -37,8 +46,7 @@ def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
     seconds = {key.removeprefix("time/"): value for key, value in summary.items() if key.startswith("time/")}
     lines += ["", f"{'seconds':<34}" + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())]
     lines += _least_trusted(workdir)
-    learned = "model/" if (workdir / "model").exists() else "adapter/ (PEFT)"
-    lines += ["", f"in {workdir}: report.html (open it in a browser), {learned}, {FILES}"]
+    lines += ["", f"in {workdir}: {', '.join(text for name, text in FILES.items() if (workdir / name).exists())}"]
     return "\n".join(lines)
 
 

@@ -81,6 +81,12 @@ def questions(workdir) -> list[str]:
     return [line[50:] for line in table[table.index("least trusted rows") :].splitlines()[1:6]]
 
 
+def test_only_files_that_are_there_are_named(workdir):
+    (workdir / "summary.json").touch()
+    (workdir / "adapter").mkdir()
+    assert summary_table.summary_table({}, workdir).endswith(f"in {workdir}: adapter/ (PEFT), weights/*.parquet, summary.json")
+
+
 def test_least_trusted_rows(workdir):
     assert questions(workdir) == [make_rows(12, seed=0)[i]["question"] for i in (2, 3, 5, 7, 4)]
 
