@@ -192,7 +192,7 @@ class Run:
           export.
 
         Raises:
-          ValueError: an argument is out of range, or a field has values of several types.
+          ValueError: an argument is out of range, or a field has values that a Dataset cannot hold, such as some of several types.
           FileNotFoundError: the run is not finished.
         """
         import datasets
@@ -219,8 +219,8 @@ class Run:
                     values.append(record.get(name))
             try:
                 return datasets.Dataset.from_dict(columns)
-            except pyarrow.ArrowException as error:
-                raise ValueError(f"a field has values of several types, which a Dataset cannot hold ({error})") from error
+            except (pyarrow.ArrowException, OverflowError) as error:
+                raise ValueError(f"a field has values that a Dataset cannot hold ({error})") from error
 
     def report(self) -> "Report":
         """The report of the run, which a notebook shows inline: losses, weights, sources, most and least trusted rows.

@@ -84,6 +84,10 @@ def _check_responses(config: Config) -> None:
     require(bool(o.reward), f"{objective_is} compares responses by online.reward, which is empty; name one")
     require(o.num_samples > 1, f"{objective_is} compares responses: online.num_samples={o.num_samples} must be at least 2")
     require(
+        o.temperature > 0 or o.objective == "sft",
+        f"{objective_is} compares responses, and online.temperature=0 gives {o.num_samples} equal ones; take a temperature above 0",
+    )
+    require(
         o.response_weight != "softmax",
         f"online.response_weight=softmax compares responses, as {objective_is} does already; take sequence, geometric or none",
     )

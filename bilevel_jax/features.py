@@ -39,6 +39,7 @@ WIDTH = 64  # d
 NUM_CANONICAL = 8  # r, pairs of canonical variates
 NUM_SCREENED = 32  # principal directions of the trusted rows to which the canonical variates are restricted
 RIDGE = 0.05  # added to the variances along these directions, which sum to at most 1
+CONSTANT = 1e-4  # spread of a dimension, as a part of the usual size of hidden states, below which it is left out
 NUM_PAIRED = 8  # k, directions of question and answer whose products enter the log density ratio
 DENSITY_RATIO_RIDGE = 0.3  # on the weights of the log density ratio
 CCA_SCORE_SPREAD, DENSITY_RATIO_SPREAD = 1.0, 0.3  # the variances of the other features sum to 1 for questions and for answers
@@ -136,9 +137,14 @@ def _project(raw_nx2xD: np.ndarray, mean_2xD: np.ndarray, directions_2xDxd: np.n
 
 def _principal(raw_nx2xD: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean [2, D] and principal directions [2, D, number] of hidden states that are scaled to unit variance in each of the D
-    dimensions and divided by √D: the variances along all directions sum to 1. Directions after the D-th are 0."""
+    dimensions and divided by √D: the variances along all directions sum to 1. Directions after the D-th are 0.
+
+    A dimension in which the rows hardly differ, as where all have the same question, is left out: divided by its spread, other rows
+    would be very far away."""
     n, _, D = raw_nx2xD.shape
     mean, spread = raw_nx2xD.mean(0), raw_nx2xD.std(0) + 1e-6
+    size_2x1 = np.median(np.sqrt((raw_nx2xD**2).mean(0)), axis=1, keepdims=True)
+    spread = np.where(spread > CONSTANT * size_2x1 + 1e-6, spread, np.float32(np.inf))
     directions = np.zeros((2, D, number), np.float32)
     for part in range(2):
         scaled_nxD = (raw_nx2xD[:, part] - mean[part]) / spread[part]

@@ -171,6 +171,7 @@ def stored(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows], w
             raise RunError(f"{workdir} holds a run of {what}; give another workdir, or overwrite=True")
     if folder.exists() and not file.exists():
         raise RunError(f"{folder} exists, and no run made it; give another workdir")
+    is_new, is_of_others = not folder.exists(), (workdir / CONFIG).exists()
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(file, files.to_json(now, indent=2) + "\n")
     try:
@@ -181,9 +182,11 @@ def stored(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows], w
                 if not os.path.exists(config.data[name]) or _digest(config.data[name]) != level.digest:
                     shutil.move(level.source, config.data[name])
         yield
-    finally:
-        if not (workdir / CONFIG).exists():
-            shutil.rmtree(folder)
+    except BaseException:
+        # A run that has begun needs the rows to go on. A folder that was there may be that of another call, which still starts.
+        if is_new and (is_of_others or not (workdir / CONFIG).exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def remove_run(workdir: pathlib.Path, config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> None:

@@ -185,7 +185,7 @@ def response_segments(
       group: number of the question in its step.
       objective: `sft`: all responses; `rwr`, `reinforce`: all, with their rewards; `best_of`: the best one; `dpo`, `ipo`: the
         best and the worst as a pair, or the best alone, without a sign, where there is no pair.
-      max_pair_tokens: limit on the tokens of a pair, each response with the prompt; a longer pair is treated as no pair.
+      max_pair_tokens: limit on the tokens of a pair, each response with the prompt; a question with a longer one has no segment.
     """
     indices = store.by_row.get(row, [])
     if not indices:
@@ -200,7 +200,9 @@ def response_segments(
         return [segment(i, share / len(indices), reward=float(store.reward[i])) for i in indices]
     best, worst = best_and_worst(store, row)
     fits = 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst]) <= max_pair_tokens
-    if objective == "best_of" or best == worst or not fits:
+    if objective != "best_of" and not fits:
+        return []
+    if objective == "best_of" or best == worst:
         return [segment(best, share)]
     signs = ((best, 1), (worst, -1))
     return [segment(i, share, sign=sign, reference=float(store.reference[i])) for i, sign in signs]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -37,7 +38,7 @@ def read(file: pathlib.Path) -> np.ndarray | None:
     """What `write` wrote; None if the file is absent or damaged."""
     try:
         stored = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return stored if isinstance(stored, np.ndarray) and stored.dtype == np.float64 else None
 

@@ -52,10 +52,8 @@ def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[st
         if missing:
             raise RewardError(f"online.reward=truth: row {missing.id} has no right response; name its field with data.truth")
         reward = _truth
-    elif pathlib.Path(name).is_dir():
-        reward = classifier(pathlib.Path(name))
     elif name != "likelihood":
-        reward = load(name)
+        reward = classifier(pathlib.Path(name)) if pathlib.Path(name).is_dir() else load(name)
 
     def reward_fn(generations: Sequence, log_prob: np.ndarray) -> np.ndarray:
         if name == "likelihood":
@@ -147,7 +145,7 @@ def classifier(directory: pathlib.Path) -> Reward:
 def _check_one_label(directory: pathlib.Path, prefix: str) -> None:
     try:
         num_labels = len(json.loads((directory / "config.json").read_text()).get("id2label", [0, 1]))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RewardError(f"{prefix}: no readable config.json in it ({error})") from error
     if num_labels != 1:
         raise RewardError(f"{prefix}: the model has {num_labels} labels; a reward model has one")

@@ -155,7 +155,7 @@ def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[flo
         stored = np.load(file)
         gradients, losses = list(stored["gradients"]), list(stored["losses"])
         is_same = str(stored["identity"]) == identity
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
         raise RunError(f"{file}: not the state of a search ({error}); remove it, and the search begins again") from error
     if is_same:
         return gradients, losses

@@ -153,7 +153,10 @@ def test_fields_of_several_types_are_refused(run, arguments, tmp_path):
     data = run.workdir / "inputs" / "lower.jsonl"
     before = data.read_bytes()
     write_jsonl(data, changed)
-    with pytest.raises(ValueError, match="a field has values of several types"):
+    with pytest.raises(ValueError, match=r"a field has values that a Dataset cannot hold \("):
+        run.kept()
+    write_jsonl(data, [row | {"hash": 2**70, "score": 1} for row in changed])
+    with pytest.raises(ValueError, match=r"a field has values that a Dataset cannot hold \("):
         run.kept()
     data.write_bytes(before)
 
@@ -267,6 +270,26 @@ def test_a_run_that_cannot_start_leaves_no_rows(arguments, tmp_path):
     with pytest.raises(DataError, match=":1: no field"):
         bj.select(**arguments | {"upper": [{"text": "a"}], "workdir": tmp_path / "run"})
     assert not (tmp_path / "run" / "inputs").exists()
+
+
+def test_a_second_call_that_fails_leaves_the_rows_of_the_first(tmp_path):
+    """The first one has not written its config yet."""
+    given, config = {"upper": UPPER, "lower": UPPER}, inputs.configure(None, {})
+    folder = tmp_path / "run" / "inputs"
+    with pytest.raises(KeyboardInterrupt), inputs.read(given) as levels, inputs.stored(config, levels, folder.parent):
+        with pytest.raises(RunError, match="in use"), inputs.read(given) as again, inputs.stored(config, again, folder.parent):
+            raise RunError("in use")
+        assert {path.name for path in folder.glob("*.jsonl")} == {"upper.jsonl", "lower.jsonl"}
+        raise KeyboardInterrupt
+    assert not folder.exists()
+
+
+def test_rows_do_not_stay_in_the_workdir_of_another_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    given, config = {"upper": UPPER, "lower": UPPER}, inputs.configure(None, {})
+    with pytest.raises(RunError), inputs.read(given) as levels, inputs.stored(config, levels, tmp_path):
+        raise RunError("another run")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -403,7 +426,13 @@ def test_sample_with_an_adapter(run, neox, tmp_path):
 
 @pytest.mark.parametrize(
     "options, reason",
-    [({"top_p": 2.0}, "top_p=2.0 must be"), ({"stop": ""}, "^a stop string is empty"), ({"template": "alpacca"}, "alpacca")],
+    [({"top_p": 2.0}, "top_p=2.0 must be"), ({"stop": ""}, "^a stop string is empty"), ({"template": "alpacca"}, "alpacca")]
+    + [({name: 0}, f"^{name}=0 must be at least 1") for name in ("num_samples", "batch_size")]
+    + [
+        ({"max_new_tokens": 5.5}, "^max_new_tokens=5.5 must be a whole number"),
+        ({"quantization": "fp8"}, "^quantization 'fp8' is not"),
+    ]
+    + [({"dtype": "int32"}, "^dtype 'int32' is not among float32")],
 )
 def test_sample_refuses(neox, options, reason):
     with pytest.raises(ValueError, match=reason):

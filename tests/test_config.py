@@ -148,6 +148,7 @@ MIXING = {"method": "mixing"}
         (DPO | {"online.reward": ""}, "online.reward"),
         (DPO | {"online.num_samples": 1}, "online.num_samples"),
         (DPO | {"online.response_weight": "softmax"}, "online.response_weight"),
+        (DPO | {"online.temperature": 0.0}, "online.temperature=0"),
         (DPO | {"loss.lower": "ipo"}, "online.objective=ipo"),  # the message names the required value
         ({"method": "dynamic", "loss.lower": "dpo"}, "online.objective=sft"),  # the message names the current value
         (OFFLINE | {"num_epochs": 10}, "penalty.rho_step"),  # ρ = 1 in epoch 10

@@ -163,6 +163,15 @@ def test_the_other_features_are_principal_components():
         assert column.mean() == pytest.approx(0, abs=1e-4) and column.std() == pytest.approx(spread, rel=1e-4)
 
 
+def test_dimensions_in_which_the_rows_do_not_differ_are_left_out():
+    """All rows to select from have one question, the trusted rows others: distances are those of the answers."""
+    (lower, _), (upper, _) = random_rows(300, 0, seed=0), random_rows(100, 0, seed=1)
+    lower[:, 0] = lower[0, 0]
+    encoder = features.fit(lower, upper)
+    coordinates = features.coordinates(encoder, upper).reshape(100, 2, -1)
+    assert (coordinates[:, 0] == 0).all() and 0.3 < np.linalg.norm(coordinates[:, 1], axis=1).mean() < 3
+
+
 def test_one_trusted_row_and_fewer_dimensions_than_features():
     lower, _ = random_rows(5, 1, seed=0, hidden=8)
     values = features.encode(features.fit(lower, lower[:1]), lower)

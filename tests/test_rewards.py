@@ -55,7 +55,9 @@ def test_truth_requires_a_right_response_for_every_row():
         compute("truth", ["yes 0", None, "yes 2"])
 
 
-def test_likelihood_is_per_token_with_the_eos():
+def test_likelihood_is_per_token_with_the_eos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "likelihood").mkdir()  # the name of a reward is no path
     np.testing.assert_allclose(compute("likelihood"), [-1 / 2, -6 / 3, -2 / 4])
 
 
@@ -117,6 +119,7 @@ def test_a_module_that_fails_to_import(module):
     "config, reason",
     [
         (None, "no readable config.json"),
+        ('{"id2label": null}', "no readable config.json"),
         ("{", "no readable config.json"),
         ("{}", "the model has 2 labels"),
         ('{"id2label": {"0": "A", "1": "B", "2": "C"}}', "the model has 3 labels"),

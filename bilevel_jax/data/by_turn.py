@@ -52,7 +52,7 @@ def _earlier_answers(row: Row) -> list[int]:
 def split(
     rows: Sequence[Row], examples: Sequence[templates.Example], of_last: Collection[str] = ()
 ) -> tuple[list[Row], list[templates.Example]]:
-    """The rows of all learned answers, with their tokens, in order.
+    """The rows of all learned answers, with their tokens, in order. An answer that opens a conversation has no question: no row.
 
     Args:
       rows, examples: from `templates.encode` with `learn="all"`.
@@ -67,7 +67,7 @@ def split(
             continue
         tokens = np.concatenate([example.prompt, example.response])
         for part, (start, stop) in zip(parts, [*example.earlier, (len(example.prompt), example.size)]):  # fewer spans if it is cut
-            if 0 < start < stop:
+            if 0 < start < stop and part.messages:
                 new_rows.append(part)
                 new_examples.append(templates.Example(tokens[:start], tokens[start:stop], None))
     return new_rows, new_examples

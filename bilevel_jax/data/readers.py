@@ -212,9 +212,9 @@ def _read_json(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         return
     if isinstance(value, Mapping) and not schemas.KEYS & value.keys():
         lists = [field for field in value.values() if isinstance(field, list)]
-        if len(lists) != 1:
+        if len(lists) > 1:
             raise DataError(f"{path}: an object with {len(lists)} lists; give an array of rows, or a single list")
-        value = lists[0]
+        value = lists[0] if lists else value
     yield from enumerate(value if isinstance(value, list) else [value], 1)
 
 
@@ -223,6 +223,9 @@ def _read_csv(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(limits.MAX_ROW)  # the limit is one of the whole process; a long response is no error
     with io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
         first = text.readline(limits.MAX_ROW)
+        num_blank = 0
+        while first and not first.strip():
+            first, num_blank = text.readline(limits.MAX_ROW), num_blank + 1
         delimiter = max(DELIMITERS, key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])))
         lines = (line for part in ([first], limits.lines(text, path)) for line in part)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -236,7 +239,7 @@ def _read_csv(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         if twice:
             raise DataError(f"{path}:1: the column '{twice[0]}' is named twice")
         while True:
-            line = reader.line_num + 1
+            line = num_blank + reader.line_num + 1
             try:
                 values = next(reader, None)
             except csv.Error as error:

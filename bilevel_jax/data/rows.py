@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -115,10 +116,15 @@ def with_answer(row: Row, response: str) -> Row:
     return dataclasses.replace(row, response=response, rejected=None, chat=chat)
 
 
+def _is_missing(field: Any) -> bool:
+    """Whether a field has no value: null, or NaN, as pandas writes it."""
+    return field is None or (isinstance(field, float) and math.isnan(field))
+
+
 def _make_row(line: int, value: Any, preference: bool, questions_only: bool, named: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise schemas.Unusable("not an object")
-    fields = {key: field for key, field in value.items() if field is not None}
+    fields = {key: field for key, field in value.items() if not _is_missing(field)}
     schema = schemas.detect(fields, preference, named)
     content = schema.parse(fields, questions_only)
     system = next((schemas.text_field(fields, key) for key in ("system", "system_prompt") if key in fields), "")
@@ -320,8 +326,8 @@ def spans(row: Row, field: str) -> Sequence[Sequence[float]]:
 
 
 def mark(row: Row, field: str) -> bool | None:
-    """Whether a field of labels marks the row; None if the row has no such field. Texts such as `0` and `false` do not."""
+    """Whether a field of labels marks the row; None if the row has no value in it. Texts such as `0` and `false` do not."""
     value = row.fields.get(field)
     if isinstance(value, str):
         return value.strip().lower() not in UNMARKED
-    return None if value is None else bool(value)
+    return None if _is_missing(value) else bool(value)

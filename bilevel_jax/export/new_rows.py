@@ -33,7 +33,8 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
-    new, report = rows.read_rows(file, columns=config.data.columns if columns is None else columns)
+    columns = config.data.columns if columns is None else columns
+    new, report = rows.read_rows(file, columns=columns, preference=levels.prefers(config))
     new, examples = levels.usable(config, file, new, report, tokenizer)
     if config.selection.unit == "turn":
         new, examples = by_turn.split(new, examples)

@@ -106,7 +106,7 @@ def write(out: pathlib.Path, records: Iterable[dict]) -> list[str]:
       Fields with no value in the first INFERENCE_BYTES of a JSONL file. `datasets.load_dataset` fails on them.
 
     Raises:
-      ValueError: a field has values of several types, which Parquet cannot store.
+      ValueError: a field has values that Parquet cannot hold, such as some of several types.
     """
     late: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +143,8 @@ def _write_parquet(out: pathlib.Path, file, records: Iterable[dict]) -> None:
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
             for block in _blocks(records):
                 writer.write_table(_table(pa, block, schema))
-    except pa.ArrowException as error:
-        raise ValueError(f"{out}: a field has values of several types ({error}); write .jsonl") from error
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"{out}: a field has values that Parquet cannot hold ({error}); write .jsonl") from error
 
 
 def _table(pa, block: list[dict], schema=None):

@@ -7,6 +7,7 @@
 same command requests only the missing verdicts.
 """
 
+import itertools
 import json
 import math
 import os
@@ -83,7 +84,8 @@ def read_options(text: str) -> dict:
 
     try:
         options = json.loads(text, parse_constant=refuse)
-    except ValueError as error:
+        json.dumps(options, allow_nan=False)  # 1e999 is read as infinite
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--options is not JSON ({error})") from error
     if not isinstance(options, dict) or options.keys() & {"model", "messages", "stream", "n"}:
         raise ValueError("--options must be an object without model, messages, stream and n")
@@ -201,6 +203,9 @@ def main() -> None:
     for out in (OUTPUTS, SUMMARY):  # a file of --out is refused where it has no verdicts
         if out.value:
             parts.refuse_overwriting(out.value, f"--{out.name}", PROMPTS.value, ANSWERS.value, *filter(None, [AGAINST.value]))
+    for first, second in itertools.combinations([flag for flag in (OUT, OUTPUTS, SUMMARY) if flag.value], 2):
+        if os.path.realpath(first.value) == os.path.realpath(second.value):
+            raise ValueError(f"--{first.name} and --{second.name} are the same file; name another one")
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
         say("\n".join(report.summary()))

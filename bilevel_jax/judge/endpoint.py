@@ -81,10 +81,10 @@ def retry_after(header: str | None, now: datetime.datetime) -> float:
         return float(header)
     try:
         date = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+        date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+        return max((date - now).total_seconds(), 0.0)
+    except (ValueError, OverflowError):
         return 0.0
-    date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
-    return max((date - now).total_seconds(), 0.0)
 
 
 def _error_message(body: bytes) -> str:

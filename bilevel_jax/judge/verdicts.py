@@ -19,7 +19,7 @@ from typing import NamedTuple
 from bilevel_jax import files
 from bilevel_jax.data import limits, rows
 from bilevel_jax.judge.endpoint import Reply, is_count
-from bilevel_jax.text import one_line
+from bilevel_jax.text import one_line, say
 
 ANSWERS, AGAINST, TIE = "answers", "against", "tie"  # values of `first` and `winner`
 POINTS = {ANSWERS: 1.0, TIE: 0.5, AGAINST: 0.0}
@@ -88,6 +88,7 @@ def read_answers(path: str) -> list[Answer]:
       DataError: a line is not a row of `sample`.
     """
     answers: dict[tuple, Answer] = {}
+    missing = []
     files.check_regular(path)
     with open(path, "rb") as file:
         for number, line in enumerate(limits.lines(file, path), 1):
@@ -99,8 +100,11 @@ def read_answers(path: str) -> list[Answer]:
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise rows.DataError(f"{path}:{number}: not a row of `sample` (an object with id or question, and text)") from None
             if answer.id is not None or answer.question is not None:
+                missing += [number] if answer.text is None else []
                 key = ("id", answer.id) if answer.id is not None else ("question", answer.question.strip())
                 answers.setdefault(key, answer._replace(text=(answer.text or "").strip()))
+    if missing:
+        say(f"{path}: {len(missing)} rows have no text (the first: line {missing[0]}); they count as empty answers")
     return list(answers.values())
 
 

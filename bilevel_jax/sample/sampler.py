@@ -34,9 +34,13 @@ def sample(
       num_samples, seed, template, dtype, quantization, batch_size, columns: as the flags of the command.
 
     Raises:
+      ValueError: an option is out of range.
       DataError: no prompt can be used.
       ModelError: the model cannot be used.
     """
+    for option, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{option}={value} must be at least 1")
     name = in_memory.name(source)
     items = list(rows.iter_rows(source, questions_only=True, columns=columns))
     usable, report = rows.collect(items, name)  # raises if no row is usable

@@ -43,6 +43,7 @@ class _Score(types.ModuleType):
           `logprob`, and a `reason`.
 
         Raises:
+          ValueError: an option is out of range.
           DataError: no row is usable.
           ModelError: the model or the adapter cannot be used.
         """

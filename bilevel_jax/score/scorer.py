@@ -43,9 +43,12 @@ def stream(
       The results of `score_rows`.
 
     Raises:
+      ValueError: `batch_size` is below 1.
       DataError: no row is usable.
       ModelError: the model cannot be used.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     held = None if in_memory.is_source(source) else [*rows.iter_rows(source, columns=columns)]
 
     def chunks() -> Iterator[list[rows.Row | rejections.Rejection]]:

@@ -64,6 +64,16 @@ def test_tokens():
         assert one.earlier == ()
 
 
+def test_an_answer_that_opens_a_conversation_has_no_row():
+    """As a row by itself it would be refused: its question is empty."""
+    parsed = parse(
+        {"messages": [answer("Hi."), user("a"), answer("b")]}, {"messages": [answer("Hi."), user("a"), answer("b"), *TALK]}
+    )
+    rows, split = by_turn.split(parsed, templates.encode(parsed, WITH_TOOLS, template="chat"))
+    assert [(row.id.partition(".")[2], row.response) for row in rows] == [("2", "b"), ("2", "b"), ("3", "hello"), ("4", "fine")]
+    assert all(len(one.prompt) > 4 for one in split) and [row.messages[0][1] for row in rows] == ["Hi."] * 4
+
+
 def test_a_conversation_that_is_cut_has_fewer_rows():
     parsed = parse({"messages": TALK})
     (example,) = templates.encode(parsed, PLAIN, template="human")

@@ -166,6 +166,17 @@ def test_an_interrupted_preparation_goes_on(tmp_path, source, made, monkeypatch)
     assert made == SHARDS[3:] and list(sequences.rows_of(store)) == rows.read_rows(source)[0]
 
 
+def test_an_interrupted_preparation_with_other_labels_starts_again(tmp_path, source, made, monkeypatch):
+    """Shards hold the marks of one field of labels."""
+    with monkeypatch.context() as interrupted:
+        fail_at(interrupted, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            open_rows(tmp_path / "cache", source, label="bad")
+    made.clear()
+    store, _ = open_rows(tmp_path / "cache", source, label="source")  # a text, which marks every row
+    assert made == SHARDS and (sequences.rows_of(store).marks("source") == 1).all()
+
+
 def test_a_disk_that_fills(tmp_path, source, made, monkeypatch):
     with monkeypatch.context() as full:
         fail_at(full, 2, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))

@@ -113,6 +113,30 @@ def test_csv_rows_that_cannot_be_used(tmp_path):
     assert report.summary()[1] == f"  left out 1: 3 values under a header of 2 (first: {path}:3)"
 
 
+def test_blank_lines_before_a_csv_header(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n  \nquestion,response\nq,r\n\nonly\n")
+    usable, report = rows.read_rows(path)
+    assert [(row.question, row.line) for row in usable] == [("q", 4)]
+    assert report.rejected == {"1 values under a header of 2": (1, 6)}
+
+
+def test_a_single_row_with_other_columns(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"query": "q", "answer": "r"}))
+    assert contents(rows.read_rows(path, columns="question:query,response:answer")[0]) == [("q", "r", "")]
+    with pytest.raises(rows.DataError, match="name them with data.columns=question:query,response:answer"):
+        rows.read_rows(path)
+
+
+def test_nan_is_no_value(tmp_path):
+    """pandas writes it where a value is missing."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "response": "r", "bad": NaN, "source": NaN, "system": NaN}\n')
+    ((row,), _), (plain,) = rows.read_rows(path), rows.parse([(1, {"question": "q", "response": "r"})])
+    assert (row.source, row.system, row.id, rows.mark(row, "bad")) == ("", "", plain.id, None)
+
+
 def test_csv_texts_are_labels(tmp_path):
     """Of pandas and of the standard library: 0 and False are texts, which Python would take for true."""
     path = tmp_path / "a.csv"

@@ -130,7 +130,7 @@ def test_questions_only(value, response):
         ({"prompt": "p"}, "no field 'completion'"),
         ({"question": 3, "response": "r"}, "field 'question' is not text"),
         ({"question": "q", "response": ["r"]}, "field 'response' is not text"),
-        ({"question": "q", "response": float("nan")}, "field 'response' is not text"),
+        ({"question": "q", "response": float("nan")}, "no field 'response'"),
         ({"instruction": "i", "input": 3, "output": "o"}, "field 'input' is not text"),
         ({**QA, "system": 3}, "field 'system' is not text"),
         ({"question": " \n", "response": "r"}, "empty question"),

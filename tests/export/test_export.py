@@ -121,6 +121,18 @@ def test_jsonl_and_parquet(finished, data, tmp_path):
     assert head["configs"] == [{"config_name": "default", "data_files": "kept.parquet"}]
 
 
+def test_new_pairs_stay_pairs(by_source, tmp_path):
+    workdir, out = tmp_path / "run", tmp_path / "kept.jsonl"
+    shutil.copytree(by_source[1], workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((workdir / "config.json").read_text())
+    config["loss"]["lower"] = "dpo"
+    (workdir / "config.json").write_text(json.dumps(config))
+    pairs = [{"prompt": f"{name}?", "chosen": "yes", "rejected": "no", "source": name} for name in "abc"]
+    new = write_jsonl(tmp_path / "new.jsonl", pairs)
+    command(f"--workdir={workdir}", f"--score_new={new}", f"--selected={out}", "--keep=1")
+    assert [{name: row[name] for name in pairs[0]} for row in read_jsonl(out)] == pairs
+
+
 def measure(workdir, **measures):
     """Writes new columns into the last table of a run, or drops all if there are none."""
     file = max((workdir / "weights").glob("epoch_*.parquet"))

@@ -172,6 +172,7 @@ def test_retry_after_is_obeyed():
         (None, 0),
         ("", 0),
         ("soon", 0),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", 0),
         ("-5", 0),
         ("Wed, 21 Oct 2015 07:28:30 GMT", 30),
         ("Wed, 21 Oct 2015 07:00:00 GMT", 0),

@@ -225,13 +225,15 @@ def _known_shards(entry: pathlib.Path) -> dict[str, stored.Shard]:
 
 
 def _begin(entry: pathlib.Path, source: Source) -> None:
-    """Removes what another version has left, and says in the entry what it is."""
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((entry / JOB).read_text())["version"] == version():
+    """Removes what another version has left, or has marked by another field of labels, and says in the entry what it is."""
+    job = source.job
+    what = {"version": version(), "source": source.name, "tokenizer": job.tokenizer, "template": job.template, "label": job.label}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        there = json.loads((entry / JOB).read_text())
+        if all(there.get(name) == what[name] for name in ("version", "label")):
             return
     for path in entry.iterdir():
         path.unlink()
-    what = {"version": version(), "source": source.name, "tokenizer": source.job.tokenizer, "template": source.job.template}
     files.write_atomically(entry / JOB, json.dumps(what, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ import jax
 from bilevel_jax.models import architectures, model_config
 from bilevel_jax.models.huggingface.directory import ModelError, positive, read_json
 from bilevel_jax.models.huggingface.rope import GLOBAL, LOCAL, read_rope, read_scaling
-from bilevel_jax.models.quantization import BLOCK
+from bilevel_jax.models.quantization import BLOCK, KINDS
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -16,6 +16,7 @@ SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 MAX_LAYERS = 10_000
 SWITCHES = ("parallel_residual", "attention_bias", "mlp_bias", "tie_embeddings")  # fields of the config and of the record
 FACTORS = ("embedding_scale", "residual_scale", "logit_divisor")  # so too; 1 is off
@@ -37,6 +38,10 @@ def read_config(
       ModelError: an architecture, activation, rope type or quantisation that is not supported, or a missing or invalid key.
     """
     file = pathlib.Path(directory) / "config.json"
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r:.80} is not among {', '.join(DTYPES)}")
+    if quantization not in KINDS:
+        raise ModelError(f"quantization {quantization!r:.80} is not among {', '.join(KINDS)}")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     raw = read_json(file)

@@ -183,8 +183,6 @@ def load_model(path: str, dtype: str = "float32", quantization: str = "none") ->
     Raises:
       ModelError: an invalid model, or a dtype that is not supported.
     """
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise ModelError(f"model.dtype '{dtype}' is not among float32, bfloat16, float16, auto")
     directory = locate(path)
     config = read_config(directory, dtype, quantization=quantization)
     return config, load_params(directory, config)
