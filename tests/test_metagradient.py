@@ -197,3 +197,15 @@ def test_search_of_other_rows_is_not_continued(tmp_path, capsys):
     assert np.array_equal(gradients, [np.ones(3)]) and measured == [2.0, 1.0]
     assert search._read(file, "others model") == ([], [])
     assert "metagradient.npz is of other rows or another model, so the search begins again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x", None], ids=["empty", "a broken archive", "a text", "an array"])
+def test_a_damaged_search_is_refused(tmp_path, content):
+    file = tmp_path / search.FILE
+    if content is None:
+        with open(file, "wb") as opened:
+            np.save(opened, np.zeros(3))
+    else:
+        file.write_bytes(content)
+    with pytest.raises(RunError, match="not the state of a search .*remove it, and the search begins again$"):
+        search._read(file, "rows model")

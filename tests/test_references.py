@@ -34,8 +34,17 @@ def test_what_was_written_is_read(tmp_path, level):
 
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"\x93NUMPY", STORED[:2], np.where(STORED == -4, np.nan, STORED), STORED.astype(str), STORED.astype(np.float32)],
-    ids=["absent", "empty", "cut", "of other rows", "NaN", "texts", "float32"],
+    [
+        None,
+        b"",
+        b"PK\x03\x04",
+        b"\x93NUMPY",
+        STORED[:2],
+        np.where(STORED == -4, np.nan, STORED),
+        STORED.astype(str),
+        STORED.astype(np.float32),
+    ],
+    ids=["absent", "empty", "a broken archive", "cut", "of other rows", "NaN", "texts", "float32"],
 )
 def test_anything_else_is_computed_again(tmp_path, level, content):
     file = references.file_of(tmp_path, "upper")
