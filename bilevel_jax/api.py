@@ -179,8 +179,8 @@ class Run:
         """The rows with the largest weights, as `python -m bilevel_jax.export` writes them.
 
         Args:
-          share: of the training rows, in (0, 1]: the heaviest; below one half chosen among the heaviest half, in turns over the
-            trusted rows that they are most like.
+          share: of the training rows, in (0, 1]: the heaviest; below one half chosen among the heaviest half, round-robin over
+            the trusted rows that they are most like.
           drop_implausible, drop_dissimilar: shares of the rows to leave out whatever their weight, those with the smallest
             `plausible` and with the smallest `similar`; in [0, 1).
           refined: whether masked rows have the response of the model (`method="online"` and `"dynamic"`).

@@ -84,7 +84,7 @@ def _check_responses(config: Config) -> None:
     require(bool(o.reward), f"{objective_is} compares responses by online.reward, which is empty; name one")
     require(o.num_samples > 1, f"{objective_is} compares responses: online.num_samples={o.num_samples} must be at least 2")
     require(
-        o.temperature > 0 or o.objective == "sft",
+        o.temperature > 0,
         f"{objective_is} compares responses, and online.temperature=0 gives {o.num_samples} equal ones; take a temperature above 0",
     )
     require(

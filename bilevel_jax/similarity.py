@@ -8,7 +8,7 @@ kinds apart. `similar` is the mean of `features`' two scores, (F1) and (F2), eac
     log_density_ratio   are such a question and such an answer more frequent among the trusted rows?
 
 `nearest` is the trusted row whose question and answer are closest in the principal coordinates of `features`. A small share of the
-rows is kept in turns over the trusted rows, so that it covers what these ask for (`export.selected_rows.choose`).
+rows is kept round-robin over the trusted rows, so that it covers what these ask for (`export.selected_rows.choose`).
 
 Both take one forward pass through half of the layers, at the end of a run. They train nothing, and no weight depends on them.
 """

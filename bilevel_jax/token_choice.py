@@ -39,7 +39,7 @@ class Settings:
             raise ValueError(f"top_k={self.top_k} must be 0 (off) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
-        if not (self.max_new_tokens >= 1 and self.max_new_tokens == int(self.max_new_tokens)):
+        if not (self.max_new_tokens >= 1 and self.max_new_tokens % 1 == 0):
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be a whole number, at least 1")
         if not all(self.stop):
             raise ValueError("a stop string is empty")

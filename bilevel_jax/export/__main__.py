@@ -28,7 +28,7 @@ SELECTED = flags.DEFINE_string("selected", None, "JSONL or Parquet file for the 
 KEEP = flags.DEFINE_float(
     "keep",
     0.8,
-    "Share of the rows to keep: the heaviest, or, below 0.5, rows of the heaviest half in turns over the trusted rows.",
+    "Share of the rows to keep: the heaviest, or, below 0.5, rows of the heaviest half round-robin over the trusted rows.",
     flag_values=FLAGS,
 )
 DROP_IMPLAUSIBLE = flags.DEFINE_float(
@@ -127,9 +127,9 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     files.write_atomically(card, text)
 
     say(f"{out}: {num_kept} of {selection.table.num_rows} rows kept")
-    if selection.in_turns:
-        say("  chosen among the heaviest half, in turns over the trusted rows that they are most like")
-    elif KEEP.value < selected_rows.TURNS:
+    if selection.round_robin:
+        say("  chosen among the heaviest half, round-robin over the trusted rows that they are most like")
+    elif KEEP.value < selected_rows.ROUND_ROBIN:
         say("  by weight alone, because their nearest trusted rows are not known; half of the rows or more may train better")
     if num_different is not None:
         say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")

@@ -103,8 +103,8 @@ def data_card(
         "The rows of instruction data with the largest weights. Bilevel data selection learns one weight per training row, jointly",
         "with the model, so that fine-tuning on the weighted mixture does best on a small set of trusted rows (arXiv:2511.21056).",
         *(
-            ["They were chosen among the heaviest half, in turns over the trusted rows that they are most like."]
-            if selection.in_turns
+            ["They were chosen among the heaviest half, round-robin over the trusted rows that they are most like."]
+            if selection.round_robin
             else []
         ),
         *(f"Rows with the smallest `{name}` were left out first: {number}." for name, number in selection.num_left_out.items()),

@@ -34,7 +34,7 @@ class KeptRows:
     form: str  # of `selected_rows.resolve_format`
     renamed: list[str]  # fields that are now called original_NAME
     num_left_out: dict[str, int]  # rows that are left out for the smallest values of a measure, by measure
-    in_turns: bool = False  # whether the rows were chosen in turns over the trusted rows, see `selected_rows.choose`
+    round_robin: bool = False  # whether the rows were chosen round-robin over the trusted rows, see `selected_rows.choose`
 
     @property
     def masked(self) -> np.ndarray:
@@ -127,7 +127,7 @@ def collect(
         form=form,
         renamed=gathered.records.rename(selected_rows.misread(form, gathered.traits)),
         num_left_out={name: int(chosen.sum()) for name, chosen in left_out.items() if chosen.any()},
-        in_turns=selected_rows.takes_turns(table, keep),
+        round_robin=selected_rows.is_round_robin(table, keep),
     )
 
 

@@ -43,7 +43,7 @@ READ_BY_TRL = (  # field names that SFTTrainer 1.16 interprets
     *("messages", "conversations", "text", "chosen", "rejected", "input_ids", "labels", "completion_mask", "assistant_masks"),
     *("seq_lengths", "tools", "chat_template_kwargs", "image", "images"),
 )
-TURNS = 0.5  # share of the rows, the heaviest, among which a smaller share takes turns
+ROUND_ROBIN = 0.5  # share of the rows, the heaviest, within which a smaller share is chosen round-robin
 OPPOSITES = {"plausible": "implausible", "similar": "dissimilar"}  # measures by which rows can be left out
 RESPONSE_FIELDS = {"question/response": "response", "instruction/input/output": "output", "prompt/completion": "completion"}
 
@@ -77,17 +77,17 @@ def smallest(table, measure: str, share: float) -> np.ndarray:
     return chosen
 
 
-def takes_turns(table, keep: float) -> bool:
+def is_round_robin(table, keep: float) -> bool:
     """Whether `choose` goes by `nearest`, too."""
-    return keep < TURNS and table["nearest"].null_count == 0
+    return keep < ROUND_ROBIN and table["nearest"].null_count == 0
 
 
 def choose(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray:
     """Which rows are kept, [n] bool: a share `keep` of all rows, or all that are not left out.
 
-    Of half or more, the heaviest rows are kept. Fewer are chosen among the heaviest half, in turns over the trusted rows: first the
-    heaviest of the rows that are nearest to each trusted row, then the second heaviest ones, and so on. The heaviest rows alone are
-    much alike, and leave out some of what the trusted rows ask for. Without `nearest`, weights alone decide.
+    Of half or more, the heaviest rows are kept. Fewer are chosen among the heaviest half, round-robin over the trusted rows: first
+    the heaviest of the rows that are nearest to each trusted row, then the second heaviest ones, and so on. The heaviest rows alone
+    are much alike, and leave out some of what the trusted rows ask for. Without `nearest`, weights alone decide.
 
     Args:
       table: a `weight_table.table`.
@@ -100,9 +100,9 @@ def choose(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray
     order = np.argsort(table["rank"].to_numpy())
     if left_out is not None:
         order = order[~left_out[order]]
-    if takes_turns(table, keep):
-        order = order[: round(TURNS * len(table))]
-        order = order[np.argsort(_turns(table["nearest"].to_numpy()[order]), kind="stable")]
+    if is_round_robin(table, keep):
+        order = order[: round(ROUND_ROBIN * len(table))]
+        order = order[np.argsort(_rounds(table["nearest"].to_numpy()[order]), kind="stable")]
     kept = np.zeros(len(table), bool)
     kept[order[: round(keep * len(table))]] = True
     if not kept.any():
@@ -112,13 +112,13 @@ def choose(table, keep: float, left_out: np.ndarray | None = None) -> np.ndarray
     return kept
 
 
-def _turns(group: np.ndarray) -> np.ndarray:
-    """How many earlier ones are in the group of each, [n]."""
+def _rounds(group: np.ndarray) -> np.ndarray:
+    """The round in which each is taken, [n]: the number of earlier ones in its group."""
     by_group = np.argsort(group, kind="stable")
     _, first, size = np.unique(group[by_group], return_index=True, return_counts=True)
-    turn = np.empty(len(group), np.int64)
-    turn[by_group] = np.arange(len(group)) - np.repeat(first, size)
-    return turn
+    number = np.empty(len(group), np.int64)
+    number[by_group] = np.arange(len(group)) - np.repeat(first, size)
+    return number
 
 
 def with_weights(some: Sequence[rows.Row], columns: Mapping[str, np.ndarray], indices: np.ndarray) -> list[Kept]:

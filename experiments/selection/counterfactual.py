@@ -9,7 +9,7 @@ number says is then tried:
   little. Every subset is trained in two orders; the correlation of the two measurements says how reliable their mean is.
 - Leaving one kind of rows out.
 - Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone. The default keeps rows as
-  an export does: less than half of them in turns over the trusted rows (`selected_rows.choose`).
+  an export does: less than half of them round-robin over the trusted rows (`selected_rows.choose`).
 - Weights. Training on all rows, with weights made of the scores: for the exact metagradient as `search` does it, for all others by
   one map, `weights_of`.
 
@@ -58,7 +58,7 @@ UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
 IMPLAUSIBLE = ("wrong_answer", "other_answer", "garbage")  # a right answer would be another one
 SIMILAR, NEAREST = "similar", "nearest"
-ALONE, IN_TURNS = "by weight alone", "in turns"  # ways to keep rows, where a rule has both
+ALONE, ROUND_ROBIN = "by weight alone", "round-robin"  # ways to keep rows, where a rule has both
 NUMBERS = {"plausible": lambda state: -state.surprise, "useful": lambda state: -state.harm}  # of the rows, beside their weights
 
 
@@ -154,7 +154,7 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
 
 
 def kept_rows(score_N: np.ndarray, share: float, nearest_N: np.ndarray | None = None) -> np.ndarray:
-    """1.0 for the rows with the highest scores, else 0.0; with `nearest_N` in turns, as in an export."""
+    """1.0 for the rows with the highest scores, else 0.0; with `nearest_N` round-robin, as in an export."""
     rank_N = np.empty(len(score_N), np.int64)
     rank_N[ranking.keep_order(score_N)] = np.arange(1, len(score_N) + 1)
     nearest = pa.nulls(len(score_N), pa.int32()) if nearest_N is None else pa.array(nearest_N, pa.int32())
@@ -162,14 +162,14 @@ def kept_rows(score_N: np.ndarray, share: float, nearest_N: np.ndarray | None = 
 
 
 def ways_to_keep(scores: dict[str, np.ndarray], nearest_N: np.ndarray) -> dict[tuple[str, float], np.ndarray]:
-    """The rows that each rule keeps, by rule and share. Small shares of the default by weight alone and of random rows in turns
-    tell what turns do."""
+    """The rows that each rule keeps, by rule and share. Small shares of the default by weight alone and of random rows
+    round-robin are controls."""
     kept = {}
     for share in KEPT.value:
         for name, score_N in scores.items():
             kept[name, share] = kept_rows(score_N, share, nearest_N if name == candidates.OURS else None)
-        if share < selected_rows.TURNS:
-            others = (candidates.OURS, ALONE, None), (candidates.RANDOM, IN_TURNS, nearest_N)
+        if share < selected_rows.ROUND_ROBIN:
+            others = (candidates.OURS, ALONE, None), (candidates.RANDOM, ROUND_ROBIN, nearest_N)
             kept |= {
                 (f"{name}, {way}", share): kept_rows(scores[name], share, near) for name, way, near in others if name in scores
             }

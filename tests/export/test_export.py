@@ -186,14 +186,14 @@ def test_a_small_share_covers_the_trusted_rows(copied, tmp_path):
     out = tmp_path / "kept.jsonl"
     arguments = f"--workdir={workdir}", f"--selected={out}", "--keep=0.2"
     measure(workdir)
-    assert "by weight alone" in command(*arguments) and "in turns" not in out.with_suffix(".card.md").read_text()
+    assert "by weight alone" in command(*arguments) and "round-robin" not in out.with_suffix(".card.md").read_text()
     records = measure(workdir, nearest=np.arange(TRAINED) % 3)
-    assert "in turns over the trusted rows" in command(*arguments)
-    assert "in turns over the trusted rows" in out.with_suffix(".card.md").read_text()
+    assert "round-robin over the trusted rows" in command(*arguments)
+    assert "round-robin over the trusted rows" in out.with_suffix(".card.md").read_text()
     half = sorted(range(TRAINED), key=lambda i: records[i]["rank"])[: round(TRAINED / 2)]
     firsts = {min((i for i in half if i % 3 == j), key=lambda i: records[i]["rank"]) for j in range(3)}
     assert {records[i]["rank"] for i in firsts} <= {row["rank"] for row in read_jsonl(out)}
-    assert "turns" not in command(*arguments[:2], "--keep=0.5")
+    assert "round-robin" not in command(*arguments[:2], "--keep=0.5")
 
 
 def test_tables_of_earlier_versions(copied, tmp_path):

@@ -150,14 +150,14 @@ def test_implausible_rows_of_many():
             0.43,
             [],
             [7, 9, 10, 11, 12, 13],
-        ),  # the first turn has 13, 11 and 7, the second one 12 and 9, the third one 10, the last 8
+        ),  # the first round has 13, 11 and 7, the second 12 and 9, the third 10, the last 8
         (0.29, [], [7, 11, 12, 13]),
         (0.21, [], [7, 11, 13]),
         (0.07, [], [13]),
         (0.21, [11, 13], [7, 9, 12]),  # half of all rows without them: 12 to 5
     ],
 )
-def test_a_small_share_takes_turns(keep, left_out, expected):
+def test_a_small_share_is_chosen_round_robin(keep, left_out, expected):
     """14 rows whose weights rise with the index. Of the heaviest half 13, 12 and 10 are nearest to the trusted row 4; 11, 9 and 8
     to 0; 7 to 2."""
     nearest = np.array([0, 1, 2, 3, 4, 4, 2, 2, 0, 0, 4, 0, 4, 4], np.int32)
@@ -165,12 +165,12 @@ def test_a_small_share_takes_turns(keep, left_out, expected):
     table = weight_table.table(parsed, np.arange(14.0), np.zeros(14), np.zeros(14), nearest=nearest)
     kept = selected_rows.choose(table, keep, np.isin(np.arange(14), left_out) if left_out else None)
     assert np.flatnonzero(kept).tolist() == expected
-    assert selected_rows.takes_turns(table, keep) == (keep < 0.5)
+    assert selected_rows.is_round_robin(table, keep) == (keep < 0.5)
     by_weight = selected_rows.choose(table.set_column(7, "nearest", pa.nulls(14, pa.int32())), keep)
     assert np.flatnonzero(by_weight).tolist() == list(range(14))[-round(14 * keep) :]
 
 
-def test_turns_of_many():
+def test_round_robin_of_many():
     """Against the plain loop: each trusted row in turn takes its heaviest row that is left."""
     rng = np.random.default_rng(0)
     logits, nearest = rng.normal(size=300), rng.integers(40, size=300).astype(np.int32)
