@@ -104,7 +104,9 @@ def read_answers(path: str) -> list[Answer]:
                 key = ("id", answer.id) if answer.id is not None else ("question", answer.question.strip())
                 answers.setdefault(key, answer._replace(text=(answer.text or "").strip()))
     if missing:
-        say(f"{path}: {len(missing)} rows have no text (the first: line {missing[0]}); they count as empty answers")
+        many = len(missing) > 1
+        what = f"{len(missing)} {'rows have' if many else 'row has'} no text (the first: line {missing[0]})"
+        say(f"{path}: {what}; {'they count as empty answers' if many else 'it counts as an empty answer'}")
     return list(answers.values())
 
 

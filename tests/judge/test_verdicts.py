@@ -214,7 +214,7 @@ def test_conversations():
     ]
 
 
-def test_answers_are_found_by_id(tmp_path):
+def test_answers_are_found_by_id(tmp_path, capsys):
     told = [
         {"id": PROMPTS[1].id, "sample": None, "text": None, "reason": "no room"},
         {"id": None, "text": None, "reason": "bad JSON", "line": 2},
@@ -225,6 +225,7 @@ def test_answers_are_found_by_id(tmp_path):
     ]
     file = write_jsonl(tmp_path / "a.jsonl", told)
     assert verdicts.answers_to(PROMPTS, str(file)) == ["first", "", "last"]
+    assert capsys.readouterr().out == f"{file}: 1 row has no text (the first: line 1); it counts as an empty answer\n"
     write_jsonl(file, told[:3])
     with pytest.raises(rows.DataError, match=f"no answer to 1 of 3 prompts .the first: {PROMPTS[0].id} of line 1, 'Where\\?'"):
         verdicts.answers_to(PROMPTS, str(file))
