@@ -125,7 +125,7 @@ def compiled(compile_small):
 
 VARIANTS = {  # of the step -> changes; MB of temporaries and of results of all-gathers, GFLOP of a micro-batch, by libtpu 0.0.42.1
     "mixing": ({"method": "mixing"}, 8.4, 2.8, 4.4),
-    "offline": ({"method": "offline", "selection.cost": "influence"}, 16.2, 6.5, 10.3),
+    "offline": ({"method": "offline", "selection.cost": "influence", "selection.coefficient_at": "next"}, 16.2, 6.5, 10.3),
     "dynamic": ({"method": "dynamic"}, 8.5, 2.8, 4.4),
     "features": ({"selection.parameterization": "features", "selection.optimizer": "sgd"}, 8.8, 2.8, 4.4),
     "token": ({"selection.unit": "token", "selection.coefficient_at": "next"}, 10.5, 4.1, 5.9),
