@@ -146,11 +146,8 @@ def test_implausible_rows_of_many():
     "keep, left_out, expected",
     [
         (0.5, [], [7, 8, 9, 10, 11, 12, 13]),  # half: the heaviest
-        (
-            0.43,
-            [],
-            [7, 9, 10, 11, 12, 13],
-        ),  # the first round has 13, 11 and 7, the second 12 and 9, the third 10, the last 8
+        # The first round has 13, 11 and 7, the second 12 and 9, the third 10 and 8.
+        (0.43, [], [7, 9, 10, 11, 12, 13]),
         (0.29, [], [7, 11, 12, 13]),
         (0.21, [], [7, 11, 13]),
         (0.07, [], [13]),
