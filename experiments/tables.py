@@ -64,7 +64,7 @@ def changes() -> dict[str, str]:
 
 
 def run(task: str, names: Sequence[str]) -> Results:
-    """Results of these cells with all seeds; missing runs are started first.
+    """Results of these cells with all seeds, on the test bed also with the default selector; missing runs are started first.
 
     Raises:
       ValueError: a malformed --set, or a --leave_out that names no cell.
@@ -75,6 +75,8 @@ def run(task: str, names: Sequence[str]) -> Results:
         if name not in published.CELLS:
             raise ValueError(f"--leave_out={name!r} is no cell; those are {'; '.join(published.CELLS)}")
     root, tier = pathlib.Path(WORKDIR.value), TIER.value
+    if tier == published.BED:
+        names = [*names, *(default for cell, default in published.WITH_DEFAULT.items() if cell in names and default not in names)]
     names = [name for name in names if name not in LEAVE_OUT.value]
     return run_cells(task, names, range(SEEDS.value), lambda *of_run: published.make(root, task, tier, *of_run, overrides))
 

@@ -9,8 +9,9 @@ import pathlib
 from experiments import runs
 
 CONFIGS = {"quality": "configs/quality.py", "safety": "configs/safety.py"}
-BED = "bed"  # the safety task on the rows and base model of `configs/safety.py`: the tables of the paper have others at tier tiny
+BED = "bed"  # the test bed: rows and base model of `configs/safety.py`, for both tasks
 TIERS = ("tiny", BED, "smollm2", "pythia-1b", "llama3-8b")
+GENERATED = ("tiny", BED)  # tiers whose right answers are known
 
 
 def _online(ratio: float, num_samples: int = 1, **more) -> dict:
@@ -176,6 +177,11 @@ DEFAULTS = {  # the default selector
     "default, dynamic, R=10%": _dynamic(**DEFAULT),
     "default, dynamic, R=30%": _dynamic(**DEFAULT) | {"online.ratio": 0.3},
 }
+WITH_DEFAULT = {  # cell of the paper -> the same with the default selector; shown beside it on the test bed
+    "offline": "default, offline",
+    "online, R=10%": "default, online, R=10%",
+    "dynamic": "default, dynamic, R=10%",
+}
 CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | DEFAULTS | METAGRADIENT | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (
@@ -198,11 +204,14 @@ def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes
       seed: of the run.
       changes: config keys and values that override those of the cell.
     """
-    config = CONFIGS[task] + ("" if tier in ("tiny", BED) else f":{tier}")
+    task = "safety" if tier == BED else task
+    config = CONFIGS[task] + ("" if tier in GENERATED else f":{tier}")
     workdir = root / tier / task / runs.slug(cell) / f"seed_{seed}"
     paper = {"selection.cost": "loss"}  # (10b), which is not the default
     if tier == "tiny" and task == "safety":  # the rows of these tables; the config's own are those of the test bed
         paper |= {"model.path": "bilevel_jax/tiny", "data.upper": "synthetic:upper", "data.lower": "synthetic:lower"}
+    if tier == BED:  # 66 steps
+        paper |= {"data.num_upper": 900, "data.num_lower": 900, "online.refresh_every": 12}
     if tier == "smollm2":
         paper["selection.learning_rate"] = 1.0  # for losses in nats, which are larger than those of the embedded model
     return runs.make(config, workdir, {"seed": seed, "log.tensorboard": False} | paper | CELLS[cell] | changes)
