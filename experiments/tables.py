@@ -104,6 +104,19 @@ def run_cells(task: str, names: Sequence[str], seeds: Iterable[int], make: Calla
     return Results(task, by_cell, commands, failures, list(commits))
 
 
+def with_default(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims, and those of them that can be made of the default selector in place of the paper's."""
+    known = {(claim.cell, claim.than, claim.key, claim.than_key) for claim in claims}
+    more = []
+    for claim in claims:
+        pair = claim.cell, claim.than
+        cell, than = (published.WITH_DEFAULT.get(name, name) for name in pair)
+        stays = any(name not in published.WITH_DEFAULT and published.has_cost(name) for name in pair)  # on one side only
+        if not stays and (cell, than, claim.key, claim.than_key) not in known | {(*pair, claim.key, claim.than_key)}:
+            more.append(claim._replace(text=f"default: {claim.text}", cell=cell, than=than))
+    return [*claims, *more]
+
+
 def printed(cell: runs.Cell) -> str:
     """The command of a run for a page, without --workdir."""
     arguments = [part for part in cell.command[len(runs.PROGRAM) :] if not part.startswith("--workdir")]
@@ -185,7 +198,7 @@ def write(
       name: of the files; by default also of the command.
       results: of each task; the claims concern the first one.
       lines: body of the page, in Markdown.
-      claims: claims about a cell that --leave_out names are left out.
+      claims: those about a cell that --leave_out names are left out; on the test bed `with_default` adds some.
       draw: fills a figure of `size` inches.
       command: the command is `python -m experiments.COMMAND`.
       paper: the paper's values, with whose effects the claims are compared.
@@ -193,6 +206,7 @@ def write(
     Raises:
       ValueError: some runs failed; the page, which lists them, is written first.
     """
+    claims = with_default(claims) if TIER.value == published.BED else claims
     suffix = "" if TIER.value == "tiny" else f"-{TIER.value}"
     out = pathlib.Path(OUT.value or f"experiments/results/{name}{suffix}.md")
     arguments = [f'"{part}"' if " " in part else part for part in sys.argv[1:] if not part.startswith("--out")]

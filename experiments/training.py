@@ -2,7 +2,7 @@
 
 Runs of `configs/safety.py` with `method=offline`. One has a constant learning rate, the other one a linear
 schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on other seeds than
-those reported. A third one has the constant rate of the config. The trusted loss is that of 2,000 rows that no run has seen, so
+those reported. A third one has the constant rate of the config. The trusted loss is that of rows that the run has not seen, so
 that choosing an adapter by held-out rows does not bias it.
 
 Runs are in WORKDIR, and finished ones are not repeated.
@@ -32,11 +32,13 @@ NUM_LOWER = flags.DEFINE_integer("num_lower", 800, "Rows to select from, with th
 RATES = flags.DEFINE_multi_float(
     "rate", [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "A learning rate to choose from.", flag_values=FLAGS
 )
+NUM_TUNING = flags.DEFINE_integer("tuning_seeds", 2, "Seeds 100, ... that choose the learning rates.", 1, flag_values=FLAGS)
+NUM_TEST = flags.DEFINE_integer("num_test", 2000, "Rows of the trusted loss.", 1, flag_values=FLAGS)
+SET = flags.DEFINE_multi_string("set", [], "key=value, a config override for every run.", flag_values=FLAGS)
 PAGE = flags.DEFINE_string("page", "training", "Name of the page in experiments/results.", flag_values=FLAGS)
 
-NUM_TEST = 2000
-TEST_SEED = 900  # + the seed of the run: rows that it has not seen
-TUNING_SEEDS = (100, 101)
+TEST_SEED = 900  # + the seed of the run
+FIRST_TUNING_SEED = 100
 COMMON = {
     "method": "offline",
     "eval.num_upper": 200,
@@ -56,12 +58,14 @@ TUNED_ADAPTERS = {"last": "last", "best": "left"}  # of `test_losses`
 
 
 def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
-    """The trusted loss on new rows of the generator: of the adapter that a finished run left, and of that of its last step."""
+    """The trusted loss on new rows of the source: of the adapter that a finished run left, and of that of its last step."""
     config = workdirs.read_finished(workdir)
-    source = {"seed": TEST_SEED + seed, "num_rows": NUM_TEST, "bad_fraction": 0.0}
-    rows, _ = sources.open_source(config.data.upper, **source)
-    trained = {data_rows.content_of(row.id) for row in sources.open_source(config.data.upper, **source | {"seed": seed})[0]}
-    rows = [row for row in rows if data_rows.content_of(row.id) not in trained]
+
+    def draw(seed: int, num_rows: int) -> list[data_rows.Row]:
+        return sources.open_source(config.data.upper, seed=seed, num_rows=num_rows, bad_fraction=0.0)[0]
+
+    seen = {data_rows.content_of(row.id) for row in draw(seed, config.data.num_upper)}
+    rows = [row for row in draw(TEST_SEED + seed, NUM_TEST.value) if data_rows.content_of(row.id) not in seen]
     directory = huggingface.locate(config.model.path)
     model, base = huggingface.load_model(str(directory))
     encoded = templates.encode(rows, templates.load_tokenizer(str(directory)), template=config.data.template)
@@ -81,9 +85,10 @@ def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 
 def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str, float]:
     """The `test_losses` of one run, which is made if it is not there."""
-    sizes = {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
-    settings = COMMON | sizes | {"seed": seed, "optimizer.learning_rate": rate} | settings
-    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in COMMON | sizes))
+    common = COMMON | {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
+    common |= dict(pair.split("=", 1) for pair in SET.value)
+    settings = common | {"seed": seed, "optimizer.learning_rate": rate} | settings
+    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in common))
     cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
     result = runs.run_cell(cell)
     if isinstance(result, str):
@@ -96,7 +101,8 @@ def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str,
 
 def choose(settings: Mapping[str, object]) -> dict[float, float]:
     """Mean trusted loss by learning rate on the seeds that are not reported."""
-    return {rate: float(np.mean([measure(settings, rate, seed)["left"] for seed in TUNING_SEEDS])) for rate in RATES.value}
+    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + NUM_TUNING.value)
+    return {rate: float(np.mean([measure(settings, rate, seed)["left"] for seed in seeds])) for rate in RATES.value}
 
 
 def main() -> None:
@@ -114,7 +120,8 @@ def main() -> None:
     lines = [
         " ".join(__doc__.split("\n\n")[1].split()),
         "",
-        f"The other run has {described}. {NUM_UPPER.value} trusted rows, {NUM_LOWER.value} to select from, with the held-out ones.",
+        f"The other run has {described}. {NUM_UPPER.value} trusted rows, {NUM_LOWER.value} to select from, with the held-out ones. "
+        f"{NUM_TEST.value} rows are drawn for the trusted loss; those that the run has seen are left out.",
         "",
         f"{SEEDS.value} seeds, means with 95% intervals:",
         "",
@@ -130,7 +137,7 @@ def main() -> None:
         "",
         *judgement.claims_table(claims),
         "",
-        f"Choice of the learning rate, mean trusted loss of the seeds {' and '.join(map(str, TUNING_SEEDS))}:",
+        f"Choice of the learning rate, mean trusted loss over {NUM_TUNING.value} other seeds:",
         "",
         *runs.markdown(
             ["setting", *(f"{rate:g}" for rate in RATES.value)],

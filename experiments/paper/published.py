@@ -193,6 +193,11 @@ IN_USE = {"rows in use": USED, "the same rows, as in the data": USED_DATA, "gene
 COLUMNS = runs.COLUMNS | IN_USE | {"ESS/N": "selector/ess", "correction rate": "online/correction_rate"}
 
 
+def has_cost(cell: str) -> bool:
+    """Whether the rows of a cell have weights that follow from a cost."""
+    return CELLS[cell]["method"] != "mixing" and CELLS[cell].get("selection.rule") != "uniform"
+
+
 def make(root: pathlib.Path, task: str, tier: str, cell: str, seed: int, changes: dict) -> runs.Cell:
     """The run of a cell with a seed.
 

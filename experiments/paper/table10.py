@@ -17,6 +17,7 @@ from bilevel_jax.judge import verdicts
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime.workdir import read_config
 from experiments import comparing, tables
+from experiments.paper import published
 
 FLAGS = flags.FlagValues()
 ENDPOINT = flags.DEFINE_string("endpoint", None, "URL before /chat/completions; the key is in OPENAI_API_KEY.", flag_values=FLAGS)
@@ -93,8 +94,9 @@ def compare(run: comparing.Run, prompts: pathlib.Path, base: pathlib.Path) -> No
 
 
 def main() -> None:
-    if (tables.TIER.value == "tiny") == bool(ENDPOINT.value) or bool(ENDPOINT.value) != bool(JUDGE.value):
-        raise ValueError("the tiny tier compares with the right answers; any other tier needs --endpoint and --judge")
+    generated = tables.TIER.value in published.GENERATED
+    if generated == bool(ENDPOINT.value) or bool(ENDPOINT.value) != bool(JUDGE.value):
+        raise ValueError("generated rows are compared with the right answers; any other tier needs --endpoint and --judge")
     results = tables.run("quality", [*PAPER, *CONTROLS])
     runs = [(seed, run) for by_seed in results.runs.values() for seed, run in by_seed.items()]
     for seed, run in tqdm.tqdm(runs, desc="answering", unit="run"):

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 import tqdm
 
 from experiments import comparing, tables
+from experiments.paper.published import GENERATED
 
 BENCHMARKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy")
 TASKS = {
-    "tiny": [f"generated_{group}" for group in ("easy", "medium", "hard", "safety")],
+    **dict.fromkeys(GENERATED, [f"generated_{group}" for group in ("easy", "medium", "hard", "safety")]),
     "smollm2": [f"local_{name}" for name in BENCHMARKS],
 }
 FOLDER = pathlib.Path(__file__).parent / "tasks"

@@ -226,6 +226,21 @@ def test_every_table_has_its_cells_claims_and_commands(written, name):
         assert name == "table2" or any("uniform" in cell or "Adam" in cell for cell in controls), task
 
 
+def test_the_test_bed_has_the_default_selector_beside_the_papers(write_tables, tmp_path):
+    """Both tasks share the runs. Claims of the paper's cells are made of the default's too, where both cells have one."""
+    write_tables(["table1", "figure4", "figure5"], tmp_path / "runs", tmp_path, "--tier=bed")
+    assert [path.name for path in (tmp_path / "runs" / "bed").iterdir()] == ["safety"]
+    claims = json.loads((tmp_path / "table1.json").read_text())["claims"]
+    by_cells = {(claim["cell"], claim["than"]): claim["text"] for claim in claims}
+    assert len(by_cells) == len(claims)
+    assert by_cells["default, offline", "mixing, ρ=1"] == "default: selection below mixing, ρ=1"
+    assert by_cells["default, online, R=10%", "default, offline"] == "default: online, R=10%, below selection"
+    assert not {("online, R=5%", "default, offline"), ("default, online, R=10%", "online, stale")} & set(by_cells)
+    assert "online, default" in (tmp_path / "figure4.svg").read_text()
+    assert "safety: default, dynamic, R=10%" in (tmp_path / "figure5.svg").read_text()
+    assert "default, online, R=10%: heaviest answers longer than all" in (tmp_path / "figure5.md").read_text()
+
+
 def test_claims_failures_and_further_measures(written):
     directory, errors = written
     table4 = json.loads((directory / "table4.json").read_text())
