@@ -64,7 +64,9 @@ class Job(NamedTuple):
     prefill_row: int  # row of the prefill batch
 
 
-def _prefill_batches(prompts: Sequence[np.ndarray], num_samples: int, cache_length: int) -> list[tuple[list[Job], np.ndarray]]:
+def _prefill_batches(
+    prompts: Sequence[np.ndarray], num_samples: int, cache_length: int, full_batches: bool
+) -> list[tuple[list[Job], np.ndarray]]:
     """Prompts without their last token, grouped by padded length: (jobs, tokens [rows, length]), the longest last."""
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -72,7 +74,9 @@ def _prefill_batches(prompts: Sequence[np.ndarray], num_samples: int, cache_leng
         by_length.setdefault(min(padded, cache_length), []).append(i)
     batches = []
     for length, members in sorted(by_length.items()):
-        num_rows = min(max(1, PREFILL_TOKENS // length), 1 << (len(members) - 1).bit_length())
+        num_rows = max(1, PREFILL_TOKENS // length)
+        if not full_batches:
+            num_rows = min(num_rows, 1 << (len(members) - 1).bit_length())
         for first in range(0, len(members), num_rows):
             part = members[first : first + num_rows]
             tokens = np.zeros((num_rows, length), np.int32)
@@ -91,6 +95,7 @@ class Sampler:
     num_slots: int
     length: int  # maximum number of tokens of prompt and response together
     max_new_tokens: int
+    full_batches: bool  # as of `make_sampler`; False in what `jit_functions` returns
     mesh: jax.sharding.Mesh
     shardings: Slots
     detokenize: Callable[[Sequence[int]], str] | None  # None in what `jit_functions` returns
@@ -224,7 +229,7 @@ def _sample(
         if not 0 < len(prompt) < sampler.length:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; there is room for 1 to {sampler.length - 1}")
     num_samples = keys.shape[1]
-    batches = _prefill_batches(prompts, num_samples, attention.cache_window(sampler.length))
+    batches = _prefill_batches(prompts, num_samples, attention.cache_window(sampler.length), sampler.full_batches)
     schedule = Schedule(prompts, keys, batches, [[None] * num_samples for _ in prompts])
     total = len(prompts) * num_samples
     bar = progress.bar(desc=description, unit="response", total=total)
@@ -250,6 +255,7 @@ def make_sampler(
     length: int,
     mesh: jax.sharding.Mesh,
     detokenize: Callable[[Sequence[int]], str] | None = None,
+    full_batches: bool = False,
 ) -> Callable:
     """Builds `sample(base, adapter, prompts, keys, description="sampling", stopped=...) -> [[Response] * G] * n`.
 
@@ -265,6 +271,8 @@ def make_sampler(
       length: maximum number of tokens of prompt and response together; longer responses are cut.
       mesh: slots are sharded over its `data` and `fsdp` axes.
       detokenize: token ids -> text; required for stop strings.
+      full_batches: every prefill batch has all its rows, however few prompts there are. Calls with other numbers of prompts then
+        compile nothing, and a call with few prompts computes more.
 
     Raises:
       ValueError: there are stop strings but no `detokenize`. `sample` raises it for a prompt that is empty or too long.
@@ -273,7 +281,8 @@ def make_sampler(
         raise ValueError("stop strings need a tokenizer")
     compiled_for = dataclasses.replace(settings, stop=())  # the host searches for stop strings
     sampler = jit_functions(config, compiled_for, tuple(int(token) for token in eos), slots, length, mesh)
-    return functools.partial(_sample, dataclasses.replace(sampler, settings=settings, detokenize=detokenize))
+    sampler = dataclasses.replace(sampler, settings=settings, detokenize=detokenize, full_batches=full_batches)
+    return functools.partial(_sample, sampler)
 
 
 @functools.lru_cache(maxsize=NUM_SAMPLERS)
@@ -291,6 +300,7 @@ def jit_functions(
         num_slots=slots,
         length=length,
         max_new_tokens=max_new_tokens,
+        full_batches=False,
         mesh=mesh,
         shardings=shardings,
         detokenize=None,

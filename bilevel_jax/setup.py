@@ -299,7 +299,13 @@ def build_refresh(config: configuration.Config, setup: Setup, score: Callable, r
     """`online.make_refresh` for the lower level of a run."""
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
     sample = sampling.make_sampler(
-        setup.model, settings, setup.eos, slots=config.online.slots, length=config.data.max_length, mesh=setup.mesh
+        setup.model,
+        settings,
+        setup.eos,
+        slots=config.online.slots,
+        length=config.data.max_length,
+        mesh=setup.mesh,
+        full_batches=True,  # every refresh asks another number of questions
     )
     generator = online.Generator(
         sample,

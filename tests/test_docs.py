@@ -20,6 +20,7 @@ PAGES = [
         ROOT / name
         for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "bilevel_jax/tiny/README.md")
     ),
+    *sorted((ROOT / "experiments").glob("*/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 KEYS = set(checks.keys(config.default()))
@@ -162,12 +163,12 @@ def test_the_configuration_page_is_current():
 
 def test_the_checks_see_something():
     readme, hardware = ROOT / "README.md", ROOT / "docs" / "hardware.md"
-    assert len(links(readme)) > 20 and "experiments/README.md#which-ranking-to-use-when" in links(readme)
+    assert len(links(readme)) > 20 and "experiments/selection/README.md#which-ranking-to-use-when" in links(readme)
     assert ("bilevel_jax.main", ["--config=configs/safety.py:llama3-8b", "--plan"]) in [
         (module, words[:2]) for module, words in commands(hardware)
     ]
     assert {"config", "workdir", "plan", "compile"} <= flags_of("bilevel_jax.main") and "tier" in flags_of("experiments.table3")
-    assert "which-ranking-to-use-when" in anchors(ROOT / "experiments" / "README.md")
+    assert "which-ranking-to-use-when" in anchors(ROOT / "experiments" / "selection" / "README.md")
     assert is_code("online.masked_rows") and not is_code("online.ratio")
 
 

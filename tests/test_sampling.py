@@ -416,12 +416,13 @@ def test_refill_leaves_no_slot_idle_while_prompts_wait(monkeypatch, uncached):
     assert len(steps) == max(busy) < sum(max(pair) for pair in zip(lengths[::2], lengths[1::2]))
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 5])
-def test_prompts_are_prefilled_once_in_few_shapes(num_samples):
+def test_prompts_are_prefilled_once_in_few_shapes(num_samples, full):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, VOCAB, size).astype(np.int32) for size in [*range(1, 70), 199, 200]]
     cache_length = 192 + 64
-    batches = sampling._prefill_batches(prompts, num_samples, cache_length)
+    batches = sampling._prefill_batches(prompts, num_samples, cache_length, full)
     jobs = [(job.prompt, job.sample_index) for jobs, _ in batches for job in jobs]
     assert sorted(jobs) == [(i, g) for i in range(len(prompts)) for g in range(num_samples)]
     for members, tokens in batches:
@@ -432,17 +433,19 @@ def test_prompts_are_prefilled_once_in_few_shapes(num_samples):
             assert job.prefill_row < rows
             np.testing.assert_array_equal(tokens[job.prefill_row, : len(prefix)], prefix)
     assert len({tokens.shape for _, tokens in batches}) <= 4
-    assert sum(len(tokens) for _, tokens in batches) < 2 * len(prompts)  # the number of rows does not grow with the samples
+    assert full or sum(len(tokens) for _, tokens in batches) < 2 * len(prompts)  # the samples of a prompt share its row
+    few = sampling._prefill_batches(prompts[:2], num_samples, cache_length, full)
+    assert [tokens.shape for _, tokens in few] == [(32 if full else 2, 32)]
 
 
 def test_nothing_is_compiled_in_a_second_call(caplog, uncached):
     """Nor by a second sampler with the same arguments, or with other stop strings, which the host looks for."""
     _, params, adapter = model()
 
-    def compiled(sample, adapter, keys=KEYS):
+    def compiled(sample, adapter, keys=KEYS, prompts=PROMPTS):
         caplog.clear()
         with jax.log_compiles():
-            responses = sample(params, adapter, PROMPTS, keys)
+            responses = sample(params, adapter, prompts, keys)
         return sum(record.message.startswith("Finished XLA compilation") for record in caplog.records), responses
 
     sample = make()
@@ -459,6 +462,11 @@ def test_nothing_is_compiled_in_a_second_call(caplog, uncached):
     assert number == 0 and letters(stopped[0][0].tokens).endswith(stop) and len(stopped[0][0].tokens) < len(first[0][0].tokens)
     number, _ = compiled(make(dataclasses.replace(WARM, top_k=19)), adapter)
     assert number >= 1  # not the same distribution
+    few = slice(0, len(PROMPTS), 3)
+    assert compiled(make(full_batches=True), adapter)[0] >= 1  # more rows than `sample` needs for these prompts
+    number, responses = compiled(make(full_batches=True), adapter, KEYS[few], PROMPTS[few])
+    assert number == 0
+    assert_same(responses, first[few])
 
 
 def test_no_distribution_is_stored_for_every_token(intermediate_shapes):

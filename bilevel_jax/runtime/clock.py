@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import threading
 import time
 
 import jax
@@ -9,9 +10,36 @@ import jax
 ACTIVITIES = ("start", "load", "compile", "search", "train", "generate", "eval", "checkpoint", "report", "other")
 
 
+class Compiling:
+    """Counts the seconds in which the main thread traces, lowers and compiles programs, from the events that JAX reports.
+
+    JAX reports how long something took when it ends. What was part of something longer is counted once.
+    """
+
+    EVENTS = "/jax/core/compile/"
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._counted: list[tuple[float, float]] = []  # start, and seconds counted since
+
+    def __call__(self, event: str, seconds: float, **_) -> None:
+        if not event.startswith(self.EVENTS) or threading.current_thread() is not threading.main_thread():
+            return
+        start, inside = time.perf_counter() - seconds, 0.0
+        while self._counted and self._counted[-1][0] >= start:
+            inside += self._counted.pop()[1]
+        self._counted.append((start, seconds))
+        self.seconds += max(0.0, seconds - inside)
+
+
+COMPILING = Compiling()
+jax.monitoring.register_event_duration_secs_listener(COMPILING)  # once for the process: JAX removes no listener
+
+
 class Clock:
     """Counts seconds by activity. Time in a nested activity is not counted for the outer one.
 
+    Programs that are compiled where they are first needed, such as those of sampling, count as `compile` in any activity.
     All activities add up to the time since the clock was created, plus `start`, the time before that (mostly imports). `other` is
     time outside of any activity.
 
@@ -23,6 +51,7 @@ class Clock:
         self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._active: list[str] = []  # innermost last
         self._since = time.perf_counter()
+        self._compiled = COMPILING.seconds
         self.seconds["start"] = self._since - began if began is not None else 0.0
 
     @contextlib.contextmanager
@@ -47,9 +76,12 @@ class Clock:
         return dict(self.seconds)
 
     def _flush(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self._active[-1] if self._active else "other"] += now - self._since
-        self._since = now
+        now, compiled = time.perf_counter(), COMPILING.seconds
+        elapsed = now - self._since
+        compiling = min(compiled - self._compiled, elapsed)
+        self.seconds["compile"] += compiling
+        self.seconds[self._active[-1] if self._active else "other"] += elapsed - compiling
+        self._since, self._compiled = now, compiled
 
 
 class Profile:

@@ -1,4 +1,4 @@
-"""Writes the tables of the paper's claims in experiments/README.md from the JSON files of the pages.
+"""Writes the tables of the paper's claims in the README files of experiments from the JSON files of the pages.
 
 `python -m experiments.claims`. Every entry is a claim of a page, with its difference, 95% interval and verdict, so that no number
 of these tables is typed by hand.
@@ -6,6 +6,7 @@ of these tables is typed by hand.
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +17,8 @@ from bilevel_jax import cli, files
 from experiments import runs
 
 FLAGS = flags.FlagValues()
-README = flags.DEFINE_string("readme", "experiments/README.md", "File with the tables.", flag_values=FLAGS)
-RESULTS = pathlib.Path("experiments/results")
+ROOT = pathlib.Path("experiments")
+RESULTS = ROOT / "results"
 MARK = "<!-- claims: {}, written by experiments/paper/claims.py -->"
 END = "<!-- end of claims -->"
 
@@ -204,10 +205,11 @@ SMOLLM2 = (
     Row("BMO and BDS differ little", [Entry("trusted", "table4-smollm2", "BMO below BDS, trusted")], [], "no difference was seen"),
 )
 TABLES = {"tiny": TINY, "smollm2": SMOLLM2}
+FILES = {"paper/README.md": ("tiny", "smollm2")}  # in `ROOT` -> its tables
 
 
-def entry_text(entry: Entry) -> str:
-    """Label, difference, interval and verdict.
+def entry_text(entry: Entry, folder: pathlib.Path) -> str:
+    """Label, difference, interval and verdict, with a link to the page from a file in `folder`.
 
     Raises:
       ValueError: the page has no such claim.
@@ -221,34 +223,41 @@ def entry_text(entry: Entry) -> str:
         return f"{value:+.4f}".replace("-", "−")
 
     interval = "" if math.isnan(claim["low"]) else f" [{signed(claim['low'])}, {signed(claim['high'])}]"
-    return f"{entry.label}: {signed(claim['difference'])}{interval}, [*{claim['word']}*](results/{entry.page}.md)"
+    page = f"{os.path.relpath(RESULTS, folder)}/{entry.page}.md"
+    return f"{entry.label}: {signed(claim['difference'])}{interval}, [*{claim['word']}*]({page})"
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
     """Lines of a table of claims."""
-    body = [[row.text, "; ".join(map(entry_text, row.quality)), "; ".join(map(entry_text, row.safety)), row.remark] for row in rows]
+
+    def cell(entries: Sequence[Entry]) -> str:
+        return "; ".join(entry_text(entry, folder) for entry in entries)
+
+    body = [[row.text, cell(row.quality), cell(row.safety), row.remark] for row in rows]
     return runs.markdown(["claim", "quality", "safety", "remark"], body)
 
 
-def rewritten(text: str) -> str:
-    """The text with its tables of claims written again.
+def rewritten(name: str) -> str:
+    """The text of a file, one of `FILES`, with its tables of claims written again.
 
     Raises:
       ValueError: a mark is missing.
     """
-    for name, rows in TABLES.items():
-        mark = MARK.format(name)
+    file = ROOT / name
+    text = file.read_text()
+    for table_name in FILES[name]:
+        mark = MARK.format(table_name)
         before, start, rest = text.partition(mark + "\n")
         _, closed, after = rest.partition(END)
         if not start or not closed:
             raise ValueError(f"the text has no {mark} with {END} after it")
-        text = before + start + "\n".join(["", *table(rows), "", ""]) + closed + after
+        text = before + start + "\n".join(["", *table(TABLES[table_name], file.parent), "", ""]) + closed + after
     return text
 
 
 def main() -> None:
-    file = pathlib.Path(README.value)
-    files.write_atomically(file, rewritten(file.read_text()))
+    for name in FILES:
+        files.write_atomically(ROOT / name, rewritten(name))
 
 
 if __name__ == "__main__":

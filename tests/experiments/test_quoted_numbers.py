@@ -1,4 +1,4 @@
-"""Numbers that README.md and experiments/README.md quote against the pages and JSON files that they link to."""
+"""Numbers that README.md and the README files of experiments quote against the pages and JSON files that they link to."""
 
 import json
 import pathlib
@@ -11,10 +11,14 @@ from experiments import comparing, rejudge
 from experiments.paper import claims
 
 ROOT = pathlib.Path(__file__).parents[2]
-READMES = {"README.md": ROOT / "README.md", "experiments/README.md": ROOT / "experiments" / "README.md"}
+FOLDERS = ("", "paper", "selection")
+READMES = {
+    str(file.relative_to(ROOT)): file
+    for file in (ROOT / "README.md", *(ROOT / "experiments" / name / "README.md" for name in FOLDERS))
+}
 RESULTS = ROOT / "experiments" / "results"
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+\.\d+%?")
-LINK = re.compile(r"\]\(((?:experiments/)?results/[\w.-]+\.md)")
+LINK = re.compile(r"\]\(((?:experiments/|\.\./)?results/[\w.-]+\.md)")
 MIN_DECIMALS = 3  # numbers with fewer agree with some number of a page by chance
 
 
@@ -66,14 +70,14 @@ def quoted(text: str, folder: pathlib.Path) -> list[tuple[str, list[float]]]:
 @pytest.mark.parametrize("name", READMES)
 def test_numbers_are_on_the_pages_that_are_linked(name):
     numbers = quoted(READMES[name].read_text(), READMES[name].parent)
-    assert len(numbers) > 15
+    assert len(numbers) > 10
     assert not [number for number, exact in numbers if not any(agree(number, one) for one in exact)]
 
 
 def test_a_wrong_number_is_noticed():
     text = READMES["experiments/README.md"].read_text()
-    assert "trusted loss 0.0867 against" in text
-    numbers = quoted(text.replace("trusted loss 0.0867 against", "trusted loss 0.0895 against"), ROOT / "experiments")
+    assert "trusted loss 0.0867," in text
+    numbers = quoted(text.replace("trusted loss 0.0867,", "trusted loss 0.0895,"), ROOT / "experiments")
     assert [number for number, exact in numbers if not any(agree(number, one) for one in exact)] == ["0.0895"]
 
 
@@ -91,7 +95,7 @@ KEYS = ("eval/upper_loss", "eval/lower_clean_loss", "selector/auroc", "selector/
 
 def test_the_table_of_the_papers_rule_is_that_of_table_3():
     """Each entry is the mean over seeds of its cell."""
-    text = READMES["experiments/README.md"].read_text()
+    text = READMES["experiments/paper/README.md"].read_text()
     cells = json.loads((RESULTS / "table3.json").read_text())["cells"]["safety"]
     for label, cell in CELLS.items():
         [row] = [line for line in text.split("\n") if line.startswith(f"| {label} |")]
@@ -100,9 +104,9 @@ def test_the_table_of_the_papers_rule_is_that_of_table_3():
             assert (not entry and (not values or "mixing" in label)) or agree(entry, statistics.mean(values)), (label, key, entry)
 
 
-def test_tables_of_claims_are_those_of_the_pages():
-    text = READMES["experiments/README.md"].read_text()
-    assert claims.rewritten(text) == text
+@pytest.mark.parametrize("name", claims.FILES)
+def test_tables_of_claims_are_those_of_the_pages(name):
+    assert claims.rewritten(name) == (ROOT / "experiments" / name).read_text()
 
 
 PAGES = sorted(page for page in RESULTS.glob("*.md") if page.with_suffix(".json").exists() and rejudge.HEAD in page.read_text())

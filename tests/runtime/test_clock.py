@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bilevel_jax.runtime.clock import Clock, Profile
+from bilevel_jax.runtime.clock import Clock, Compiling, Profile
 
 
 @pytest.fixture
@@ -30,6 +30,35 @@ def test_seconds_by_activity(fake_time):
     assert {key: value for key, value in seconds.items() if value} == {"start": 4, "train": 5, "eval": 5, "other": 8}
     assert sum(seconds.values()) == 118 - 96
     assert clock.share("train", of=("train", "eval")) == 0.5
+
+
+def test_compiling_inside_of_an_activity_is_counted_apart():
+    """The function is traced, which takes a tenth of a second, and then only runs."""
+
+    def traced_slowly(x):
+        time.sleep(0.1)
+        return x + 1
+
+    clock, program, began = Clock(), jax.jit(traced_slowly), time.perf_counter()
+    with clock("generate"):
+        program(jnp.zeros(3)).block_until_ready()
+        first = clock.elapsed()
+        program(jnp.zeros(3)).block_until_ready()
+    assert first["compile"] >= 0.1 and first["generate"] <= time.perf_counter() - began - first["compile"]
+    assert clock.elapsed()["compile"] == first["compile"]
+
+
+def test_nested_compilations_are_counted_once(fake_time):
+    compiling, event = Compiling(), Compiling.EVENTS + "jaxpr_trace_duration"
+    fake_time[0] = 103
+    compiling(event, 1.0)  # 102 to 103
+    fake_time[0] = 105
+    compiling(event, 1.5)  # 103.5 to 105
+    compiling(event, 4.0)  # 101 to 105, with both inside
+    fake_time[0] = 109
+    compiling(event, 2.0)
+    compiling("/jax/another/event", 50.0)
+    assert compiling.seconds == 6.0
 
 
 def test_clock_without_a_start(fake_time):
