@@ -39,6 +39,7 @@ PAGE = flags.DEFINE_string("page", "training", "Name of the page in experiments/
 
 TEST_SEED = 900  # + the seed of the run
 FIRST_TUNING_SEED = 100
+WEIGHTS = "adapter_model.safetensors"
 COMMON = {
     "method": "offline",
     "eval.num_upper": 200,
@@ -80,15 +81,21 @@ def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
         return scoring.mean_loss(*score(adapted, base, weights, scoring.example_segments(examples), "new trusted rows"))
 
     last = max((workdir / "adapters").iterdir(), key=lambda path: int(path.name.removeprefix("step_")))
-    return {"left": loss(workdir / "adapter"), "last": loss(last)}
+    left = workdir / "adapter"
+    weights = [(folder / WEIGHTS).read_bytes() for folder in (left, last)]
+    return {"left": (of_left := loss(left)), "last": of_left if weights[0] == weights[1] else loss(last)}
+
+
+def overrides() -> dict[str, str]:
+    """Config keys and values of --set."""
+    return dict(pair.split("=", 1) for pair in SET.value)
 
 
 def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str, float]:
     """The `test_losses` of one run, which is made if it is not there."""
-    common = COMMON | {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
-    common |= dict(pair.split("=", 1) for pair in SET.value)
-    settings = common | {"seed": seed, "optimizer.learning_rate": rate} | settings
-    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in common))
+    shared = COMMON | {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
+    settings = shared | {"seed": seed, "optimizer.learning_rate": rate} | settings | overrides()
+    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in shared | overrides()))
     cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
     result = runs.run_cell(cell)
     if isinstance(result, str):
@@ -116,7 +123,9 @@ def main() -> None:
     schedule = {f"linear schedule, {name} adapter": {k: tuned[k][key] for k in seeds} for name, key in TUNED_ADAPTERS.items()}
     claims = [(f"{name} below {other}", schedule[name], losses[other]) for other in losses for name in schedule]
     losses |= schedule
-    described = ", ".join(f"`{key}={value}`" for key, value in TUNED.items())
+    described = ", ".join(
+        f"`{key}={value}`" for key, value in (TUNED | {key: value for key, value in overrides().items() if key in TUNED}).items()
+    )
     lines = [
         " ".join(__doc__.split("\n\n")[1].split()),
         "",

@@ -32,12 +32,20 @@ class Entry(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A claim of the paper."""
+    """A claim of the paper, with the entries of two columns."""
 
     text: str
-    quality: Sequence[Entry]
-    safety: Sequence[Entry]
+    first: Sequence[Entry]
+    second: Sequence[Entry]
     remark: str
+
+
+class Table(NamedTuple):
+    """A table of claims."""
+
+    file: str  # in `ROOT`
+    columns: tuple[str, str]
+    rows: Sequence[Row]
 
 
 def _three(page: str, text: str) -> tuple[Entry, ...]:
@@ -50,6 +58,92 @@ def _two(page: str, text: str) -> tuple[Entry, ...]:
     return tuple(Entry(name, page, f"{text}: {key}") for name, key in (("mixture", "mixture, as it is"), ("right answers",) * 2))
 
 
+def _bed(text: str, entries: Sequence[Entry], remark: str = "") -> Row:
+    """A claim on the test bed, of the paper's selector and of the default one."""
+    return Row(text, entries, [entry._replace(claim=f"default: {entry.claim}") for entry in entries], remark)
+
+
+def _figure4(text: str, label: str = "") -> list[Entry]:
+    """The two measures of a claim of Figure 4 on the test bed."""
+    return [Entry(f"{label}{name}", "figure4-bed", f"{text}: {name}") for name in ("whole mixture", "right answers")]
+
+
+BED = (
+    _bed(
+        "selection has a lower trusted loss than mixing (Tables 1, 3)",
+        [Entry(rho, "table1-bed", f"selection below mixing, {rho}") for rho in ("ρ=0.5", "ρ=1")]
+        + [Entry("ρ=0.2", "table1-bed", "control: selection below mixing, ρ=0.2")],
+    ),
+    _bed(
+        "... because of the weights, not of the ρ-schedule (control)",
+        [Entry("uniform weights", "table1-bed", "control: selection below uniform ω")],
+    ),
+    Row(
+        "... with the paper's Adam at 1e-4 (control)",
+        [Entry("uniform weights", "table1-bed", "control: the paper's Adam on ω below uniform ω")],
+        [],
+        "the weights hardly move",
+    ),
+    _bed(
+        "selection lowers the loss of the mixture (Figure 4)",
+        _figure4("(c) offline below mixing, ρ=0.5"),
+        "most of these rows are bad or have a style that the trusted rows do not want",
+    ),
+    _bed(
+        "online beats selection (Table 1, Figure 4)",
+        [Entry("trusted", "table1-bed", "online, R=10%, below selection"), *_figure4("(a) R=10% below offline")],
+    ),
+    Row("more responses help: G > 1 (Figure 4 b)", _figure4("(b) G=5 below G=1", "G=5, "), [], ""),
+    Row("R=10% is the best ratio (Figure 4 a)", _figure4("(a) R=10% below R=20%"), [], "the paper prints no numbers"),
+    Row(
+        "dynamic beats selection (Table 3)",
+        [Entry("trusted", "table3-bed", "dynamic better than selection, by loss: trusted loss")],
+        [
+            Entry("trusted, R=10%", "table3-bed", "default: dynamic better than selection: trusted loss"),
+            Entry("R=30%", "table3-bed", "default: dynamic, R=30%, better than selection: trusted loss"),
+        ],
+        "",
+    ),
+    Row("... because responses are regenerated (control)", _figure4("(d) online below stale"), [], ""),
+    Row("... because of the importance ratio (control)", _figure4("(d) online below r ≡ 1"), [], ""),
+    Row(
+        "BMO and BDS differ little (Table 4)",
+        [
+            Entry("trusted, BMO below BDS with Adam", "table4-bed", "BMO below BDS, trusted"),
+            Entry("mixture, BDS below BMO", "table4-bed", "BDS below BMO, mixture"),
+        ],
+        [],
+        "it depends on how far ω moves, not on the rule",
+    ),
+    _bed(
+        "selection raises accuracy over mixing (Table 5)",
+        [Entry(rho, "table5-bed", f"offline above mixing, {rho}, mean accuracy") for rho in ("ρ=0.5", "ρ=1")],
+        "generated questions, right against planted wrong answers",
+    ),
+    _bed("... online over selection", [Entry("", "table5-bed", "online, R=10% above offline, mean accuracy")]),
+    _bed(
+        "self-refining moves from easy to hard questions (Table 8)",
+        [Entry("share of hard ones", "table8-bed", "online, R=10%: more hard questions on top in epoch 3 than in epoch 1")],
+    ),
+    _bed(
+        "selection prefers hard questions (Table 8)",
+        [Entry("share of hard ones", "table8-bed", "offline: more hard questions on top than among all in epoch 3")],
+    ),
+    _bed(
+        "win rate over the base model rises from mixing to selection (Table 10)",
+        [Entry("ties half", "table10-bed", "offline above mixing, ρ=0.5, win rate")],
+    ),
+    _bed("... from selection to online (Table 10)", [Entry("ties half", "table10-bed", "online, R=10% above offline, win rate")]),
+    Row(
+        "G=1 costs little time (Table 2)",
+        [
+            Entry("selection over mixing", "table2", "selection takes longer than mixing"),
+            Entry("online over selection", "table2", "online, G=1, longer than selection"),
+        ],
+        [],
+        "in units of the time of mixing; the quality task of the tiny tier",
+    ),
+)
 TINY = (
     Row(
         "selection has a lower trusted loss than mixing (Tables 1, 3)",
@@ -204,8 +298,12 @@ SMOLLM2 = (
     Row("dynamic beats selection", [], [Entry("trusted", "table3-smollm2", "dynamic below selection: trusted")], ""),
     Row("BMO and BDS differ little", [Entry("trusted", "table4-smollm2", "BMO below BDS, trusted")], [], "no difference was seen"),
 )
-TABLES = {"tiny": TINY, "smollm2": SMOLLM2}
-FILES = {"paper/README.md": ("tiny", "smollm2")}  # in `ROOT` -> its tables
+TABLES = {
+    "bed": Table("README.md", ("weights by the loss, as in the paper", "weights by the default"), BED),
+    "tiny": Table("paper/README.md", ("quality", "safety"), TINY),
+    "smollm2": Table("paper/README.md", ("quality", "safety"), SMOLLM2),
+}
+FILES = tuple(dict.fromkeys(table.file for table in TABLES.values()))
 
 
 def entry_text(entry: Entry, folder: pathlib.Path) -> str:
@@ -224,17 +322,18 @@ def entry_text(entry: Entry, folder: pathlib.Path) -> str:
 
     interval = "" if math.isnan(claim["low"]) else f" [{signed(claim['low'])}, {signed(claim['high'])}]"
     page = f"{os.path.relpath(RESULTS, folder)}/{entry.page}.md"
-    return f"{entry.label}: {signed(claim['difference'])}{interval}, [*{claim['word']}*]({page})"
+    label = f"{entry.label}: " if entry.label else ""
+    return f"{label}{signed(claim['difference'])}{interval}, [*{claim['word']}*]({page})"
 
 
-def table(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
-    """Lines of a table of claims."""
+def lines(table: Table) -> list[str]:
+    """A table of claims as Markdown."""
 
     def cell(entries: Sequence[Entry]) -> str:
-        return "; ".join(entry_text(entry, folder) for entry in entries)
+        return "; ".join(entry_text(entry, (ROOT / table.file).parent) for entry in entries)
 
-    body = [[row.text, cell(row.quality), cell(row.safety), row.remark] for row in rows]
-    return runs.markdown(["claim", "quality", "safety", "remark"], body)
+    body = [[row.text, cell(row.first), cell(row.second), row.remark] for row in table.rows]
+    return runs.markdown(["claim", *table.columns, "remark"], body)
 
 
 def rewritten(name: str) -> str:
@@ -243,15 +342,16 @@ def rewritten(name: str) -> str:
     Raises:
       ValueError: a mark is missing.
     """
-    file = ROOT / name
-    text = file.read_text()
-    for table_name in FILES[name]:
+    text = (ROOT / name).read_text()
+    for table_name, table in TABLES.items():
+        if table.file != name:
+            continue
         mark = MARK.format(table_name)
         before, start, rest = text.partition(mark + "\n")
         _, closed, after = rest.partition(END)
         if not start or not closed:
             raise ValueError(f"the text has no {mark} with {END} after it")
-        text = before + start + "\n".join(["", *table(TABLES[table_name], file.parent), "", ""]) + closed + after
+        text = before + start + "\n".join(["", *lines(table), "", ""]) + closed + after
     return text
 
 
