@@ -19,7 +19,7 @@ from bilevel_jax import finish, train
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data import streaming
 from bilevel_jax.errors import RunError
-from bilevel_jax.report import page, plots, run_data, screenshot, shown_rows
+from bilevel_jax.report import cells, page, plots, run_data, screenshot, shown_rows
 from bilevel_jax.runtime import summary_table, weight_table
 from bilevel_jax.runtime.workdir import read_config
 from bilevel_jax.text import one_line, visible
@@ -346,7 +346,7 @@ def test_many_sources_and_epochs(tmp_path):
     for epoch in range(3, 31):
         shutil.copy(workdir / "weights" / "epoch_2.parquet", workdir / "weights" / f"epoch_{epoch}.parquet")
     result = report(workdir)
-    assert len(result.tables["sources"]) == 1 + page.MAX_TABLE_SOURCES and "and 20 more sources" in result.words["sources"]
+    assert len(result.tables["sources"]) == 1 + page.MAX_SOURCES and "and 20 more sources" in result.words["sources"]
     assert [row[0] for row in result.tables["weights"][1:]] == [str(epoch) for epoch in range(1, 31)]  # by number, not by name
     assert (workdir / "report.html").stat().st_size < 1_000_000
 
@@ -677,8 +677,10 @@ def test_earlier_answers_are_marked(tmp_path, learn, unit, shown):
     run = run_data.read(workdir)
     run.config.selection.unit = unit
     table = run.tables[max(run.tables)]
-    cells = [page.row_cells(run, table, list(table["id"]).index(row.id)) for row in run.rows.values() if row.line in (1, len(rows))]
-    questions = [cell["question"].full or cell["question"].short for cell in cells]
+    of_rows = [
+        cells.row_cells(run, table, list(table["id"]).index(row.id)) for row in run.rows.values() if row.line in (1, len(rows))
+    ]
+    questions = [cell["question"].full or cell["question"].short for cell in of_rows]
     assert questions == ["Ho?\n\nHey.\n\n0?", f"Ho?\n\n{shown}\n\n{len(rows) - 1}?"]
     assert ("between ⟦ and ⟧ are learned too" in page.write(workdir).read_text(encoding="utf-8")) == (learn == "all")
 
@@ -690,7 +692,7 @@ def test_words_are_tinted_by_their_weight(tmp_path):
     assert "words" not in report(workdir).words  # this run has no token weights
     table = {"id": [ids[2], ids[1]], "weight": [[1.0, 1.0], [1.7, 0.3]], "start": [[0, 5], [0, 4]], "stop": [[4, 9], [3, 7]]}
     weight_table.write(workdir / weight_table.TOKENS, pa.table(table, schema=weight_table.TOKENS_SCHEMA))
-    result = page.token_weighted_responses(run_data.read(workdir))
+    result = cells.token_weighted_responses(run_data.read(workdir))
     assert [row["id"] for row in result] == [ids[1], ids[2]]
     assert result[0]["pieces"] == [("<b>", 0), (" end", 3)]  # 1 - 0.3 = 0.7 of five steps
     assert result[0]["ess"] == pytest.approx(2 / (1.7**2 + 0.3**2))
