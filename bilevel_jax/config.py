@@ -202,7 +202,7 @@ class Mesh:
     data: int = 0  # 0: all that fsdp and tensor leave
     fsdp: int = 1  # also split the base's weights, and gather them layer by layer
     tensor: int = 1  # split heads, feed-forward and vocabulary
-    shard_selector: bool = False  # split ω, its optimizer and visits over all devices; they must divide the lower-level rows
+    shard_selector: bool = False  # split the selector's arrays over all devices; they must divide the lower-level rows
 
 
 @dataclasses.dataclass(frozen=True)

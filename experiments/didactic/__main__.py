@@ -15,7 +15,7 @@ OUT = flags.DEFINE_string(
 PROBLEMS = """Statements of Tajwar et al. (Preference Fine-Tuning of LLMs Should Leverage Suboptimal, On-Policy Data), in our
 words and on our own problems: categorical policies over 48 bins. In the bandits the reference is a bell, the reward falls
 linearly from a peak inside its mass (1 deviation from its centre) or outside (4), and policies start at the reference. Every
-step uses 8 groups of 4 samples. Objectives are those of `bilevel_jax.preferences`, importance ratios `online.response_weights`.
+step uses 8 groups of 4 samples. Objectives are those of `bilevel_jax.preferences`, importance ratios `importance.response_weights`.
 Gain is (E r - E_ref r) / (max r - E_ref r). Learning rates (7 from 0.1 to 100, falling linearly to 0) and β (3) are tuned for
 every learner on 4 seeds; numbers are from 8 others, ± their standard deviation. A seed draws reference and reward and fixes the
 random numbers, so differences are paired. There is no pull to the reference beyond that of DPO and IPO: gains are of the reward

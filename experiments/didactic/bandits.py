@@ -91,7 +91,7 @@ def learn(name: str, weights: str, steps: int, features, problems: Problem, on_p
 
     Args:
       name: of the objective.
-      weights: kind of `online.response_weights`.
+      weights: kind of `importance.response_weights`.
       features: [B, K].
       on_policy: whether samples come from the policy, or from the reference.
       reuse: steps that are taken on the same samples.

@@ -10,7 +10,7 @@ VERDICT = (
     "gains nothing from it, or is harmed"
 )
 ROUNDS, REUSE = 20, (1, 2, 4, 8, 16)
-LINES = {  # objective, `online.response_weights`, line
+LINES = {  # objective, `importance.response_weights`, line
     "best-of-G": ("best-of-G", "none", "-"),
     "best-of-G, ratios": ("best-of-G", "sequence", "--"),
     "DPO": ("DPO", "none", "-"),
@@ -53,7 +53,7 @@ def paragraph(results: dict) -> str:
     return f"""\
 {ROUNDS} rounds of {bandits.GROUPS * bandits.G} on-policy samples for all, each round used for 1 to {results["reuse"][-1]} steps.
 Gain with the rate tuned for each number of steps; changes are paired, from the first to the last column, with tuned rates and with
-the rate that was best for one step. *ratios*: times `online.response_weights("sequence")`, clipped at {bandits.CLIP:g}.
+the rate that was best for one step. *ratios*: times `importance.response_weights("sequence")`, clipped at {bandits.CLIP:g}.
 
 | objective, peak | {" | ".join(f"used {times}x" for times in results["reuse"])} | change | change at that rate |
 | --- | {" | ".join("---" for _ in results["reuse"])} | --- | --- |

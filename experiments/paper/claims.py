@@ -168,7 +168,7 @@ TINY = (
         "... with the paper's Adam at 1e-4 (control)",
         [Entry("uniform weights", "table1", "control: the paper's Adam on ω below uniform ω")],
         [Entry("uniform weights", "table3", "control: the paper's Adam on ω below uniform ω: trusted")],
-        "of no size: the weights hardly move; β₂ = 0.999",
+        "negligible: the weights hardly move; β₂ = 0.999",
     ),
     Row(
         "selection lowers the loss of the mixture (Figure 4, Table 3)",
