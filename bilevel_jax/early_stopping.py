@@ -24,7 +24,7 @@ class Best(NamedTuple):
 
 
 def trusted_loss(values: dict[str, float]) -> float:
-    """The L0 of the held-out trusted rows, of an evaluation."""
+    """The loss of the held-out trusted rows in an evaluation; of pairs, the one that is trained on."""
     return values[PAIR_MEASURE if PAIR_MEASURE in values else MEASURE]
 
 

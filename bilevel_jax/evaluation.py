@@ -126,7 +126,8 @@ def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep:
         if bad[known].any() and not bad[known].all():
             values["selector/auroc_plausible"] = ranking.auroc(surprise[known], bad[known])
         values["selector/bad_kept"] = ranking.bad_kept(logits, bad, keep)
-        values["selector/bad_among_kept"] = ranking.bad_among_kept(logits, bad, keep)
+        if not math.isnan(share := ranking.bad_among_kept(logits, bad, keep)):  # of few rows none may be kept
+            values["selector/bad_among_kept"] = share
     return values
 
 

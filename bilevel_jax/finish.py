@@ -29,7 +29,7 @@ def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: 
 def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, k: int) -> None:
     """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints.
 
-    Only of adapters: where all weights are learned, a checkpoint alone has them."""
+    Nothing is written with `lora.rank=0`, where the checkpoints have the weights."""
     if not config.lora.rank:
         return
     directory = workdir / "adapters"

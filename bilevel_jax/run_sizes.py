@@ -42,8 +42,9 @@ def cache_bytes(config: configuration.Config, setup: setups.Setup) -> int:
 
 def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
     """Bytes that a run still writes into a workdir with `num_saved` checkpoints, without what frozen layers compute."""
-    size = checkpoint_bytes(config, state, num_rows)
-    return disk.run_bytes(size, config.checkpoint.keep, num_saved, _adapter_bytes(state), num_rows, config.num_epochs)
+    adapter = _adapter_bytes(state)
+    size = checkpoint_bytes(config, state, num_rows) + (adapter if config.lora.rank else 0)  # no `adapters/step_K` of all weights
+    return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter, num_rows, config.num_epochs)
 
 
 def new_bytes(config: configuration.Config, setup: setups.Setup, state: step.State, workdir: pathlib.Path, num_saved: int) -> int:

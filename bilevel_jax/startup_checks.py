@@ -77,7 +77,7 @@ def check_profile(config: Config, num_steps: int) -> None:
 
 
 def check_trusted_rows(config: Config, num_rows: int, num_held_out: int) -> None:
-    """Refuses a search for weights with fewer trusted rows than it has parts of them, and to judge by held-out rows without any.
+    """Refuses a metagradient search with too few trusted rows, and `eval.keep_best` or `eval.patience` without held-out ones.
 
     Args:
       num_rows: trusted rows for training, see `search`.

@@ -1,9 +1,12 @@
 """Measures of a run, by hand."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import evaluation, objective, online
+from bilevel_jax import evaluation, objective, online, selector
 from bilevel_jax.data import templates
 
 
@@ -70,3 +73,13 @@ def test_rows_in_use():
     assert values["eval/used_data_loss"] == pytest.approx((2 + 5 + 7 + 8) / 4)
     assert values["eval/used_loss"] == pytest.approx((70 + 20 + 7 + 8) / 4)
     assert values["eval/used_generated"] == 2 / 4
+
+
+@pytest.mark.parametrize("keep, share", [(0.1, None), (0.5, 0.5)])
+def test_bad_rows_among_the_kept_ones(keep, share):
+    """Of four rows, the heaviest two, of which one is bad; a tenth of four is none, which has no share of bad rows."""
+    select = selector.Selector(rule="bds")
+    state = types.SimpleNamespace(selector=selector.init(select, 4), token_params=None)
+    state.selector = state.selector._replace(logits=jnp.array([3.0, 2.0, 1.0, 0.0]))
+    values = evaluation.selector_metrics(state, "bds", np.array([False, True, True, False]), keep)
+    assert values.get("selector/bad_among_kept") == share and values["selector/auroc"] == 0.5

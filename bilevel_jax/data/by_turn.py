@@ -13,7 +13,7 @@ from bilevel_jax.data.rows import Row
 
 
 def rows_of(row: Row, of_last: Collection[str] = ()) -> list[Row]:
-    """The rows of the answers of a conversation, in order. Blank answers and preferences have none.
+    """The rows of the answers of a conversation, in order. A blank earlier answer has none, and a preference stays one row.
 
     Args:
       row: of any schema.

@@ -70,6 +70,8 @@ def model_from_flags() -> EvaluatedModel:
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("give either --workdir or --model")
     if MODEL.value is not None:
+        if SAMPLES.value and not OUT.value:
+            raise ValueError("--samples goes with --out, the file for them, where --model is given")
         out = OUT.value and pathlib.Path(OUT.value)
         return EvaluatedModel(MODEL.value, ADAPTER.value, DTYPE.value or "float32", QUANTIZATION.value or "none", out)
     if ADAPTER.value is not None:

@@ -5,11 +5,10 @@
     python -m bilevel_jax.export --workdir=DIR --score_new=FILE --selected=FILE.jsonl [--keep=0.8 --format=...]
     python -m bilevel_jax.export --workdir=DIR --merged=DIR [--dtype=float32|bfloat16]
 
-`--selected` writes the heaviest rows and a card, FILE.card.md. A share below one half is chosen among the heaviest half, so that it
-covers what the trusted rows ask for. `--drop_implausible` leaves out the rows with the least likely
-responses. `--resampled` repeats the kept rows by weight, for trainers that know no weights. `--score_new` ranks rows that the run
-never saw, and needs `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one
-model directory.
+`--selected` writes the heaviest rows and a card, FILE.card.md. Below one half, rows are taken from the heaviest half, in turn for
+each trusted row. `--drop_implausible` leaves out the rows with the least likely responses. `--resampled` repeats the kept rows by
+weight, for trainers that know no weights. `--score_new` ranks rows that the run never saw, and needs
+`selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one model directory.
 """
 
 import pathlib

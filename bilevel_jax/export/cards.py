@@ -164,7 +164,7 @@ def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) 
         "",
         *provenance.table(),
         "",
-        f"{summary['rows']} rows of the mixture, {summary['steps']} steps.",
+        f"{summary['rows']} rows of the mixture, {summary['steps']} steps.{_best(provenance.config, summary)}",
     ]
     if losses:
         lines += ["", "## Held-out loss, nats per token", "", *_table(("", "base", "merged"), losses)]
@@ -175,6 +175,14 @@ def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) 
 # --------------------------------------------------------------------------------------------------------------------
 # Parts
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _best(config, summary: Mapping) -> str:
+    """Which step the adapter is of, where it is not the last one."""
+    best = summary.get("best_step")
+    if not config["eval"].get("keep_best") or best is None or best == summary["steps"]:
+        return ""
+    return f" The adapter is that of step {best:.0f}, where the loss on trusted rows was lowest."
 
 
 def _front_matter(**values) -> str:

@@ -98,12 +98,14 @@ def collect(
 
     Raises:
       FileNotFoundError: the run has no weights, or no responses where `refined` needs them.
-      ValueError: nothing is kept, or a name of a column is taken.
+      ValueError: nothing is kept, a share of rows with equal weights is asked for, or a name of a column is taken.
     """
     candidates, table = new or (None, weight_table.latest(workdir))
     if table is None:
         cause = "direct mixing selects nothing" if config.method == "mixing" else "the run wrote it, and it was removed"
         raise FileNotFoundError(f"{workdir} has no weights/: {cause}")
+    if keep < 1 and weight_table.is_equal(table):
+        raise ValueError(f"{workdir}: all weights are equal, so no row is heavier than another; keep all rows, or name another run")
     measures, responses = weight_table.known_measures(table), workdir / "responses.jsonl"
     if refined and not responses.exists():
         raise FileNotFoundError(f"{responses} is missing: method={config.method} generates nothing, so --refined has no responses")

@@ -11,18 +11,21 @@ import numpy as np
 
 from bilevel_jax import files
 from bilevel_jax.data import rows
+from bilevel_jax.runtime import weight_table
 
 INFERENCE_BYTES = 10 << 20  # bytes of a JSONL file from which `datasets` infers the fields
 PICKLED = 256  # rows that are pickled together
 BLOCK = 1 << 14  # rows of a Parquet file that are in memory at once
 ORIGINAL = "original_"
+NUMBERS = ("weight", "rank", "masked", *weight_table.MEASURES)  # columns of an export that are also fields of an exported row
 
 
 class Records:
     """Rows with their columns, in a temporary file until they are read.
 
-    A field is renamed `original_NAME`, in all rows, if its name is reserved or if a column has the name and another value. Nulls do
-    not count. Iterating yields the rows in the order in which they were added, as often as needed, one iteration after the other.
+    A field is renamed `original_NAME`, in all rows, if its name is reserved or if a column has the name and another value. Nulls
+    do not count. Where the new name of one of `NUMBERS` is taken, as in the third round of exports, a number follows it. Iterating
+    yields the rows in the order in which they were added, as often as needed, one iteration after the other.
     """
 
     def __init__(self):
@@ -31,11 +34,13 @@ class Records:
         self._pending: list[tuple[dict, dict]] = []  # rows that are not in the file yet
         self._present: set[str] = set()  # fields with a value
         self._clashing: set[str] = set()  # of these, fields with the name of a column and another value
+        self._names: set[str] = set()  # of fields and columns
         self._taken: dict[str, tuple[int, int]] = {}  # field -> (record, line) of the first row where its new name is taken
-        self._renamed: set[str] = set()
+        self._renamed: dict[str, str] = {}
 
     def add(self, line: int, fields: Mapping, columns: Mapping) -> None:
         """Adds a row of the data with its new columns."""
+        self._names |= fields.keys() | columns.keys()
         for name, value in fields.items():
             if value is not None:
                 self._present.add(name)
@@ -59,15 +64,20 @@ class Records:
         """Renames the fields that clash, and returns their names.
 
         Raises:
-          DataError: a new name exists already.
+          DataError: a new name exists already, of another field than `NUMBERS`.
         """
-        self._renamed = self._clashing | self._present.intersection(reserved)
-        taken = [(*self._taken[name], name) for name in self._renamed if name in self._taken]
+        clashing = self._clashing | self._present.intersection(reserved)
+        self._renamed = {name: self._new_name(name) for name in clashing}
+        taken = [(*self._taken[name], name) for name in clashing.difference(NUMBERS) if name in self._taken]
         if taken:
             _, line, name = min(taken)
             what = f"'{name}' would be renamed '{ORIGINAL}{name}', which is taken; rename one in the data"
             raise rows.DataError(f"line {line}: {what}")
         return sorted(self._renamed)
+
+    def _new_name(self, name: str) -> str:
+        names = (f"{ORIGINAL}{name}{number}" for number in itertools.chain([""], (f"_{k}" for k in itertools.count(2))))
+        return next(new for new in names if new not in self._names)
 
     def __len__(self) -> int:
         return self._number
@@ -81,7 +91,7 @@ class Records:
             number += len(some)
             for fields, columns in some:
                 if self._renamed:
-                    fields = {f"{ORIGINAL}{name}" if name in self._renamed else name: value for name, value in fields.items()}
+                    fields = {self._renamed.get(name, name): value for name, value in fields.items()}
                 yield fields | columns
 
 

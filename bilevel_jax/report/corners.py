@@ -39,7 +39,7 @@ def known_rows(table: Table) -> np.ndarray:
 
 
 def split(table: Table, bad: np.ndarray | None, known: np.ndarray | None = None) -> list[Corner]:
-    """The corners: at least the median of `plausible` or less, and above 0 of `useful` or not. Without `useful` two halves.
+    """Splits the rows in four: `plausible` from its median on or below it, `useful` above 0 or not. In two without `useful`.
 
     The most extreme rows of a corner are those with the largest product of distances from both lines.
 

@@ -33,11 +33,20 @@ def method_text(run: RunData) -> str:
             "Direct mixing, the baseline: the model was trained on the trusted rows and the mixture at a fixed ratio. "
             "All rows have the same weight."
         )
-    weights = "the run learned one weight for each row of the mixture, jointly with the model"
-    if run.config.selection.freeze:
-        weights = "each row of the mixture had a given weight, which stayed as it was"
+    selection = run.config.selection
+    unit = {"domain": "source", "turn": "answer"}.get(selection.unit, "row")
+    weights, purpose = (
+        f"the run learned one weight for each {unit} of the mixture",
+        ", so that the model does best on the trusted rows",
+    )
+    if selection.freeze or selection.rule == "uniform":
+        equal = "all rows of the mixture had the same weight (the control)"
+        weights, purpose = "each row of the mixture had a given weight, which stayed as it was" if selection.freeze else equal, ""
+    elif selection.rule == "metagradient":
+        weights += " before it, by training several times"
+    else:
+        weights += ", jointly with the model"
     if run.config.method == "offline":
-        purpose = "" if run.config.selection.freeze else ", so that the model does best on the trusted rows"
         return f"Data selection: {weights}{purpose}."
     ratio = f"{run.config.online.ratio:.0%}"
     dynamic = run.config.method == "dynamic"
@@ -80,12 +89,13 @@ def best_text(run: RunData) -> str:
 def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(name, value, note) of the numbers at the head of the page."""
     cells = []
-    losses = {"upper_loss": "Loss on trusted rows", "lower_clean_loss": "Mixture, right answers"}
+    losses = {run_data.loss_key(run, "upper"): "Loss on trusted rows", "lower_clean_loss": "Mixture, right answers"}
     if not _first_and_last(run, "lower_clean_loss"):
-        losses["lower_loss"] = "Mixture, as it is"
+        losses[run_data.loss_key(run, "lower")] = "Mixture, as it is"
     for key, name in losses.items():
         if values := _first_and_last(run, key):
-            cells.append((name, f"{values[0]:.3g} → {values[1]:.3g}", "nats per token, held out"))
+            note = "loss of a pair, held out" if key.endswith("pair_loss") else "nats per token, held out"
+            cells.append((name, f"{values[0]:.3g} → {values[1]:.3g}", note))
     if run.tables:
         last = run_data.epoch_metrics(run, max(run.tables))
         cells.append(("Effective sample size", f"{last['ess']:.1%}", "of the rows; 100% = equal weights"))
@@ -119,7 +129,7 @@ def empty_reasons(run: RunData, compared: list[dict]) -> dict[str, str]:
         reason = "Direct mixing has no weights." if mixing else "No epoch is finished yet, so there are no weights."
         reasons |= dict.fromkeys(("weights", "sources", "rows", "corners", "lengths"), reason)
     elif not run_data.has_ranking(run):
-        reason = "All weights are equal (the selector was frozen), so the rows have no ranking."
+        reason = "All weights are equal, as selection.rule=uniform leaves them, so the rows have no ranking."
         reasons |= dict.fromkeys(("sources", "rows", "lengths"), reason)
     else:
         if len(np.unique(run.tables[max(run.tables)]["source"])) < 2:
@@ -154,7 +164,8 @@ def render(run: RunData) -> str:
     return environment.get_template("report.html.jinja").render(
         run=run,
         method_text=method_text(run),
-        result_text=result_text(_first_and_last(run, "upper_loss"), _first_and_last(run, "upper_right")) + best_text(run),
+        result_text=result_text(_first_and_last(run, run_data.loss_key(run, "upper")), _first_and_last(run, "upper_right"))
+        + best_text(run),
         tiles=tiles(run),
         last_step=max((event["step"] for event in run.events), default=0),
         reasons=reasons,

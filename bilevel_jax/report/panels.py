@@ -18,11 +18,14 @@ Panels = list[tuple[str, str]]  # (title, SVG)
 def loss_panels(run: RunData) -> Panels:
     panels = []
     for level, name in (("upper", "trusted rows"), ("lower", "mixture")):
-        held_out = {"held out": run_data.series(run.events, f"eval/{level}_loss")}
+        key = run_data.loss_key(run, level)
+        held_out = {"held out": run_data.series(run.events, f"eval/{key}")}
         right = run_data.series(run.events, "eval/lower_clean_loss")
         if level == "lower" and right[0]:
             held_out = {"held out, as it is": held_out["held out"], "right answers": right}
-        train = run_data.series(run.events, f"train/{level}_loss")
+        # A sum over the tokens of a response is of another size than the mean over tokens that held-out rows have.
+        comparable = run.config.loss.reduction == "mean" or key.endswith("pair_loss")
+        train = run_data.series(run.events, f"train/{level}_loss") if comparable else ([], [])
         if train[0] or any(line[0] for line in held_out.values()):
             panels.append((f"Loss on {name}", plots.losses(f"Loss on {name}", train, held_out)))
     return panels
@@ -52,7 +55,8 @@ def weight_panels(run: RunData) -> Panels:
         title = "Histogram of the weights by epoch"
         panels.append((title, plots.histogram(title, {f"epoch {epoch}": run.tables[epoch]["weight"] for epoch in shown})))
         last = run.tables[epochs[-1]]
-        if kinds := _kinds(run, run_data.labels(run), last["weight"]):
+        known, bad = run_data.in_data(run), run_data.labels(run)  # rows that are missing have no label
+        if kinds := _kinds(run, None if bad is None else bad[known], last["weight"][known]):
             title = "Final weights of marked rows and of other rows"
             panels.append((title, plots.histogram(title, kinds, kinds=True)))
     return panels
@@ -65,6 +69,8 @@ def corner_panels(run: RunData) -> Panels:
         return []
     has_useful = "useful" in corners.measures(table)
     rows, bad = corners.known_rows(table), run_data.labels(run)
+    if bad is not None:
+        rows = rows[run_data.in_data(run)[rows]]  # rows that are missing have no label
     lines = float(np.median(table["plausible"][rows])), 0.0 if has_useful else None
     rows = corners.sample(rows)
     dots = np.stack([table["plausible"][rows], table["useful" if has_useful else "weight"][rows]], axis=1).astype(float)

@@ -156,6 +156,12 @@ def series(events: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def loss_key(run: RunData, level: str) -> str:
+    """The held-out loss of a level that compares with what is trained on: of pairs, that of the pair."""
+    pair = f"{level}_pair_loss"
+    return pair if series(run.events, f"eval/{pair}")[0] else f"{level}_loss"
+
+
 def has_ranking(run: RunData) -> bool:
     """Whether the weights differ. A frozen selector leaves all weights equal, and their order means nothing."""
     return any(np.ptp(table["weight"]) > 0 for table in run.tables.values())
@@ -190,7 +196,8 @@ def epoch_metrics(run: RunData, epoch: int) -> dict[str, float]:
         scores, bad = -table["rank"][known], bad[known]
         values["auroc"] = ranking.auroc(-weight[known], bad)
         values["bad_kept"] = ranking.bad_kept(scores, bad, run.config.eval.keep)
-        values["bad_among_kept"] = ranking.bad_among_kept(scores, bad, run.config.eval.keep)
+        if not np.isnan(share := ranking.bad_among_kept(scores, bad, run.config.eval.keep)):  # of few rows none may be kept
+            values["bad_among_kept"] = share
     return {name: float(value) for name, value in values.items()}
 
 

@@ -56,6 +56,7 @@ def rows(tables: Mapping[int, Table], answered: Collection[str], tokens: pa.Tabl
     compared = np.array([i for i in np.flatnonzero(last["masked"]) if last["id"][i] in answered], int)
     needed[compared if len(compared) <= ROWS else np.random.default_rng(0).choice(compared, ROWS, replace=False)] = True
     if tokens is not None:
-        weighed = np.argsort(token_ess(tokens), kind="stable")[: 2 * NUM_TOKEN_WEIGHTED]
+        has_weights = [len(weights) > 1 for weights in tokens["weight"].to_numpy()]  # not of responses that were cut
+        weighed = np.argsort(np.where(has_weights, token_ess(tokens), np.inf), kind="stable")[: 2 * NUM_TOKEN_WEIGHTED]
         needed |= np.isin(last["id"], tokens["id"].take(weighed).to_pylist())
     return needed

@@ -14,13 +14,14 @@ def run_bytes(checkpoint_bytes: int, keep: int, num_saved: int, adapter_bytes: i
     """Bytes that a run still writes.
 
     Args:
-      checkpoint_bytes: of one checkpoint, beside which an adapter is written.
+      checkpoint_bytes: of one checkpoint, with the adapter that is written beside it.
       keep: checkpoints that stay; one more is on disk while it is being written.
       num_saved: checkpoints that are there already.
-      adapter_bytes, num_rows, num_epochs: of the run.
+      adapter_bytes: of what the run leaves.
+      num_rows, num_epochs: of the run.
     """
     checkpoints = max(1, keep + 1 - num_saved)
-    return checkpoints * (checkpoint_bytes + adapter_bytes) + adapter_bytes + TABLE_BYTES * num_rows * num_epochs + OTHER
+    return checkpoints * checkpoint_bytes + adapter_bytes + TABLE_BYTES * num_rows * num_epochs + OTHER
 
 
 def num_saved(workdir: pathlib.Path) -> int:

@@ -30,7 +30,7 @@ EARLIER = {  # other keys that commands read, and what runs of earlier versions 
 }
 READ = (*NEEDED, *EARLIER)
 CLUSTERS = "duplicate_clusters"  # the end of a key of the summary whose value is an object
-REMEDY = "put it back, or give another --workdir"
+REMEDY = "restore the file from a copy, or name the workdir of another run"
 
 
 def check_config(config: ml_collections.ConfigDict, file: pathlib.Path) -> None:

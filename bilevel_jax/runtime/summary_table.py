@@ -95,7 +95,7 @@ def _responses(summary: dict) -> list[str]:
 def _least_trusted(workdir: pathlib.Path, count: int = 5) -> list[str]:
     """The rows with the smallest weights after the last epoch."""
     table = weight_table.latest(workdir)
-    if table is None:
+    if table is None or weight_table.is_equal(table):
         return []
     least = table.sort_by([("rank", "descending")]).slice(0, count)
     rows, questions = least.to_pylist(), {}

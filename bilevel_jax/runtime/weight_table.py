@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
 )
 MASKS = pa.schema([SCHEMA.field(name) for name in ("id", "masked")])
 MEASURES = {  # null where they are not known, and in tables of earlier versions
-    "plausible": "how likely the model finds the response, its least likely tokens above all, from 0 to 1",
+    "plausible": "how likely the model finds the response (of a pair, the chosen one), above all its least likely tokens; 0 to 1",
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
     "similar": "how much question and answer are like those of the trusted rows; 0 on average",
 }
@@ -42,6 +42,11 @@ TOKENS = pathlib.Path("weights", "tokens.parquet")  # in a workdir
 TOKENS_SCHEMA = pa.schema(
     {"id": pa.string(), "weight": pa.list_(pa.float32()), "start": pa.list_(pa.int32()), "stop": pa.list_(pa.int32())}
 )
+
+
+def is_equal(table: pa.Table) -> bool:
+    """Whether all rows have one weight, so that their order means nothing."""
+    return len(table) > 1 and np.ptp(table["weight"].to_numpy()) == 0
 
 
 def table(

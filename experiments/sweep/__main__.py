@@ -43,8 +43,12 @@ def options() -> dict:
     """The options of the chosen launcher.
 
     Raises:
-      ValueError: the options are not a JSON object.
+      ValueError: the options are not a JSON object, or those of another launcher are given.
     """
+    of_launcher = {"jobs": "local", "ray_options": "ray", "slurm_options": "slurm"}
+    for name, launcher in of_launcher.items():
+        if FLAGS[name].present and LAUNCHER.value != launcher:
+            raise ValueError(f"--{name} goes with --launcher={launcher}")
     flag = RAY if LAUNCHER.value == "ray" else SLURM
     try:
         values = json.loads(flag.value)

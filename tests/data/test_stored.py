@@ -26,10 +26,11 @@ from tests.data.test_turns import SHAPES, answer, both, user
 
 LONG = {"messages": [user("a"), answer("hello"), user("b " * 60), answer("the world"), user("c"), answer("fine " * 60)]}
 OPENED = {"messages": [answer("hello"), user("a"), answer("the world"), user("b"), answer("fine")]}
+SILENT = {"messages": [answer(" "), user("a"), answer("the world"), user("b"), answer("fine")]}  # its first answer is blank
 UNUSABLE = [{"x": 1}, [], {"question": "a", "response": " "}, {"messages": [user("a")]}]
 MIXED = [  # all schemas, conversations that are cut, copies, rows that cannot be used
     *(row | {"source": "sums"} for row in make_rows(9, 0, bad_every=3)),
-    *[QA, ALPACA, TURNS, PAIR, *SHAPES.values(), *FORMS, LONG, OPENED, *UNUSABLE, QA, LONG, QA],
+    *[QA, ALPACA, TURNS, PAIR, *SHAPES.values(), *FORMS, LONG, OPENED, SILENT, *UNUSABLE, QA, LONG, QA],
     *({"messages": [user(f"{i}"), *TALK[1:], user("end")], "bad": i % 2, "truth": f"{i}", "context": "x"} for i in range(9)),
 ]
 

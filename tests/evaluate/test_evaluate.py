@@ -378,6 +378,8 @@ def test_command_refuses_an_unfinished_run(command, tmp_path):
         command(f"--workdir={tmp_path}", "--tasks=local_piqa")
     with pytest.raises(ValueError, match="--adapter goes with --model"):
         command(f"--workdir={tmp_path}", "--adapter=x", "--tasks=local_piqa")
+    with pytest.raises(ValueError, match="--samples goes with --out"):
+        command("--model=x", "--samples", "--tasks=local_piqa")
 
 
 def test_missing_data(bench, monkeypatch):

@@ -406,6 +406,20 @@ def test_a_config_of_the_package_is_found_by_name(tmp_path, fake, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--launcher=ray", "--jobs=2"], "--jobs goes with --launcher=local"),
+        (["--ray_options={}"], "--ray_options goes with --launcher=ray"),
+        (["--launcher=ray", "--slurm_options={}"], "--slurm_options goes with --launcher=slurm"),
+    ],
+)
+def test_options_of_another_launcher(tmp_path, given, message):
+    with command_line("sweep", ["--config=safety", f"--workdir={tmp_path}/sweep", *given], command.FLAGS):
+        with pytest.raises(ValueError, match=message):
+            command.main()
+
+
 @pytest.mark.slow
 def test_a_real_sweep(tmp_path, make_config, data, monkeypatch, capsys):
     """The training runs are real processes; the command of the sweep runs in this one."""

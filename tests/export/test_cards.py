@@ -71,7 +71,7 @@ def test_measures(provenance):
     objects = [{"question": f"{i}", "response": "x", "bad": i > 2} for i in range(5)]
     loss = np.array([0, 0, 0, 0, 1.0])
     card = card_of(provenance, objects, 0.8, share=0.2, surprise=loss, useful=-loss)
-    assert "of the run), `plausible` (how likely the model finds the response, its least likely tokens" in card
+    assert "of the run), `plausible` (how likely the model finds the response (of a pair, the chosen one)" in card
     assert "and `useful` (how much the row helps the trusted rows; below 0 it harms them)." in card
     assert "Rows with the smallest `plausible` were left out first: 1." in card
     assert "| bad rows that are kept, of all bad | 50.0% |" in card and "| kept rows that are bad | 25.0% |" in card
@@ -97,6 +97,15 @@ def test_provenance(provenance):
     assert "| command | `python -m bilevel_jax.export --selected=a\\|b.jsonl` |" in card
     assert "`text` as `original_text` and `weight` as `original_weight`" in card
     assert "| (none) | 1 | 1 | 0 | 100.0% |" in card
+
+
+def test_the_step_of_the_best_adapter(provenance):
+    """Named where `eval.keep_best` left another one than the last."""
+    file = provenance.workdir / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best_step": 2}))
+    assert "step 2" not in cards.model_card(provenance, "float32")
+    provenance.config["eval"]["keep_best"] = True
+    assert "7 rows of the mixture, 3 steps. The adapter is that of step 2, where" in cards.model_card(provenance, "float32")
 
 
 def test_model_card(provenance):

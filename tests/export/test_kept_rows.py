@@ -46,6 +46,14 @@ def test_lines_by_hand(tmp_path):
     assert (tmp_path / "kept.jsonl").read_text() == "".join(json.dumps(record) + "\n" for record in expected)
 
 
+def test_equal_weights_rank_no_row(tmp_path):
+    """A share would be the first rows of the file."""
+    workdir, parsed, config, _ = make_workdir(tmp_path, [{"question": f"{i}", "response": "b"} for i in range(4)], np.zeros(4))
+    with pytest.raises(ValueError, match="all weights are equal, so no row is heavier"):
+        kept_rows.collect(workdir, config, keep=0.5)
+    assert [record["id"] for record in kept_rows.collect(workdir, config, keep=1.0).records] == [row.id for row in parsed]
+
+
 @pytest.mark.parametrize(
     "objects, form",
     [([PAIRED] * 3, "as is"), ([PAIRED, PAIRED, PLAIN], "text"), ([PLAIN, PAIRED, PAIRED], "text"), ([PLAIN] * 2, "text")],

@@ -325,11 +325,19 @@ def test_join_keeps_equal_values():
     assert joined == [MIXED[2] | {"rank": 1}] and not renamed
 
 
-@pytest.mark.parametrize("other", [{"original_rank": 1}, {"original_response": "x", "response": "y", "rank": None}])
+def test_numbers_of_earlier_exports_get_other_names():
+    """Two rounds before, and the name of a third one is in the data."""
+    earlier = {"rank": 3, "original_rank": 2, "original_rank_2": 1}
+    joined, renamed = join(parse([{"question": "a", "response": "b"} | earlier]), [{"rank": 4}], ())
+    assert joined == [{"question": "a", "response": "b", "rank": 4, "original_rank_3": 3, "original_rank": 2, "original_rank_2": 1}]
+    assert renamed == ["rank"]
+
+
+@pytest.mark.parametrize("other", [{"original_text": 1, "text": 2}, {"original_response": "x", "response": "y", "rank": None}])
 def test_join_refuses_to_lose_a_field(other):
     parsed = parse([{"question": "a", "response": "b", "rank": 9} | other])
     with pytest.raises(rows.DataError, match="line 1: .* taken"):
-        join(parsed, [{"rank": 1, "original_response": "b"}], {"response"})
+        join(parsed, [{"rank": 1, "original_response": "b"}], {"response", "text"})
 
 
 def test_misread():

@@ -307,6 +307,9 @@ def test_refusals(files, tmp_path):
         cases = [
             ([*files], "give --outputs"),
             ([*files, *comparison[1:]], "--endpoint, --judge and --out belong together"),
+            ([*files, f"--outputs={tmp_path}/o.json", "--limit=1"], "--limit goes with --endpoint"),
+            ([*files, f"--outputs={tmp_path}/o.json", "--options=x"], "--options goes with --endpoint"),
+            ([*files, *comparison, "--generator=x"], "--generator goes with --outputs"),
             ([*files, *comparison[:3]], "give --yes"),
             ([files[0], other[1], *comparison], "no answer to 5 of 5 prompts"),
             ([*unanswered, *comparison], "has no responses to compare with; give --against"),

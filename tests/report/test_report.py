@@ -19,7 +19,7 @@ from bilevel_jax import finish, train
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data import streaming
 from bilevel_jax.errors import RunError
-from bilevel_jax.report import cells, page, plots, run_data, screenshot, shown_rows
+from bilevel_jax.report import cells, page, panels, plots, run_data, screenshot, shown_rows
 from bilevel_jax.runtime import summary_table, weight_table
 from bilevel_jax.runtime.workdir import read_config
 from bilevel_jax.text import one_line, visible
@@ -338,6 +338,80 @@ def test_rows_that_are_missing_are_named(run_dir, tmp_path):
     assert named in text and text.count("not found in the data") == 6  # of both epochs: 2, 3, 4 among the five heaviest
     _, first, _ = report(workdir).tables["weights"]
     assert first[6] == f"{(14 + 1 + 13 / 2) / 28:.3f}"
+
+
+def test_corners_without_a_known_label(run_dir, monkeypatch):
+    """Rows 10 to 19 are plausible and useful, the others neither; those that are no longer in the data have no label."""
+    run = run_data.read(run_dir)
+    last = run.tables[max(run.tables)]
+    last["plausible"], last["useful"] = np.arange(N) / N, np.arange(N) - 9.5
+    run.labels[10:] = run_data.MISSING
+    result = cells.corner_rows(run)
+    assert [(corner.number, corner.bad) for corner, _ in result] == [(10, None), (0, None), (0, None), (10, 0.2)]
+    assert "20.0%" in page.render(run)  # and no error
+    drawn = []
+    monkeypatch.setattr(plots, "scatter", lambda title, names, kinds, lines: drawn.append(kinds) or "")
+    panels.corner_panels(run)
+    assert sorted(len(dots) for dots in drawn[0].values()) == [2, 8]  # bad ones, other ones
+
+
+def test_a_report_of_pairs_shows_the_loss_of_the_pairs(run_dir, monkeypatch):
+    """The chosen responses may become less likely while they are told from the rejected ones ever better."""
+    run = run_data.read(run_dir)
+    for event, loss in zip([event for event in run.events if "eval/upper_loss" in event], (0.7, 0.5, 0.35)):
+        event["eval/upper_pair_loss"] = loss
+    run.summary["eval/upper_pair_loss"] = 0.35
+    assert "fell from 0.7000 to 0.3500 (−50%)" in page.render(run)
+    assert ("Loss on trusted rows", "0.7 → 0.35", "loss of a pair, held out") in page.tiles(run)
+    drawn = {}
+    monkeypatch.setattr(plots, "losses", lambda title, train, held_out: drawn.setdefault(title, held_out["held out"]) and "")
+    panels.loss_panels(run)
+    assert drawn["Loss on trusted rows"][1] == [0.7, 0.5, 0.35][: len(drawn["Loss on trusted rows"][1])]
+
+
+def test_sums_over_tokens_are_not_drawn_beside_means(run_dir):
+    run = run_data.read(run_dir)
+    both = dict(panels.loss_panels(run))["Loss on trusted rows"]
+    run.config.loss.reduction = "sum"
+    assert "training" in both and "training" not in dict(panels.loss_panels(run))["Loss on trusted rows"]
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "one weight for each row of the mixture, jointly with the model, so that"),
+        ({"unit": "domain"}, "one weight for each source of the mixture, jointly with the model, so that"),
+        ({"unit": "turn"}, "one weight for each answer of the mixture, jointly with the model, so that"),
+        ({"rule": "metagradient"}, "one weight for each row of the mixture before it, by training several times, so that"),
+        ({"rule": "uniform"}, "Data selection: all rows of the mixture had the same weight (the control)."),
+        ({"freeze": True}, "Data selection: each row of the mixture had a given weight, which stayed as it was."),
+    ],
+)
+def test_what_the_run_did(run_dir, changes, expected):
+    run = run_data.read(run_dir)
+    run.config.method = "offline"
+    run.config.selection.update(changes)
+    assert expected in page.method_text(run)
+
+
+def test_a_share_that_keeps_no_row(run_dir):
+    run = run_data.read(run_dir)
+    run.config.eval.keep = 0.02
+    assert "bad_among_kept" not in run_data.epoch_metrics(run, 2) and "nan" not in page.render(run)
+
+
+def test_responses_that_were_cut_take_no_place_of_others(monkeypatch):
+    """Of four responses with weights the two with the smallest ESS/T are shown, also in a large run; two others have no weights."""
+    monkeypatch.setattr(shown_rows, "ALL", 0)
+    monkeypatch.setattr(shown_rows, "NUM_TOKEN_WEIGHTED", 1)
+    monkeypatch.setattr(shown_rows, "NUM_EXTREMES", 0)
+    weights = [[], [1.0, 1.0], [0.1, 1.9], [0.5, 1.5], [], [1.0, 1.0]]
+    columns = {"id": [f"{i}" for i in range(6)], "weight": weights, "start": [[]] * 6, "stop": [[]] * 6}
+    tokens = pa.table(columns, schema=weight_table.TOKENS_SCHEMA)
+    names = ("plausible", "useful", "similar")
+    table = {"id": np.array(columns["id"]), "rank": np.arange(1, 7), "masked": np.zeros(6, bool)}
+    table |= {name: np.full(6, np.nan) for name in names}
+    assert np.flatnonzero(shown_rows.rows({1: table}, (), tokens)).tolist() == [2, 3]
 
 
 def test_many_sources_and_epochs(tmp_path):

@@ -87,6 +87,13 @@ def test_only_files_that_are_there_are_named(workdir):
     assert summary_table.summary_table({}, workdir).endswith(f"in {workdir}: adapter/ (PEFT), weights/*.parquet, summary.json")
 
 
+def test_equal_weights_trust_no_row_least(workdir):
+    stored, _ = data_rows.read_rows(str(workdir / "rows.jsonl"))
+    equal = weight_table.table(stored, np.zeros(12), np.ones(12), np.zeros(12))
+    weight_table.write(workdir / "weights" / "epoch_1.parquet", equal)
+    assert "least trusted rows" not in summary_table.summary_table({}, workdir)
+
+
 def test_least_trusted_rows(workdir):
     assert questions(workdir) == [make_rows(12, seed=0)[i]["question"] for i in (2, 3, 5, 7, 4)]
 

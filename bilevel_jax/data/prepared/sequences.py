@@ -272,7 +272,8 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
     for i in progress.bar(several, desc="splitting conversations", unit="row"):
         example = examples[i]
         spans = [*example.earlier, (len(example.prompt), example.size)][: turns[i]]  # fewer spans than answers if it is cut
-        first = int(stored_rows[i].messages[0][0] == "assistant")  # an answer that opens the conversation has no question
+        role, text = stored_rows[i].messages[0]
+        first = int(role == "assistant" and bool(text.strip()))  # an answer that opens the conversation has no question
         learned = [(k, start, stop) for k, (start, stop) in enumerate(spans) if 0 < start < stop and k >= first]
         learned = np.array(learned).reshape(-1, 3)
         rows_at.append(np.full(len(learned), i))

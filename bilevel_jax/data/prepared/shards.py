@@ -186,9 +186,9 @@ def _parse(job: Job, objects: Sequence[tuple[int, Any]]) -> tuple[dict, list[tup
         "rejected": [],
         "first": None,
     }
-    counts = collections.Counter(one.reason for one in rejections)
-    for rejection in {one.reason: one for one in reversed(rejections)}.values():  # the first one of each reason
-        summary["rejected"].insert(0, [rejection.reason, counts[rejection.reason], location_of(job, rejection.line)])
+    counts = collections.Counter(one.reason for one in rejections)  # in the order of the first one of each reason
+    first = {one.reason: one for one in reversed(rejections)}
+    summary["rejected"] = [[reason, counts[reason], location_of(job, first[reason].line)] for reason in counts]
     if rejections:
         summary["first"] = [location_of(job, rejections[0].line), rejections[0].reason, list(rejections[0].columns)]
     return summary, usable, columns
