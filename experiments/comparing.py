@@ -9,6 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from experiments import runs, significance
+from experiments.paper.published import OF_PAPER
 
 SIGNIFICANT = 0.05
 RULE = (
@@ -65,9 +66,15 @@ class Paper(NamedTuple):
     relative: bool = True  # effects are shares of the other cell's value; else differences
 
     def effect(self, claim: Claim, other: float) -> float | None:
-        """The paper's difference, for an `other` cell of this mean here; None if the paper has no such claim."""
-        key = claim.than_key or claim.key
-        claimed, than = self.values.get(claim.cell, {}).get(claim.key), self.values.get(claim.than, {}).get(key)
+        """The paper's difference, for an `other` cell of this mean here; None if the paper has no such claim.
+
+        A cell with the default selector has the values of the paper's selector.
+        """
+
+        def value(cell: str, key: str) -> float | None:
+            return self.values.get(OF_PAPER.get(cell, cell), {}).get(key)
+
+        claimed, than = value(claim.cell, claim.key), value(claim.than, claim.than_key or claim.key)
         if claimed is None or than is None:
             return None
         difference = claimed - than

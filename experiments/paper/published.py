@@ -182,6 +182,7 @@ WITH_DEFAULT = {  # cell of the paper -> the same with the default selector; sho
     "online, R=10%": "default, online, R=10%",
     "dynamic": "default, dynamic, R=10%",
 }
+OF_PAPER = {default: cell for cell, default in WITH_DEFAULT.items()}
 CELLS = METHODS | CONTROLS | SELECTORS | BMO_ORDERS | FURTHER | DEFAULTS | METAGRADIENT | SOURCES | WORDS | COMPARED | LENGTHS
 OF_QUALITY = ("mixing, ρ=0.2", "uniform ω, offline", "uniform ω, online", "online, r ≡ 1", "online, stale", *SELECTORS)
 OF_SAFETY = (

@@ -98,6 +98,8 @@ def test_effects_of_the_paper():
     paper = comparing.Paper(comparing.paper_values({"a": ("0.5", "1.02 ± 0.006"), "b": ("0.4", "1.25 ± 0.005")}, ("up", "loss")))
     assert paper.effect(LOSS, 0.1) == pytest.approx(-0.0184) and paper.effect(LOSS._replace(key="up"), 0.1) is None
     assert paper.effect(LOSS._replace(cell="c"), 0.1) is None
+    of_paper = comparing.Paper({"offline": {"loss": 1.0}, "b": {"loss": 2.0}})
+    assert of_paper.effect(LOSS._replace(cell="default, offline"), 0.1) == of_paper.effect(LOSS._replace(cell="offline"), 0.1) < 0
     assert paper._replace(relative=False).effect(LOSS, 0.1) == pytest.approx(-0.23)
     accuracies = table5.EFFECTS.effect(table5_claim("online, R=10%", "offline"), 0.5)
     assert accuracies == pytest.approx((0.871 + 0.812 + 0.692 + 0.703 + 0.814 - 0.863 - 0.798 - 0.689 - 0.703 - 0.804) / 5)
