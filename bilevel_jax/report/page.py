@@ -94,8 +94,7 @@ def tiles(run: RunData) -> list[tuple[str, str, str]]:
         losses[run_data.loss_key(run, "lower")] = "Mixture, as it is"
     for key, name in losses.items():
         if values := _first_and_last(run, key):
-            note = "loss of a pair, held out" if key.endswith("pair_loss") else "nats per token, held out"
-            cells.append((name, f"{values[0]:.3g} → {values[1]:.3g}", note))
+            cells.append((name, f"{values[0]:.3g} → {values[1]:.3g}", f"{run_data.unit(key)}, held out"))
     if run.tables:
         last = run_data.epoch_metrics(run, max(run.tables))
         cells.append(("Effective sample size", f"{last['ess']:.1%}", "of the rows; 100% = equal weights"))

@@ -27,7 +27,7 @@ def loss_panels(run: RunData) -> Panels:
         comparable = run.config.loss.reduction == "mean" or key.endswith("pair_loss")
         train = run_data.series(run.events, f"train/{level}_loss") if comparable else ([], [])
         if train[0] or any(line[0] for line in held_out.values()):
-            panels.append((f"Loss on {name}", plots.losses(f"Loss on {name}", train, held_out)))
+            panels.append((f"Loss on {name}", plots.losses(f"Loss on {name}", train, held_out, run_data.unit(key))))
     return panels
 
 

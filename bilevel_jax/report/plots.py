@@ -106,9 +106,9 @@ Line = tuple[Sequence[float], Sequence[float]]  # epochs, values
 
 
 @styled
-def losses(label: str, train: Line, held_out: Mapping[str, Line]) -> str:
+def losses(label: str, train: Line, held_out: Mapping[str, Line], unit: str) -> str:
     """The losses of a level: of training, and held-out ones by name."""
-    figure, axes = _panel("epoch", "nats per token")
+    figure, axes = _panel("epoch", unit)
     if len(train[0]):
         axes.plot(thinned(train[0]), thinned(train[1]), color=MUTED, linewidth=1, alpha=0.55, label="in training")
     for (name, (x, y)), color in zip(held_out.items(), (BLUE, GREEN)):

@@ -162,6 +162,11 @@ def loss_key(run: RunData, level: str) -> str:
     return pair if series(run.events, f"eval/{pair}")[0] else f"{level}_loss"
 
 
+def unit(key: str) -> str:
+    """What a loss of `loss_key` is measured in."""
+    return "loss of a pair" if key.endswith("pair_loss") else "nats per token"
+
+
 def has_ranking(run: RunData) -> bool:
     """Whether the weights differ. A frozen selector leaves all weights equal, and their order means nothing."""
     return any(np.ptp(table["weight"]) > 0 for table in run.tables.values())

@@ -364,9 +364,12 @@ def test_a_report_of_pairs_shows_the_loss_of_the_pairs(run_dir, monkeypatch):
     assert "fell from 0.7000 to 0.3500 (−50%)" in page.render(run)
     assert ("Loss on trusted rows", "0.7 → 0.35", "loss of a pair, held out") in page.tiles(run)
     drawn = {}
-    monkeypatch.setattr(plots, "losses", lambda title, train, held_out: drawn.setdefault(title, held_out["held out"]) and "")
+    monkeypatch.setattr(
+        plots, "losses", lambda title, train, held_out, unit: drawn.setdefault(title, (unit, *held_out["held out"])) and ""
+    )
     panels.loss_panels(run)
-    assert drawn["Loss on trusted rows"][1] == [0.7, 0.5, 0.35][: len(drawn["Loss on trusted rows"][1])]
+    unit, _, losses = drawn["Loss on trusted rows"]
+    assert unit == "loss of a pair" and losses == [0.7, 0.5, 0.35][: len(losses)]
 
 
 def test_sums_over_tokens_are_not_drawn_beside_means(run_dir):
