@@ -89,9 +89,10 @@ def best_text(run: RunData) -> str:
 def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(name, value, note) of the numbers at the head of the page."""
     cells = []
-    losses = {run_data.loss_key(run, "upper"): "Loss on trusted rows", "lower_clean_loss": "Mixture, right answers"}
-    if not _first_and_last(run, "lower_clean_loss"):
-        losses[run_data.loss_key(run, "lower")] = "Mixture, as it is"
+    upper, lower = (run_data.loss_key(run, level) for level in ("upper", "lower"))
+    has_right = lower == "lower_loss" and _first_and_last(run, "lower_clean_loss")
+    losses = {upper: "Loss on trusted rows"}
+    losses |= {"lower_clean_loss": "Mixture, right answers"} if has_right else {lower: "Mixture, as it is"}
     for key, name in losses.items():
         if values := _first_and_last(run, key):
             cells.append((name, f"{values[0]:.3g} → {values[1]:.3g}", f"{run_data.unit(key)}, held out"))

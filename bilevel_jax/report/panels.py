@@ -21,10 +21,11 @@ def loss_panels(run: RunData) -> Panels:
         key = run_data.loss_key(run, level)
         held_out = {"held out": run_data.series(run.events, f"eval/{key}")}
         right = run_data.series(run.events, "eval/lower_clean_loss")
-        if level == "lower" and right[0]:
+        pairs = key.endswith("pair_loss")
+        if level == "lower" and right[0] and not pairs:
             held_out = {"held out, as it is": held_out["held out"], "right answers": right}
         # A sum over the tokens of a response is of another size than the mean over tokens that held-out rows have.
-        comparable = run.config.loss.reduction == "mean" or key.endswith("pair_loss")
+        comparable = run.config.loss.reduction == "mean" or pairs
         train = run_data.series(run.events, f"train/{level}_loss") if comparable else ([], [])
         if train[0] or any(line[0] for line in held_out.values()):
             panels.append((f"Loss on {name}", plots.losses(f"Loss on {name}", train, held_out, run_data.unit(key))))

@@ -11,6 +11,7 @@ from bilevel_jax.runtime.workdir import read_config
 
 LOSSES = {"upper_loss": "trusted rows", "lower_loss": "mixture, as it is", "lower_clean_loss": "mixture, right answers"}
 RIGHT = {"upper_right": "trusted rows", "lower_clean_right": "mixture"}
+PAIR_LOSSES = {"upper_pair_loss": "trusted pairs", "lower_pair_loss": "mixture, as it is"}
 PAIRS = {"upper_pair_accuracy": "trusted pairs", "lower_pair_accuracy": "mixture, as it is"}
 FILES = {  # in a workdir, as they are named to the user
     "report.html": "report.html (open it in a browser)",
@@ -37,6 +38,8 @@ def summary_table(summary: dict, workdir: str | pathlib.Path) -> str:
     lines += _before_and_after(summary, LOSSES, ".4f")
     if "best_step" in summary:
         lines.append(f"{'step of the lowest loss, trusted':<34}{summary['best_step']:>18} of {summary['steps']}")
+    if losses := _before_and_after(summary, PAIR_LOSSES, ".4f"):
+        lines += ["", "held-out loss of pairs", *losses]
     if right := _before_and_after(summary, RIGHT, ".1%"):
         lines += ["", "held-out questions answered right", *right]
     if pairs := _before_and_after(summary, PAIRS, ".1%"):

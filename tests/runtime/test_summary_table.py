@@ -38,6 +38,12 @@ def test_questions_answered_right(tmp_path):
     assert [line.split() for line in lines[1:3]] == [["trusted", "rows", "12.5%", "75.0%"], ["mixture", "0.0%", "50.0%"]]
 
 
+def test_losses_of_pairs(tmp_path):
+    table = summary_table.summary_table({"start/upper_pair_loss": 0.6931, "eval/upper_pair_loss": 0.25}, tmp_path)
+    lines = table[table.index("held-out loss of pairs") :].splitlines()
+    assert lines[1].split() == ["trusted", "pairs", "0.6931", "0.2500"]
+
+
 def test_both_shares_of_bad_rows(tmp_path):
     """What fraction of the bad rows is kept, and what fraction of the kept rows is bad."""
     table = summary_table.summary_table(SELECTOR | {"selector/bad_among_kept": 0.023}, tmp_path)
