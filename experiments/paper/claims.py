@@ -63,9 +63,12 @@ def _bed(text: str, entries: Sequence[Entry], remark: str = "") -> Row:
     return Row(text, entries, [entry._replace(claim=f"default: {entry.claim}") for entry in entries], remark)
 
 
-def _figure4(text: str, label: str = "") -> list[Entry]:
+def _figure4(text: str, label: str = "", page: str = "figure4-bed") -> list[Entry]:
     """The two measures of a claim of Figure 4 on the test bed."""
-    return [Entry(f"{label}{name}", "figure4-bed", f"{text}: {name}") for name in ("whole mixture", "right answers")]
+    return [Entry(f"{label}{name}", page, f"{text}: {name}") for name in ("whole mixture", "right answers")]
+
+
+RATIOS = "figure4-bed-ratios"  # the panels by R, by G and of controls, with fewer seeds
 
 
 BED = (
@@ -93,8 +96,8 @@ BED = (
         "online beats selection (Table 1, Figure 4)",
         [Entry("trusted", "table1-bed", "online, R=10%, below selection"), *_figure4("(a) R=10% below offline")],
     ),
-    Row("more responses help: G > 1 (Figure 4 b)", _figure4("(b) G=5 below G=1", "G=5, "), [], ""),
-    Row("R=10% is the best ratio (Figure 4 a)", _figure4("(a) R=10% below R=20%"), [], "the paper prints no numbers"),
+    Row("more responses help: G > 1 (Figure 4 b)", _figure4("(b) G=5 below G=1", "G=5, ", RATIOS), [], ""),
+    Row("R=10% is the best ratio (Figure 4 a)", _figure4("(a) R=10% below R=20%", page=RATIOS), [], "the paper prints no numbers"),
     Row(
         "dynamic beats selection (Table 3)",
         [Entry("trusted", "table3-bed", "dynamic better than selection, by loss: trusted loss")],
@@ -104,8 +107,8 @@ BED = (
         ],
         "",
     ),
-    Row("... because responses are regenerated (control)", _figure4("(d) online below stale"), [], ""),
-    Row("... because of the importance ratio (control)", _figure4("(d) online below r ≡ 1"), [], ""),
+    Row("... because responses are regenerated (control)", _figure4("(d) online below stale", page=RATIOS), [], ""),
+    Row("... because of the importance ratio (control)", _figure4("(d) online below r ≡ 1", page=RATIOS), [], ""),
     Row(
         "BMO and BDS differ little (Table 4)",
         [
