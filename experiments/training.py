@@ -88,6 +88,8 @@ def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
 
 def overrides() -> dict[str, str]:
     """Config keys and values of --set."""
+    if wrong := [pair for pair in SET.value if "=" not in pair]:
+        raise ValueError(f"--set={wrong[0]} must be key=value")
     return dict(pair.split("=", 1) for pair in SET.value)
 
 
