@@ -119,12 +119,6 @@ BED = (
         "it depends on how far ω moves, not on the rule",
     ),
     _bed(
-        "selection raises accuracy over mixing (Table 5)",
-        [Entry(rho, "table5-bed", f"offline above mixing, {rho}, mean accuracy") for rho in ("ρ=0.5", "ρ=1")],
-        "generated questions, right against planted wrong answers",
-    ),
-    _bed("... online over selection", [Entry("", "table5-bed", "online, R=10% above offline, mean accuracy")]),
-    _bed(
         "self-refining moves from easy to hard questions (Table 8)",
         [Entry("share of hard ones", "table8-bed", "online, R=10%: more hard questions on top in epoch 3 than in epoch 1")],
     ),
