@@ -71,11 +71,12 @@ def curves(results: comparing.Results, cell: str, key: str) -> tuple[list[float]
 def draw(figure, results: comparing.Results) -> None:
     measures = {key: name for key, name in MEASURES.items() if any(results.values(cell, key) for cell in results.runs)}
     measures[IN_TRAINING] = "rows in use, in training"
-    axes = figure.subplots(len(measures), len(PANELS), sharex=True, sharey="row", squeeze=False)
+    panels = {title: lines for title, lines in PANELS.items() if len(lines.keys() & results.runs.keys()) > 1}
+    axes = figure.subplots(len(measures), len(panels), sharex=True, sharey="row", squeeze=False)
     last = len(measures) - 1
     for index, (row, (key, name)) in enumerate(zip(axes, measures.items())):
-        row[0].set_ylabel(f"{name}, nats per token")
-        for panel, (title, lines) in zip(row, PANELS.items()):
+        row[0].set_ylabel(name)
+        for panel, (title, lines) in zip(row, panels.items()):
             for (cell, label), color in zip(lines.items(), COLORS):
                 if cell in results.runs:
                     panel.plot(*curves(results, cell, key), color=color, marker="o", markersize=3, linewidth=1.4, label=label)
@@ -87,6 +88,7 @@ def draw(figure, results: comparing.Results) -> None:
             if index == last:
                 panel.set_xlabel("epoch")
                 panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.supylabel("loss, nats per token", fontsize=9)
 
 
 def main() -> None:
