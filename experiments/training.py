@@ -1,6 +1,6 @@
 """Does a schedule, clipping and keeping the best adapter help? `python -m experiments.training --seeds=5`.
 
-Runs of `configs/safety.py` with `method=offline`. One has a constant learning rate, the other one a linear
+Runs of the config with `method=offline`. One has a constant learning rate, the other one a linear
 schedule with warmup, clipping, and `eval.keep_best`. Each has its own learning rate, the best of a grid on other seeds than
 those reported. A third one has the constant rate of the config. The trusted loss is that of rows that the run has not seen, so
 that choosing an adapter by held-out rows does not bias it.
@@ -148,7 +148,8 @@ def main() -> None:
         "",
         *judgement.claims_table(claims),
         "",
-        f"Choice of the learning rate, mean trusted loss over {NUM_TUNING.value} other seeds:",
+        "Choice of the learning rate, mean trusted loss over the seeds from "
+        f"{FIRST_TUNING_SEED} to {FIRST_TUNING_SEED + NUM_TUNING.value - 1}:",
         "",
         *runs.markdown(
             ["setting", *(f"{rate:g}" for rate in RATES.value)],
