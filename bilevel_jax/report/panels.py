@@ -70,9 +70,9 @@ def corner_panels(run: RunData) -> Panels:
         return []
     has_useful = "useful" in corners.measures(table)
     rows, bad = corners.known_rows(table), run_data.labels(run)
+    lines = float(np.median(table["plausible"][rows])), 0.0 if has_useful else None  # as the corners are split
     if bad is not None:
         rows = rows[run_data.in_data(run)[rows]]  # rows that are missing have no label
-    lines = float(np.median(table["plausible"][rows])), 0.0 if has_useful else None
     rows = corners.sample(rows)
     dots = np.stack([table["plausible"][rows], table["useful" if has_useful else "weight"][rows]], axis=1).astype(float)
     kinds = _kinds(run, None if bad is None else bad[rows], dots) or {"rows": dots}

@@ -350,9 +350,11 @@ def test_corners_without_a_known_label(run_dir, monkeypatch):
     assert [(corner.number, corner.bad) for corner, _ in result] == [(10, None), (0, None), (0, None), (10, 0.2)]
     assert "20.0%" in page.render(run)  # and no error
     drawn = []
-    monkeypatch.setattr(plots, "scatter", lambda title, names, kinds, lines: drawn.append(kinds) or "")
+    monkeypatch.setattr(plots, "scatter", lambda title, names, kinds, lines: drawn.append((kinds, lines)) or "")
     panels.corner_panels(run)
-    assert sorted(len(dots) for dots in drawn[0].values()) == [2, 8]  # bad ones, other ones
+    [(kinds, lines)] = drawn
+    assert sorted(len(dots) for dots in kinds.values()) == [2, 8]  # bad ones, other ones
+    assert lines == (pytest.approx(9.5 / N), 0.0)  # the median of all rows, where the corners are split
 
 
 def test_a_report_of_pairs_shows_the_loss_of_the_pairs(run_dir, monkeypatch):
