@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from absl import app, flags, logging
 
@@ -45,6 +45,17 @@ def register(*command_flags: flags.FlagValues, target: flags.FlagValues = flags.
             target.register_flag_by_module(sys.argv[0], values[name])  # for --help
             if hasattr(values[name], "flag_values"):  # a config flag, which defines a flag for each --config.KEY
                 values[name].flag_values = target
+
+
+def refuse_without(flag_values: flags.FlagValues, needed: str, names: Iterable[str]) -> None:
+    """Refuses a flag that goes with another one, which is missing.
+
+    Raises:
+      ValueError: one of `names` is given, and `needed` has no value.
+    """
+    given = next((name for name in names if flag_values[name].present), None)
+    if given and not flag_values[needed].value:
+        raise ValueError(f"--{given} goes with --{needed}")
 
 
 def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

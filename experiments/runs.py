@@ -65,6 +65,18 @@ def make(config: str, workdir: pathlib.Path, settings: Mapping[str, object]) -> 
     return Cell(str(workdir), (*PROGRAM, f"--config={config}", f"--workdir={workdir}", *changes))
 
 
+def overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """Config keys and values of --set.
+
+    Raises:
+      ValueError: a malformed pair, or a key that is set twice.
+    """
+    values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(values) < len(pairs):
+        raise ValueError("--set takes key=value, each key once")
+    return values
+
+
 def slug(name: str) -> str:
     """The name of a cell as a directory name."""
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in name.replace("ρ=", "rho").replace("ω", "w").replace("≡", "is"))

@@ -57,10 +57,7 @@ def changes() -> dict[str, str]:
     Raises:
       ValueError: a malformed pair, or a key that is set twice.
     """
-    overrides = dict(pair.split("=", 1) for pair in SET.value if "=" in pair)
-    if len(overrides) < len(SET.value):
-        raise ValueError("--set takes key=value, each key once")
-    return overrides
+    return runs.overrides(SET.value)
 
 
 def run(task: str, names: Sequence[str]) -> Results:

@@ -86,18 +86,12 @@ def test_losses(workdir: pathlib.Path, seed: int) -> dict[str, float]:
     return {"left": (of_left := loss(left)), "last": of_left if weights[0] == weights[1] else loss(last)}
 
 
-def overrides() -> dict[str, str]:
-    """Config keys and values of --set."""
-    if wrong := [pair for pair in SET.value if "=" not in pair]:
-        raise ValueError(f"--set={wrong[0]} must be key=value")
-    return dict(pair.split("=", 1) for pair in SET.value)
-
-
 def measure(settings: Mapping[str, object], rate: float, seed: int) -> dict[str, float]:
     """The `test_losses` of one run, which is made if it is not there."""
     shared = COMMON | {"data.num_upper": NUM_UPPER.value, "data.num_lower": NUM_LOWER.value}
-    settings = shared | {"seed": seed, "optimizer.learning_rate": rate} | settings | overrides()
-    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in shared | overrides()))
+    overrides = runs.overrides(SET.value)
+    settings = shared | {"seed": seed, "optimizer.learning_rate": rate} | settings | overrides
+    name = runs.slug(" ".join(f"{key}={value}" for key, value in settings.items() if key not in shared | overrides))
     cell = runs.make(CONFIG.value, pathlib.Path(WORKDIR.value, name), settings)
     result = runs.run_cell(cell)
     if isinstance(result, str):
@@ -125,9 +119,8 @@ def main() -> None:
     schedule = {f"linear schedule, {name} adapter": {k: tuned[k][key] for k in seeds} for name, key in TUNED_ADAPTERS.items()}
     claims = [(f"{name} below {other}", schedule[name], losses[other]) for other in losses for name in schedule]
     losses |= schedule
-    described = ", ".join(
-        f"`{key}={value}`" for key, value in (TUNED | {key: value for key, value in overrides().items() if key in TUNED}).items()
-    )
+    overridden = {key: value for key, value in runs.overrides(SET.value).items() if key in TUNED}
+    described = ", ".join(f"`{key}={value}`" for key, value in (TUNED | overridden).items())
     lines = [
         " ".join(__doc__.split("\n\n")[1].split()),
         "",

@@ -68,10 +68,8 @@ def check_flags() -> None:
     if not SELECTED.value and not MERGED.value:
         raise ValueError("nothing to do: give --selected=FILE.jsonl, --merged=DIR or both")
     of_selected = ("keep", "drop_implausible", "drop_dissimilar", "score_new", "refined", "resampled", "format")
-    for required, names in ((SELECTED, of_selected), (RESAMPLED, ("seed",)), (MERGED, ("dtype",))):
-        given = [name for name in names if FLAGS[name].present]
-        if given and not required.value:
-            raise ValueError(f"--{given[0]} goes with --{required.name}")
+    for needed, names in (("selected", of_selected), ("resampled", ("seed",)), ("merged", ("dtype",))):
+        cli.refuse_without(FLAGS, needed, names)
     if SCORE_NEW.value and REFINED.value:
         raise ValueError("--refined has no responses for rows that the run never saw; remove it or --score_new")
     for flag in (DROP_IMPLAUSIBLE, DROP_DISSIMILAR):

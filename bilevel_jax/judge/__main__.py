@@ -61,14 +61,6 @@ BACKOFF = flags.DEFINE_float(
 OF_JUDGE = ("against", "limit", "options", "price_in", "price_out", "concurrency", "timeout", "backoff", "key_variable", "yes")
 
 
-def check_ignored() -> None:
-    """Raises a ValueError for a flag that goes with another one, which is missing."""
-    for needed, names in ((ENDPOINT, OF_JUDGE), (OUTPUTS, ("generator",))):
-        given = [name for name in names if FLAGS[name].present]
-        if given and not needed.value:
-            raise ValueError(f"--{given[0]} goes with --{needed.name}")
-
-
 def cost(sent: int, received: int) -> str:
     """The cost of tokens, as text."""
     if PRICE_IN.value is None or PRICE_OUT.value is None:
@@ -209,7 +201,8 @@ def main() -> None:
         raise ValueError("--endpoint, --judge and --out belong together")
     if SUMMARY.value and not all(values):
         raise ValueError("--summary goes with --endpoint, --judge and --out")
-    check_ignored()
+    cli.refuse_without(FLAGS, "endpoint", OF_JUDGE)
+    cli.refuse_without(FLAGS, "outputs", ["generator"])
     if not any(values) and not OUTPUTS.value:
         raise ValueError("give --outputs for AlpacaEval's file, or --endpoint, --judge and --out for verdicts")
     for out in (OUTPUTS, SUMMARY):  # a file of --out is refused where it has no verdicts
