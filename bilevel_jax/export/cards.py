@@ -179,10 +179,8 @@ def model_card(provenance: Provenance, dtype: str, hub_base: str | None = None) 
 
 def _best(config, summary: Mapping) -> str:
     """Which step the adapter is of, where it is not the last one."""
-    best = summary.get("best_step")
-    if not config["eval"].get("keep_best") or best is None or best == summary["steps"]:
-        return ""
-    return f" The adapter is that of step {best:.0f}, where the loss on trusted rows was lowest."
+    best = stored.kept_step(summary, config["eval"].get("keep_best", False))
+    return "" if best is None else f" The adapter is that of step {best:.0f}, where the loss on trusted rows was lowest."
 
 
 def _front_matter(**values) -> str:

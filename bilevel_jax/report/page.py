@@ -15,7 +15,7 @@ from bilevel_jax import files
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.report import cells, corners, panels, run_data, shown_rows
 from bilevel_jax.report.run_data import RunData
-from bilevel_jax.runtime import weight_table
+from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.text import one_line, say, visible
 
 MAX_SOURCES = 40  # in the table
@@ -80,10 +80,10 @@ def result_text(losses: tuple[float, float] | None, right: tuple[float, float] |
 
 def best_text(run: RunData) -> str:
     """Which step the adapter is of, where it is not the last one (`eval.keep_best`)."""
-    best, steps = run.summary.get("best_step"), run.summary.get("steps")
-    if not run.config.eval.keep_best or best is None or best == steps:
+    best = stored.kept_step(run.summary, run.config.eval.keep_best)
+    if best is None:
         return ""
-    return f" The adapter is that of step {best:.0f} of {steps:.0f}, where the loss on trusted rows was lowest."
+    return f" The adapter is that of step {best:.0f} of {run.summary['steps']:.0f}, where the loss on trusted rows was lowest."
 
 
 def tiles(run: RunData) -> list[tuple[str, str, str]]:

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import ml_collections
 
@@ -94,3 +94,9 @@ def _is_number(value: object) -> bool:
 def _is_clusters(value: object) -> bool:
     """Whether a value gives the number of clusters by their size."""
     return isinstance(value, dict) and all(size.isascii() and size.isdigit() and _is_number(count) for size, count in value.items())
+
+
+def kept_step(summary: Mapping[str, float], keep_best: bool) -> float | None:
+    """The step of the adapter that a run left, where `eval.keep_best` made it another one than the last; else None."""
+    best = summary.get("best_step")
+    return best if keep_best and best != summary.get("steps") else None

@@ -68,6 +68,37 @@ def _figure4(text: str, label: str = "", page: str = "figure4-bed") -> list[Entr
     return [Entry(f"{label}{name}", page, f"{text}: {name}") for name in ("whole mixture", "right answers")]
 
 
+def _rules(page: str) -> list[Entry]:
+    """The claims of Table 4 that a rule beats the other one."""
+    return [
+        Entry("trusted, BMO below BDS with Adam", page, "BMO below BDS, trusted"),
+        Entry("mixture, BDS below BMO", page, "BDS below BMO, mixture"),
+    ]
+
+
+def _hard(page: str) -> tuple[list[Entry], list[Entry]]:
+    """The claims of Table 8: self-refining moves to hard questions, selection prefers them."""
+    label = "share of hard ones"
+    moves = "online, R=10%: more hard questions on top in epoch 3 than in epoch 1"
+    prefers = "offline: more hard questions on top than among all in epoch 3"
+    return [Entry(label, page, moves)], [Entry(label, page, prefers)]
+
+
+def _wins(page: str) -> tuple[list[Entry], list[Entry]]:
+    """The claims of Table 10: of selection over mixing, of online over selection."""
+    texts = "offline above mixing, ρ=0.5, win rate", "online, R=10% above offline, win rate"
+    first, second = ([Entry("ties half", page, text)] for text in texts)
+    return first, second
+
+
+def _times(page: str) -> list[Entry]:
+    """The claims of Table 2 about one response."""
+    return [
+        Entry("selection over mixing", page, "selection takes longer than mixing"),
+        Entry("online over selection", page, "online, G=1, longer than selection"),
+    ]
+
+
 RATIOS = "figure4-bed-ratios"  # the panels by R, by G and of controls, with fewer seeds
 
 
@@ -111,32 +142,26 @@ BED = (
     Row("... because of the importance ratio (control)", _figure4("(d) online below r ≡ 1", page=RATIOS), [], ""),
     Row(
         "BMO and BDS differ little (Table 4)",
-        [
-            Entry("trusted, BMO below BDS with Adam", "table4-bed", "BMO below BDS, trusted"),
-            Entry("mixture, BDS below BMO", "table4-bed", "BDS below BMO, mixture"),
-        ],
+        _rules("table4-bed"),
         [],
         "it depends on how far ω moves, not on the rule",
     ),
     _bed(
         "self-refining moves from easy to hard questions (Table 8)",
-        [Entry("share of hard ones", "table8-bed", "online, R=10%: more hard questions on top in epoch 3 than in epoch 1")],
+        _hard("table8-bed")[0],
     ),
     _bed(
         "selection prefers hard questions (Table 8)",
-        [Entry("share of hard ones", "table8-bed", "offline: more hard questions on top than among all in epoch 3")],
+        _hard("table8-bed")[1],
     ),
     _bed(
         "win rate over the base model rises from mixing to selection (Table 10)",
-        [Entry("ties half", "table10-bed", "offline above mixing, ρ=0.5, win rate")],
+        _wins("table10-bed")[0],
     ),
-    _bed("... from selection to online (Table 10)", [Entry("ties half", "table10-bed", "online, R=10% above offline, win rate")]),
+    _bed("... from selection to online (Table 10)", _wins("table10-bed")[1]),
     Row(
         "G=1 costs little time (Table 2)",
-        [
-            Entry("selection over mixing", "table2", "selection takes longer than mixing"),
-            Entry("online over selection", "table2", "online, G=1, longer than selection"),
-        ],
+        _times("table2"),
         [],
         "in units of the time of mixing; the quality task of the tiny tier",
     ),
@@ -216,10 +241,7 @@ TINY = (
     ),
     Row(
         "BMO and BDS differ little (Table 4)",
-        [
-            Entry("trusted, BMO below BDS with Adam", "table4", "BMO below BDS, trusted"),
-            Entry("mixture, BDS below BMO", "table4", "BDS below BMO, mixture"),
-        ],
+        _rules("table4"),
         [],
         "far more than in the paper: it depends on how far ω moves, not on the rule",
     ),
@@ -237,31 +259,26 @@ TINY = (
     ),
     Row(
         "self-refining moves from easy to hard questions (Table 8)",
-        [Entry("share of hard ones", "table8", "online, R=10%: more hard questions on top in epoch 3 than in epoch 1")],
+        _hard("table8")[0],
         [],
         "",
     ),
     Row(
         "selection prefers hard questions (Table 8)",
-        [Entry("share of hard ones", "table8", "offline: more hard questions on top than among all in epoch 3")],
+        _hard("table8")[1],
         [],
         "it prefers easy ones",
     ),
     Row(
         "win rate over the base model rises from mixing to selection (Table 10)",
-        [Entry("ties half", "table10", "offline above mixing, ρ=0.5, win rate")],
+        _wins("table10")[0],
         [],
         "the embedded model was trained on such tasks",
     ),
-    Row(
-        "... from selection to online (Table 10)", [Entry("ties half", "table10", "online, R=10% above offline, win rate")], [], ""
-    ),
+    Row("... from selection to online (Table 10)", _wins("table10")[1], [], ""),
     Row(
         "G=1 costs little time (Table 2)",
-        [
-            Entry("selection over mixing", "table2", "selection takes longer than mixing"),
-            Entry("online over selection", "table2", "online, G=1, longer than selection"),
-        ],
+        _times("table2"),
         [],
         "in units of the time of mixing; costs less here than in the paper",
     ),
