@@ -135,7 +135,7 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     size: int = 32  # rows of each level in a step
-    micro_size: int = 4  # packed sequences per forward pass; memory grows with it, results change only by rounding
+    micro_size: int = 4  # packed sequences per pass, half of it in passes over one level (cost="influence"); changes rounding only
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,6 +163,17 @@ def window_size(longest: int, cache_length: int) -> int:
     return min(size, cache_length)
 
 
+def longest_part(cache_length: int) -> int | None:
+    """The longest window of `window_size` that is not the whole cache; None if there is none.
+
+    The window is a copy, so that decoding in it takes the most memory.
+    """
+    size = SHORTEST_WINDOW
+    while 2 * size < cache_length:
+        size *= 2
+    return size if size < cache_length else None
+
+
 def merges_adapter(config: model_config.ModelConfig) -> bool:
     """Whether decoding reads a copy of the weights, by layer and with the adapter merged into it.
 

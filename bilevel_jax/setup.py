@@ -241,11 +241,12 @@ def without_adapter(setup: Setup) -> Setup:
     return dataclasses.replace(setup, adapter=jax.eval_shape(lambda: setup.adapter))
 
 
-def batch_layout(config: configuration.Config) -> packing.Layout:
+def batch_layout(config: configuration.Config, mesh) -> packing.Layout:
     """The layout of every batch of a run. Where influences are measured, no sequence holds rows of both levels."""
     entries = configuration.entries_per_row(config) * config.batch.size
     separate = step.measures_influence(configuration.to_objective(config), configuration.to_selector(config))
-    return packing.Layout(config.batch.micro_size, config.data.max_length, entries, separate_levels=separate)
+    parts = sharding.num_parts(mesh, "rows")
+    return packing.update_layout(config.batch.micro_size, config.data.max_length, entries, separate, parts)
 
 
 def jit_step(
@@ -277,7 +278,7 @@ def compile_program(
     """
     mesh, base, micro_size, length = setup.mesh, setup.base, config.batch.micro_size, config.data.max_length
     values = None if row_values is None else sharding.device_put(row_values, shardings.selector.logits)
-    layout = batch_layout(config)
+    layout = batch_layout(config, mesh)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper, lower = setup.upper, setup.lower
     slots = frozen.SegmentSlots(upper, lower)

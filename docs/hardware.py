@@ -107,7 +107,7 @@ def table(results: dict) -> str:
             continue
         for program, numbers in cell["programs"].items():
             sizes = (f"{numbers[key] / 1e9:.2f} GB" for key in ("arguments", "temporaries", "peak"))
-            ratio = f"{numbers['planned'] / numbers['peak'] - 1:+.0%}" if program in ("step", "decoding") else ""
+            ratio = f"{numbers['planned'] / numbers['peak'] - 1:+.0%}" if compile_plan.is_planned(program) else ""
             cost = f"{numbers['flops']:.3g}", f"{numbers['bytes'] / 1e9:.3g} GB"
             lines.append(f"| {' | '.join([*head, cell['attention'], program, *sizes, ratio, *cost])} |")
     used = {f"{name} {version}" for cell in results.values() for name, version in cell["versions"].items()}

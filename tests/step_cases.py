@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, checks, objective, online, optimizer, selector, setup, step
+from bilevel_jax import batches, checks, objective, online, optimizer, selector, setup, sharding, step
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, shuffle, templates
 from bilevel_jax.models import decoder, lora, model_config
@@ -257,7 +257,7 @@ class Chain:
         adapter = jitter(first_adapter(config.lora.rank, config.lora.targets), rng, 0.1)
         self.state = self._state(adapter, num_rows, rng)
         self.store = draw_store(rng, config, self.lower, self.model, adapter)
-        self.layout = setup.batch_layout(config)
+        self.layout = setup.batch_layout(config, sharding.make_mesh(1))
 
     def _features(self, num_rows, rng):
         if self.selector.parameterization != "features":

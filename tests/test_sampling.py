@@ -187,6 +187,12 @@ def test_window_size(longest, cache_length, window):
     assert decoding.window_size(longest, cache_length) == window
 
 
+@pytest.mark.parametrize("cache_length", [64, 256, 320, 512, 576, 2048])
+def test_the_longest_part_is_the_largest_other_window(cache_length):
+    windows = {decoding.window_size(longest, cache_length) for longest in range(cache_length)} - {cache_length}
+    assert decoding.longest_part(cache_length) == max(windows, default=None)
+
+
 def test_a_response_does_not_depend_on_the_window_size(monkeypatch):
     """To the last bit: responses that cross from the first block into the second, against both blocks from the start."""
     prompts = [np.random.default_rng(size).integers(0, VOCAB, size).astype(np.int32) for size in (2, 50, 58, 70, 3)]

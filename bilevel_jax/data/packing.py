@@ -104,6 +104,21 @@ class Layout(NamedTuple):
         return -(-tokens // size) * size
 
 
+def update_layout(micro_size: int, length: int, entries: int, separate_levels: bool, num_parts: int = 1) -> Layout:
+    """The layout of the batches of an update.
+
+    Where each level has passes of its own, each level ends in a micro-batch that is partly empty. So a micro-batch then has half
+    as many sequences: on average, two such ends waste as much as one end of whole ones.
+
+    Args:
+      micro_size: sequences of a micro-batch that may hold both levels.
+      length, entries, separate_levels: of the result.
+      num_parts: devices over which sequences are split; the number of sequences stays a multiple of it.
+    """
+    can_halve = separate_levels and micro_size % (2 * num_parts) == 0
+    return Layout(micro_size // 2 if can_halve else micro_size, length, entries, separate_levels)
+
+
 def _first_fit(groups: Sequence[Sequence[int]], sizes: Sequence[int], layout: Layout, initial_bins=()) -> list[list[int]]:
     """Assigns groups of segments to sequences by first-fit decreasing, after `initial_bins`. A group stays in one sequence."""
     totals = [sum(sizes[i] for i in group) for group in groups]

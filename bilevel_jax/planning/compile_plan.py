@@ -94,6 +94,11 @@ def refusal(program: programs.Program, target: targets.Target, message: str) -> 
     return f"{what}: {one_line(message, 200)}; try another data.max_length, batch.micro_size or mesh, or another target"
 
 
+def is_planned(name: str) -> bool:
+    """Whether `--plan` counts what this program needs, and not less."""
+    return name.startswith(("step", "decoding"))
+
+
 class CompilePlan(NamedTuple):
     """What is to be compiled."""
 
@@ -188,7 +193,7 @@ def program_text(compiled: Compiled, target: targets.Target) -> str:
         f"  peak {amount(used.peak)} of {amount(round(chip.memory))}: {verdict}",
         f"  {cost_text(compiled, chip)}",
     ]
-    if compiled.program.name in ("step", "decoding"):
+    if is_planned(compiled.program.name):
         lines.insert(3, f"  --plan says {amount(compiled.planned)} {compiled.program.when}, {ratio:+.0%}")
     for one in compiled.collectives:
         where = LOOPS[min(one.loops, len(LOOPS) - 1)]

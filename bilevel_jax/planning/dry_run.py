@@ -236,7 +236,8 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
     ]
     padding = 1 - sum(timing.step_tokens) / sum(timing.step_positions)
     if padding > MUCH_PADDING:
-        shape = f"{config.batch.micro_size} sequences of {config.data.max_length} tokens (batch.micro_size, data.max_length)"
+        layout = setups.batch_layout(config, setup.mesh)
+        shape = f"{layout.sequences} sequences of {layout.length} tokens (batch.micro_size, data.max_length)"
         lines.append(f"  {padding:.0%} of a step is padding: its rows do not fill micro-batches of {shape}; lower one of them")
     left_out = []
     if config.method in configuration.ONLINE:

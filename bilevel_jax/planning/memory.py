@@ -43,6 +43,7 @@ class Plan:
 
     model: model_config.ModelConfig
     mesh: AbstractMesh
+    layout: packing.Layout  # of a step
     num_parameters: int  # of the base
     num_rows: int  # N
     rows_assumed: bool  # N is `ASSUMED_ROWS`
@@ -202,7 +203,7 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
         items += _refresh_items(config, model, mesh, num_rows, base)
     dense = base_shapes(dataclasses.replace(model, quantization="none"))
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense))
-    return Plan(model, mesh, num_parameters, num_rows, assumed, tuple(items))
+    return Plan(model, mesh, setups.batch_layout(config, mesh), num_parameters, num_rows, assumed, tuple(items))
 
 
 def _state_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
@@ -241,13 +242,12 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
 
 def _step_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
     """The arrays of a training step."""
-    length = config.data.max_length
-    sequences = config.batch.micro_size // sharding.num_parts(mesh, "rows")
-    num_targets = packing.Layout(config.batch.micro_size, length, 1).targets
+    layout = setups.batch_layout(config, mesh)
+    sequences, num_targets = layout.sequences // sharding.num_parts(mesh, "rows"), layout.targets
     targets = lora.resolve_targets(model, config.lora.targets)
     # Frozen layers keep nothing for the backward pass, and are not in the step.
     adapted = dataclasses.replace(model, num_layers=lora.resolve_layers(model, config.lora.layers))
-    kept = activations(on_one_device(adapted, mesh), config.lora.rank, targets, sequences, length, num_targets)
+    kept = activations(on_one_device(adapted, mesh), config.lora.rank, targets, sequences, layout.length, num_targets)
     chunk = jax.ShapeDtypeStruct((min(packing.CHUNK, num_targets), model.vocab_size), jnp.float32)
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
     logit_bytes = 4 + 4 + jnp.dtype(model.dtype).itemsize
@@ -270,8 +270,7 @@ def _entering_items(config: configuration.Config, model: model_config.ModelConfi
     """The hidden states that leave the layers below the first adapter: of the rows of a step, and of all rows."""
     if not frozen.num_frozen(model, adapter):
         return []
-    entries = configuration.entries_per_row(config) * config.batch.size
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, entries)
+    layout = setups.batch_layout(config, mesh)
     width = model.hidden_size * jnp.dtype(model.activations).itemsize
     size = layout.micro_batches * layout.sequences * layout.length * width // sharding.num_parts(mesh, "rows")
     size += size // layout.micro_batches  # a micro-batch is on its way while a step reads the others
@@ -308,12 +307,12 @@ def table(config, plan: Plan) -> str:
     """The plan as text."""
     model, shape = plan.model, plan.mesh.shape
     mesh = " × ".join(f"{axis} {shape[axis]}" for axis in sharding.AXES)
-    parts = sharding.num_parts(plan.mesh, "rows")
+    layout, parts = plan.layout, sharding.num_parts(plan.mesh, "rows")
     quantised = "" if model.quantization == "none" else f", linear layers in {model.quantization}"
     lines = [
         f"{config.model.path}: {model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters in {model.dtype}{quantised}",
         f"mesh: {mesh} = {math.prod(shape.values())} devices",
-        f"each: {config.batch.micro_size // parts} of {config.batch.micro_size} sequences of {config.data.max_length} tokens, "
+        f"each: {layout.sequences // parts} of {layout.sequences} sequences of {layout.length} tokens, "
         f"{config.online.slots // parts} of {config.online.slots} decoding slots",
         f"lower-level rows: {plan.num_rows}" + (" (assumed: data.num_lower=0 takes all there are)" if plan.rows_assumed else ""),
     ]

@@ -79,7 +79,7 @@ def step_program(config: configuration.Config, num_rows: int, shapes: Shapes, me
     """The joint update of θ and ω."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes.state)
     function = setups.jit_step(config, shapes.model, setups.make_optimizer(config, num_rows), shardings, mesh)
-    empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config))
+    empty = packing.pack_step([], num_rows, config.batch.size, setups.batch_layout(config, mesh))
     if frozen.num_frozen(shapes.model, shapes.adapter):
         states = jax.eval_shape(lambda: frozen.empty_states(shapes.model, empty.packed.tokens.shape))
         empty = frozen.with_states(empty, states)
@@ -110,7 +110,10 @@ def scoring_program(config: configuration.Config, shapes: Shapes, mesh, other: i
 
 
 def sampling_programs(config: configuration.Config, shapes: Shapes, mesh, other: int) -> list[Program]:
-    """Prefill of a batch of the longest prompts, and decoding in the whole cache. `other` as in `scoring_program`."""
+    """Prefill of a batch of the longest prompts, and decoding in a part of the cache and in all of it.
+
+    `other` is as in `scoring_program`.
+    """
     length = config.data.max_length
     settings = sampling.Settings(temperature=config.online.temperature, max_new_tokens=config.online.max_new_tokens)
     sampler = sampling.jit_functions(shapes.model, settings, EOS, config.online.slots, length, mesh)
@@ -123,12 +126,20 @@ def sampling_programs(config: configuration.Config, shapes: Shapes, mesh, other:
     tokens = np.zeros((max(1, sampling.PREFILL_TOKENS // window), window), np.int32)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh), weak_type=True)
     prefill = shapes.base, shapes.adapter, replicated(tokens, mesh)
-    decode = window // attention.CACHE_BLOCK, params, adapter, slots, number, number
+    decode = params, adapter, slots, number, number
     copy = device_bytes(params) if is_copy else 0
     resident = other + (device_bytes((shapes.base, shapes.adapter)) if is_copy else 0)
+    part = decoding.longest_part(window)
+    decoded = {f"decoding in {part} positions": part} if part else {}
+    decoded |= {"decoding": window}
     return [
         Program("prefill", sampler.prefill, prefill, other + copy + device_bytes(slots), memory.SAMPLING, "a batch of prompts"),
-        Program("decoding", sampler.decode, decode, resident, memory.SAMPLING, "a token of every slot"),
+        *(
+            Program(
+                name, sampler.decode, (size // attention.CACHE_BLOCK, *decode), resident, memory.SAMPLING, "a token of every slot"
+            )
+            for name, size in decoded.items()
+        ),
     ]
 
 

@@ -29,7 +29,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     store = online.empty(len(lower.rows))
     step_batches: dict[bool, list] = {}  # by separate_levels
     for separate in (False, True):
-        layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=separate)
+        layout = packing.update_layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate)
         host_batches = (batches.make_batch(config, upper, lower, layout, k, store) for k in range(rounds))
         step_batches[separate] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
     states, runs = {}, {}

@@ -25,7 +25,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     mesh, objective, selector = sharding.make_mesh(1), configuration.to_objective(config), configuration.to_selector(config)
     optimizer = configuration.to_optimizer(config, rounds)
     influence = step.measures_influence(objective, selector)
-    layout = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate_levels=influence)
+    layout = packing.update_layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, influence)
     slots, store = frozen.SegmentSlots(upper, lower), online.empty(len(lower.rows))
     hosts = [batches.make_batch(config, upper, lower, layout, k, store, slots) for k in range(rounds)]
     targets = lora.resolve_targets(model, config.lora.targets)

@@ -84,7 +84,7 @@ def rows(of: Shape, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
 def batch(of: Shape, seed: int, separate: bool) -> packing.Batch:
     """The packed batch of one step."""
     segments = [packing.Segment(*pair, i if i < of.rows else -1, 1 / of.rows) for i, pair in enumerate(rows(of, seed))]
-    return packing.pack_step(segments, of.rows, of.rows, packing.Layout(of.micro, of.length, 2 * of.rows, separate_levels=separate))
+    return packing.pack_step(segments, of.rows, of.rows, packing.update_layout(of.micro, of.length, 2 * of.rows, separate))
 
 
 # --------------------------------------------------------------------------------------------------------------------

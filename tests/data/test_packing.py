@@ -202,6 +202,29 @@ def test_upper_level_fills_the_remaining_space(seed):
     assert all(min(sum(sizes[i]) for i in members) > max(free[: mixed.num_lower_micro]) for members in upper_bins)
 
 
+@pytest.mark.parametrize(
+    "micro_size, separate, parts, sequences",
+    [(8, False, 1, 8), (8, True, 1, 4), (8, True, 4, 4), (4, True, 4, 4), (6, True, 2, 6), (3, True, 1, 3), (1, True, 1, 1)],
+)
+def test_a_micro_batch_of_one_level_has_half_the_sequences(micro_size, separate, parts, sequences):
+    """... if the devices over which they are split divide them."""
+    assert packing.update_layout(micro_size, 40, 30, separate, parts) == Layout(sequences, 40, 30, separate)
+
+
+def test_half_as_many_sequences_waste_as_few_as_whole_micro_batches_of_both_levels():
+    """Sequences computed, over all numbers of a level's sequences up to 40."""
+
+    def computed(sequences, micro_size):
+        return -(-sequences // micro_size) * micro_size
+
+    mixed, half, whole = 0, 0, 0
+    for lower, upper in np.ndindex(40, 40):
+        mixed += computed(lower + upper + 2, 8)
+        half += sum(computed(number + 1, packing.update_layout(8, 40, 80, True).sequences) for number in (lower, upper))
+        whole += computed(lower + 1, 8) + computed(upper + 1, 8)
+    assert abs(half / mixed - 1) < 0.02 and whole / mixed > 1.07
+
+
 def test_pairs_share_a_sequence():
     rng, count, layout = np.random.default_rng(0), 12, Layout(2, 40, 30)
     sizes = [(int(prompt), int(response)) for prompt, response in rng.integers(1, 11, (2 * count, 2))]
