@@ -23,7 +23,7 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
 
 
 def attention(config: Config, model: model_config.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
-    """What `model.attention` is on these devices, `xla` or `fused`, and why `auto` is `xla` on a TPU, or an empty text.
+    """What `model.attention` is on these devices: `xla` or a kernel, and why `auto` is `xla` on a TPU, or an empty text.
 
     Args:
       config: of the run.
@@ -34,15 +34,18 @@ def attention(config: Config, model: model_config.ModelConfig, platform: str, te
     Raises:
       ConfigError: `fused`, which this platform or these shapes do not allow; one line that names the key.
     """
-    setting, is_tpu = config.model.attention, platform == "tpu"
-    if setting == "xla" or setting == "auto" and not is_tpu:
+    setting, kernel = config.model.attention, fused_attention.KERNELS.get(platform)
+    # No GPU has run the kernel for GPUs yet.
+    if setting == "xla" or setting == "auto" and kernel != "splash":
         return "xla", ""
-    problem, change = f"the kernel is for a TPU, and this run is for a {platform.upper()}", ""
-    if is_tpu:
-        problem, change = fused_attention.problem(config.data.max_length, model.head_dim, model.num_kv_heads, tensor)
-    if setting == "fused" and problem:
+    problem, change = f"the kernels are for TPUs and GPUs, and this run is for a {platform.upper()}", ""
+    if kernel:
+        problem, change = fused_attention.problem(kernel, model, config.data.max_length, tensor)
+    if kernel and not problem:
+        return kernel, ""
+    if setting == "fused":
         raise ConfigError(f"model.attention=fused: {problem}; set {change + ' or ' if change else ''}model.attention=xla")
-    return ("xla", problem) if problem else ("fused", "")
+    return "xla", problem
 
 
 def check_masks(config: Config, num_steps: int, num_rows: int) -> None:

@@ -3,9 +3,13 @@
 Each cell is a run compiled for a device that need not be there, as by `main --plan --compile`, and takes minutes. Finished cells
 are kept in docs/hardware.json; the same command goes on with those that are missing or were compiled by other versions. With names
 of cells it compiles these only, and with `--table` none.
+
+The compiler for TPUs is in `.venv-compile`, made by `make compile`, and that for GPUs in `.venv-compile-gpu`, made by
+`make compile-gpu`. Cells of the other platform are left alone.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import sys
@@ -18,7 +22,7 @@ from bilevel_jax.planning import compile_plan, targets
 
 PAGE, RESULTS = (pathlib.Path(__file__).with_suffix(suffix) for suffix in (".md", ".json"))
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
-PACKAGES = "jax", "libtpu"
+COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}
 
 # The published shapes: what the decoder reads of config.json.
 MODELS = {
@@ -56,15 +60,23 @@ def _cells() -> dict[str, tuple[str, str, dict]]:
         "llama3-8b nf4 online v6e": ("llama3-8b", "tpu-v6e:1x1", ONE | quantised | {"method": "online"}),
         "pythia-1b offline v5e": ("pythia-1b", "tpu-v5e:2x2", FOUR),
     }
+    fused = ONE | {"model.attention": "fused"}
+    cells |= {
+        "pythia-1b offline h100": ("pythia-1b", "gpu-h100", fused | {"batch.micro_size": 4}),
+        "pythia-1b offline h100 xla": ("pythia-1b", "gpu-h100", ONE | {"batch.micro_size": 4, "model.attention": "xla"}),
+        "llama3-8b online h100": ("llama3-8b", "gpu-h100", fused | {"method": "online"}),
+        "llama3-8b nf4 online h100": ("llama3-8b", "gpu-h100", fused | quantised | {"method": "online"}),
+    }
     return {name: (tier, target, {"method": "offline"} | changes) for name, (tier, target, changes) in cells.items()}
 
 
 CELLS = _cells()
 
 
-def versions() -> dict[str, str]:
+def versions(target: str) -> dict[str, str]:
     """The versions that a compiled size depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = "jax", COMPILERS[targets.parse(target).platform]
+    return {name.replace("_", "-"): importlib.metadata.version(name) for name in packages}
 
 
 def compile_cell(tier: str, target: str, changes: dict) -> dict:
@@ -76,19 +88,29 @@ def compile_cell(tier: str, target: str, changes: dict) -> dict:
         todo = compile_plan.make_plan(config, parsed)
         todo = todo._replace(programs=[program for program in todo.programs if program.name != "scoring"])
         compiled = {one.program.name: _numbers(one) for one in compile_plan.compile_all(todo)}
-    what = {"tier": tier, "target": target, "changes": changes, "attention": todo.plan.model.attention}
-    return what | {"programs": compiled, "versions": versions(), "seconds": round(time.perf_counter() - began)}
+    what = {
+        "tier": tier,
+        "target": target,
+        "changes": changes,
+        "attention": "xla" if todo.plan.model.attention == "xla" else "fused",
+    }
+    return what | {"programs": compiled, "versions": versions(target), "seconds": round(time.perf_counter() - began)}
 
 
 def _numbers(one: compile_plan.Compiled) -> dict[str, float]:
     flops, moved = one.cost
     sizes = dict(zip(("arguments", "temporaries", "code", "results", "held"), one.memory))
-    return sizes | {"peak": one.memory.peak, "planned": one.planned, "flops": flops, "bytes": moved}
+    return sizes | {"peak": one.memory.peak, "planned": one.planned, "flops": flops, "bytes": moved if one.counted else None}
 
 
-def refuse(error: RunError) -> dict:
+def refuse(error: RunError, target: str) -> dict:
     """What is kept of a cell that XLA refuses."""
-    return {"refused": str(error), "versions": versions()}
+    return {"refused": str(error), "versions": versions(target)}
+
+
+def has_compiler(target: str) -> bool:
+    """Whether this environment can compile for a target."""
+    return importlib.util.find_spec(COMPILERS[targets.parse(target).platform]) is not None
 
 
 def table(results: dict) -> str:
@@ -108,7 +130,7 @@ def table(results: dict) -> str:
         for program, numbers in cell["programs"].items():
             sizes = (f"{numbers[key] / 1e9:.2f} GB" for key in ("arguments", "temporaries", "peak"))
             ratio = f"{numbers['planned'] / numbers['peak'] - 1:+.0%}" if compile_plan.is_planned(program) else ""
-            cost = f"{numbers['flops']:.3g}", f"{numbers['bytes'] / 1e9:.3g} GB"
+            cost = f"{numbers['flops']:.3g}", f"{numbers['bytes'] / 1e9:.3g} GB" if numbers["bytes"] else ""
             lines.append(f"| {' | '.join([*head, cell['attention'], program, *sizes, ratio, *cost])} |")
     used = {f"{name} {version}" for cell in results.values() for name, version in cell["versions"].items()}
     missing = [name for name in CELLS if name not in results]
@@ -135,13 +157,18 @@ def main(names: list[str]) -> None:
     if unknown:
         sys.exit(f"no cell '{unknown[0]}'; there are: {', '.join(CELLS)}")
     for name in [] if only_table else wanted:
-        if read().get(name, {}).get("versions") == versions():
+        target = CELLS[name][1]
+        if not has_compiler(target):
+            if names:
+                sys.exit(f"{name}: {COMPILERS[targets.parse(target).platform]} is not installed here")
+            continue
+        if read().get(name, {}).get("versions") == versions(target):
             continue
         print(f"compiling {name}", flush=True)
         try:
             cell = compile_cell(*CELLS[name])
         except RunError as error:
-            cell = refuse(error)
+            cell = refuse(error, target)
         results = read() | {name: cell}  # read again: another process may have added cells
         files.write_atomically(RESULTS, files.to_json(results, indent=1) + "\n")
         write_page(results)

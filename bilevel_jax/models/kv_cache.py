@@ -43,7 +43,7 @@ def _layer(layers, i: int, zero: jax.Array):
     """Layer i of a list, or of a stack.
 
     Decoding is a loop, and a slice at a fixed index is the same in each turn: XLA would take the slices of all layers before the
-    loop, which are a copy of all weights. So the index contains a `zero` that XLA cannot know before the turn.
+    loop, which are a copy of all weights. So the index contains a `zero` that XLA cannot know before the layer below is computed.
     """
     if isinstance(layers, list):
         return layers[i]
@@ -65,9 +65,9 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
     table, new_cache = layer_settings.rotary_table(position_S[:, None], config), []
     *_, num_blocks, size, _ = cache[0][config.record.attention]["value"].shape
     settings = layer_settings.settings(config, num_blocks * size)
-    zero, _ = jax.lax.optimization_barrier((jnp.int32(0), token_S))
     first = config.num_layers - layer_range.num_adapted(adapter)
     for i in range(config.num_layers):
+        zero, _ = jax.lax.optimization_barrier((jnp.int32(0), x_SxD))
         variables = {"params": _layer(params["layers"], i, zero), "cache": cache[i]}
         variables |= {"adapter": _layer(adapter["layers"], i - first, zero)} if adapter is not None and i >= first else {}
         of_layer = {name: values[i] for name, values in settings.items()}

@@ -154,9 +154,9 @@ class Attention(nn.Module):
         c = self.config
         if c.second_order:
             return attention.attend_plain(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
-        if c.attention == "fused" and fused_attention.fits(q, k):
+        if fused_attention.takes(c, q.shape[1]):
             windows = layer_settings.distinct_windows(c, q.shape[1])
-            return fused_attention.attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap, windows)
+            return fused_attention.attend(c.attention, q, k, v, segments_SxL, c.dtype, window, c.attention_cap, windows)
         return attention.attend(q, k, v, segments_SxL, c.dtype, window, c.attention_cap)
 
     @nn.compact

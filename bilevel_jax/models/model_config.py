@@ -54,7 +54,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # multiplies the outputs of attention and of the feed-forward block, before they are added
     logit_divisor: float = 1.0  # divides the last hidden states, and with them the logits
     quantization: str = "none"  # of the base's linear layers, see `quantization`
-    attention: str = "xla"  # of packed sequences; fused: one kernel where it takes the shapes, see `fused_attention`
+    attention: str = "xla"  # of packed sequences; splash, triton: one kernel where it takes the shapes, see `fused_attention`
 
     @property
     def record(self) -> architectures.Architecture:

@@ -176,7 +176,8 @@ def cost_text(compiled: Compiled, chip: targets.Chip) -> str:
     by_flops, by_bandwidth = program_costs.least_seconds(cost, chip.flops, chip.bandwidth)
     turn = f"for {compiled.program.loop}"
     if not compiled.counted:
-        return f"{cost.flops:.3g} FLOP of products {turn}: at least {seconds(by_flops)}; bytes are not counted for this target"
+        known = f"{cost.flops:.3g} FLOP of products outside of kernels {turn}: at least {seconds(by_flops)}"
+        return f"{known}; bytes are not counted for this target"
     times = f"at least {seconds(by_flops)} by FLOP, {seconds(by_bandwidth)} by bandwidth"
     return f"{cost.flops:.3g} FLOP and {amount(round(cost.bytes))} moved {turn}: {times}"
 

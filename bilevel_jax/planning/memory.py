@@ -18,7 +18,7 @@ from bilevel_jax import checks, decoding, features, forward, frozen, preferences
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, sources
-from bilevel_jax.models import decoder, huggingface, layer_settings, lora, model_config
+from bilevel_jax.models import decoder, fused_attention, huggingface, layer_settings, lora, model_config
 from bilevel_jax.models.layers import Layer
 
 ASSUMED_ROWS = 100_000  # N if `data.num_lower` is 0
@@ -187,7 +187,9 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype  # as on an accelerator, whatever this machine has
     model = huggingface.read_config(directory, dtype, activations=dtype, quantization=config.model.quantization)
     startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
-    platform = platform or ("tpu" if config.model.attention == "fused" else jax.default_backend())
+    if platform is None:
+        here = jax.default_backend()
+        platform = "tpu" if config.model.attention == "fused" and here not in fused_attention.KERNELS else here
     attention, _ = startup_checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
     model = dataclasses.replace(model, remat=config.model.remat, attention=attention)
     assumed = num_rows is None and not config.data.num_lower

@@ -100,14 +100,16 @@ def of_device(counted: dict | None, jaxpr, num_devices: int) -> tuple[Cost, bool
 
     Args:
       counted: the `cost_analysis` of the compiled program. XLA has none for GPUs that are not there; then the products of
-        `jaxpr` are divided by the number of devices, and the bytes are unknown, NaN.
+        `jaxpr` outside of kernels are divided by the number of devices, and the bytes are unknown, NaN. How often the loops in
+        a kernel for GPUs run is not known.
       jaxpr: of the traced program.
       num_devices: that the program runs on.
     """
-    full, once, kernels = products(jaxpr), products(jaxpr, unroll=False), kernel_flops(jaxpr) / num_devices
+    full, once = products(jaxpr), products(jaxpr, unroll=False)
     if not counted or not counted.get("flops", 0) > 0:
-        return Cost(full.flops / num_devices + kernels, math.nan), False
+        return Cost(full.flops / num_devices, math.nan), False
     scale = [whole / part if part else 1 for whole, part in zip(full, once)]
+    kernels = kernel_flops(jaxpr) / num_devices
     return Cost(counted["flops"] * scale[0] + kernels, counted["bytes accessed"] * scale[1]), True
 
 

@@ -4,7 +4,7 @@ Models have the published shapes and random weights, made on the device. Rows ha
 tokens and responses of 100 on average. Each section is skipped where the time that is left would not do, and results are written
 after each: gpu.json, and gpu.md from it.
 
-    step       ours by method; the share of the peak by useful FLOPs, see `train_step`
+    step       ours by method, and with fused attention; the share of the peak by useful FLOPs, see `train_step`
     pytorch    the published step, and the best packed one: one pass over packed sequences, logits of responses only, compiled,
                with flex attention or, where that fails, SDPA
     decoding   ours against `generate`, greedy, without a stop; the share of the bandwidth by base and cache read once a token
@@ -28,7 +28,7 @@ from absl import flags
 
 from bilevel_jax import cli, files, objective, sampling, selector, sharding, step
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, huggingface, lora
+from bilevel_jax.models import decoder, fused_attention, huggingface, lora
 from bilevel_jax.models.kv_cache import init_cache
 from bilevel_jax.planning import memory, targets
 from experiments.benchmarks import random_model, timing, train_step
@@ -67,8 +67,7 @@ def random_base(of: Shape, quantization: str = "none"):
     """Config and random weights on the device."""
     with tempfile.TemporaryDirectory() as directory:
         (pathlib.Path(directory) / "config.json").write_text(json.dumps(of.raw | {"dtype": "bfloat16"}))
-        dtype = "float32" if IS_TOY.value else "bfloat16"
-        model = huggingface.read_config(directory, dtype, activations=dtype, quantization=quantization)
+        model = huggingface.read_config(directory, "bfloat16", activations="bfloat16", quantization=quantization)
     model = dataclasses.replace(model, adapter_scale=1.0)
     return model, jax.jit(decoder.init_params, static_argnums=0)(model, jax.random.key(0))
 
@@ -91,7 +90,13 @@ def batch(of: Shape, seed: int, separate: bool) -> packing.Batch:
 # Ours
 # --------------------------------------------------------------------------------------------------------------------
 
-METHODS = {"mixing": ("loss", "uniform"), "offline, current": ("loss", "bds"), "offline, influence": ("influence", "bds")}
+METHODS = {  # name -> cost and rule of the selector, attention
+    "mixing": ("loss", "uniform", "xla"),
+    "offline, current": ("loss", "bds", "xla"),
+    "offline, influence": ("influence", "bds", "xla"),
+    "offline, influence, fused": ("influence", "bds", "triton"),
+}
+MIXING, CURRENT, INFLUENCE, FUSED = METHODS
 
 
 def measure_steps(name: str, quantization: str, methods) -> dict:
@@ -101,7 +106,7 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
     mesh, optimizer = sharding.make_mesh(1), optax.adam(5e-6)
     runs, losses, began = {}, {}, time.perf_counter()
     for method in methods:
-        cost, rule = METHODS[method]
+        cost, rule, attention = METHODS[method]
         select, aim = selector.Selector(rule=rule), objective.Objective(cost=cost, coefficient_at="current")
         influence = step.measures_influence(aim, select)
         steps = [sharding.split_batch(batch(of, k, influence), mesh) for k in range(of.rounds)]
@@ -110,7 +115,8 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
         shardings = sharding.state_shardings(mesh, start, False)
         state = [jax.tree.map(sharding.device_put, start, shardings)]
         results = shardings, sharding.replicated(mesh)  # as the state that goes in, so that one compilation serves all steps
-        jitted = jax.jit(step.make_step(model, aim, select, optimizer), donate_argnums=1, out_shardings=results)
+        update = step.make_step(dataclasses.replace(model, attention=attention), aim, select, optimizer)
+        jitted = jax.jit(update, donate_argnums=1, out_shardings=results)
 
         def run(k, jitted=jitted, state=state, steps=steps, method=method):
             state[0], metrics = jitted(base, state[0], steps[k], step.Scales(jnp.float32(1), jnp.float32(0.1)))
@@ -277,14 +283,13 @@ def measure_generate(name: str) -> dict:
 # The run
 # --------------------------------------------------------------------------------------------------------------------
 
-ALL = tuple(METHODS)
 SECTIONS: dict[str, tuple[int, Callable[[], dict]]] = {  # name -> seconds that it may take, function; the most useful first
-    "step pythia-1b": (120, functools.partial(measure_steps, "pythia-1b", "none", ALL)),
+    "step pythia-1b": (120, functools.partial(measure_steps, "pythia-1b", "none", tuple(METHODS))),
     "pytorch pythia-1b": (90, functools.partial(measure_pytorch, "pythia-1b")),
     "decoding pythia-1b": (45, functools.partial(measure_decoding, "pythia-1b")),
     "generate pythia-1b": (30, functools.partial(measure_generate, "pythia-1b")),
-    "step llama3-8b nf4": (75, functools.partial(measure_steps, "llama3-8b", "nf4", ALL[-1:])),
-    "step llama3-8b": (75, functools.partial(measure_steps, "llama3-8b", "none", (ALL[0], ALL[-1]))),
+    "step llama3-8b nf4": (75, functools.partial(measure_steps, "llama3-8b", "nf4", (INFLUENCE,))),
+    "step llama3-8b": (75, functools.partial(measure_steps, "llama3-8b", "none", (MIXING, INFLUENCE, FUSED))),
     "decoding llama3-8b": (45, functools.partial(measure_decoding, "llama3-8b")),
 }
 
@@ -318,7 +323,7 @@ def comparisons(sections: dict) -> list[str]:
     """The ratios of the targets, as far as their sections were measured."""
     ours, torch = sections.get("step pythia-1b", {}), sections.get("pytorch pythia-1b", {})
     decoding, generate = sections.get("decoding pythia-1b", {}), sections.get("generate pythia-1b", {})
-    influence, mixing, current = (ours.get(name, {}).get("s") for name in (ALL[2], ALL[0], ALL[1]))
+    influence, mixing, current = (ours.get(name, {}).get("s") for name in (INFLUENCE, MIXING, CURRENT))
     lines = []
     for variant in ("published", "packed"):
         if current and variant in torch:
@@ -326,6 +331,11 @@ def comparisons(sections: dict) -> list[str]:
     if influence and mixing:
         lines.append(
             f"selection over mixing: {current / mixing:.2f} (costs of losses at θ^k), {influence / mixing:.2f} (influence)"
+        )
+    if influence and FUSED in ours:
+        losses = " and ".join(f"{ours[name]['loss']:.4f}" for name in (FUSED, INFLUENCE))
+        lines.append(
+            f"fused attention over XLA's: {ours[FUSED]['s'] / influence:.2f} of the time, losses of the last step {losses}"
         )
     if "tokens_per_s" in decoding and influence and mixing:
         batch_rows, new = (4, 8) if IS_TOY.value else (32, NEW)
@@ -338,6 +348,8 @@ def comparisons(sections: dict) -> list[str]:
 
 
 def main() -> None:
+    if IS_TOY.value:  # a CPU cannot run the kernel itself
+        fused_attention.attend = functools.partial(fused_attention.attend, interpret=True)
     began, out = time.perf_counter(), pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     results = {"toy": IS_TOY.value, "hardware": timing.hardware(), "sections": {}}

@@ -58,6 +58,12 @@ def test_magnitudes_are_looked_up_alike():
         np.testing.assert_array_equal(jax.jit(look_up)(codes), quantization.dynamic_map()[codes])
 
 
+def test_weights_are_looked_up_alike():
+    codes = np.arange(16).reshape(2, 8)
+    for look_up in (quantization.gather_weights, quantization.select_weights):
+        np.testing.assert_array_equal(jax.jit(look_up)(codes), quantization.NF4[codes])
+
+
 def test_codes_of_nf4():
     """Every weight has the nearest value of its block of 64 inputs."""
     weights = kernel()

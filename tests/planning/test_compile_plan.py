@@ -178,7 +178,7 @@ def test_sizes_of_tpu_programs(compiled):
 def test_tpu_programs_take_the_kernel(compiled):
     """`auto`, with rows and heads split over the devices; FLOPs of both products of attention by hand."""
     program = compiled["scoring"].program
-    assert program.arguments[0].attention == "fused"
+    assert program.arguments[0].attention == "splash"
     with jax.set_mesh(program.arguments[3].tokens.sharding.mesh):
         flops = program_costs.kernel_flops(program.function.trace(*program.arguments).jaxpr.jaxpr)
     assert flops == 3 * 4 * 4 * 512 * 512 * 4 * 64  # layers, FLOPs of a query and a key, sequences, positions, heads, width
@@ -195,9 +195,20 @@ def test_flops_of_tpu_programs(compiled):
 
 
 @pytest.mark.slow
-def test_gpu_programs(compile_small):
-    """The same run for eight H100: arguments as on a TPU, ranges for the rest."""
-    compiled = compile_small({"method": "online"}, target=H100)
+@pytest.mark.parametrize("target", [V5E, H100], ids=str)
+def test_dequantised_weights_are_of_one_layer(compile_small, target):
+    """NF4 adds to a step a few copies of the weights of a layer, and none for each of its 16 values."""
+    plain, quantised = (compile_small({"model.quantization": kind}, ("step",), target)["step"] for kind in ("none", "nf4"))
+    layer = 4 * (MATRICES - 2 * 1024 * 256) / 3 / 2  # bytes of its weights in float32 on one of two devices that split them
+    assert quantised.memory.temporaries < plain.memory.temporaries + 5 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention, kernel", [("auto", "xla"), ("fused", "triton")])
+def test_gpu_programs(compile_small, attention, kernel):
+    """The same run for eight H100, rows and heads of the kernel split: arguments as on a TPU, ranges for the rest."""
+    compiled = compile_small({"method": "online", "model.attention": attention}, target=H100)
+    assert compiled["scoring"].program.arguments[0].attention == kernel
     adapter = 3 * 8 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512))
     base, learned = 2 * (MATRICES / 4 + NORMS), 3 * 4 * adapter
     assert base + learned < compiled["step"].memory.arguments < 1.5 * (base + learned)
