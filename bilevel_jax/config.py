@@ -145,8 +145,8 @@ class Model:
     dtype: str = "float32"
     # Of the base's linear layers: none, nf4 (QLoRA: 4.1 bits a weight), int8. Embeddings, norms and head keep model.dtype
     quantization: str = "none"
-    # Of packed sequences: xla, fused (one kernel, on a TPU: scores never leave the core), auto (fused on a TPU where it takes the
-    # model and data.max_length, else xla)
+    # Of packed sequences: xla, fused (one kernel, on a TPU or GPU: scores never leave the core), auto (fused on a TPU, where it
+    # takes the model and data.max_length, else xla)
     attention: str = "auto"
     remat: bool = False  # recompute whole layers in the backward pass: a third more time, far less memory
     # (lora.layers=last:K) What the layers below compute of a row: off (at each visit), memory, disk (once, and kept in the host's
