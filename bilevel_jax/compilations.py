@@ -5,6 +5,7 @@ package belongs to the user alone, and every entry in it starts with a checksum 
 gives by JAX's own variables is used as JAX does.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -68,9 +69,19 @@ def check_entries() -> None:
 
 
 class CheckedEntries:
-    """What a cache of JAX with `get`, `put` and `path` does in addition, as the first base class."""
+    """What a cache of JAX with `get`, `put`, `path`, `lock` and `eviction_enabled` does in addition, as the first base class."""
 
     def put(self, key: str, value: bytes) -> None:
+        """Adds an entry.
+
+        JAX writes an entry and then its time of use. A process that is killed between the two leaves an entry without a time, with
+        which JAX can evict nothing, and so adds nothing to the cache anymore. Such entries are removed.
+        """
+        path = pathlib.Path(str(self.path))
+        with getattr(self, "lock", contextlib.nullcontext()):  # another process may be between the two
+            for entry in path.glob("*-cache") if self.eviction_enabled else ():
+                if not (path / f"{entry.name.removesuffix('-cache')}-atime").exists():
+                    entry.unlink()
         super().put(key, _digest(key, value) + value)
 
     def get(self, key: str) -> bytes | None:

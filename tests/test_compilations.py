@@ -43,6 +43,15 @@ def test_damaged_entries_are_replaced(cache, tmp_path, damage):
     assert file.read_bytes() == content
 
 
+def test_an_entry_of_a_killed_process_is_removed(cache, tmp_path):
+    """Without its time of use, JAX could not add another entry."""
+    (tmp_path / "a-atime").unlink()
+    with pytest.raises(FileNotFoundError):
+        lru_cache.LRUCache.put(cache, "c", b"program c")
+    cache.put("c", b"program c")
+    assert cache.get("c") == b"program c" and cache.get("b") == b"program b" and cache.get("a") is None
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """The directory of the cache, which does not exist yet, under another home."""

@@ -16,6 +16,7 @@ VARIANTS = {
     "offline, current": objective.Objective(coefficient_at="current"),
     "offline, next": objective.Objective(coefficient_at="next"),
     "offline, influence": objective.Objective(cost="influence"),
+    "offline, influence, whole micro-batches": objective.Objective(cost="influence"),
     "offline, next, tokens": objective.Objective(coefficient_at="next"),
     "offline, next, tracked": objective.Objective(coefficient_at="next", value_function="tracked"),
 }
@@ -27,11 +28,12 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     optimizer = optax.adam(config.optimizer.learning_rate)
     targets = lora.resolve_targets(model, config.lora.targets)
     store = online.empty(len(lower.rows))
-    step_batches: dict[bool, list] = {}  # by separate_levels
-    for separate in (False, True):
-        layout = packing.update_layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, separate)
+    mixed = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
+    separate = packing.update_layout(*mixed._replace(separate_levels=True))
+    step_batches: dict[packing.Layout, list] = {}
+    for layout in (mixed, separate, mixed._replace(separate_levels=True)):
         host_batches = (batches.make_batch(config, upper, lower, layout, k, store) for k in range(rounds))
-        step_batches[separate] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
+        step_batches[layout] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
     states, runs = {}, {}
     for name, variant in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
@@ -41,7 +43,11 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[variant.cost == "influence"]):
+        layout = separate if variant.cost == "influence" else mixed
+        if name.endswith("whole micro-batches"):
+            layout = mixed._replace(separate_levels=True)
+
+        def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[layout]):
             states[name], metrics = jitted(base, states[name], steps[k], scales)
             return metrics["loss"]
 
