@@ -13,6 +13,7 @@ import platform
 import stat
 import sys
 import zlib
+from collections.abc import Iterator
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 DIGEST = 32  # bytes before the content of an entry
@@ -66,6 +67,22 @@ def check_entries() -> None:
     if not issubclass(compilation_cache.LRUCache, CheckedEntries):
         compilation_cache.LRUCache = type("CheckedCache", (CheckedEntries, lru_cache.LRUCache), {})
         compilation_cache.reset_cache()  # another cache may be open already
+
+
+@contextlib.contextmanager
+def not_cached() -> Iterator[None]:
+    """Compiles without the cache. Programs for devices that are not there can be written into it, and not be read."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it keeps whether it is used
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 class CheckedEntries:

@@ -93,6 +93,24 @@ def test_a_cache_of_the_user_is_left_to_jax(own, monkeypatch, tmp_path):
     assert os.environ[compilations.VARIABLE] == str(tmp_path / "mine") and compilation_cache.LRUCache is lru_cache.LRUCache
 
 
+def test_nothing_is_cached_meanwhile(own, monkeypatch):
+    compilations.enable()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(own))
+        compilation_cache.reset_cache()
+        with compilations.not_cached():
+            assert float(jax.jit(lambda x: x + 4.25)(2.0)) == 6.25
+        assert not list(own.glob("*-cache"))
+        assert float(jax.jit(lambda x: x * 4.25)(2.0)) == 8.5
+        assert list(own.glob("*-cache"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        monkeypatch.undo()
+        compilation_cache.reset_cache()
+
+
 def test_jax_uses_the_checks(own, monkeypatch):
     """Entries of two programs are swapped, and each of them is compiled again and computes what it should."""
     compilations.enable()

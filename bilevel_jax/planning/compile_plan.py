@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import tqdm
 
-from bilevel_jax import checks, sharding
+from bilevel_jax import checks, compilations, sharding
 from bilevel_jax.errors import RunError
 from bilevel_jax.planning import memory, program_costs, programs, targets
 from bilevel_jax.runtime.disk import amount
@@ -134,7 +134,7 @@ def compile_all(todo: CompilePlan) -> Iterator[Compiled]:
     Raises:
       RunError: a program does not compile.
     """
-    with jax.set_mesh(todo.mesh):
+    with jax.set_mesh(todo.mesh), compilations.not_cached():
         with tqdm.tqdm(todo.programs, desc=f"compiling for {todo.target}", unit="program", leave=False, disable=None) as bar:
             for program in bar:
                 bar.set_postfix_str(program.name)
