@@ -20,8 +20,8 @@ from bilevel_jax.models import attention, layer_settings, model_config
 KINDS = ("auto", "xla", "fused")  # of a config
 KERNELS = {"tpu": "splash", "gpu": "triton"}  # by platform
 BLOCKS = (512, 256, 128)  # positions of a block of queries or keys of `splash`, the best first
-TRITON_BLOCKS = {64: (128, 128), 128: (128, 128), 256: (64, 32)}  # queries and keys; those of JAX, smaller where they fit no GPU
-TRITON_BACKWARD = 32
+TRITON_BLOCKS = {64: (128, 128), 128: (128, 128), 256: (64, 32)}  # by width; JAX's own, smaller where a core has no room for them
+TRITON_BACKWARD = 32  # positions of all blocks of its backward pass, as in JAX
 WIDTHS = (64, 128, 256)  # of heads; narrower ones are padded with zeros
 
 
