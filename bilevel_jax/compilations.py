@@ -86,7 +86,7 @@ def not_cached() -> Iterator[None]:
 
 
 class CheckedEntries:
-    """What a cache of JAX with `get`, `put`, `path`, `lock` and `eviction_enabled` does in addition, as the first base class."""
+    """What JAX's `LRUCache` does in addition, as the first base class."""
 
     def put(self, key: str, value: bytes) -> None:
         """Adds an entry.
@@ -94,11 +94,11 @@ class CheckedEntries:
         JAX writes an entry and then its time of use. A process that is killed between the two leaves an entry without a time, with
         which JAX can evict nothing, and so adds nothing to the cache anymore. Such entries are removed.
         """
-        path = pathlib.Path(str(self.path))
-        with getattr(self, "lock", contextlib.nullcontext()):  # another process may be between the two
-            for entry in path.glob("*-cache") if self.eviction_enabled else ():
-                if not (path / f"{entry.name.removesuffix('-cache')}-atime").exists():
-                    entry.unlink()
+        if self.eviction_enabled:
+            with self.lock.acquire(timeout=self.lock_timeout_secs):  # another process may be between the two
+                for entry in pathlib.Path(str(self.path)).glob("*-cache"):
+                    if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+                        entry.unlink()
         super().put(key, _digest(key, value) + value)
 
     def get(self, key: str) -> bytes | None:

@@ -151,27 +151,20 @@ def decode_steps(
     return after._replace(cache=jax.tree.map(put_back, slots.cache, after.cache))
 
 
+def window_sizes(cache_length: int) -> list[int]:
+    """All numbers of cache positions to decode in, ascending; the last is the whole cache. They are few: each one is compiled."""
+    sizes = [SHORTEST_WINDOW]
+    while sizes[-1] < cache_length:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], cache_length]
+
+
 def window_size(longest: int, cache_length: int) -> int:
     """Number of cache positions to decode in, if the longest response in progress has reached position `longest`.
 
-    There are few window sizes, since each one is compiled. A window is not much longer than needed, since every token reads all
-    of it.
+    It is not much larger than needed, since every token reads all of them.
     """
-    size = SHORTEST_WINDOW
-    while size < longest + LEEWAY:
-        size *= 2
-    return min(size, cache_length)
-
-
-def longest_part(cache_length: int) -> int | None:
-    """The longest window of `window_size` that is not the whole cache; None if there is none.
-
-    The window is a copy, so that decoding in it takes the most memory.
-    """
-    size = SHORTEST_WINDOW
-    while 2 * size < cache_length:
-        size *= 2
-    return size if size < cache_length else None
+    return next((size for size in window_sizes(cache_length) if size >= longest + LEEWAY), cache_length)
 
 
 def merges_adapter(config: model_config.ModelConfig) -> bool:

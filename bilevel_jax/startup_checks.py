@@ -38,11 +38,12 @@ def attention(config: Config, model: model_config.ModelConfig, platform: str, te
     # No GPU has run the kernel for GPUs yet.
     if setting == "xla" or setting == "auto" and kernel != "splash":
         return "xla", ""
-    problem, change = f"the kernels are for TPUs and GPUs, and this run is for a {platform.upper()}", ""
-    if kernel:
+    if kernel is None:
+        problem, change = f"the kernels are for TPUs and GPUs, and this run is for a {platform.upper()}", ""
+    else:
         problem, change = fused_attention.problem(kernel, model, config.data.max_length, tensor)
-    if kernel and not problem:
-        return kernel, ""
+        if not problem:
+            return kernel, ""
     if setting == "fused":
         raise ConfigError(f"model.attention=fused: {problem}; set {change + ' or ' if change else ''}model.attention=xla")
     return "xla", problem

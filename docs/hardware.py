@@ -97,7 +97,7 @@ def compile_cell(tier: str, target: str, changes: dict) -> dict:
     return what | {"programs": compiled, "versions": versions(target), "seconds": round(time.perf_counter() - began)}
 
 
-def _numbers(one: compile_plan.Compiled) -> dict[str, float]:
+def _numbers(one: compile_plan.Compiled) -> dict[str, float | None]:
     flops, moved = one.cost
     sizes = dict(zip(("arguments", "temporaries", "code", "results", "held"), one.memory))
     return sizes | {"peak": one.memory.peak, "planned": one.planned, "flops": flops, "bytes": moved if one.counted else None}

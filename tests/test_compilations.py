@@ -1,7 +1,6 @@
 """The cache of compiled programs: private to the user, and only entries that were written under their key are executed."""
 
 import os
-import pathlib
 
 import jax
 import pytest
@@ -93,45 +92,40 @@ def test_a_cache_of_the_user_is_left_to_jax(own, monkeypatch, tmp_path):
     assert os.environ[compilations.VARIABLE] == str(tmp_path / "mine") and compilation_cache.LRUCache is lru_cache.LRUCache
 
 
-def test_nothing_is_cached_meanwhile(own, monkeypatch):
-    compilations.enable()
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(own))
-        compilation_cache.reset_cache()
-        with compilations.not_cached():
-            assert float(jax.jit(lambda x: x + 4.25)(2.0)) == 6.25
-        assert not list(own.glob("*-cache"))
-        assert float(jax.jit(lambda x: x * 4.25)(2.0)) == 8.5
-        assert list(own.glob("*-cache"))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        monkeypatch.undo()
-        compilation_cache.reset_cache()
-
-
-def test_jax_uses_the_checks(own, monkeypatch):
-    """Entries of two programs are swapped, and each of them is compiled again and computes what it should."""
+@pytest.fixture
+def used_by_jax(own, monkeypatch):
+    """The directory `own`, in which JAX keeps its cache meanwhile."""
     compilations.enable()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
     monkeypatch.setattr(compilation_cache, "LRUCache", lru_cache.LRUCache)
     before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", str(own))
-        compilations.check_entries()
-        programs = [lambda x: x + 3.25, lambda x: x * 3.25]
-        assert [float(jax.jit(program)(2.0)) for program in programs] == [5.25, 6.5]
-        files = sorted(pathlib.Path(own).glob("*-cache"))
-        contents = [file.read_bytes() for file in files]
-        wrong = dict(zip(files, [*contents[1:], contents[0]]))
-        for file, content in wrong.items():
-            file.write_bytes(content)
-        jax.clear_caches()
-        compilation_cache.reset_cache()
-        assert [float(jax.jit(program)(2.0)) for program in programs] == [5.25, 6.5]
-        assert len(files) > 1 and all(file.read_bytes() != content for file, content in wrong.items())
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        monkeypatch.undo()
-        compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    compilation_cache.reset_cache()
+    yield own
+    jax.config.update("jax_compilation_cache_dir", before)
+    monkeypatch.undo()
+    compilation_cache.reset_cache()
+
+
+def test_nothing_is_cached_meanwhile(used_by_jax):
+    with compilations.not_cached():
+        assert float(jax.jit(lambda x: x + 4.25)(2.0)) == 6.25
+    assert not list(used_by_jax.glob("*-cache"))
+    assert float(jax.jit(lambda x: x * 4.25)(2.0)) == 8.5
+    assert list(used_by_jax.glob("*-cache"))
+
+
+def test_jax_uses_the_checks(used_by_jax):
+    """Entries of two programs are swapped, and each of them is compiled again and computes what it should."""
+    compilations.check_entries()
+    programs = [lambda x: x + 3.25, lambda x: x * 3.25]
+    assert [float(jax.jit(program)(2.0)) for program in programs] == [5.25, 6.5]
+    files = sorted(used_by_jax.glob("*-cache"))
+    contents = [file.read_bytes() for file in files]
+    wrong = dict(zip(files, [*contents[1:], contents[0]]))
+    for file, content in wrong.items():
+        file.write_bytes(content)
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    assert [float(jax.jit(program)(2.0)) for program in programs] == [5.25, 6.5]
+    assert len(files) > 1 and all(file.read_bytes() != content for file, content in wrong.items())

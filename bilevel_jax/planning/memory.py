@@ -200,12 +200,14 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
         startup_checks.check_rows(config, num_rows, mesh.size)
     base = base_shapes(model)
     adapter = config_adapter_shapes(config, model)
-    items = _state_items(config, model, mesh, num_rows, base, adapter) + _step_items(config, model, mesh, num_rows, adapter)
+    layout = setups.batch_layout(config, mesh)
+    items = _state_items(config, model, mesh, num_rows, base, adapter)
+    items += _step_items(config, model, mesh, layout, num_rows, adapter)
     if config.method in configuration.ONLINE:
         items += _refresh_items(config, model, mesh, num_rows, base)
     dense = base_shapes(dataclasses.replace(model, quantization="none"))
     num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense))
-    return Plan(model, mesh, setups.batch_layout(config, mesh), num_parameters, num_rows, assumed, tuple(items))
+    return Plan(model, mesh, layout, num_parameters, num_rows, assumed, tuple(items))
 
 
 def _state_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, base, adapter) -> list[Item]:
@@ -242,9 +244,10 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
     return items
 
 
-def _step_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
+def _step_items(
+    config: configuration.Config, model: model_config.ModelConfig, mesh, layout: packing.Layout, num_rows: int, adapter
+) -> list[Item]:
     """The arrays of a training step."""
-    layout = setups.batch_layout(config, mesh)
     sequences, num_targets = layout.sequences // sharding.num_parts(mesh, "rows"), layout.targets
     targets = lora.resolve_targets(model, config.lora.targets)
     # Frozen layers keep nothing for the backward pass, and are not in the step.
@@ -254,7 +257,7 @@ def _step_items(config: configuration.Config, model: model_config.ModelConfig, m
     rows, columns = sharding.NamedSharding(mesh, sharding.spec(mesh, chunk.shape, ("rows", "vocab"))).shard_shape(chunk.shape)
     logit_bytes = 4 + 4 + jnp.dtype(model.dtype).itemsize
     learned = None if config.lora.rank else sharding.weight_shardings(mesh, adapter)
-    return _entering_items(config, model, mesh, num_rows, adapter) + [
+    return _entering_items(config, model, mesh, layout, num_rows, adapter) + [
         Item("activations of a micro-batch", kept, TRAINING, "shapes of jax.vjp"),
         Item("logits chunk: logits, exp, exp rounded", rows * columns * logit_bytes, TRAINING, "formula"),
         gradient_item(config, size_of(adapter, learned)),
@@ -268,11 +271,12 @@ def gradient_item(config: configuration.Config, size: int) -> Item:
     return Item("gradient: sum and one micro-batch's", 2 * size, TRAINING, "formula")
 
 
-def _entering_items(config: configuration.Config, model: model_config.ModelConfig, mesh, num_rows: int, adapter) -> list[Item]:
+def _entering_items(
+    config: configuration.Config, model: model_config.ModelConfig, mesh, layout: packing.Layout, num_rows: int, adapter
+) -> list[Item]:
     """The hidden states that leave the layers below the first adapter: of the rows of a step, and of all rows."""
     if not frozen.num_frozen(model, adapter):
         return []
-    layout = setups.batch_layout(config, mesh)
     width = model.hidden_size * jnp.dtype(model.activations).itemsize
     size = layout.micro_batches * layout.sequences * layout.length * width // sharding.num_parts(mesh, "rows")
     size += size // layout.micro_batches  # a micro-batch is on its way while a step reads the others

@@ -129,16 +129,15 @@ def sampling_programs(config: configuration.Config, shapes: Shapes, mesh, other:
     decode = params, adapter, slots, number, number
     copy = device_bytes(params) if is_copy else 0
     resident = other + (device_bytes((shapes.base, shapes.adapter)) if is_copy else 0)
-    part = decoding.longest_part(window)
-    decoded = {f"decoding in {part} positions": part} if part else {}
-    decoded |= {"decoding": window}
+    # A part of the cache is a copy, so that decoding in the longest part takes the most memory.
+    sizes = {"decoding" if size == window else f"decoding in {size} positions": size for size in decoding.window_sizes(window)[-2:]}
     return [
         Program("prefill", sampler.prefill, prefill, other + copy + device_bytes(slots), memory.SAMPLING, "a batch of prompts"),
         *(
             Program(
                 name, sampler.decode, (size // attention.CACHE_BLOCK, *decode), resident, memory.SAMPLING, "a token of every slot"
             )
-            for name, size in decoded.items()
+            for name, size in sizes.items()
         ),
     ]
 

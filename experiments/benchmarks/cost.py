@@ -29,9 +29,10 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     targets = lora.resolve_targets(model, config.lora.targets)
     store = online.empty(len(lower.rows))
     mixed = packing.Layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size)
-    separate = packing.update_layout(*mixed._replace(separate_levels=True))
+    whole = mixed._replace(separate_levels=True)
+    halved = packing.update_layout(*whole)
     step_batches: dict[packing.Layout, list] = {}
-    for layout in (mixed, separate, mixed._replace(separate_levels=True)):
+    for layout in (mixed, whole, halved):
         host_batches = (batches.make_batch(config, upper, lower, layout, k, store) for k in range(rounds))
         step_batches[layout] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
     states, runs = {}, {}
@@ -43,9 +44,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
         scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
-        layout = separate if variant.cost == "influence" else mixed
-        if name.endswith("whole micro-batches"):
-            layout = mixed._replace(separate_levels=True)
+        layout = mixed if variant.cost == "loss" else whole if name.endswith("whole micro-batches") else halved
 
         def run(k, name=name, jitted=jitted, scales=scales, steps=step_batches[layout]):
             states[name], metrics = jitted(base, states[name], steps[k], scales)

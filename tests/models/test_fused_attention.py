@@ -104,17 +104,17 @@ def decoder_gradients(config, length):
 
 
 @pytest.mark.parametrize(
-    "kernel, change, difference",
-    [("splash", {}, 1e-4), ("triton", {"windows": (), "dtype": "bfloat16"}, 2**-6)],
+    "kernel, change, rtol, atol",
+    [("splash", {}, 1e-3, 1e-4), ("triton", {"windows": (), "dtype": "bfloat16"}, 0, 2**-6)],
     ids=["tpu", "gpu"],
 )
-def test_a_decoder_with_the_kernel(monkeypatch, kernel, change, difference):
+def test_a_decoder_with_the_kernel(monkeypatch, kernel, change, rtol, atol):
     """Layers, scanned and rematerialised; on a TPU with and without a window."""
     monkeypatch.setattr(fused_attention, "attend", functools.partial(fused_attention.attend, interpret=True))
     fused, xla = (dataclasses.replace(TINY, attention=kind, **change) for kind in (kernel, "xla"))
     (fused, params), (xla, _) = decoder_gradients(fused, 128), decoder_gradients(xla, 128)
     for ours, expected in zip(*map(jax.tree.leaves, (jax.jit(fused)(params), jax.jit(xla)(params)))):
-        assert np.linalg.norm(ours - expected) <= difference * np.linalg.norm(expected)
+        np.testing.assert_allclose(ours, expected, rtol=rtol, atol=atol * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("length, second_order, takes_kernel", [(128, False, True), (50, False, False), (128, True, False)])
