@@ -97,7 +97,7 @@ class Online:
     # How a masked question's G responses are learned: sft (all alike, eq. 8); by their rewards: best_of, rwr (reward-weighted
     # regression), reinforce (leave-one-out baseline), dpo, ipo (the best against the worst)
     objective: str = "sft"
-    reward: str = ""  # truth, likelihood, MODULE:CALLABLE, or the directory of a classification model; see `rewards`
+    reward: str = ""  # truth, likelihood, MODULE:CALLABLE, or the directory of a classification model; see docs/preferences.md
     reward_temperature: float = 1.0  # β of rwr, in units of the reward
 
 
@@ -182,7 +182,7 @@ class Data:
 class Eval:
     num_upper: float = 200.0  # rows held out, never trained on; below 1: that share of the rows, at most 200
     num_lower: float = 200.0  # the same, of the lower level
-    keep: float = 0.8  # share of rows that counts as kept where kept bad rows are counted
+    keep: float = 0.8  # the heaviest share of the rows counts as kept, in measures of kept bad rows
     every: int = 0  # steps between evaluations; 0: only at the end of an epoch
     keep_best: bool = False  # adapter/ is that of the lowest trusted loss, and not that of the last step
     similar: bool = True  # (selection) measures at the end how much each row is like the trusted ones, by half a forward pass
@@ -202,7 +202,7 @@ class Mesh:
     data: int = 0  # 0: all that fsdp and tensor leave
     fsdp: int = 1  # also split the base's weights, and gather them layer by layer
     tensor: int = 1  # split heads, feed-forward and vocabulary
-    shard_selector: bool = False  # split the selector's arrays over all devices; they must divide the lower-level rows
+    shard_selector: bool = False  # split the selector's arrays over all devices, whose number must divide that of the lower rows
 
 
 @dataclasses.dataclass(frozen=True)

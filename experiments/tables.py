@@ -218,7 +218,8 @@ def write(
     failures = [failure for group in results for failure in group.failures]
     if failures:
         page += ["Failed:", "", *(f"- {failure}" for failure in failures), ""]
-    page += ["Each run is reproducible to the bit on the same machine with the same versions; SEED counts from 0:", "", "```"]
+    page += ["At the commits above, each run is reproducible to the bit on the same machine with the same packages. Defaults"]
+    page += ["have changed since some of them; the command at the top sets what the cells need. SEED counts from 0:", "", "```"]
     page += [f"{command}  # {cell}" for group in results for cell, command in group.commands.items()]
     page += ["```", ""]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -284,7 +284,7 @@ A language model of {size:.2f} M parameters, trained from scratch by one command
 
     python -m experiments.tiny_model {arguments} --steps={steps}
 
-It takes the place of a pretrained, unaligned model, so that the default run needs no download. It has no other use.
+It takes the place of a pretrained, unaligned model, so that runs, tests and experiments need no download.
 
 - **Data.** {data}
 - **Tokenizer.** Byte-level BPE with {vocab} entries. Each digit is one token; `<|endoftext|>` is the EOS and the padding token.

@@ -27,6 +27,7 @@ NAMES = {shape: "x".join(map(str, shape)) for shape in [SINGLE, QUICK_MESH, *MOR
 ROOT = pathlib.Path(__file__).parent.parent
 ONE = NAMES[SINGLE]
 NUM_SPLIT = 8 * 1013
+TIMEOUT = 600  # seconds; for a slow machine
 SETTINGS = {
     "num_epochs": 1,
     "method": "dynamic",
@@ -352,7 +353,7 @@ def test_omega_is_split_where_it_is_to_be(all_runs):
 def test_two_processes_give_the_trajectory_of_one(under_way, directory):
     """The weights are split between them; one of them writes the run."""
     _, pair = under_way
-    told = [process.communicate(timeout=100) for process in pair]
+    told = [process.communicate(timeout=TIMEOUT) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told
     assert f"in {directory / 'pair'}" in told[0][0] and "pair" not in told[1][0]
     assert_same_run(directory / "pair", directory / ONE)
@@ -362,11 +363,11 @@ def test_two_processes_give_the_trajectory_of_one(under_way, directory):
 def test_where_the_first_process_dies_the_other_ends_and_the_pair_goes_on(under_way, directory):
     """To the very bits. The first one holds JAX's coordinator, without which the other could not even wait."""
     pair = start_pair(directory, "killed", "--config.checkpoint.every=1", mortal=[0])
-    errors = [process.communicate(timeout=100)[1] for process in pair]
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in pair]
     assert [process.returncode for process in pair] == [-9, 1], errors
     assert errors[1].splitlines()[-1].startswith("error: process 0 died, "), errors[1]
     pair = start_pair(directory, "killed", "--config.checkpoint.every=1")
-    told = [process.communicate(timeout=100) for process in pair]
+    told = [process.communicate(timeout=TIMEOUT) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told
     assert "at step 2 of 4" in told[0][0]
     for file in ("responses.jsonl", "adapter/adapter_model.safetensors", "weights/epoch_1.parquet"):
@@ -378,7 +379,7 @@ def test_two_processes_learn_all_weights(directory):
     """No process has the whole of them."""
     changes = "--config.lora.rank=0", "--config.method=offline", "--config.optimizer.learning_rate=0.01"
     pair = start_pair(directory, "all weights, pair", *changes)
-    told = [process.communicate(timeout=200) for process in pair]
+    told = [process.communicate(timeout=TIMEOUT) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], told
     arguments = f"--config={directory / 'config.py'}", f"--workdir={directory / 'all weights'}", *changes
     wait(start("-m", "bilevel_jax.main", *arguments))

@@ -7,7 +7,7 @@
 
 `--selected` writes the heaviest rows and a card, FILE.card.md. Below one half, rows are taken from the heaviest half, in turn for
 each trusted row. `--drop_implausible` leaves out the rows with the least likely responses. `--resampled` repeats the kept rows by
-weight, for trainers that know no weights. `--score_new` ranks rows that the run never saw, and needs
+weight, for trainers that do not use weights. `--score_new` ranks rows that the run never saw, and needs
 `selection.parameterization=features` or `selection.unit=domain`. `--merged` writes base and adapter as one model directory.
 """
 

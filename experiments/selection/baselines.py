@@ -181,6 +181,7 @@ class Study(NamedTuple):
 def _kept_cell(kept: pathlib.Path, config, share: float) -> runs.Cell:
     """The run on kept rows alone, for about as many steps as on all rows."""
     only_kept = {"method": "mixing", "mixing.rho": 1.0, "data.lower": kept, "data.num_lower": 0, "eval.num_lower": 0}
+    only_kept |= {"model.path": config.model.path, "data.upper": config.data.upper}  # the tier's, not those of the config file
     settings = tables.changes() | only_kept | {"seed": config.seed, "num_epochs": round(config.num_epochs / share)}
     return runs.make(published.CONFIGS["safety"], kept.with_suffix(""), settings | {"log.tensorboard": False})
 

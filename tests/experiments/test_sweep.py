@@ -236,7 +236,7 @@ def test_a_stopped_sweep_continues(points, tmp_path, fake):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.terminate()
-    _, message = process.communicate(timeout=30)
+    _, message = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert message.splitlines()[-1] == "SIGTERM: 2 of 4 runs are finished; the same command continues"
     assert "Traceback" not in message

@@ -252,7 +252,7 @@ def test_signals_and_resuming(tmp_path, number):
         process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, text=True, **pipes)
         wait_for(lambda: len(server.requests) > 20)
         process.send_signal(number)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate(timeout=120)[1]
         # SIGKILL and SIGTERM end it at once, SIGINT when the verdicts under way are there: none that was paid for is lost.
         assert process.returncode == (130 if number == signal.SIGINT else -number) and KEY not in error
         time.sleep(0.2)  # a last request may still be on its way
@@ -288,7 +288,7 @@ def test_confirmation(files, tmp_path, message, requests):
         arguments = command(*files, *judged(server, tmp_path))
         process = subprocess.Popen(arguments, env=ENVIRONMENT, stdin=side, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         os.write(main, message.encode())
-        told, error = process.communicate(timeout=30)
+        told, error = process.communicate(timeout=120)
     os.close(main)
     os.close(side)
     assert process.returncode == 0, error
