@@ -178,14 +178,14 @@ def response_segments(
     objective: str = "sft",
     max_pair_tokens: int = 0,
 ) -> list[tuple[int, packing.Segment]]:
-    """The segments that replace a row's response: (index in the store, segment) each; empty without a stored response.
+    """The segments that replace a row's response: (index in the store, segment) each. If none, the row keeps its response.
 
     Args:
       share: the row's weight in its level's mean. Several responses divide it; both responses of a pair carry it.
       group: number of the question in its step.
       objective: `sft`: all responses; `rwr`, `reinforce`: all, with their rewards; `best_of`: the best one; `dpo`, `ipo`: the
         best and the worst as a pair, or the best alone, without a sign, where there is no pair.
-      max_pair_tokens: limit on the tokens of a pair, each response with the prompt; a question with a longer one has no segment.
+      max_pair_tokens: limit on the tokens of a pair, each response with the prompt; a question with a longer pair has no segment.
     """
     indices = store.by_row.get(row, [])
     if not indices:
@@ -199,11 +199,10 @@ def response_segments(
     if objective in ("rwr", "reinforce"):
         return [segment(i, share / len(indices), reward=float(store.reward[i])) for i in indices]
     best, worst = best_and_worst(store, row)
-    fits = 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst]) <= max_pair_tokens
-    if objective != "best_of" and not fits:
-        return []
     if objective == "best_of" or best == worst:
         return [segment(best, share)]
+    if 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst]) > max_pair_tokens:
+        return []
     signs = ((best, 1), (worst, -1))
     return [segment(i, share, sign=sign, reference=float(store.reference[i])) for i, sign in signs]
 

@@ -68,7 +68,7 @@ def data_entries(level, i: int, **fields) -> list[Entry]:
 
 
 def own_entries(config, store, i: int, prompt, **fields) -> list[Entry]:
-    """The generated responses to row i that its loss uses, as `online.objective` says."""
+    """The generated responses to row i that its loss uses, as `online.objective` says; none where their pair is too long."""
     mine = [g for g, row in enumerate(store.row_index) if row == i]
 
     def one(g, **more):
@@ -83,8 +83,10 @@ def own_entries(config, store, i: int, prompt, **fields) -> list[Entry]:
     worst = min(mine, key=lambda g: store.reward[g])
     size = 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst])
     is_pair = store.reward[best] > store.reward[worst] and list(store.tokens[best]) != list(store.tokens[worst])
-    if kind == "best_of" or not is_pair or size > config.data.max_length:
+    if kind == "best_of" or not is_pair:
         return [one(best, part=1.0)]
+    if size > config.data.max_length:
+        return []
     return [
         one(best, part=1.0, partner=1, reference=store.reference[best]),
         one(worst, part=0.0, partner=-1, reference=store.reference[worst]),

@@ -318,7 +318,7 @@ def test_the_best_against_the_worst(objective):
     result = online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, max_pair_tokens=2 * 2 + 2 + 5)
     assert [(index, s.share, s.sign, s.reference, s.group) for index, s in result] == [(2, 0.5, 1, -3.5, 6), (3, 0.5, -1, -4.5, 6)]
     assert [int(sign[index]) for index, _ in result] == [1, -1] and np.abs(sign).sum() == 2
-    [(index, segment)] = online.response_segments(REWARDED, 1, prompt, 0.5, 6, objective, 100)
+    [(index, segment)] = online.response_segments(REWARDED, 1, prompt, 0.5, 6, objective, max_pair_tokens=1)  # there is no pair
     assert (index, segment.share, segment.sign, segment.old_log_prob) == (1, 0.5, 0, REWARDED.log_prob[1])
     assert online.response_segments(REWARDED, 4, prompt, 0.5, 6, objective, 2 * 2 + 2 + 5 - 1) == []  # that of the data is used
     rounded = dataclasses.replace(REWARDED, reward=np.array([0.5, 1.0, 2.0, -1.0, 2.0, 1.0 - 1e-7]))  # of one and the same text
