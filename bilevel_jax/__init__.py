@@ -1,6 +1,7 @@
 """Bilevel data selection and online self-refining fine-tuning of language models.
 
-Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means the same axis in every module:
+Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means the same axis in every module, unless its
+docstring gives another meaning:
 
     N  rows of the lower level                        L  positions of a sequence
     E  entries of a step, one per response            T  tokens of a micro-batch, S·L
@@ -15,7 +16,7 @@ Arrays carry their axes in their names: `logits_SxV` is [S, V]. A letter means t
     K  key/value heads                                W  positions of a cache block
     R  query heads per key/value head, H/K            I, O  input and output width of a matrix
     C  width of a head                                A  features of a row that the selector reads
-    Y  layers with an adapter
+    Y  layers; of an adapter, those that it has
 
 Lower-case letters are local to the function that uses them.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import frozen, online, step
+from bilevel_jax import frozen, online, train_state
 from bilevel_jax.data import levels, packing, shuffle
 
 
@@ -16,7 +16,7 @@ class StepBatch(NamedTuple):
     """The batch of a step, with what the device does not need."""
 
     batch: packing.Batch
-    ids: list[str]  # the row of each entry
+    ids: list[str]  # id of each entry's row
     store_index: np.ndarray  # [n] index of each entry in the response store, -1 for responses of the data
     num_tokens: int
     slots: np.ndarray | None = None  # [n] of `frozen.SegmentSlots`, -1 for generated responses; None where no layer is frozen
@@ -71,11 +71,11 @@ def make_batch(
     return StepBatch(batch, ids, np.array(store_index), num_tokens, np.array(slots) if row_slots else None)
 
 
-def level_scales(config: configuration.Config, epoch: int) -> step.Scales:
+def level_scales(config: configuration.Config, epoch: int) -> train_state.Scales:
     """The factors of the levels' means in `epoch`: (1-ρ, ρ) for mixing, (1, ρ/(1-ρ)) for selection."""
     rho = configuration.rho(config, epoch)
     pair = (1 - rho, rho) if config.method == "mixing" else (1.0, rho / (1 - rho))
-    return step.Scales(*(jnp.float32(value) for value in pair))
+    return train_state.Scales(*(jnp.float32(value) for value in pair))
 
 
 class Prefetcher:

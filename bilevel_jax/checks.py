@@ -61,7 +61,8 @@ AT_LEAST = {
     "online.slots": 1,
     "selection.outer_steps": 1,
 }
-RANGES = {  # key -> (allowed?, in words); those of `Selector`, `Objective` and `sampling.Settings` are checked there
+# Key -> (allowed?, in words). Those of `Selector`, `Objective`, `sampling.Settings` and `optimizer.Settings` are checked there.
+RANGES = {
     "seed": (lambda value: value < 2**32, "below 2^32"),
     "online.ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "lora.alpha": (lambda value: value > 0, "positive"),

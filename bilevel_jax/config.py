@@ -330,8 +330,13 @@ def has_row_features(config: Config) -> bool:
     return config.method != "mixing" and config.selection.parameterization == "features" and config.selection.unit != "domain"
 
 
+def searches(config: Config) -> bool:
+    """Whether the run begins with a search for weights by metagradients."""
+    return config.method != "mixing" and config.selection.rule == "metagradient"
+
+
 def entries_per_row(config: Config) -> int:
-    """The most responses that a row of the upper and one of the lower level bring into a step, together."""
+    """The largest number of entries that one upper row and one lower row have in a step, together."""
     upper, lower = (2 if loss in preferences.PAIRS else 1 for loss in (config.loss.upper, config.loss.lower))
     if config.method not in ONLINE:
         return upper + lower

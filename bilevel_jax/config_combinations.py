@@ -37,11 +37,11 @@ def _check_learned(config: Config) -> None:
             require(not is_set, f"{key} is an option of adapters: with lora.rank=0 there is none; take lora.rank=16")
         kind = config.model.quantization
         require(kind == "none", f"model.quantization={kind} freezes the weights that lora.rank=0 learns; take lora.rank=16 or none")
-    metagradient = config.method != "mixing" and config.selection.rule == "metagradient"
+    token_weights = config.method != "mixing" and config.selection.unit == "token"
     for setting, disturbs in (
         (f"method={config.method}, which compares the policy with itself when it answered", config.method in configuration.ONLINE),
-        ("selection.rule=metagradient, which repeats every step", metagradient),
-        ("selection.unit=token, whose weights follow each token's loss", config.selection.unit == "token"),
+        ("selection.rule=metagradient, which repeats every step", configuration.searches(config)),
+        ("selection.unit=token, whose weights follow each token's loss", token_weights),
     ):
         require(not (section.dropout and disturbs), f"lora.dropout={section.dropout:g} disturbs {setting}; take lora.dropout=0")
     for key, needs_rows in (("eval.keep_best", e.keep_best), ("eval.patience", e.patience)):
@@ -57,7 +57,7 @@ def _check_layers(config: Config) -> None:
         f"model.cache_frozen={cache} keeps what layers without an adapter compute: lora.layers=all has none; take last:K or off",
     )
     require(
-        layers == "all" or config.method == "mixing" or config.selection.rule != "metagradient",
+        layers == "all" or not configuration.searches(config),
         f"selection.rule=metagradient differentiates whole runs of all layers: lora.layers={layers} must be all",
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import losses, objective, online, preferences, ranking, scoring, selector, sharding, step, token_weights
+from bilevel_jax import losses, objective, online, preferences, ranking, scoring, selector, sharding, token_weights, train_state
 from bilevel_jax.data import levels, packing, templates
 from bilevel_jax.errors import REMEDY, RunError
 
@@ -28,23 +28,21 @@ class HeldOut:
     references: dict[str, np.ndarray]
     objective: objective.Objective
 
-    def pair_loss(self, name: str, log_ratio_nx2: np.ndarray, length_nx2: np.ndarray) -> float:
-        """The mean loss of the pairs of a level, `upper` or `lower`, as it is trained on."""
-        kind = getattr(self.objective, name)
-        if kind == "ipo":
+    def pair_margins(self, name: str, log_ratio_nx2: np.ndarray, length_nx2: np.ndarray) -> np.ndarray:
+        """The margin of each pair of a level, `upper` or `lower`, as it is trained on, [n]."""
+        if getattr(self.objective, name) == "ipo":
             log_ratio_nx2 = losses.row_losses(log_ratio_nx2, length_nx2, self.objective.reduction)
-        return float(np.mean(preferences.pair_losses(kind, log_ratio_nx2 @ np.array([1.0, -1.0]), self.objective.beta)))
+        return log_ratio_nx2 @ np.array([1.0, -1.0])
 
 
 def held_out(config: configuration.Config, upper: levels.Level, lower: levels.Level, tokenizer, score, base) -> HeldOut:
     """The held-out rows of both levels."""
     examples = {"upper": upper.eval_examples, "lower": lower.eval_examples}
     examples["lower_clean"] = levels.with_truth(lower, config, tokenizer)
-    losses = {"upper": config.loss.upper, "lower": config.loss.lower}
     references = {
         name: scoring.pair_log_probs(score, base, None, examples[name], "reference")
-        for name, loss in losses.items()
-        if loss in preferences.PAIRS
+        for name in ("upper", "lower")
+        if getattr(config.loss, name) in preferences.PAIRS
     }
     return HeldOut(examples, references, configuration.to_objective(config))
 
@@ -71,9 +69,9 @@ def measure(rows: HeldOut, score: Callable, base, adapter) -> dict[str, float]:
         if name != "lower" and rows.examples["lower_clean"]:
             values[f"eval/{name}_right"] = float(np.mean(right[chosen]))
         if are_pairs:
-            log_ratio_nx2 = -nll.reshape(-1, 2) - rows.references[name]
-            margin = log_ratio_nx2 @ [1, -1]
-            values[f"eval/{name}_pair_loss"] = rows.pair_loss(name, log_ratio_nx2, length.reshape(-1, 2))
+            margin = rows.pair_margins(name, -nll.reshape(-1, 2) - rows.references[name], length.reshape(-1, 2))
+            pair_loss = preferences.pair_losses(getattr(rows.objective, name), margin, rows.objective.beta)
+            values[f"eval/{name}_pair_loss"] = float(np.mean(pair_loss))
             values[f"eval/{name}_pair_accuracy"] = float(np.mean((margin > 0) + 0.5 * (margin == 0)))
     return values
 
@@ -106,7 +104,7 @@ def rows_in_use(
     return {"eval/used_loss": float(used.mean()), "eval/used_data_loss": float(of_data.mean()), "eval/used_generated": share}
 
 
-def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep: float) -> dict[str, float]:
+def selector_metrics(state: train_state.State, rule: str, bad: np.ndarray | None, keep: float) -> dict[str, float]:
     """`selector/*`: the distribution of the weights, and how well they rank rows that the data label bad.
 
     Args:
@@ -131,7 +129,7 @@ def selector_metrics(state: step.State, rule: str, bad: np.ndarray | None, keep:
     return values
 
 
-def check_finite(state: step.State, values: dict[str, float]) -> None:
+def check_finite(state: train_state.State, values: dict[str, float]) -> None:
     """Refuses a state that diverged.
 
     Raises:

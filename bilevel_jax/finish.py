@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import features, files, scoring, sharding, step
+from bilevel_jax import features, files, scoring, sharding, train_state
 from bilevel_jax.export import merged_model
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
@@ -20,13 +20,13 @@ from bilevel_jax.setup import Setup
 from bilevel_jax.text import say
 
 
-def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: step.State) -> None:
+def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: train_state.State) -> None:
     """θ in PEFT format."""
     base, options = absolute(config.model.path), {"rslora": config.lora.rslora, "dropout": config.lora.dropout}
     huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base, **options)
 
 
-def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, k: int) -> None:
+def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State, k: int) -> None:
     """θ after k steps, in adapters/step_K; the oldest are removed, as many stay as there are checkpoints.
 
     Nothing is written with `lora.rank=0`, where the checkpoints have the weights."""
@@ -41,7 +41,7 @@ def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setu
         shutil.rmtree(paths[number])
 
 
-def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, encoder) -> None:
+def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State, encoder) -> None:
     """θ, in PEFT format or as a model directory, and, where ω is a function of features, φ."""
     if config.lora.rank:
         write_adapter(config, workdir / "adapter", setup, state)
@@ -53,7 +53,7 @@ def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup:
 
 
 def write_token_weights(
-    config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: step.State, offsets: list[np.ndarray]
+    config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State, offsets: list[np.ndarray]
 ) -> dict[str, float]:
     """Writes weights/tokens.parquet, and returns `selector/token_auroc` where the rows mark bad parts.
 

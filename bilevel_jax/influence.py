@@ -45,9 +45,7 @@ class InfluenceState(NamedTuple):
     """The running means of the cost."""
 
     upper_mean: dict  # m = Σ (1 - β) β^j ∇L0 of the batch j steps ago, β = `UPPER_DECAY`
-    influence_square: (
-        jax.Array
-    )  # [] float32, rms(I)², running mean square of the influences; this and the next two are NaN at first
+    influence_square: jax.Array  # [] float32, rms(I)², running mean square; NaN before the first batch, as the next two
     surprise_mean: jax.Array  # [] float32, running mean of the surprises of the lower level
     surprise_square: jax.Array  # [] float32, running mean square of their deviations from it
     correlation: jax.Array  # [] float32, κ

@@ -122,7 +122,11 @@ token_nll.defvjp(_token_nll_forward, _token_nll_backward)
 
 
 def token_nll_plain(hidden_TxD, head_VxD, logit_index_P, target_P, num_targets, cap: float | None = None) -> jax.Array:
-    """`token_nll`, with derivatives of every order and in both modes. The backward pass computes the logits of a chunk again."""
+    """`token_nll`, with derivatives of every order and in both modes. The backward pass computes the logits of a chunk again.
+
+    On a mesh with `fsdp` each chunk gathers the output matrix. `token_nll` gathers it once, but here that would gather its
+    gradient, too.
+    """
     P = logit_index_P.shape[0]
     size = packing.chunk_size(P)
 

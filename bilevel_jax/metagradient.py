@@ -28,7 +28,7 @@ from bilevel_jax.data import packing
 from bilevel_jax.models import model_config
 from bilevel_jax.objective import Objective, entry_losses, lower_losses
 from bilevel_jax.shares import level_shares
-from bilevel_jax.step import Learner, Scales
+from bilevel_jax.train_state import Learner, Scales
 
 
 def _floats(tree) -> tuple[list, Callable]:

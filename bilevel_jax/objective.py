@@ -36,8 +36,8 @@ class Objective:
     Attributes:
       upper: L0: `sft` (mean of ℓ), `dpo` or `ipo`.
       lower: ℓ_b of the rows of the data, one of the same three.
-      generated: how ℓ_b uses the generated responses to a question: one of these, `best_of`, `rwr` or `reinforce`. Beside pairs
-        of the data it is their loss.
+      generated: how ℓ_b uses the generated responses to a question: one of these, `best_of`, `rwr` or `reinforce`. If `lower` is
+        `dpo` or `ipo`, it must be the same.
       beta: β of DPO and IPO.
       reward_temperature: β of reward-weighted regression.
       reduction: ℓ per token (`mean`), or summed over the response, eq. (1) (`sum`). It applies to the log-ratios of IPO too; those

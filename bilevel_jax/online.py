@@ -18,7 +18,7 @@ from bilevel_jax.data import packing, shuffle, templates
 
 GENERATE = ("needed", "all")
 NORMALIZATIONS = ("algorithm", "eq7")
-MASK = 2  # tag of the stream that draws the mask
+MASK = 2  # tag of the random stream; `sources.SPLIT`, which orders other things, has the same: the bits of runs depend on it
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import config as configuration
-from bilevel_jax import frozen, online, preferences, step
+from bilevel_jax import frozen, online, preferences, train_state
 from bilevel_jax import setup as setups
 from bilevel_jax.runtime import checkpoint, disk, state_store
 
@@ -20,14 +20,14 @@ def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
     return answered * config.online.num_samples * (4 * max_new_tokens + 8 * num_fields) + num_rows
 
 
-def checkpoint_bytes(config: configuration.Config, state: step.State, num_rows: int) -> int:
+def checkpoint_bytes(config: configuration.Config, state: train_state.State, num_rows: int) -> int:
     """The most bytes of a checkpoint, with the most generated responses there can be."""
     responses = response_store_bytes(config, num_rows) if config.method in configuration.ONLINE else num_rows
     best = _adapter_bytes(state) if config.eval.keep_best else 0
     return checkpoint.num_bytes(state) + responses + best
 
 
-def _adapter_bytes(state: step.State) -> int:
+def _adapter_bytes(state: train_state.State) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state.policy.adapter))
 
 
@@ -40,14 +40,16 @@ def cache_bytes(config: configuration.Config, setup: setups.Setup) -> int:
     return state_store.num_bytes(num_slots, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
 
 
-def disk_bytes(config: configuration.Config, state: step.State, num_rows: int, num_saved: int) -> int:
+def disk_bytes(config: configuration.Config, state: train_state.State, num_rows: int, num_saved: int) -> int:
     """Bytes that a run still writes into a workdir with `num_saved` checkpoints, without what frozen layers compute."""
     adapter = _adapter_bytes(state)
     size = checkpoint_bytes(config, state, num_rows) + (adapter if config.lora.rank else 0)  # no `adapters/step_K` of all weights
     return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter, num_rows, config.num_epochs)
 
 
-def new_bytes(config: configuration.Config, setup: setups.Setup, state: step.State, workdir: pathlib.Path, num_saved: int) -> int:
+def new_bytes(
+    config: configuration.Config, setup: setups.Setup, state: train_state.State, workdir: pathlib.Path, num_saved: int
+) -> int:
     """Bytes that a run still writes: `disk_bytes`, and what frozen layers compute where that is kept on disk."""
     needed = disk_bytes(config, state, len(setup.lower.rows), num_saved)
     if config.model.cache_frozen == "disk":

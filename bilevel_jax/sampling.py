@@ -95,7 +95,7 @@ class Sampler:
     num_slots: int
     length: int  # maximum number of tokens of prompt and response together
     max_new_tokens: int
-    full_batches: bool  # as of `make_sampler`; False in what `jit_functions` returns
+    full_batches: bool  # see `make_sampler`; False in what `jit_functions` returns
     mesh: jax.sharding.Mesh
     shardings: Slots
     detokenize: Callable[[Sequence[int]], str] | None  # None in what `jit_functions` returns

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import optax
 
-from bilevel_jax import batches, files, metagradient, online, progress, scoring, sharding, step
+from bilevel_jax import batches, files, metagradient, online, progress, scoring, sharding, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, packing, shuffle
@@ -69,7 +69,7 @@ class Iteration:
     measuring: list[packing.Segment]
 
 
-def _train(it: Iteration, state: step.State, j: int, keep: bool):
+def _train(it: Iteration, state: train_state.State, j: int, keep: bool):
     """A run with frozen weights.
 
     Returns:
@@ -163,9 +163,9 @@ def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[flo
     return [], []
 
 
-def _smooth_state(state: step.State, optimizer: optax.GradientTransformation) -> step.State:
+def _smooth_state(state: train_state.State, optimizer: optax.GradientTransformation) -> train_state.State:
     """A run's state before its first step, with the state of another optimizer."""
-    return state._replace(policy=step.Learner(state.policy.adapter, optimizer.init(state.policy.adapter)))
+    return state._replace(policy=train_state.Learner(state.policy.adapter, optimizer.init(state.policy.adapter)))
 
 
 def smooth_optimizer(config: configuration.Config, num_steps: int) -> optax.GradientTransformation:

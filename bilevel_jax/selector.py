@@ -37,9 +37,9 @@ class SelectorState(NamedTuple):
     logits: jax.Array  # [N] float32, ω; with features, X φ
     visits: jax.Array  # [N] float32, how often each row was in a batch; G responses of a row add 1/G each
     baseline: jax.Array  # [] float32, running mean of the cost; NaN before the first batch
-    data_visits: jax.Array  # [N] float32, those of `visits` at which the row had the response of the data
-    surprise: jax.Array  # [N] float32, that of this response at the last of them, before the step that learned from it; NaN: none
-    harm: jax.Array  # [N] float32, sum over them of what lowers the weight by influence, see `influence.costs`
+    data_visits: jax.Array  # [N] float32, the visits at which the row had the response of the data
+    surprise: jax.Array  # [N] float32, surprise of that response at the latest such visit, before the step; NaN: none
+    harm: jax.Array  # [N] float32, sum of h over these visits, see `influence.costs`
     optimizer: optax.OptState  # of ω; with features, of φ
     feature_params: jax.Array | None = None  # [A] float32, φ
 

@@ -22,6 +22,7 @@ from bilevel_jax import (
     sharding,
     startup_checks,
     step,
+    train_state,
 )
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing, rendering, rows, templates, token_ids
@@ -173,7 +174,7 @@ class Program:
 
     train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
     score: Callable  # see `scoring.make_scorer`
-    score_greedy: Callable  # the same, with what greedy decoding gives exactly
+    score_greedy: Callable  # the same with `greedy=True`, see `scoring.make_scorer`
     batch_of: Callable  # (k, store) -> StepBatch
     features: jax.Array | None  # of the rows, on the devices
     layout: packing.Layout  # of every batch
@@ -218,13 +219,13 @@ def make_optimizer(config: configuration.Config, num_rows: int) -> optax.Gradien
 
 def new_state(
     config: configuration.Config, adapter, num_rows: int, optimizer: optax.GradientTransformation, num_features: int
-) -> step.State:
+) -> train_state.State:
     """The state before the first step."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
-    return step.init(adapter, optimizer, objective, selector, num_rows, num_features)
+    return train_state.init(adapter, optimizer, objective, selector, num_rows, num_features)
 
 
-def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[step.State, step.State]:
+def init_state(config: configuration.Config, setup: Setup, num_features: int) -> tuple[train_state.State, train_state.State]:
     """The state before the first step, on the devices, and its shardings."""
 
     def build(adapter):
@@ -237,14 +238,17 @@ def init_state(config: configuration.Config, setup: Setup, num_features: int) ->
 
 
 def without_adapter(setup: Setup) -> Setup:
-    """The setup with the shapes of the adapter alone: the state has a copy, and of all weights a second one would be large."""
+    """The setup with shapes in place of the adapter's arrays.
+
+    The state holds a copy, and with `lora.rank=0` a second one would be as large as the model.
+    """
     return dataclasses.replace(setup, adapter=jax.eval_shape(lambda: setup.adapter))
 
 
 def batch_layout(config: configuration.Config, mesh) -> packing.Layout:
     """The layout of every batch of a run. Where influences are measured, no sequence holds rows of both levels."""
     entries = configuration.entries_per_row(config) * config.batch.size
-    separate = step.measures_influence(configuration.to_objective(config), configuration.to_selector(config))
+    separate = train_state.measures_influence(configuration.to_objective(config), configuration.to_selector(config))
     parts = sharding.num_parts(mesh, "rows")
     return packing.update_layout(config.batch.micro_size, config.data.max_length, entries, separate, parts)
 
@@ -253,7 +257,7 @@ def jit_step(
     config: configuration.Config,
     model: model_config.ModelConfig,
     optimizer: optax.GradientTransformation,
-    shardings: step.State,
+    shardings: train_state.State,
     mesh: jax.sharding.Mesh,
 ) -> Callable:
     """The jitted `(base, state, batch, scales, features) -> (state, metrics)`; `shardings` are those of the state."""
@@ -265,8 +269,8 @@ def jit_step(
 def compile_program(
     config: configuration.Config,
     setup: Setup,
-    state: step.State,
-    shardings: step.State,
+    state: train_state.State,
+    shardings: train_state.State,
     row_values: np.ndarray | None,
     directory: pathlib.Path | None = None,
     resumed: bool = False,

@@ -19,7 +19,7 @@ class Shares(NamedTuple):
     upper: jax.Array  # in the mean of L0
     lower: jax.Array  # in the mean over lower-level rows
     cost: jax.Array  # in the mean over lower-level rows that have a cost
-    num_costs: jax.Array  # [], B less the rows without a cost
+    num_costs: jax.Array  # [], number of lower-level rows of the batch that have a cost
     weight: jax.Array  # w_i = N·σ_i(ω), the weight of the entry's row, times its factor in (7) where it has one
 
 
@@ -47,7 +47,7 @@ def entry_shares(
     return Shares(upper_E, lower_E, cost_E, num_costs, weight_E)
 
 
-def response_weights(objective: Objective, batch: packing.Batch, nll_E) -> jax.Array:
+def entry_response_weights(objective: Objective, batch: packing.Batch, nll_E) -> jax.Array:
     """r^g of each entry [E] at the policy whose NLL is given; 1 for responses of the data and in pairs.  (8)"""
     kind = "none" if objective.generated in preferences.PAIRS else objective.response_weight
     return importance.response_weights(kind, -nll_E, batch.old_log_prob, batch.packed.length, batch.group, objective.clip)

@@ -25,7 +25,7 @@ from bilevel_jax import (
     run_sizes,
     search,
     sharding,
-    step,
+    train_state,
 )
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, token_ids
@@ -37,7 +37,7 @@ from bilevel_jax.text import say
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunContext:
     """What the loop works with. Nothing here changes from step to step, except for the clock and what is written."""
 
     config: configuration.Config
@@ -82,10 +82,10 @@ class Run:
         return done % self.epoch_steps == 0 or bool(every and done % every == 0)
 
 
-class Progress(NamedTuple):
+class LoopState(NamedTuple):
     """What the loop carries from step to step."""
 
-    state: step.State
+    state: train_state.State
     store: online.ResponseStore
     best: early_stopping.Best | None
     measured: dict[str, float]  # by the last evaluation of this process
@@ -99,7 +99,7 @@ def prepare(
     workdir: pathlib.Path,
     shared: pathlib.Path,
     clock: clocks.Clock,
-) -> tuple[Run, Progress]:
+) -> tuple[RunContext, LoopState]:
     """Loads, compiles and restores."""
     with clock("load"):
         setup = setups.load(config)
@@ -121,16 +121,16 @@ def prepare(
         setup = setups.with_references(config, setup, shared if start else None)
         program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
 
-    progress = Progress(state, online.empty(len(lower.rows)), None, {}, {}, {})
+    loop = LoopState(state, online.empty(len(lower.rows)), None, {}, {}, {})
     if start:
-        progress = _restore(config, shared, checkpoints, state, counters, num_steps, clock)
+        loop = _restore(config, shared, checkpoints, state, counters, num_steps, clock)
 
     # The workdir belongs to this config now that the config has proved to run.
     files.write_atomically(workdir / "config.json", config_json(config_dict))
     if not start:
         _write_for_resumption(workdir, row_features, setup)
-        progress = progress._replace(state=_with_first_weights(config, setup, program, state, given, shared, identity, clock))
-    run = Run(
+        loop = loop._replace(state=_with_first_weights(config, setup, program, state, given, shared, identity, clock))
+    run = RunContext(
         config=config,
         workdir=workdir,
         clock=clock,
@@ -149,7 +149,7 @@ def prepare(
         writer=_open_writer(config, config_dict, workdir, start),
         refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
     )
-    return run, progress if start else _measure_start(run, progress)
+    return run, loop if start else _measure_start(run, loop)
 
 
 def _write_for_resumption(workdir: pathlib.Path, row_features: setups.RowFeatures, setup: setups.Setup) -> None:
@@ -173,11 +173,11 @@ def _restore(
     config: configuration.Config,
     shared: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
-    state: step.State,
+    state: train_state.State,
     counters: dict,
     num_steps: int,
     clock: clocks.Clock,
-) -> Progress:
+) -> LoopState:
     """What the newest checkpoint has; `state` has its shapes and shardings. The clock goes on from its seconds."""
     start = checkpoints.latest() or 0
     state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
@@ -185,7 +185,7 @@ def _restore(
     clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
     say(f"resuming {shared} at step {start} of {num_steps}")
     best = early_stopping.restore(counters.get("best"), adapter)
-    return Progress(state, store, best, {}, counters.get("at_start", {}), counters.get("refreshed", {}))
+    return LoopState(state, store, best, {}, counters.get("at_start", {}), counters.get("refreshed", {}))
 
 
 def _check_growth(
@@ -197,8 +197,8 @@ def _check_growth(
         raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
 
 
-def _with_logits(state: step.State, logits: np.ndarray) -> step.State:
-    """A copy of the state, whose buffers a step may be given, with these logits."""
+def _with_logits(state: train_state.State, logits: np.ndarray) -> train_state.State:
+    """A copy of the state with these logits. A copy, because a step donates the buffers of its state."""
     copy = jax.tree.map(jnp.copy, state)
     on_devices = sharding.device_put(logits, state.selector.logits.sharding)
     return copy._replace(selector=copy.selector._replace(logits=on_devices))
@@ -208,21 +208,21 @@ def _with_first_weights(
     config: configuration.Config,
     setup: setups.Setup,
     program: setups.Program,
-    state: step.State,
+    state: train_state.State,
     given: np.ndarray | None,
     shared: pathlib.Path,
     identity: dict,
     clock: clocks.Clock,
-) -> step.State:
+) -> train_state.State:
     """The state before the first step, with the given logits or those that `search` finds, if there are such."""
     if given is not None:
         return _with_logits(state, given)
-    if config.method == "mixing" or config.selection.rule != "metagradient":
+    if not configuration.searches(config):
         return state
     phases.announce("searching for weights by exact metagradients")
     with clock("search"):
-        make_state, of_run = functools.partial(_with_logits, state), f"{identity['data']} {identity['model']}"
-        return _with_logits(state, search.search(config, setup, program, make_state, shared, of_run))
+        make_state, rows_and_model = functools.partial(_with_logits, state), f"{identity['data']} {identity['model']}"
+        return _with_logits(state, search.search(config, setup, program, make_state, shared, rows_and_model))
 
 
 def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
@@ -234,13 +234,13 @@ def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarr
     return given.logits
 
 
-def _measure_start(run: Run, progress: Progress) -> Progress:
+def _measure_start(run: RunContext, loop: LoopState) -> LoopState:
     """Evaluates before the first step; the result has the losses, and the best adapter so far."""
-    adapter = progress.state.policy.adapter
+    adapter = loop.state.policy.adapter
     with run.clock("eval"), phases.phase("evaluating before the first step"):
         at_start = evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, adapter)
     run.writer.write(0, 0, at_start)
-    return progress._replace(best=early_stopping.start(run.config, at_start, adapter), at_start=at_start)
+    return loop._replace(best=early_stopping.start(run.config, at_start, adapter), at_start=at_start)
 
 
 def _reward_fn(config: configuration.Config, lower: levels.Level, truths: Sequence[str | None]) -> Callable | None:

@@ -17,7 +17,10 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
     if config.data.max_length > max_positions:
         what = f"data.max_length={config.data.max_length} is over the model's {max_positions} positions"
         raise ConfigError(f"{what}; set data.max_length={max_positions} or less")
-    for key, number in (("batch.micro_size", config.batch.micro_size), ("online.slots", config.online.slots)):
+    sizes = {"batch.micro_size": config.batch.micro_size}
+    if config.method in configuration.ONLINE:
+        sizes["online.slots"] = config.online.slots
+    for key, number in sizes.items():
         if number % num_parts:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
@@ -94,7 +97,7 @@ def check_trusted_rows(config: Config, num_rows: int, num_held_out: int) -> None
         if is_set and not num_held_out:
             what = f"{key} needs held-out trusted rows: eval.num_upper={config.eval.num_upper:g} of {num_rows} holds none out"
             raise ConfigError(f"{what}; raise it, or give more rows")
-    if config.selection.rule == "metagradient" and num_rows < MIN_TRUSTED_ROWS:
+    if configuration.searches(config) and num_rows < MIN_TRUSTED_ROWS:
         what = f"selection.rule=metagradient needs {MIN_TRUSTED_ROWS} trusted rows for training, not {num_rows}"
         raise ConfigError(f"{what}; give more, hold out fewer (eval.num_upper), or take selection.rule=bds")
 

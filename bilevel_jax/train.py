@@ -26,15 +26,15 @@ from bilevel_jax import (
     sharding,
     similarity,
     startup,
-    step,
     text,
+    train_state,
 )
 from bilevel_jax import config as configuration
 from bilevel_jax.errors import Interrupted
 from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime import interruption, phases, response_log, response_metrics, state_store, step_log, weight_table
 from bilevel_jax.runtime.workdir import open_workdir
-from bilevel_jax.startup import Progress, Run
+from bilevel_jax.startup import LoopState, RunContext
 
 IN_USE = 5  # tag of the stream that draws the measured rows
 
@@ -73,8 +73,8 @@ def _run(
     """Prepares, trains and finishes. Checkpoints, which all processes write together, go to `shared`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
     clock = clocks.Clock(began)
-    run, progress = startup.prepare(config, config_dict, workdir, shared, clock)
-    return _finish(run, _train(run, progress))
+    run, loop = startup.prepare(config, config_dict, workdir, shared, clock)
+    return _finish(run, _train(run, loop))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _run(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, progress: Progress) -> Progress:
+def _train(run: RunContext, loop: LoopState) -> LoopState:
     """The steps from `run.start` to the end.
 
     Raises:
@@ -91,37 +91,37 @@ def _train(run: Run, progress: Progress) -> Progress:
     patience = run.config.eval.patience
     with _open_outputs(run) as out:
         for k in range(run.start, run.num_steps):
-            if early_stopping.is_over(progress.best, patience):
+            if early_stopping.is_over(loop.best, patience):
                 break
             if run.refresh_due(k):
-                refreshed = _refresh(run, progress, k, out)
+                refreshed = _refresh(run, loop, k, out)
                 if refreshed is None:
-                    _save(run, progress, k)
+                    _save(run, loop, k)
                     break
-                out.write_responses(progress.store)
-                progress = refreshed
-            batch = out.prefetcher.get(k, progress.store)
-            progress = progress._replace(state=_step(run, progress.state, k, batch, progress.store, out))
+                out.write_responses(loop.store)
+                loop = refreshed
+            batch = out.prefetcher.get(k, loop.store)
+            loop = loop._replace(state=_step(run, loop.state, k, batch, loop.store, out))
             done = k + 1
             stops = done < run.num_steps and out.stopped()  # asked once: a signal may arrive at any moment
             if run.eval_due(done) or run.save_due(done) or stops:
                 out.log.flush()  # nothing is evaluated or saved before its step is known to be finite
             if run.eval_due(done):
-                progress = _evaluate(run, progress, done)
+                loop = _evaluate(run, loop, done)
                 out.log.restart_clock()
-            if run.save_due(done) or stops or early_stopping.is_over(progress.best, patience):
-                _save(run, progress, done)
+            if run.save_due(done) or stops or early_stopping.is_over(loop.best, patience):
+                _save(run, loop, done)
             if stops:
                 break
-        done = int(progress.state.step)
-        is_finished = done == run.num_steps or early_stopping.is_over(progress.best, patience)
+        done = int(loop.state.step)
+        is_finished = done == run.num_steps or early_stopping.is_over(loop.best, patience)
         if is_finished:
-            out.write_responses(progress.store)
+            out.write_responses(loop.store)
     if not is_finished:
         number = out.signals[0] if out.signals else signal.SIGTERM
         name = signal.Signals(number).name if out.signals else "a signal to another process"
         raise Interrupted(f"{name}: saved at step {done} of {run.num_steps}; the same command continues", number)
-    return progress
+    return loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Outputs:
 
 
 @contextlib.contextmanager
-def _open_outputs(run: Run):
+def _open_outputs(run: RunContext):
     """Opens files, signal handlers and the progress bar, and closes them in the reverse order."""
     config = run.config
     with contextlib.ExitStack() as stack:
@@ -160,7 +160,7 @@ def _open_outputs(run: Run):
         yield Outputs(log, prefetcher, profile, signals, write_responses, sharding.AnyProcess())
 
 
-def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.ResponseStore], None]:
+def _open_responses(run: RunContext, stack: contextlib.ExitStack) -> Callable[[online.ResponseStore], None]:
     if run.refresh is None:
         return lambda store: None
     log = response_log.ResponseLog(run.workdir / "responses.jsonl", run.start, run.config.online.refresh_every)
@@ -168,7 +168,9 @@ def _open_responses(run: Run, stack: contextlib.ExitStack) -> Callable[[online.R
     return lambda store: log.write(store, run.setup.lower.ids, run.setup.detokenize, run.setup.eos)
 
 
-def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs) -> step.State:
+def _step(
+    run: RunContext, state: train_state.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs
+) -> train_state.State:
     """One joint update of θ and ω (lines 9-17), dispatched; its metrics are logged one step later."""
     mesh, done = run.setup.mesh, k + 1
     scales = sharding.replicate(batches.level_scales(run.config, k // run.epoch_steps), mesh)
@@ -182,15 +184,15 @@ def _step(run: Run, state: step.State, k: int, batch: batches.StepBatch, store: 
     return state
 
 
-def _refresh(run: Run, progress: Progress, k: int, out: Outputs) -> Progress | None:
+def _refresh(run: RunContext, loop: LoopState, k: int, out: Outputs) -> LoopState | None:
     """New responses to the masked questions that steps k ... will visit (lines 5-8); None if a signal arrived meanwhile."""
     out.log.flush()  # notes the last ratios of the responses that are replaced
     with run.clock("generate"), out.log.paused():
-        return _generate(run, progress, k, out.stopped)
+        return _generate(run, loop, k, out.stopped)
 
 
-def _generate(run: Run, progress: Progress, k: int, stopped: Callable[[], bool]) -> Progress | None:
-    config, state, began, num_rows = run.config, progress.state, time.perf_counter(), len(run.setup.lower.rows)
+def _generate(run: RunContext, loop: LoopState, k: int, stopped: Callable[[], bool]) -> LoopState | None:
+    config, state, began, num_rows = run.config, loop.state, time.perf_counter(), len(run.setup.lower.rows)
     logits = sharding.to_host(state.selector.logits) if config.method == "dynamic" else None
     masked = online.masked_rows(logits, num_rows, config.online.ratio, config.seed)
     until = min(k + config.online.refresh_every, run.num_steps)
@@ -207,12 +209,12 @@ def _generate(run: Run, progress: Progress, k: int, stopped: Callable[[], bool])
     num_tokens = sum(len(one.response.ids) for one in generations)
     values["speed/generated_tokens_per_s"] = num_tokens / (time.perf_counter() - began)
     values["online/time_share"] = run.clock.share("generate", of=("train", "generate"))
-    counts = progress.refresh_counts | response_metrics.add_counts(progress.refresh_counts, values)
+    counts = loop.refresh_counts | response_metrics.add_counts(loop.refresh_counts, values)
     run.writer.write(k + 1, k / run.epoch_steps, values)  # at the first step that uses them: a run resumed at k writes it again
-    return progress._replace(store=store, refresh_counts=counts)
+    return loop._replace(store=store, refresh_counts=counts)
 
 
-def _measure(run: Run, state: step.State) -> dict[str, float]:
+def _measure(run: RunContext, state: train_state.State) -> dict[str, float]:
     with run.clock("eval"), phases.phase(f"evaluating at step {int(state.step)}"):
         values = evaluation.measure(run.held_out, run.program.score_greedy, run.setup.base, state.policy.adapter)
         if run.selects:
@@ -222,7 +224,7 @@ def _measure(run: Run, state: step.State) -> dict[str, float]:
     return values
 
 
-def _measure_rows_in_use(run: Run, state: step.State, store: online.ResponseStore) -> dict[str, float]:
+def _measure_rows_in_use(run: RunContext, state: train_state.State, store: online.ResponseStore) -> dict[str, float]:
     """The last loss of the rows that θ learned from, on as many of them as are held out.
 
     They are drawn from the rows visited since the last refresh, as other masked questions have no stored response. Methods without
@@ -239,19 +241,19 @@ def _measure_rows_in_use(run: Run, state: step.State, store: online.ResponseStor
         )
 
 
-def _evaluate(run: Run, progress: Progress, done: int) -> Progress:
+def _evaluate(run: RunContext, loop: LoopState, done: int) -> LoopState:
     """Measures; at the end of an epoch, and of the run, also writes the table of weights."""
-    values = _measure(run, progress.state)
+    values = _measure(run, loop.state)
     epochs, rest = divmod(done, run.epoch_steps)
     run.writer.write(done, done / run.epoch_steps if rest else epochs, values)
-    best = early_stopping.update(progress.best, values, done, progress.state.policy.adapter)
+    best = early_stopping.update(loop.best, values, done, loop.state.policy.adapter)
     is_last = done == run.num_steps or early_stopping.is_over(best, run.config.eval.patience)
     if run.selects and (is_last or done % run.epoch_steps == 0):
-        _write_weights(run, progress, -(-done // run.epoch_steps), _likeness(run) if is_last else None)
-    return progress._replace(best=best, measured=values)
+        _write_weights(run, loop, -(-done // run.epoch_steps), _likeness(run) if is_last else None)
+    return loop._replace(best=best, measured=values)
 
 
-def _likeness(run: Run) -> similarity.Likeness | None:
+def _likeness(run: RunContext) -> similarity.Likeness | None:
     """How much each row is like the trusted ones, and like which; None where it is not measured."""
     if not run.config.eval.similar:
         return None
@@ -259,30 +261,30 @@ def _likeness(run: Run) -> similarity.Likeness | None:
         return similarity.measure(run.config, run.setup)
 
 
-def _write_weights(run: Run, progress: Progress, epoch: int, likeness: similarity.Likeness | None) -> None:
-    s, has_influence = progress.state.selector, progress.state.influence is not None
+def _write_weights(run: RunContext, loop: LoopState, epoch: int, likeness: similarity.Likeness | None) -> None:
+    s, has_influence = loop.state.selector, loop.state.influence is not None
     parts = s.logits, s.visits, s.data_visits, s.surprise, s.harm
     logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
-    ids, masked = run.setup.lower.ids, progress.store.masked
+    ids, masked = run.setup.lower.ids, loop.store.masked
     blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, *(likeness or ()))
     weight_table.write_blocks(run.workdir / "weights" / f"epoch_{epoch}.parquet", blocks)
 
 
-def _save(run: Run, progress: Progress, k: int) -> None:
+def _save(run: RunContext, loop: LoopState, k: int) -> None:
     """Writes the adapter of step k, and starts to write the checkpoint."""
-    state, best = progress.state, progress.best
+    state, best = loop.state, loop.best
     with run.clock("checkpoint"):
         finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
-        counters |= {"at_start": progress.at_start, "refreshed": progress.refresh_counts, "num_steps": run.num_steps, "step": k}
+        counters |= {"at_start": loop.at_start, "refreshed": loop.refresh_counts, "num_steps": run.num_steps, "step": k}
         counters |= {"best": best.counters()} if best else {}
-        run.checkpoints.save(k, state, progress.store, counters, best and best.adapter)
+        run.checkpoints.save(k, state, loop.store, counters, best and best.adapter)
 
 
-def _finish(run: Run, progress: Progress) -> dict[str, float]:
+def _finish(run: RunContext, loop: LoopState) -> dict[str, float]:
     """Writes what a finished run leaves, and returns its summary."""
-    state, best, measured = progress.state, progress.best, progress.measured
+    state, best, measured = loop.state, loop.best, loop.measured
     steps = int(state.step)
     if best and best.adapter is not None and best.step != steps:
         state, measured = state._replace(policy=state.policy._replace(adapter=best.adapter)), {}
@@ -292,11 +294,11 @@ def _finish(run: Run, progress: Progress) -> dict[str, float]:
         with run.clock("eval"):
             measured |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
     if run.held_out.examples["lower"] and run.config.loss.lower == "sft":
-        measured |= _measure_rows_in_use(run, state, progress.store)
+        measured |= _measure_rows_in_use(run, state, loop.store)
     values: dict = {"steps": steps, "rows": len(run.setup.lower.rows)}
     values |= {"best_step": best.step} if best else {}
     for level in ("upper", "lower"):
         values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
-    values |= {f"start/{key.removeprefix('eval/')}": value for key, value in progress.at_start.items()}
+    values |= {f"start/{key.removeprefix('eval/')}": value for key, value in loop.at_start.items()}
     state_store.remove(run.workdir)
-    return finish.write_summary(run.workdir, run.setup, values | measured | progress.refresh_counts, run.clock)
+    return finish.write_summary(run.workdir, run.setup, values | measured | loop.refresh_counts, run.clock)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax import batches, checks, objective, online, optimizer, selector, setup, sharding, step
+from bilevel_jax import batches, checks, objective, online, optimizer, selector, setup, sharding, step, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, shuffle, templates
 from bilevel_jax.models import decoder, lora, model_config
@@ -266,7 +266,7 @@ class Chain:
             return rng.integers(0, NUM_FEATURES, num_rows).astype(np.int32)
         return rng.normal(0, 1, (num_rows, NUM_FEATURES)).astype(np.float32)
 
-    def _state(self, adapter, num_rows, rng) -> step.State:
+    def _state(self, adapter, num_rows, rng) -> train_state.State:
         state = setup.new_state(self.config, adapter, num_rows, self.optimizer, NUM_FEATURES)
         omega = state.selector
         if omega.feature_params is not None:

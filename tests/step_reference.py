@@ -422,7 +422,7 @@ class _Evaluated(NamedTuple):
 def predict(inputs: Inputs, before, after, k: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What step k must give, by name, and by how much rounding may change some of it more than the rest.
 
-    `before` and `after` are the states (`step.State`) of the compiled step.
+    `before` and `after` are the states (`train_state.State`) of the compiled step.
     """
     config, entries = inputs.config, inputs.entries
     selector = configuration.to_selector(config)

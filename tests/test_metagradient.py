@@ -10,13 +10,13 @@ import optax
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import forward, losses, metagradient, search, selector, step
+from bilevel_jax import forward, losses, metagradient, search, selector, step, train_state
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.errors import RunError
 from bilevel_jax.models import attention, decoder, lora, model_config
 from bilevel_jax.objective import Objective
-from bilevel_jax.step import Scales
+from bilevel_jax.train_state import Scales
 
 N, STEPS = 4, 2
 LAYOUT = Layout(sequences=2, length=16, entries=6)
@@ -95,7 +95,7 @@ def test_metagradient_is_the_derivative_of_the_whole_run(name):
     optimizer, (base, adapter), (upper, lower, last) = OPTIMIZERS[name], parameters(), rows()
     uniform = selector.Selector(rule="uniform")
     advance = jax.jit(step.make_step(CONFIG, Objective(cost="loss"), uniform, optimizer))
-    state = step.init(adapter, optimizer, Objective(), uniform, N)
+    state = train_state.init(adapter, optimizer, Objective(), uniform, N)
     state = state._replace(selector=state.selector._replace(logits=jnp.log(WEIGHTS)))  # their mean is 1
     past = []
     for k in range(STEPS):

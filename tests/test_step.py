@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel_jax import forward, online, scoring, sharding, step
+from bilevel_jax import forward, online, scoring, sharding, step, train_state
 from bilevel_jax.data import packing
 from bilevel_jax.data.packing import Layout, Segment
 from bilevel_jax.models import decoder, huggingface, lora, model_config
 from bilevel_jax.objective import Objective
 from bilevel_jax.selector import Selector
-from bilevel_jax.step import Scales
+from bilevel_jax.train_state import Scales
 
 SHAPE = dict(vocab_size=48, hidden_size=16, num_layers=2, num_heads=4, head_dim=4, max_positions=64, norm_eps=1e-5)
 LLAMA = model_config.ModelConfig(
@@ -90,9 +90,9 @@ def pack_padded(upper, lower, layout=LAYOUT, num_lower=None):
 def begin(config, selector=MIRROR, omega=OMEGA, tracked=None):
     """A state of its own, to be donated to the step."""
     adapter = jax.tree.map(jnp.copy, model(config)[1])
-    state = step.init(adapter, SGD, PAPER, selector, N)
+    state = train_state.init(adapter, SGD, PAPER, selector, N)
     if tracked is not None:
-        state = state._replace(tracker=step.Learner(jax.tree.map(jnp.copy, tracked), SGD.init(tracked)))
+        state = state._replace(tracker=train_state.Learner(jax.tree.map(jnp.copy, tracked), SGD.init(tracked)))
     return state._replace(selector=state.selector._replace(logits=jnp.array(omega)))
 
 
@@ -257,7 +257,7 @@ def test_all_weights_follow_the_gradient_of_the_objective(config):
         return mean(loss_of(row, params) for row in upper) + GAMMA * below
 
     gradient = jax.grad(objective)(params)
-    state = step.init(jax.tree.map(jnp.copy, params), SGD, PAPER, MIRROR, N)
+    state = train_state.init(jax.tree.map(jnp.copy, params), SGD, PAPER, MIRROR, N)
     state = state._replace(selector=state.selector._replace(logits=jnp.array(OMEGA)))
     another_base = jax.tree.map(jnp.zeros_like, params)
     advance = jax.jit(step.make_step(config, PAPER, MIRROR, SGD))  # of its own: `compiled` counts its programs
@@ -502,7 +502,7 @@ def test_order_of_bmo(order):
     start = np.asarray(flat, np.float64)
     theta, omega = numpy_bmo_steps(loss_and_gradient, start, OMEGA, 2, order)
     state, plain_sgd = begin(LLAMA, BMO[order]), optax.sgd(RATE)
-    state = state._replace(policy=step.Learner(state.policy.adapter, plain_sgd.init(state.policy.adapter)))
+    state = state._replace(policy=train_state.Learner(state.policy.adapter, plain_sgd.init(state.policy.adapter)))
     advance = jax.jit(step.make_step(LLAMA, AT_CURRENT, BMO[order], plain_sgd))
     for _ in range(2):
         state, _ = advance(model(LLAMA)[0], state, pack(upper, lower), scales)
@@ -531,7 +531,7 @@ INFLUENCE = Objective(cost="influence")
 
 
 def begin_influence(optimizer):
-    return step.init(model(LLAMA)[1], optimizer, INFLUENCE, MIRROR, N)
+    return train_state.init(model(LLAMA)[1], optimizer, INFLUENCE, MIRROR, N)
 
 
 def vote(gradient, direction) -> float:
@@ -592,21 +592,21 @@ def test_influence_is_finite_where_adam_has_no_past():
     targets = lora.resolve_targets(LLAMA, "all-linear")
     adapter, optimizer = lora.init_adapter(LLAMA, jax.random.key(0), 3, targets), optax.adam(0.01)
     advance = jax.jit(step.make_step(LLAMA, INFLUENCE, MIRROR, optimizer))
-    state = step.init(adapter, optimizer, INFLUENCE, MIRROR, N)
+    state = train_state.init(adapter, optimizer, INFLUENCE, MIRROR, N)
     after, _ = advance(model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
     assert np.isfinite(after.selector.logits).all() and np.ptp(after.selector.logits) > 0.1
 
 
 def test_tracker_starts_where_theta_does():
-    state = step.init(model(LLAMA)[1], SGD, Objective(value_function="tracked"), MIRROR, N)
+    state = train_state.init(model(LLAMA)[1], SGD, Objective(value_function="tracked"), MIRROR, N)
     jax.tree.map(np.testing.assert_array_equal, state.tracker.adapter, model(LLAMA)[1])
-    assert step.init(model(LLAMA)[1], SGD, Objective(), MIRROR, N).tracker is None
+    assert train_state.init(model(LLAMA)[1], SGD, Objective(), MIRROR, N).tracker is None
 
 
 @pytest.mark.parametrize("cost, other", [("influence", "loss"), ("loss", "influence")])
 def test_state_of_another_objective_is_refused(cost, other):
     """The arrays of the state would decide which cost is taken."""
-    state = step.init(model(LLAMA)[1], SGD, Objective(cost=other), MIRROR, N)
+    state = train_state.init(model(LLAMA)[1], SGD, Objective(cost=other), MIRROR, N)
     advance = step.make_step(LLAMA, Objective(cost=cost), MIRROR, SGD)
     with pytest.raises(ValueError, match="^the state is of another objective"):
         jax.eval_shape(advance, model(LLAMA)[0], state, pack(*rows()), Scales(1.0, GAMMA))
@@ -887,8 +887,8 @@ def test_ratios_are_one_straight_after_scoring(name, length):
 
     uniform, frozen = Selector("uniform"), optax.sgd(0.0)
     advance = jax.jit(step.make_step(config, Objective(coefficient_at="current"), uniform, frozen))
-    state = step.init(adapter, frozen, Objective(), uniform, N)
-    moved = step.init(jitter(adapter, 3, 0.1), frozen, Objective(), uniform, N)
+    state = train_state.init(adapter, frozen, Objective(), uniform, N)
+    moved = train_state.init(jitter(adapter, 3, 0.1), frozen, Objective(), uniform, N)
     for pack_rows in (pack, pack_padded):
         batch = pack_rows([], own + others, Layout(2, 2 * length, 15), num_lower=5)
         fresh, stale = (np.exp(advance(base, s, batch, Scales(1.0, GAMMA))[1]["log_ratio"][:12]) for s in (state, moved))

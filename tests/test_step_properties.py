@@ -105,6 +105,11 @@ def test_quick(seed):
     check(None, 1000 + seed, QUICK[1])
 
 
+def test_generated_pairs():
+    """Some of them are longer than `data.max_length`."""
+    check(("online.objective", "dpo"), 25, 3)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(CONFIGURATIONS))
 def test_long(seed):

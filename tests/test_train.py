@@ -1159,7 +1159,8 @@ def test_pairs_of_the_model_itself_resume(make_config, tmp_path, capsys):
 @pytest.mark.parametrize("level", ["upper", "lower"])
 @pytest.mark.slow
 def test_pair_accuracy(make_config, tmp_path, neox, level):
-    """Against each held-out response scored alone: the share whose likelihood rose more than that of the rejected one."""
+    """Against each held-out response scored alone: the share whose log-probability per token, which IPO compares, rose more than
+    that of the rejected one."""
     file = make_flipped(tmp_path)
     changes = {f"loss.{level}": "ipo", f"data.{level}": file, "data.max_length": 128, "num_epochs": 1, "eval.num_lower": 5}
     summary, _ = finish(make_config, changes, tmp_path / "run")
@@ -1168,7 +1169,7 @@ def test_pair_accuracy(make_config, tmp_path, neox, level):
     rows = data_levels.load_level(config, level, before[3]).eval_rows
     rose = []
     for row in rows:
-        gain = [sum(token_log_probs(x, row.question, text)) for text in (row.response, row.rejected) for x in (before, after)]
+        gain = [np.mean(token_log_probs(x, row.question, text)) for text in (row.response, row.rejected) for x in (before, after)]
         rose.append(gain[1] - gain[0] > gain[3] - gain[2])
     assert summary[f"eval/{level}_pair_accuracy"] == np.mean(rose)
     if level == "lower":

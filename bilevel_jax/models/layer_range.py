@@ -1,6 +1,6 @@
 """Some consecutive layers of a stack, run by index: the others are not computed, and no part of the stack is copied.
 
-An adapter of K of N layers belongs to the last K (`lora.layers=last:K`). The layers below have no adapter and need no gradient, so
+An adapter of K layers belongs to the last K (`lora.layers=last:K`). The layers below have no adapter and need no gradient, so
 that the two parts are two loops. Each takes the weights of a layer out of the whole stack at an index; loops over slices of the
 stack would hold these slices beside it.
 """

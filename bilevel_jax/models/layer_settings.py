@@ -3,7 +3,7 @@
 Layers are stacked and scanned, so these are arrays over layers, and tables from which a layer takes one by its index. A model whose
 layers are equal has neither.
 
-Axes: N layers, S sequences, L positions.
+Axes: Y layers, S sequences, L positions.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ EVERYTHING = np.iinfo(np.int32).max  # the window of a layer without one, where 
 
 
 def settings(config: ModelConfig, length: int) -> dict[str, np.ndarray]:
-    """The arrays over layers, int32 [N].
+    """The arrays over layers, int32 [Y].
 
     Args:
       config: of the model.

@@ -1,7 +1,7 @@
 """What is learned: LoRA adapters, their projections, initial values and merge into the base; or all weights of the model.
 
 An adapter mirrors the base: `{"layers": {"mlp": {"down_proj": {"a": [Y, in, r], "b": [Y, r, out]}}}}`, float32, stacked over the
-N layers that are adapted: all, or the last ones (`lora.layers`). With `lora.rank=0` there is no adapter: in its place is a float32
+Y layers that are adapted: all, or the last ones (`lora.layers`). With `lora.rank=0` there is no adapter: in its place is a float32
 copy of all weights, in the layout of the base.
 """
 

@@ -74,7 +74,7 @@ of_weights.defvjp(lambda y, probe, *factors: (y, factors), _of_weights_backward)
 
 
 def along(direction) -> dict:
-    """The part of a direction that probes measure, scaled to length 1: all of an adapter; of all weights the kernels.
+    """The part of a direction that probes measure, scaled to length 1: A and B of an adapter or, with `lora.rank=0`, the kernels.
 
     `direction` is a tree like the learned parameters, see `lora`.
     """

@@ -8,7 +8,7 @@
 Values, blocks, groups and rounding are those of `bitsandbytes`; the arrays have the layout of our kernels, so that they are sharded
 alike. A layer dequantises its weights when it uses them.
 
-Axes: I inputs and O outputs of a product, B = I / 64 blocks of an output, G groups, N layers.
+Axes: I inputs and O outputs of a product, B = I / 64 blocks of an output, G groups.
 """
 
 import functools

@@ -15,7 +15,19 @@ import jax
 import ml_collections
 import numpy as np
 
-from bilevel_jax import batches, checks, features, initial_weights, online, preferences, rewards, run_sizes, scoring, sharding, step
+from bilevel_jax import (
+    batches,
+    checks,
+    features,
+    initial_weights,
+    online,
+    preferences,
+    rewards,
+    run_sizes,
+    scoring,
+    sharding,
+    train_state,
+)
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, rendering, templates
@@ -158,7 +170,7 @@ class Timing(NamedTuple):
     num_eval_rows: int
 
 
-def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[setups.Program, step.State]:
+def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[setups.Program, train_state.State]:
     """The program of the run, and the state before its first step."""
     row_values, num_features = _row_values(config, setup)
     state, shardings = setups.init_state(config, setup, num_features)
@@ -166,7 +178,9 @@ def compile_step(config: configuration.Config, setup: setups.Setup) -> tuple[set
     return setups.compile_program(config, _with_zero_references(setup), state, shardings, row_values), state
 
 
-def time_steps(config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State, num_steps: int):
+def time_steps(
+    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: train_state.State, num_steps: int
+):
     """Takes the first steps of the run; returns seconds, tokens and positions of each, and the last state."""
     store, seconds, tokens, positions = online.empty(len(setup.lower.rows)), [], [], []
     scales = sharding.replicate(batches.level_scales(config, 0), setup.mesh)
@@ -190,7 +204,7 @@ def _evaluated(config: configuration.Config, setup: setups.Setup) -> list[templa
 
 
 def time_evaluation(
-    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: step.State
+    config: configuration.Config, setup: setups.Setup, program: setups.Program, state: train_state.State
 ) -> tuple[float, int, int]:
     """Scores a few held-out rows; returns seconds, tokens and rows, all 0 if no rows are held out."""
     examples = _evaluated(config, setup)[:TIMED_ROWS]
@@ -242,7 +256,7 @@ def time_text(config: configuration.Config, setup: setups.Setup, num_steps: int,
     left_out = []
     if config.method in configuration.ONLINE:
         left_out.append("generation")
-    if config.method != "mixing" and config.selection.rule == "metagradient":
+    if configuration.searches(config):
         left_out.append(f"the search for weights before the run, about {4 * config.selection.outer_steps + 1} times the training")
     if configuration.has_row_features(config):
         left_out.append("the features of the rows")
@@ -290,7 +304,7 @@ def frozen_text(config: configuration.Config, setup: setups.Setup, directory: pa
     return f"cache: {disk.amount(run_sizes.cache_bytes(config, setup))} {where} keep {what}"
 
 
-def disk_text(config: configuration.Config, state: step.State, num_rows: int, directory: pathlib.Path) -> str:
+def disk_text(config: configuration.Config, state: train_state.State, num_rows: int, directory: pathlib.Path) -> str:
     """The disk space of a checkpoint and of the run, and the free space."""
     one = disk.amount(run_sizes.checkpoint_bytes(config, state, num_rows))
     total = disk.amount(run_sizes.disk_bytes(config, state, num_rows, disk.num_saved(directory)))

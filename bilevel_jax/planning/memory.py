@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh, AxisType
 
-from bilevel_jax import checks, decoding, features, forward, frozen, preferences, run_sizes, sharding, startup_checks, step
+from bilevel_jax import checks, decoding, features, forward, frozen, preferences, run_sizes, sharding, startup_checks, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import packing, sources
@@ -225,7 +225,7 @@ def _state_items(config: configuration.Config, model: model_config.ModelConfig, 
         Item("its optimizer", size_of(*learned("optimizer")), ALWAYS),
     ]
     if state.tracker is not None:
-        items.append(Item("second adapter θ', its optimizer", size_of(state.tracker), ALWAYS))
+        items.append(Item("second adapter θ', its optimizer", size_of(state.tracker, shardings.tracker), ALWAYS))
     if state.influence is not None:
         items.append(Item("running mean of the trusted rows' gradient", size_of(state.influence, shardings.influence), ALWAYS))
     items.append(Item("ω, its optimizer, visits", size_of(state.selector, shardings.selector), ALWAYS))
@@ -266,7 +266,7 @@ def _step_items(
 
 def gradient_item(config: configuration.Config, size: int) -> Item:
     """The gradients of a step; `size` is that of one, in bytes."""
-    if step.measures_influence(configuration.to_objective(config), configuration.to_selector(config)):
+    if train_state.measures_influence(configuration.to_objective(config), configuration.to_selector(config)):
         return Item("gradients: both levels, one micro-batch's, D m", 4 * size, TRAINING, "formula")
     return Item("gradient: sum and one micro-batch's", 2 * size, TRAINING, "formula")
 
@@ -314,12 +314,13 @@ def table(config, plan: Plan) -> str:
     model, shape = plan.model, plan.mesh.shape
     mesh = " × ".join(f"{axis} {shape[axis]}" for axis in sharding.AXES)
     layout, parts = plan.layout, sharding.num_parts(plan.mesh, "rows")
+    generates = config.method in configuration.ONLINE
+    slots = f", {config.online.slots // parts} of {config.online.slots} decoding slots" if generates else ""
     quantised = "" if model.quantization == "none" else f", linear layers in {model.quantization}"
     lines = [
         f"{config.model.path}: {model.architecture}, {plan.num_parameters / 1e9:.4g}e9 parameters in {model.dtype}{quantised}",
         f"mesh: {mesh} = {math.prod(shape.values())} devices",
-        f"each: {layout.sequences // parts} of {layout.sequences} sequences of {layout.length} tokens, "
-        f"{config.online.slots // parts} of {config.online.slots} decoding slots",
+        f"each: {layout.sequences // parts} of {layout.sequences} sequences of {layout.length} tokens{slots}",
         f"lower-level rows: {plan.num_rows}" + (" (assumed: data.num_lower=0 takes all there are)" if plan.rows_assumed else ""),
     ]
     for when in (ALWAYS, TRAINING, SAMPLING, HOST, DISK):

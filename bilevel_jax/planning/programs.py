@@ -32,7 +32,7 @@ class Shapes(NamedTuple):
 
     model: model_config.ModelConfig
     base: dict
-    state: Any  # `step.State`
+    state: Any  # `train_state.State`
     features: jax.ShapeDtypeStruct | None
 
     @property

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
 )
 MASKS = pa.schema([SCHEMA.field(name) for name in ("id", "masked")])
 MEASURES = {  # null where they are not known, and in tables of earlier versions
-    "plausible": "how likely the model finds the response (of a pair, the chosen one), above all its least likely tokens; 0 to 1",
+    "plausible": "how likely the model finds the response, above all its least likely tokens; of a pair, exp(-loss); 0 to 1",
     "useful": "how much the row helps the trusted rows; below 0 it harms them",
     "similar": "how much question and answer are like those of the trusted rows; 0 on average",
 }
@@ -81,7 +81,8 @@ def blocks(
         weight      N·σ(ω), mean 1
         rank        1 is the largest weight
         plausible   exp(-s), how likely the model finds the response, in (0, 1]: between the geometric mean and the smallest of the
-                    probabilities of its tokens
+                    probabilities of its tokens. Of a preference pair s is its loss: exp(-s) is σ(β margin) with DPO; with IPO
+                    only its order means something
         useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
         similar     how much the row is like the trusted ones, `features.similarity`, mean 0; measured at the end of the run
         nearest     index of the trusted row that it is most like, among those that the run trained on; measured with `similar`

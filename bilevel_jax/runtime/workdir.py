@@ -17,7 +17,7 @@ import ml_collections
 
 from bilevel_jax import files, text
 from bilevel_jax.errors import RunError
-from bilevel_jax.runtime import stored
+from bilevel_jax.runtime import disk, stored
 from bilevel_jax.text import say
 
 LOCK = ".lock"
@@ -26,14 +26,8 @@ OPENED = (  # what a run opens in its workdir; other files are replaced, which f
     *("cache", "weights"),
 )
 NO_RESULT = ("data.cache", "log.profile", "mesh.*", "model.cache_frozen")  # keys that change nothing that a finished run leaves
-RESUMABLE = (
-    "checkpoint.*",
-    "data.cache",
-    "eval.keep",
-    "log.*",
-    "mesh.*",
-    "model.cache_frozen",
-)  # keys that may change when a run is resumed
+# Keys that may change when a run is resumed.
+RESUMABLE = ("checkpoint.*", "data.cache", "eval.keep", "log.*", "mesh.*", "model.cache_frozen")
 PATHS = ("model.path", "data.upper", "data.lower", "online.reward", "selection.init", "lora.init")
 REWARDS = ("truth", "likelihood")  # values that are no paths, whatever files there are
 PREFIXES = ("recipe:", "synthetic:", "column:", "bilevel_jax/tiny")  # the same, of such values
@@ -145,7 +139,7 @@ def _write_errors(workdir: pathlib.Path):
         if error.errno not in WRITE_ERRORS or not concerns_workdir:
             raise
         what = f"{workdir}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
-        if any(entry.name.isdecimal() for entry in (workdir / "checkpoints").glob("*")):
+        if disk.num_saved(workdir):
             remedy = "saved files are kept, and the same command continues when files can be written again"
         else:
             remedy = "there is no checkpoint yet, so the same command starts from step 0 when files can be written again"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import objective, selector, sharding, step
+from bilevel_jax import objective, selector, sharding, step, train_state
 from bilevel_jax.data import levels
 from experiments.benchmarks import train_step
 
@@ -105,10 +105,10 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     host_batches = train_step.Work(config, directory, upper, lower, rounds).packed()
     batches = [sharding.split_batch(host.batch, mesh) for host in host_batches]
     num_tokens = sum(host.num_tokens for host in host_batches)
-    scales = step.Scales(jnp.float32(1), jnp.float32(train_step.RHO / (1 - train_step.RHO)))
+    scales = train_state.Scales(jnp.float32(1), jnp.float32(train_step.RHO / (1 - train_step.RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
     aim = objective.Objective(coefficient_at="current")
-    state = step.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
+    state = train_state.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
     update = step.make_step(model, aim, select, optimizer)
     compiled = jax.jit(update).lower(base, state, batches[0], scales).compile()
     jax.block_until_ready(compiled(base, state, batches[0], scales))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import batches, objective, online, selector, sharding, step
+from bilevel_jax import batches, objective, online, selector, sharding, step, train_state
 from bilevel_jax.data import levels, packing
 from bilevel_jax.models import lora
 from experiments.benchmarks import timing
@@ -40,9 +40,9 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)
         rule, token_rate = "uniform" if name == "mixing" else "bds", 0.1 if name.endswith("tokens") else 0.0
         select = selector.Selector(rule=rule, token_learning_rate=token_rate)
-        states[name] = step.init(adapter, optimizer, variant, select, len(lower.rows))
+        states[name] = train_state.init(adapter, optimizer, variant, select, len(lower.rows))
         jitted = jax.jit(step.make_step(model, variant, select, optimizer), donate_argnums=1)
-        scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
+        scales = train_state.Scales(jnp.float32(0.5), jnp.float32(0.5))
 
         layout = mixed if variant.cost == "loss" else whole if name.endswith("whole micro-batches") else halved
 

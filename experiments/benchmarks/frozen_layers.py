@@ -9,7 +9,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax import batches, frozen, online, sharding, step
+from bilevel_jax import batches, frozen, online, sharding, step, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax.data import levels, packing
 from bilevel_jax.models import lora
@@ -24,7 +24,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
         raise configuration.ConfigError("--suite=frozen compares with all layers: lora.layers=all must be last:K, such as last:8")
     mesh, objective, selector = sharding.make_mesh(1), configuration.to_objective(config), configuration.to_selector(config)
     optimizer = configuration.to_optimizer(config, rounds)
-    influence = step.measures_influence(objective, selector)
+    influence = train_state.measures_influence(objective, selector)
     layout = packing.update_layout(config.batch.micro_size, config.data.max_length, 2 * config.batch.size, influence)
     slots, store = frozen.SegmentSlots(upper, lower), online.empty(len(lower.rows))
     hosts = [batches.make_batch(config, upper, lower, layout, k, store, slots) for k in range(rounds)]
@@ -33,7 +33,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     states, runs, kept, steps = {}, {}, {}, {}
     for name, layers, cache in (("all", "all", "off"), (last, last, "off"), (f"{last}, kept", last, "memory")):
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets, lora.resolve_layers(model, layers))
-        start = step.init(adapter, optimizer, objective, selector, len(lower.rows))
+        start = train_state.init(adapter, optimizer, objective, selector, len(lower.rows))
         shardings = sharding.state_shardings(mesh, start, False)
         states[name] = jax.tree.map(sharding.device_put, start, shardings)
         if layers not in steps:

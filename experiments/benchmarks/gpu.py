@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from bilevel_jax import cli, files, objective, sampling, selector, sharding, step
+from bilevel_jax import cli, files, objective, sampling, selector, sharding, step, train_state
 from bilevel_jax.data import packing
 from bilevel_jax.models import decoder, fused_attention, huggingface, lora
 from bilevel_jax.models.kv_cache import init_cache
@@ -108,10 +108,10 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
     for method in methods:
         cost, rule, attention = METHODS[method]
         select, aim = selector.Selector(rule=rule), objective.Objective(cost=cost, coefficient_at="current")
-        influence = step.measures_influence(aim, select)
+        influence = train_state.measures_influence(aim, select)
         steps = [sharding.split_batch(batch(of, k, influence), mesh) for k in range(of.rounds)]
         adapter = lora.init_adapter(model, jax.random.key(0), 16, lora.resolve_targets(model, "all-linear"))
-        start = step.init(adapter, optimizer, aim, select, of.rows)
+        start = train_state.init(adapter, optimizer, aim, select, of.rows)
         shardings = sharding.state_shardings(mesh, start, False)
         state = [jax.tree.map(sharding.device_put, start, shardings)]
         results = shardings, sharding.replicated(mesh)  # as the state that goes in, so that one compilation serves all steps
@@ -119,7 +119,7 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
         jitted = jax.jit(update, donate_argnums=1, out_shardings=results)
 
         def run(k, jitted=jitted, state=state, steps=steps, method=method):
-            state[0], metrics = jitted(base, state[0], steps[k], step.Scales(jnp.float32(1), jnp.float32(0.1)))
+            state[0], metrics = jitted(base, state[0], steps[k], train_state.Scales(jnp.float32(1), jnp.float32(0.1)))
             losses[method] = metrics["loss"]
             return metrics["loss"]
 

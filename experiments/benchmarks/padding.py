@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax import objective, selector, sharding, step
+from bilevel_jax import objective, selector, sharding, step, train_state
 from bilevel_jax.data import levels, packing
 from experiments.benchmarks import timing, train_step
 
@@ -36,9 +36,9 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     mesh = sharding.make_mesh(1)
     optimizer, select = optax.adam(config.optimizer.learning_rate), selector.Selector(rule="uniform")
     aim = objective.Objective()
-    state = step.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
+    state = train_state.init(train_step.start_adapter(config, model), optimizer, aim, select, len(lower.rows))
     jitted = jax.jit(step.make_step(model, aim, select, optimizer))
-    scales = step.Scales(jnp.float32(0.5), jnp.float32(0.5))
+    scales = train_state.Scales(jnp.float32(0.5), jnp.float32(0.5))
     work = train_step.Work(config, directory, upper, lower, rounds)
     hosts = work.packed()
     packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]

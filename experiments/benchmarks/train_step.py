@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from bilevel_jax import batches, objective, online, selector, sharding, step
+from bilevel_jax import batches, objective, online, selector, sharding, step, train_state
 from bilevel_jax.data import levels, packing, shuffle
 from bilevel_jax.models import huggingface, lora
 from experiments.benchmarks import timing
@@ -186,11 +186,11 @@ def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]
     """Returns `run(k)`, which executes step k of our implementation and returns its loss."""
     mesh, optimizer = sharding.make_mesh(1), optax.adam(work.config.optimizer.learning_rate)
     step_batches = [sharding.split_batch(host.batch, mesh) for host in work.packed()]
-    scales = step.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
+    scales = train_state.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
     aim = objective.Objective(coefficient_at=coefficient_at)
     jitted = jax.jit(step.make_step(model, aim, select, optimizer), donate_argnums=1)
-    state = [step.init(start_adapter(work.config, model), optimizer, aim, select, len(work.lower.rows))]
+    state = [train_state.init(start_adapter(work.config, model), optimizer, aim, select, len(work.lower.rows))]
 
     def run(k: int) -> float:
         state[0], metrics = jitted(base, state[0], step_batches[k], scales)

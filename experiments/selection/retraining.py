@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel_jax import batches, checks, metagradient, online, scoring, search, step
+from bilevel_jax import batches, checks, metagradient, online, scoring, search, step, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax import selector as selection
 from bilevel_jax import setup as setups
@@ -88,8 +88,8 @@ class Bed:
             self._orders[key] = [one(k, empty).batch for k in range(self.num_steps)]
         return self._orders[key]
 
-    def start(self, weight_N) -> step.State:
-        state = step.init(self.setup.adapter, self.optimizer, self.objective, self.uniform, self.N)
+    def start(self, weight_N) -> train_state.State:
+        state = train_state.init(self.setup.adapter, self.optimizer, self.objective, self.uniform, self.N)
         weight_N = np.asarray(weight_N, np.float64)
         logits = np.where(weight_N > 0, np.log(np.maximum(weight_N, 1e-30)), NEVER)
         return state._replace(selector=state.selector._replace(logits=jnp.asarray(logits, jnp.float32)))
@@ -106,20 +106,20 @@ class Bed:
         for batch, scales in zip(self.order(seed), self.scales):
             if keep_states:
                 learners.append(jax.device_get(state.policy))
-            scales = step.Scales(levels[0] * scales.upper, levels[1] * scales.lower)
+            scales = train_state.Scales(levels[0] * scales.upper, levels[1] * scales.lower)
             state, _ = self._step(self.setup.base, state, batch, scales)
         return (state.policy.adapter, learners) if keep_states else state.policy.adapter
 
-    def select(self, cost: str, selector: selection.Selector, seed: int, value_function: str = "zero") -> step.State:
+    def select(self, cost: str, selector: selection.Selector, seed: int, value_function: str = "zero") -> train_state.State:
         """The state after a joint run of θ and ω. The last few are kept."""
         key = cost, selector, value_function
         if (*key, seed) in self._selected:
             return self._selected[*key, seed]
         objective = dataclasses.replace(self.objective, cost=cost, value_function=value_function)
-        influence = step.measures_influence(objective, selector)
+        influence = train_state.measures_influence(objective, selector)
         if key not in self._selects:
             self._selects[key] = jax.jit(step.make_step(self.setup.model, objective, selector, self.optimizer))
-        state = step.init(self.setup.adapter, self.optimizer, objective, selector, self.N)
+        state = train_state.init(self.setup.adapter, self.optimizer, objective, selector, self.N)
         for batch, scales in zip(self.order(seed, separate=influence), self.scales):
             state, _ = self._selects[key](self.setup.base, state, batch, scales)
         self._selected[*key, seed] = state

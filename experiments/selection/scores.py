@@ -219,7 +219,7 @@ def less(
     Rademacher matrix to 8192 dimensions, here a `Projection`. The score of a row is the maximum of s_ij over j.
 
     Args:
-      checkpoints: (adapter, optimizer state) θ_k, with a state of `optax.adam` or `optax.adamw`. A `step.Learner` is one.
+      checkpoints: (adapter, optimizer state) θ_k, with a state of `optax.adam` or `optax.adamw`. A `train_state.Learner` is one.
       upper_examples, lower_examples: trusted rows and candidates.
       targets: the target of each trusted row, for instance its `source`.
       learning_rates: η_k, the mean learning rate of the epoch that ends at each checkpoint.

@@ -71,7 +71,7 @@ def test_measures(provenance):
     objects = [{"question": f"{i}", "response": "x", "bad": i > 2} for i in range(5)]
     loss = np.array([0, 0, 0, 0, 1.0])
     card = card_of(provenance, objects, 0.8, share=0.2, surprise=loss, useful=-loss)
-    assert "of the run), `plausible` (how likely the model finds the response (of a pair, the chosen one)" in card
+    assert "of the run), `plausible` (how likely the model finds the response, above all" in card
     assert "and `useful` (how much the row helps the trusted rows; below 0 it harms them)." in card
     assert "Rows with the smallest `plausible` were left out first: 1." in card
     assert "| bad rows that are kept, of all bad | 50.0% |" in card and "| kept rows that are bad | 25.0% |" in card

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from bilevel_jax import config as configuration
-from bilevel_jax import presets, step
+from bilevel_jax import presets, step, train_state
 from bilevel_jax.data import packing
 from bilevel_jax.models import huggingface, model_config
 from bilevel_jax.planning import memory
@@ -209,9 +209,9 @@ def test_plan_agrees_with_xla(remat, cost, rank):
     optimizer, selector = configuration.to_optimizer(config, 10), configuration.to_selector(config)
     adapter, base = memory.adapter_shapes(model, rank, targets), memory.base_shapes(model)
     arguments = optimizer, configuration.to_objective(config), selector, num_rows
-    state = jax.eval_shape(lambda start: step.init(start, *arguments), adapter)
+    state = jax.eval_shape(lambda start: train_state.init(start, *arguments), adapter)
     update = step.make_step(model, configuration.to_objective(config), selector, optimizer)
-    scales = step.Scales(jnp.float32(1), jnp.float32(1))
+    scales = train_state.Scales(jnp.float32(1), jnp.float32(1))
     compiled = jax.jit(update, donate_argnums=1).lower(base, state, batch, scales).compile().memory_analysis()
     held = memory.size_of(base) + memory.size_of(state)
     assert held <= compiled.argument_size_in_bytes <= held + 1.01 * sum(leaf.nbytes for leaf in jax.tree.leaves((batch, scales)))

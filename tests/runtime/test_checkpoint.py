@@ -17,7 +17,7 @@ import optax
 import pytest
 from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
-from bilevel_jax import errors, objective, online, selector, step
+from bilevel_jax import errors, objective, online, selector, train_state
 from bilevel_jax.data import templates
 from bilevel_jax.runtime import checkpoint
 
@@ -28,7 +28,7 @@ def make_state(rule_optimizer="adam", tracked=True, seed=0):
     """A state of random numbers; the running baseline is NaN, as before the first batch."""
     adapter = {"layers": {"mlp": {"up": {"a": jnp.zeros((2, 5, 3)), "b": jnp.zeros((2, 3, 4))}}}}
     aim = objective.Objective(value_function="tracked" if tracked else "zero")
-    state = step.init(adapter, optax.adam(1e-3), aim, selector.Selector(optimizer=rule_optimizer), 7)
+    state = train_state.init(adapter, optax.adam(1e-3), aim, selector.Selector(optimizer=rule_optimizer), 7)
     rng = np.random.default_rng(seed)
     leaves, tree = jax.tree.flatten(state)
     drawn = [jnp.asarray(100 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
