@@ -229,6 +229,7 @@ def test_names_a_missing_key(section):
         {"method": "dynamic", "online.reward": "likelihood"},  # the reward is only measured
         OFFLINE | {"penalty.rho_init": 0.0},
         OFFLINE | {"mixing.rho": 7.0},  # unused with this method
+        {"method": "mixing", "selection.unit": "token", "lora.dropout": 0.1},  # the same
         {"method": "dynamic", "online.ratio": 0.0, "online.temperature": 0.0, "online.clip": 1.0},
         {"method": "online", "online.ratio": 1, "online.response_weight": "softmax", "online.generate": "all", "online.slots": 1},
         OFFLINE | FEATURES,

@@ -15,6 +15,7 @@ def test_a_search_needs_trusted_rows_for_each_part():
     startup_checks.check_trusted_rows(config, startup_checks.MIN_TRUSTED_ROWS, 0)
     with pytest.raises(configuration.ConfigError, match="^selection.rule=metagradient needs 6 trusted rows for training, not 5"):
         startup_checks.check_trusted_rows(config, 5, 0)
+    startup_checks.check_trusted_rows(dataclasses.replace(config, method="mixing"), 5, 0)  # searches nothing
 
 
 @pytest.mark.parametrize("options, key", [({"keep_best": True}, "keep_best"), ({"patience": 2}, "patience")])

@@ -224,6 +224,13 @@ def test_plan_agrees_with_xla(remat, cost, rank):
 def test_slots_that_the_mesh_does_not_divide(planned):
     with pytest.raises(ValueError, match="online.slots=12 must be a multiple of mesh.data · mesh.fsdp, 8 devices"):
         planned(EIGHT, (1, 8, 1), {"online.slots": 12})
+    planned(EIGHT, (1, 8, 1), {"online.slots": 12, "method": "offline"})  # samples nothing
+
+
+def test_the_tracking_weights_are_sharded_as_the_others(planned):
+    tracked = {"method": "offline", "selection.cost": "loss", "selection.value_function": "tracked", "lora.rank": 0}
+    _, items = planned(EIGHT, (1, 8, 1), tracked)
+    assert items["second adapter θ', its optimizer"] == items["all weights θ"] + items["its optimizer"]
 
 
 def test_rows_that_the_number_of_devices_does_not_divide(planned):
