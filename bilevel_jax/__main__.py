@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "benchmarks of lm-eval",
 }
 ALIASES = {"main": "train"}
+IN_THE_CLONE = ("sweep", "accuracy")  # commands of `experiments`, which is not installed
 MODULES = {"train": "bilevel_jax.main"}
 
 
@@ -34,6 +35,8 @@ def main() -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
+        if name in IN_THE_CLONE:
+            hint = f"; in a clone of the repository there is `python -m experiments.{name}`"
         print(f"error: there is no command {name!r}{hint}; choose {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     if os.getcwd() not in sys.path:

@@ -7,6 +7,7 @@ the other way round.
 import contextlib
 import dataclasses
 import html
+import numbers
 import os
 import pathlib
 import re
@@ -201,9 +202,12 @@ class Run:
         from bilevel_jax.export import kept_rows, selected_rows
 
         with started():
+            dropped = {"drop_implausible": drop_implausible, "drop_dissimilar": drop_dissimilar}
+            for name, value in ({"share": share} | dropped).items():
+                if not isinstance(value, numbers.Real):
+                    raise ValueError(f"{name}={value!r} is not a number")
             if not 0 < share <= 1:
                 raise ValueError(f"share={share} must be in (0, 1]")
-            dropped = {"drop_implausible": drop_implausible, "drop_dissimilar": drop_dissimilar}
             for name, value in dropped.items():
                 if not 0 <= value < 1:
                     raise ValueError(f"{name}={value} must be in [0, 1)")

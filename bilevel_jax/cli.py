@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 from bilevel_jax import compilations, config_keys, text
 
+SMALLER = "lower batch.micro_size, data.max_length or lora.rank, or set model.remat=True; `main --plan` computes what a run needs"
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
 
 
@@ -128,7 +129,8 @@ def _section_error(argv: list[str]) -> str:
 def call(main: Callable[[], None]) -> None:
     """Calls `main()`. Expected errors end the process with one line and status 1; other errors are bugs and keep their traceback.
 
-    Expected are ValueError, OSError and RunError: errors of this package, and of libraries about values and files.
+    Expected are ValueError, OSError and RunError: errors of this package, and of libraries about values and files. So is a lack of
+    memory on the devices.
     """
     from bilevel_jax import errors
 
@@ -146,9 +148,12 @@ def call(main: Callable[[], None]) -> None:
             raise
         fail(error)
     except BaseException as error:
+        first = str(error).splitlines()[0] if str(error) else "no message"
+        if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in first:
+            fail(f"out of memory ({first}); {SMALLER}")
         if type(error).__name__ != "PanicException":  # of Rust code in tokenizers and safetensors; no `Exception`
             raise
-        fail(f"a library failed on its input: {str(error).splitlines()[0] if str(error) else 'no message'}")
+        fail(f"a library failed on its input: {first}")
 
 
 def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:

@@ -40,7 +40,7 @@ def enable() -> None:
             print(f"compiled programs are not cached: {problem}", file=sys.stderr)
             return
         os.environ[VARIABLE] = str(path)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))  # a limit would remove entries of other programs
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 

@@ -4,6 +4,7 @@ With u_i the given weight of row i, the logits are ω_i = log u_i - log mean(u),
 the rows that have a weight. Rows without one get the mean, ω_i = 0.
 """
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,11 +67,14 @@ def read(source: str, rows: Sequence[Row]) -> Given:
 
 
 def _weights(records: Iterable[tuple[str, str, object]], prefix: str) -> dict[str, float]:
-    """id -> weight, of (where, id, weight); None is no weight."""
+    """id -> weight, of (where, id, weight); None is no weight. The values of a CSV file are texts."""
     weights = {}
     for where, row_id, weight in records:
         if weight is None:
             continue
+        if isinstance(weight, str):
+            with contextlib.suppress(ValueError):
+                weight = float(weight)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise DataError(f"{prefix}: {where}: {weight!r} is not a weight, a finite number of at least 0")
         weights[row_id] = float(weight)

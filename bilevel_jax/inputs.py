@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from bilevel_jax import checks, config_files, files
 from bilevel_jax import config as configuration
@@ -58,6 +59,7 @@ def configure(model: Any, settings: Mapping[str, Any]) -> ml_collections.ConfigD
         section, _, name = key.rpartition(".")
         target = config[section] if section else config
         with target.ignore_type():  # `checks.build` refuses wrong types, in one line
+            value = value.item() if isinstance(value, np.generic) else value  # NumPy's numbers, as of a loop over `arange`
             target[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     config.data.upper = config.data.lower = "rows"  # until `stored`
     checks.build(config)

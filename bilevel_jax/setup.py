@@ -67,6 +67,8 @@ def load(config: configuration.Config) -> Setup:
         token_ids.check(level.all_examples, tokenizer, model.vocab_size)
     startup_checks.check_trusted_rows(config, len(upper.rows), len(upper.eval_rows))
     startup_checks.check_rows(config, len(lower.rows), mesh.size)
+    for notice in startup_checks.notices(config, upper, lower):
+        say(notice)
     if notice := rendering.template_notice(config.data.template, tokenizer, lower.examples):
         say(notice)
     model = trained_model(config, model)

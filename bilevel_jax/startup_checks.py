@@ -2,10 +2,13 @@
 
 from bilevel_jax import config as configuration
 from bilevel_jax import online
+from bilevel_jax.checks import nearest
 from bilevel_jax.config import Config, ConfigError
+from bilevel_jax.data import levels
 from bilevel_jax.models import fused_attention, model_config
 
 MIN_TRUSTED_ROWS = 6  # of `search`, so that each of its three parts has one
+FEW_TRUSTED_ROWS = 20
 
 
 def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
@@ -100,6 +103,27 @@ def check_trusted_rows(config: Config, num_rows: int, num_held_out: int) -> None
     if configuration.searches(config) and num_rows < MIN_TRUSTED_ROWS:
         what = f"selection.rule=metagradient needs {MIN_TRUSTED_ROWS} trusted rows for training, not {num_rows}"
         raise ConfigError(f"{what}; give more, hold out fewer (eval.num_upper), or take selection.rule=bds")
+
+
+def notices(config: Config, upper: levels.Level, lower: levels.Level) -> list[str]:
+    """What a user would want to know of the numbers of rows, and of a label that no row has; one line each."""
+    lines, num_upper, num_held_out = [], len(upper.rows), len(upper.eval_rows)
+    used = configuration.used_levels(config)
+    for name, number in (("upper", num_upper), ("lower", len(lower.rows))):
+        if name in used and config.batch.size > number:
+            what = "repeats some of them in every step" if name == "upper" else "has all of them in every step"
+            lines.append(f"batch.size={config.batch.size} is more than the {number} rows of data.{name} to train on, and {what}")
+    if "upper" in used and num_upper + num_held_out < FEW_TRUSTED_ROWS:
+        what = f"data.upper has only {num_upper + num_held_out} trusted rows"
+        lines.append(f"{what}; what they want is clearer with {FEW_TRUSTED_ROWS} or more")
+    if config.eval.num_upper and not num_held_out:
+        what = f"eval.num_upper={config.eval.num_upper:g} of {num_upper} trusted rows holds none out"
+        lines.append(f"{what}, so the trusted loss is not measured")
+    label = config.data.label
+    if label != configuration.Data().label and levels.labels(lower, label) is None:
+        near = nearest(label, next(iter(lower.rows)).fields)
+        lines.append(f"data.label={label}: no row of data.lower has this field{near}, so nothing is measured by labels")
+    return lines
 
 
 def check_rows(config: Config, num_rows: int, devices: int) -> None:

@@ -134,6 +134,7 @@ def test_kept_rows_are_the_heaviest_and_those_of_the_command(run, arguments, tmp
     [
         ({"share": 0}, "share=0 must be in"),
         ({"share": 1.1}, "share=1.1"),
+        ({"share": "0.8"}, "share='0.8' is not a number"),
         ({"drop_implausible": 1.0}, "drop_implausible=1.0"),
         ({"format": "csv"}, "format='csv' is not among auto"),
     ],
@@ -328,6 +329,16 @@ def test_wrong_settings(settings, reason):
     with pytest.raises(ConfigError) as caught:
         inputs.configure("a", settings)
     assert reason in str(caught.value)
+
+
+def test_settings_may_be_numbers_of_numpy():
+    config = inputs.configure("a", {"num_epochs": np.int64(3), "lora": {"alpha": np.float32(0.5)}})
+    assert (config.num_epochs, type(config.num_epochs), config.lora.alpha) == (3, int, 0.5)
+
+
+def test_texts_are_no_rows():
+    with pytest.raises(DataError, match=r"'What is JAX\?' is no file; rows are objects, such as"):
+        in_memory.source_name(["What is JAX?", "And Flax?"])
 
 
 # --------------------------------------------------------------------------------------------------------------------

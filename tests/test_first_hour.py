@@ -412,7 +412,7 @@ def test_a_dry_run(checked, here):
 def test_a_full_disk(make_config, here, monkeypatch):
     """The run is refused before it compiles, with what it needs and what there is."""
     monkeypatch.setattr(disk, "free_bytes", lambda workdir: 1000)
-    monkeypatch.setattr(train.step, "make_step", None)
+    monkeypatch.setattr("bilevel_jax.step.make_step", None)
     with pytest.raises(errors.RunError, match=r"MB are needed for checkpoints and results, 0.0 MB are free; free some"):
         train.run(make_config(), here / "run")
 

@@ -1,5 +1,7 @@
 """Weights that a run starts from: read from tables, files and fields, matched by id, used by a run."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -95,6 +97,12 @@ def test_prepared_rows_are_not_parsed(make_config, neox, tmp_path, monkeypatch):
     assert weight_table.token_table(prepared, offsets, weights).equals(expected_tokens)
 
 
+def test_weights_of_a_csv_file_are_texts(rows):
+    weighed = [dataclasses.replace(row, fields=row.fields | {"w": text}) for row, text in zip(rows, itertools.cycle(["1", "3.0"]))]
+    given = initial_weights.read("column:w", weighed)
+    assert given.num_matched == len(rows) and np.exp(given.logits[1] - given.logits[0]) == pytest.approx(3)
+
+
 def test_refuses_sources(rows, tmp_path):
     zeros = write_jsonl(tmp_path / "zeros.jsonl", [{"id": row.id, "weight": 0} for row in rows])
     for source, reason in [
@@ -164,7 +172,7 @@ def test_a_run_starts_from_weights_and_moves_them(finished, make_config, tmp_pat
 
 
 def test_other_data_is_refused_before_compiling(finished, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.step, "make_step", None)
+    monkeypatch.setattr("bilevel_jax.step.make_step", None)
     lower = write_jsonl(tmp_path / "lower.jsonl", make_rows(12, seed=8))
     config = make_config({"selection.init": str(finished), "data.lower": str(lower)})
     with pytest.raises(data_rows.DataError, match="none of its 21 ids belongs to a training row"):

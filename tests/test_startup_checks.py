@@ -1,6 +1,7 @@
 """Settings that do not go with the rows of a run, which are known once it starts."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -26,6 +27,29 @@ def test_judging_by_held_out_rows_needs_some(options, key):
         configuration.ConfigError, match=rf"^eval.{key} needs held-out trusted rows: eval.num_upper=0.1 of 1 holds none"
     ):
         startup_checks.check_trusted_rows(config, 1, 0)
+
+
+def level_of(num_rows, num_held_out, **fields):
+    """A level with as many rows, as far as `notices` reads it."""
+    rows = [types.SimpleNamespace(fields={"question": "", **fields})] * num_rows
+    return types.SimpleNamespace(rows=rows, eval_rows=[None] * num_held_out)
+
+
+def test_numbers_of_rows_that_a_user_would_want_to_know():
+    config = dataclasses.replace(CONFIG, batch=configuration.Batch(size=16), eval=configuration.Eval(num_upper=0.1))
+    assert startup_checks.notices(config, level_of(18, 2), level_of(16, 0)) == []
+    assert startup_checks.notices(config, level_of(15, 0), level_of(9, 0)) == [
+        "batch.size=16 is more than the 15 rows of data.upper to train on, and repeats some of them in every step",
+        "batch.size=16 is more than the 9 rows of data.lower to train on, and has all of them in every step",
+        "data.upper has only 15 trusted rows; what they want is clearer with 20 or more",
+        "eval.num_upper=0.1 of 15 trusted rows holds none out, so the trusted loss is not measured",
+    ]
+
+
+def test_a_label_that_no_row_has():
+    config = dataclasses.replace(CONFIG, batch=configuration.Batch(size=1), data=configuration.Data(label="unsaef"))
+    [line] = startup_checks.notices(config, level_of(18, 2), level_of(2, 0, unsafe=True))
+    assert line.startswith("data.label=unsaef: no row of data.lower has this field (did you mean unsafe?), so")
 
 
 @pytest.mark.parametrize("method", ["online", "dynamic"])

@@ -72,6 +72,18 @@ def test_a_library_that_fails_in_rust(capsys):
     assert capsys.readouterr().err == "error: a library failed on its input: called `unwrap()`\n"
 
 
+def test_a_lack_of_memory(capsys):
+    """Whatever JAX says of it in many lines."""
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 6 bytes.\nAllocations: ...")
+
+    with pytest.raises(SystemExit):
+        cli.call(fail)
+    expected = "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 6 bytes.); lower batch.micro_size, "
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_names_of_columns(neox, tmp_path):
     """Such as those that an error or a note lists."""
     file = write_jsonl(tmp_path / "rows.jsonl", [{FORGED: "a"}])

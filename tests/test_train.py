@@ -411,7 +411,7 @@ def test_stops_where_the_last_step_spoils_the_model_and_no_row_would_tell(make_c
     ],
 )
 def test_refuses_before_compiling(make_config, tmp_path, monkeypatch, changes, reason):
-    monkeypatch.setattr(train.step, "make_step", None)
+    monkeypatch.setattr("bilevel_jax.step.make_step", None)
     with pytest.raises((ValueError, errors.RunError), match=reason) as caught:
         train_without_report(make_config(changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -966,7 +966,7 @@ def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("changes, refused", [({}, True), ({"online.ratio": 1.0}, False), ({"method": "online"}, False)])
 def test_a_dynamic_run_that_would_mask_nothing(make_config, tmp_path, monkeypatch, changes, refused):
-    monkeypatch.setattr(train.step, "make_step", None)  # what is not refused fails here
+    monkeypatch.setattr("bilevel_jax.step.make_step", None)  # what is not refused fails here
     changes = REFINED | {"online.refresh_every": STEPS} | changes
     with pytest.raises(configuration.ConfigError if refused else TypeError) as caught:
         train_without_report(make_config(changes), tmp_path / "run")

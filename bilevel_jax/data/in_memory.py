@@ -23,9 +23,12 @@ def source_name(source: Any) -> str:
     """The name of a source as configs have it; several names are separated by commas.
 
     Raises:
-      DataError: one of several names has a comma.
+      DataError: one of several names has a comma, or a name is a text.
     """
     names = [os.fspath(one) for one in (source if isinstance(source, (list, tuple)) else [source])]
+    for one in names if isinstance(source, (list, tuple)) else ():
+        if " " in one and os.sep not in one and not os.path.lexists(one):
+            raise DataError(f'{one!r:.80} is no file; rows are objects, such as {{"question": "...", "response": "..."}}')
     if len(names) > 1 and any("," in name for name in names):
         raise DataError(f"{next(name for name in names if ',' in name)}: a name in a list of several must not have a comma")
     return ",".join(names)

@@ -86,14 +86,13 @@ def check_flags() -> None:
 
 
 def check_selected(workdir: pathlib.Path, config, out: pathlib.Path) -> None:
-    """Raises a ValueError if `--selected` would replace a file that the run wrote, or rows that it read."""
+    """Raises a ValueError if `--selected` would replace rows that the run read, or be taken for a file that it writes."""
     from bilevel_jax.data import parts
     from bilevel_jax.runtime.workdir import OPENED
 
-    if out.exists():
-        inside = out.resolve().relative_to(workdir.resolve()).parts if out.resolve().is_relative_to(workdir.resolve()) else ()
-        if inside and inside[0] in OPENED:
-            raise ValueError(f"--selected={out} is a file of the run, which would be overwritten; name another file")
+    inside = out.resolve().relative_to(workdir.resolve()).parts if out.resolve().is_relative_to(workdir.resolve()) else ()
+    if inside and inside[0] in OPENED:
+        raise ValueError(f"--selected={out} has the name of a file of the run; name another file")
     parts.refuse_overwriting(out, "--selected", config.data.upper, config.data.lower, *filter(None, [SCORE_NEW.value]))
 
 
@@ -118,7 +117,7 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     if not is_new:
         replaced = kept & selected_rows.replaced(workdir, selection.table["id"])
         num_replaced = int((replaced if selection.refined is None else replaced & ~selection.refined).sum())
-    provenance, card = cards.Provenance(workdir, config, command), out.with_suffix(".card.md")
+    provenance, card = cards.Provenance(workdir, config, command), out.with_name(f"{out.name}.card.md")
     numbers = {"num_replaced": num_replaced, "num_different": num_different}
     text = cards.data_card(provenance, out, selection, is_new=is_new, **numbers)
     files.write_atomically(card, text)

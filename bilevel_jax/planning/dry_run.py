@@ -146,7 +146,7 @@ def steps_text(config: configuration.Config, setup: setups.Setup, num_steps: int
     tokens = num_tokens(config, setup, num_steps)
     by_level = ", ".join(f"{name} {number:,.0f}" for name, number in tokens.items())
     lines = [
-        f"steps: {num_steps:,} in {config.num_epochs} epochs, batch.size={config.batch.size} rows of each level",
+        f"steps: {num_steps:,} in {config.num_epochs} epochs, batch.size={config.batch.size} rows of each level at most",
         f"tokens: about {sum(tokens.values()):,.0f} in training ({by_level})",
     ]
     if config.method in configuration.ONLINE:

@@ -7,6 +7,7 @@ log-probability) and `num_tokens`. All answers of a conversation are scored, or 
 cannot be scored has nulls and a `reason`.
 """
 
+import collections
 import pathlib
 
 from absl import flags
@@ -40,19 +41,28 @@ def main() -> None:
     from bilevel_jax.score import scorer
 
     out = pathlib.Path(OUT.value)
+    if out.suffix in (".csv", ".tsv", ".json", ".parquet"):
+        raise ValueError(f"--out={out}: the rows are written as JSONL; name a .jsonl file")
     files.check_out(out, "--out")
     parts.refuse_overwriting(out, "--out", DATA.value)
     options = {"template": TEMPLATE.value, "eos": EOS.value, "learn": LEARN.value, "dtype": DTYPE.value, "columns": COLUMNS.value}
     options["quantization"] = QUANTIZATION.value
     number, scored, total = 0, 0, 0.0
+    reasons: collections.Counter[str] = collections.Counter()
     with files.replacing(out) as file:
         for result in scorer.stream(DATA.value, MODEL.value, ADAPTER.value, **options, batch_size=BATCH_SIZE.value):
             file.write((files.to_json(result) + "\n").encode())
             number += 1
             if result["loss"] is not None:
                 scored, total = scored + 1, total + result["loss"]
+            else:
+                reasons[result["reason"]] += 1
     mean = f", mean loss {total / scored:.4f}" if scored else ""
     say(f"{out}: {scored} of {number} rows scored{mean}")
+    for reason, times in reasons.most_common():
+        say(f"  {times}: {reason}")
+    if number and not scored:
+        raise ValueError(f"no row was scored; {out} has the reason for each")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def points(config: str, cells: Sequence[Mapping[str, object]], common: Mapping[s
         naming = {key: value for key, value in values.items() if key in varied} or values
         point = Point(values, full, folder_name(naming))
         if point.folder in by_directory:
-            raise ValueError(f"two cells have the same directory: {by_directory[point.folder].name} and {point.name}")
+            raise ValueError(f"two cells have the same values, {', '.join(f'{key}={value}' for key, value in naming.items())}")
         by_directory[point.folder] = point
     return list(by_directory.values())
 

@@ -111,7 +111,7 @@ def test_configs_declare_a_sweep_over_r_and_g(task):
         (["online.ratio=0.1,2"], "online.ratio=2.0 must be in [0, 1]"),
         (["method=online,ofline"], "method='ofline'"),
         (["seed=0,1"], "--seeds"),
-        (["online.ratio=0.1,0.10"], "two cells have the same directory"),
+        (["online.ratio=0.1,0.10"], "two cells have the same values, online.ratio=0.1"),
         (["online.ratio"], "--set=online.ratio: write key=value"),
         (["online.ratio=0.1,,0.2"], "--set=online.ratio=0.1,,0.2"),
         (["online.ratio=0.1", "online.ratio=0.2"], "online.ratio is set twice"),

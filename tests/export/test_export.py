@@ -117,7 +117,7 @@ def test_jsonl_and_parquet(finished, data, tmp_path):
         assert {key: row[key] for key in row.keys() - ADDED} == original[row["question"]]
         assert row["prompt"] == f"Human: {row['question']}\n\nAssistant:"  # the tiny model has no chat template
         assert row["completion"] == f" {row['response']}"
-    head = front_matter((tmp_path / "new" / "kept.card.md").read_text())
+    head = front_matter((tmp_path / "new" / "kept.parquet.card.md").read_text())
     assert head["configs"] == [{"config_name": "default", "data_files": "kept.parquet"}]
 
 
@@ -160,7 +160,9 @@ def test_implausible_rows(copied, tmp_path, name):
     assert {row["rank"] for row in kept} == expected.keys()
     for row in kept:
         assert all(row[key] == expected[row["rank"]][key] for key in ("weight", "plausible", "useful"))
-    assert f"Rows with the smallest `plausible` were left out first: {left_out}." in out.with_suffix(".card.md").read_text()
+    assert (
+        f"Rows with the smallest `plausible` were left out first: {left_out}." in out.with_name(f"{out.name}.card.md").read_text()
+    )
 
 
 def test_dissimilar_rows(copied, tmp_path):
@@ -175,7 +177,7 @@ def test_dissimilar_rows(copied, tmp_path):
     assert f"{round(0.1 * TRAINED)} of the others are left out as implausible" in printed
     assert f"{number} of the others are left out as dissimilar" in printed
     assert {row["rank"] for row in read_jsonl(out)} == {record["rank"] for record in records[number:]}
-    assert f"Rows with the smallest `similar` were left out first: {number}." in out.with_suffix(".card.md").read_text()
+    assert f"Rows with the smallest `similar` were left out first: {number}." in out.with_name(f"{out.name}.card.md").read_text()
     measure(workdir, plausible=plausible, useful=useful)
     with pytest.raises(ValueError, match=r"^--drop_dissimilar: .* has no `similar` \(eval.similar=False, few trusted rows or an"):
         command(f"--workdir={workdir}", f"--selected={out}", "--drop_dissimilar=0.1")
@@ -186,10 +188,10 @@ def test_a_small_share_covers_the_trusted_rows(copied, tmp_path):
     out = tmp_path / "kept.jsonl"
     arguments = f"--workdir={workdir}", f"--selected={out}", "--keep=0.2"
     measure(workdir)
-    assert "by weight alone" in command(*arguments) and "round-robin" not in out.with_suffix(".card.md").read_text()
+    assert "by weight alone" in command(*arguments) and "round-robin" not in out.with_name(f"{out.name}.card.md").read_text()
     records = measure(workdir, nearest=np.arange(TRAINED) % 3)
     assert "round-robin over the trusted rows" in command(*arguments)
-    assert "round-robin over the trusted rows" in out.with_suffix(".card.md").read_text()
+    assert "round-robin over the trusted rows" in out.with_name(f"{out.name}.card.md").read_text()
     half = sorted(range(TRAINED), key=lambda i: records[i]["rank"])[: round(TRAINED / 2)]
     firsts = {min((i for i in half if i % 3 == j), key=lambda i: records[i]["rank"]) for j in range(3)}
     assert {records[i]["rank"] for i in firsts} <= {row["rank"] for row in read_jsonl(out)}
@@ -244,7 +246,7 @@ def test_refined(copied, tmp_path):
         assert row["completion"] == f" {row['response']}"
     (refined,) = (row for row in kept if row["refined"])
     assert refined["rank"] == table["rank"].to_pylist()[0]
-    card = (tmp_path / "kept.card.md").read_text()
+    card = (tmp_path / "kept.jsonl.card.md").read_text()
     assert "2 of the kept rows are masked; 1 of them have a response that the model generated." in card
 
 
@@ -262,7 +264,7 @@ def test_warns_of_masked_rows(copied, tmp_path):
     out = tmp_path / "kept.jsonl"
     printed = command(f"--workdir={workdir}", f"--selected={out}", "--keep=1")
     assert "warning: 2 of them were masked in the run" in printed
-    assert "2 of the kept rows were masked in the run" in out.with_suffix(".card.md").read_text()
+    assert "2 of the kept rows were masked in the run" in out.with_name(f"{out.name}.card.md").read_text()
     assert not any(row["masked"] for row in read_jsonl(out))  # by the table of the last epoch
 
 
@@ -289,13 +291,13 @@ def test_resampled(finished, tmp_path, name):
     assert sum(counts.values()) == len(rows) and f"{sum(map(bool, counts.values()))} of them are in the file" in printed
     for row_id, weight in weights.items():
         assert abs(counts[row_id] - len(rows) * weight / sum(weights.values())) < 1
-    card = out.with_suffix(".card.md").read_text()
+    card = out.with_name(f"{out.name}.card.md").read_text()
     assert "Do not weight them again" in card and "`weight` (" not in card and "`id` (" in card
 
 
 def test_data_card(finished, data, tmp_path):
     command(f"--workdir={finished}", f"--selected={tmp_path / 'kept.jsonl'}", "--keep=0.5")
-    card = (tmp_path / "kept.card.md").read_text()
+    card = (tmp_path / "kept.jsonl.card.md").read_text()
     kept = read_jsonl(tmp_path / "kept.jsonl")
     number, left = TRAINED, len(kept)
     for line in (f"| all | {number} |", f"| kept | {left} |", f"| dropped | {number - left} |"):
@@ -337,7 +339,7 @@ def test_merged_and_selected_in_a_process(finished, neox, tmp_path):
     assert front_matter(card)["library_name"] == "transformers" and "base_model" not in front_matter(card)
     summary = json.loads((finished / "summary.json").read_text())
     assert f"| trusted rows | {summary['start/upper_loss']:.4f} | {summary['eval/upper_loss']:.4f} |" in card
-    for text in (card, (tmp_path / "kept.card.md").read_text()):
+    for text in (card, (tmp_path / "kept.jsonl.card.md").read_text()):
         assert f"`python -m bilevel_jax.export --workdir={finished} --merged={merged} --selected=" in text
 
     done = run(f"--workdir={finished}", f"--merged={merged}")
@@ -439,11 +441,19 @@ def test_refuses_to_replace_what_the_run_wrote_or_read(copied):
     workdir, rows = copied
     table = next((workdir / "weights").glob("epoch_*.parquet"))
     metrics = workdir / "weights" / ".." / "metrics.jsonl"
-    for file, what in ((table, "the run"), (metrics, "the run"), (rows, re.escape(str(rows)))):
+    for file, reason in (
+        (table, "has the name of a file of the run"),
+        (metrics, "has the name of a file of the run"),
+        (rows, f"is a file of {re.escape(str(rows))}, which would be overwritten"),
+    ):
         before = file.read_bytes()
-        with pytest.raises(ValueError, match=f"^--selected=.*{file.name} is a file of {what}, which would be overwritten"):
+        with pytest.raises(ValueError, match=f"^--selected=.*{file.name} {reason}"):
             command(f"--workdir={workdir}", f"--selected={file}")
         assert file.read_bytes() == before
+    for name in ("responses.jsonl", "weights/epoch_80.parquet"):  # later commands would read them
+        with pytest.raises(ValueError, match=f"{name} has the name of a file of the run"):
+            command(f"--workdir={workdir}", f"--selected={workdir / name}")
+        assert not (workdir / name).exists()
 
 
 def test_errors_are_one_line():

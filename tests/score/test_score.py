@@ -151,6 +151,15 @@ def test_without_a_chat_template_a_row_is_shown(neox, tmp_path):
 TOO_LONG = {"question": "How?", "response": "so " * 200}
 
 
+def test_a_command_that_scores_nothing_fails(neox, tmp_path):
+    data, out = write_jsonl(tmp_path / "data.jsonl", [TOO_LONG] * 2), tmp_path / "scores.jsonl"
+    with pytest.raises(ValueError, match="^no row was scored; .*scores.jsonl has the reason for each"):
+        run_command("score", [f"--model={neox}", f"--data={data}", f"--out={out}"])
+    assert len(read_jsonl(out)) == 2
+    with pytest.raises(ValueError, match="scores.csv: the rows are written as JSONL"):
+        run_command("score", [f"--model={neox}", f"--data={data}", f"--out={tmp_path / 'scores.csv'}"])
+
+
 def test_command(neox, adapters, tmp_path):
     """Rows that cannot be scored keep their position."""
     good = [json.dumps(row, ensure_ascii=False) for row in OBJECTS[-5:]]
@@ -162,7 +171,7 @@ def test_command(neox, adapters, tmp_path):
     arguments += ["--template=none", "--noeos", "--batch_size=3"]
     done = subprocess.run([sys.executable, "-m", "bilevel_jax.score", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "5 of 9 rows scored" in done.stdout
+    assert "5 of 9 rows scored" in done.stdout and "  1: over the model's 128 positions\n" in done.stdout
 
     results = read_jsonl(out)
     bad = {1: "JSON", 3: "empty response", 4: "128 positions", 8: "no field"}
