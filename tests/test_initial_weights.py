@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bilevel_jax import checks, initial_weights, train
+from bilevel_jax import checks, initial_weights
 from bilevel_jax.data import levels, shuffle
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data.prepared import stored
