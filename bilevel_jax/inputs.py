@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -184,11 +185,19 @@ def stored(config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows], w
                 if not os.path.exists(config.data[name]) or _digest(config.data[name]) != level.digest:
                     shutil.move(level.source, config.data[name])
         yield
-    except BaseException:
+    except BaseException as error:
         # A run that has begun needs the rows to go on. A folder that was there may be that of another call, which still starts.
         if is_new and (is_of_others or not (workdir / CONFIG).exists()):
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, rows.DataError):  # about files that the caller never wrote
+                raise rows.DataError(_about_rows(str(error), folder)) from error
         raise
+
+
+def _about_rows(message: str, folder: pathlib.Path) -> str:
+    """A message about the files of a folder from `stored`, with levels and numbers of rows, from 1, in place of files and lines."""
+    named = re.compile(rf"{re.escape(str(folder))}/(upper|lower)\.jsonl(?::(\d+))?")
+    return named.sub(lambda match: f"{match[1]}, row {match[2]}" if match[2] else match[1], message)
 
 
 def remove_run(workdir: pathlib.Path, config: ml_collections.ConfigDict, levels: Mapping[str, GivenRows]) -> None:

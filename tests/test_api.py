@@ -336,6 +336,16 @@ def test_settings_may_be_numbers_of_numpy():
     assert (config.num_epochs, type(config.num_epochs), config.lora.alpha) == (3, int, 0.5)
 
 
+@pytest.mark.parametrize(
+    "lower, reason",
+    [([], "^lower: no rows in it"), ([{"question": "q", "response": 3}] * 9, "^lower, row 1: field 'response' is not text")],
+)
+def test_errors_name_rows_and_not_the_files_that_are_made_of_them(tmp_path, lower, reason):
+    with pytest.raises(DataError, match=reason):
+        bj.select(upper=make_rows(30, 0), lower=lower, model=None, workdir=tmp_path / "run")
+    assert not (tmp_path / "run" / "inputs").exists()
+
+
 def test_texts_are_no_rows():
     with pytest.raises(DataError, match=r"'What is JAX\?' is no file; rows are objects, such as"):
         in_memory.source_name(["What is JAX?", "And Flax?"])

@@ -953,6 +953,7 @@ def test_a_run_says_what_it_does(make_config, tmp_path, capsys, monkeypatch):
     assert asked and 0 < number <= 2 * int(asked[1])  # blank responses are not kept
     assert printed == [
         "loading rows",
+        "data.upper has only 13 trusted rows; what they want is clearer with 20 or more",
         "loading the model",
         "compiling the training step",
         "preparing the held-out rows",
