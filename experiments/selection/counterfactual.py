@@ -6,7 +6,7 @@ number says is then tried:
 - LDS. A model is trained on random subsets of the rows. A rule predicts the trusted loss of a subset by minus the mean of its
   numbers over the subset. LDS is the rank correlation of predicted and measured loss (Ilyas et al. 2022). Subsets are halves, or
   mixtures: of each kind of rows, a share that is drawn uniformly. Halves hold about the same of each kind, so their losses differ
-  little. Every subset is trained in two orders; the correlation of the two measurements says how reliable their mean is.
+  little. Every subset is trained in several orders (`--orders`). Their correlation says how reliable the mean loss is.
 - Leaving one kind of rows out.
 - Keeping the best 80, 50 and 20% of the rows, and training on them beside the trusted rows, and alone. The default keeps rows as
   an export does: less than half of them round-robin over the trusted rows (`selected_rows.choose`).
@@ -41,6 +41,9 @@ HALVES = flags.DEFINE_integer(
 MIXTURES = flags.DEFINE_integer(
     "mixtures", 0, "Random mixtures of the kinds of each seed that are retrained.", lower_bound=0, flag_values=FLAGS
 )
+ORDERS = flags.DEFINE_integer(
+    "orders", 2, "Orders of the rows in which each subset is trained; the loss is their mean.", lower_bound=2, flag_values=FLAGS
+)
 WORKDIR = flags.DEFINE_string("workdir", "runs/counterfactual", "Directory of the measurements.", flag_values=FLAGS)
 
 RULES = flags.DEFINE_multi_string("rule", [], "A rule to judge, as in the tables; all by default.", flag_values=FLAGS)
@@ -52,7 +55,6 @@ PAGE = flags.DEFINE_string("page", "counterfactual", "Name of the page in experi
 WITHOUT = flags.DEFINE_bool("without", True, "Trains without each kind of rows.", flag_values=FLAGS)
 
 NUM_TRUSTED, NUM_LOWER, NUM_STEERING, NUM_EVAL = 160, 480, 1500, 2000
-ORDERS = (0, 1)
 DRAWN = 64  # mixtures
 UNIFORM = "all rows alike"
 KINDS = [name for name in kinds.KINDS if name != "clean"]
@@ -119,12 +121,10 @@ def mixtures(seed: int, number: int, kind_of_row: np.ndarray) -> np.ndarray:
 
 def measure_subsets(bed: Bed, record: Record, masks: np.ndarray, name: str) -> np.ndarray:
     """Trusted loss after training on each subset, [subsets, orders]."""
-    losses = np.zeros((len(masks), len(ORDERS)))
-    for h, mask in enumerate(tqdm.tqdm(masks, desc=name, unit=name, disable=None)):
-        for o in ORDERS:
-            losses[h, o] = record.get(
-                f"{name}/{h}/{o}", lambda mask=mask, o=o: _pair(bed.measure(bed.train(mask.astype(float), o)))
-            )[0]
+    losses = np.zeros((len(masks), ORDERS.value))
+    runs_of = list(np.ndindex(losses.T.shape))  # order by order, because the bed keeps few
+    for o, h in tqdm.tqdm(runs_of, desc=name, unit="run", disable=None):
+        losses[h, o] = record.get(f"{name}/{h}/{o}", lambda o=o, h=h: _pair(bed.measure(bed.train(masks[h].astype(float), o))))[0]
     return losses
 
 
@@ -281,11 +281,12 @@ def measure_seed(seed: int, names) -> dict:
 
 def _lds_lines(results: dict[int, dict]) -> list[str]:
     lines, numbers = [], {"half": f"{HALVES.value} random halves", "mixture": f"{MIXTURES.value} random mixtures of the kinds"}
+    reliable = f"each in {ORDERS.value} orders; reliability of the measured losses"
     for seed, result in results.items():
         for subset, lds in result["lds"].items():
             rows = [[name, f"{value:+.2f}", f"{low:+.2f} to {high:+.2f}"] for name, (value, low, high) in lds["rules"].items()]
             lines += [
-                f"LDS, seed {seed}, {numbers[subset]}; reliability of the measured losses {lds['reliability']:.2f}:",
+                f"LDS, seed {seed}, {numbers[subset]}, {reliable} {lds['reliability']:.2f}:",
                 "",
                 *runs.markdown(["rule", "LDS", "95% bootstrap interval"], rows),
                 "",

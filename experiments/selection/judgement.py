@@ -34,10 +34,11 @@ def rank_correlation(predicted: np.ndarray, measured: np.ndarray, seed: int = 0)
     return float(value), float(low), float(high)
 
 
-def reliability(measured_nx2: np.ndarray) -> float:
-    """Reliability of the mean of two measurements: Spearman and Brown's 2r / (1 + r), r the correlation of the two."""
-    r = float(np.corrcoef(measured_nx2.T)[0, 1])
-    return 2 * r / (1 + r)
+def reliability(measured_nxk: np.ndarray) -> float:
+    """Reliability of the mean of k measurements: Spearman and Brown's k r / (1 + (k - 1) r), r the mean correlation of two."""
+    k = measured_nxk.shape[1]
+    r = float(np.corrcoef(measured_nxk.T)[np.triu_indices(k, 1)].mean())
+    return k * r / (1 + (k - 1) * r)
 
 
 def claims_table(claims: Sequence[tuple[str, Mapping[int, float], Mapping[int, float]]]) -> list[str]:

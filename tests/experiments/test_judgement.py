@@ -13,11 +13,12 @@ def test_holm_by_hand():
     np.testing.assert_allclose(judgement.holm([0.9, 0.8]), [1.0, 1.0])
 
 
-def test_reliability_of_the_mean_of_two_measurements():
-    """With true variance 1 and noise variance 1, a measurement correlates with another by 1/2; their mean has reliability 2/3."""
+@pytest.mark.parametrize("number", [2, 8])
+def test_reliability_of_the_mean_of_measurements(number):
+    """With true variance 1 and noise variance 1, the mean of k has noise variance 1/k, so its reliability is k / (k + 1)."""
     rng = np.random.default_rng(0)
-    measured = rng.normal(size=(50_000, 1)) + rng.normal(size=(50_000, 2))
-    assert judgement.reliability(measured) == pytest.approx(2 / 3, abs=0.01)
+    measured = rng.normal(size=(50_000, 1)) + rng.normal(size=(50_000, number))
+    assert judgement.reliability(measured) == pytest.approx(number / (number + 1), abs=0.01)
 
 
 def test_claims_are_paired_and_one_sided():
