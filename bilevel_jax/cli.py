@@ -146,7 +146,8 @@ def call(main: Callable[[], None]) -> None:
     except (ValueError, OSError, errors.RunError) as error:
         if os.environ.get("BILEVEL_JAX_TRACEBACK"):
             raise
-        fail(error)
+        is_of_file = isinstance(error, OSError) and error.filename and error.strerror
+        fail(f"{error.filename}: {error.strerror}" if is_of_file else error)
     except BaseException as error:
         first = str(error).splitlines()[0] if str(error) else "no message"
         if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in first:

@@ -72,6 +72,12 @@ def test_a_library_that_fails_in_rust(capsys):
     assert capsys.readouterr().err == "error: a library failed on its input: called `unwrap()`\n"
 
 
+def test_a_file_that_is_not_there(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.call(lambda: (tmp_path / "nowhere").read_text())
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: No such file or directory\n"
+
+
 def test_a_lack_of_memory(capsys):
     """Whatever JAX says of it in many lines."""
 
