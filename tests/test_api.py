@@ -268,7 +268,7 @@ def test_the_default_workdir_depends_on_rows_and_settings(arguments, tmp_path, m
 
 
 def test_a_run_that_cannot_start_leaves_no_rows(arguments, tmp_path):
-    with pytest.raises(DataError, match=":1: no field"):
+    with pytest.raises(DataError, match="^upper, row 1: no field"):
         bj.select(**arguments | {"upper": [{"text": "a"}], "workdir": tmp_path / "run"})
     assert not (tmp_path / "run" / "inputs").exists()
 
