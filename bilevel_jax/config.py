@@ -330,6 +330,11 @@ def has_row_features(config: Config) -> bool:
     return config.method != "mixing" and config.selection.parameterization == "features" and config.selection.unit != "domain"
 
 
+def has_token_weights(config: Config) -> bool:
+    """Whether a weight is learned for each token."""
+    return config.method != "mixing" and config.selection.unit == "token"
+
+
 def searches(config: Config) -> bool:
     """Whether the run begins with a search for weights by metagradients."""
     return config.method != "mixing" and config.selection.rule == "metagradient"

@@ -37,11 +37,10 @@ def _check_learned(config: Config) -> None:
             require(not is_set, f"{key} is an option of adapters: with lora.rank=0 there is none; take lora.rank=16")
         kind = config.model.quantization
         require(kind == "none", f"model.quantization={kind} freezes the weights that lora.rank=0 learns; take lora.rank=16 or none")
-    token_weights = config.method != "mixing" and config.selection.unit == "token"
     for setting, disturbs in (
         (f"method={config.method}, which compares the policy with itself when it answered", config.method in configuration.ONLINE),
         ("selection.rule=metagradient, which repeats every step", configuration.searches(config)),
-        ("selection.unit=token, whose weights follow each token's loss", token_weights),
+        ("selection.unit=token, whose weights follow each token's loss", configuration.has_token_weights(config)),
     ):
         require(not (section.dropout and disturbs), f"lora.dropout={section.dropout:g} disturbs {setting}; take lora.dropout=0")
     for key, needs_rows in (("eval.keep_best", e.keep_best), ("eval.patience", e.patience)):

@@ -158,7 +158,7 @@ def token_offsets(config: configuration.Config, setup: Setup) -> list[np.ndarray
     Raises:
       DataError: the parts of a response that a row marks as bad, for measurement, are not spans.
     """
-    if config.selection.unit != "token" or config.method == "mixing":
+    if not configuration.has_token_weights(config):
         return None
     for row in setup.lower.rows:
         rows.spans(row, config.data.spans)

@@ -155,8 +155,7 @@ def make_step(
       is N for upper rows and padding. `features`: [N, A] float32 or [N] int32.
 
     Raises:
-      ValueError: options that do not go together, see `objective.check_combination`; by `step`, a state that was made for another
-        objective or selector.
+      ValueError: options that do not go together, see `objective.check_combination`; by `step`, a state made for other options.
     """
     check_combination(objective, selector)
     problem = Problem(config, objective, selector, optimizer, seed)
