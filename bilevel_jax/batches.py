@@ -19,7 +19,7 @@ class StepBatch(NamedTuple):
     ids: list[str]  # id of each entry's row
     store_index: np.ndarray  # [n] index of each entry in the response store, -1 for responses of the data
     num_tokens: int
-    slots: np.ndarray | None = None  # [n] of `frozen.SegmentSlots`, -1 for generated responses; None where no layer is frozen
+    state_keys: np.ndarray | None = None  # [n] of `frozen.SegmentKeys`, -1 for generated responses; None where no layer is frozen
 
 
 def row_segments(level: levels.Level, i: int, share: float, group: int, row_index: int = -1) -> list[packing.Segment]:
@@ -41,18 +41,18 @@ def make_batch(
     layout: packing.Layout,
     k: int,
     store: online.ResponseStore,
-    row_slots: frozen.SegmentSlots | None = None,
+    row_keys: frozen.SegmentKeys | None = None,
 ) -> StepBatch:
-    """The packed batch of step k; with `row_slots`, the slots of its entries too."""
-    size, segments, ids, store_index, slots = config.batch.size, [], [], [], []
+    """The packed batch of step k; with `row_keys`, the keys of its entries too."""
+    size, segments, ids, store_index, keys = config.batch.size, [], [], [], []
     used = configuration.used_levels(config)
     lower_rows = shuffle.lower_rows(config.seed, len(lower.rows), size, k) if "lower" in used else ()
     for group, i in enumerate(lower_rows, size):
         i, share, prompt = int(i), 1 / len(lower_rows), lower.examples[i].prompt
-        indexed = online.response_segments(store, i, prompt, share, group, config.online.objective, config.data.max_length)
-        if row_slots:
-            slots += [-1] * len(indexed) or row_slots.of_row("lower", i)
-        indexed = indexed or [(-1, segment) for segment in row_segments(lower, i, share, group, row_index=i)]
+        generated = online.response_segments(store, i, prompt, share, group, config.online.objective, config.data.max_length)
+        indexed = generated or [(-1, segment) for segment in row_segments(lower, i, share, group, row_index=i)]
+        if row_keys:
+            keys += [-1] * len(generated) if generated else row_keys.of_row("lower", i)
         segments += [segment for _, segment in indexed]
         store_index += [index for index, _ in indexed]
         ids += [lower.ids[i]] * len(indexed)
@@ -60,15 +60,15 @@ def make_batch(
     for group, j in enumerate(upper_rows):
         of_row = row_segments(upper, j, 1 / len(upper_rows), group)
         segments += of_row
-        if row_slots:
-            slots += row_slots.of_row("upper", int(j))
+        if row_keys:
+            keys += row_keys.of_row("upper", int(j))
         ids += [upper.ids[j]] * len(of_row)
     store_index += [-1] * (len(segments) - len(store_index))
     batch = packing.pack_step(segments, len(lower.rows), len(lower_rows), layout)
     if config.method in configuration.ONLINE and config.online.normalization == "eq7":
         batch = batch._replace(row_factor=store.factors[batch.row_index])
     num_tokens = sum(segment.size for segment in segments)
-    return StepBatch(batch, ids, np.array(store_index), num_tokens, np.array(slots) if row_slots else None)
+    return StepBatch(batch, ids, np.array(store_index), num_tokens, np.array(keys) if row_keys else None)
 
 
 def level_scales(config: configuration.Config, epoch: int) -> train_state.Scales:

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_collections
 
@@ -89,12 +89,6 @@ def build(config: ml_collections.ConfigDict) -> Config:
     return typed
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text; see `near_names`."""
-    close = near_names.nearest(name, known)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
-
-
 def keys(config: Mapping, prefix: str = "") -> list[str]:
     """The full names of all keys, sections left out."""
     names: list[str] = []
@@ -106,7 +100,7 @@ def keys(config: Mapping, prefix: str = "") -> list[str]:
 def _check_keys(config, reference, prefix: str) -> None:
     for key in config:
         if key not in reference:
-            hint = nearest(prefix + key, keys(configuration.default()))
+            hint = near_names.hint(prefix + key, keys(configuration.default()))
             known = ", ".join(reference)
             raise ConfigError(f"unknown key {prefix}{key}{hint}; {prefix.rstrip('.') or 'the config'} has {known}")
     for key, expected in reference.items():
@@ -135,7 +129,7 @@ def problem(key: str, value, expected) -> str:
     if wrong := _type_problem(key, value, expected):
         return wrong
     if key in CHOICES and value not in CHOICES[key]:
-        return f"{key}={value!r:.200} is not among {', '.join(CHOICES[key])}{nearest(value, CHOICES[key])}"
+        return f"{key}={value!r:.200} is not among {', '.join(CHOICES[key])}{near_names.hint(value, CHOICES[key])}"
     if key in AT_LEAST and value < AT_LEAST[key]:
         return f"{key}={value} must be at least {AT_LEAST[key]}"
     if key in RANGES and not RANGES[key][0](float(value) if isinstance(expected, float) else value):

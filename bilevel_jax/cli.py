@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from absl import app, flags, logging
 
-from bilevel_jax import compilations, config_keys, text
+from bilevel_jax import compilations, config_keys, near_names, text
 
 SMALLER = "lower batch.micro_size, data.max_length or lora.rank, or set model.remat=True; `main --plan` computes what a run needs"
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
@@ -85,10 +85,10 @@ def _config_error(argv: list[str], error: Exception) -> str:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in keys:
             key = text.one_line(match[1], 80)
-            return f"the config has no key {key}{checks.nearest(key, keys)}"
+            return f"the config has no key {key}{near_names.hint(key, keys)}"
     where, key = _unknown_key_in_file(error)
     if key:
-        return f"{where}: the config has no key {key}{checks.nearest(key, keys)}"
+        return f"{where}: the config has no key {key}{near_names.hint(key, keys)}"
     cause = re.sub(r"[\"'\\]", "", str(error).replace("\\n", "; "))
     return f"--config cannot be read: {where}{': ' * bool(where)}no key or attribute {cause}"  # raised inside get_config()
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs, which are executed: who may write into it, and whether an entry is what was written.
+"""A private directory with checksums for JAX's cache of compiled programs: JAX executes what it reads there.
 
 JAX keeps an entry that it cannot read, and warns of it every time. It executes any entry that it can read. So the directory of this
 package belongs to the user alone, and every entry in it starts with a checksum of its key and content. A directory that the user

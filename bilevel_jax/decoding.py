@@ -42,12 +42,12 @@ class Starts(NamedTuple):
     limit: np.ndarray  # [S] int32
 
 
-def init_slots(config: model_config.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
+def init_slots(model: model_config.ModelConfig, num_slots: int, length: int, max_new_tokens: int) -> Slots:
     """Slots that are all free."""
     int_S = functools.partial(jnp.zeros, num_slots, jnp.int32)
     float_SxX = functools.partial(jnp.zeros, (num_slots, max_new_tokens), jnp.float32)
     return Slots(
-        cache=kv_cache.init_cache(config, num_slots, length),
+        cache=kv_cache.init_cache(model, num_slots, length),
         token=int_S(),
         position=int_S(),
         key=jnp.zeros((num_slots, 2), jnp.uint32),
@@ -65,9 +65,9 @@ def slot_shardings(mesh, slots: Slots) -> Slots:
     return sharding.shardings(mesh, slots, "rows")._replace(cache=sharding.shardings(mesh, slots.cache, "rows", "heads"))
 
 
-def prefill(config: model_config.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
+def prefill(model: model_config.ModelConfig, base, adapter, tokens_SxL: jax.Array) -> list:
     """`models.kv_cache.prefill` with the weights in use."""
-    return kv_cache.prefill(config, *lora.in_use(config, base, adapter), tokens_SxL)
+    return kv_cache.prefill(model, *lora.in_use(model, base, adapter), tokens_SxL)
 
 
 def fill(slots: Slots, prefilled: list, starts: Starts) -> Slots:
@@ -99,11 +99,11 @@ def _uniform(key: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def advance(
-    config: model_config.ModelConfig, settings: token_choice.Settings, eos: tuple[int, ...], params, adapter, slots: Slots
+    model: model_config.ModelConfig, settings: token_choice.Settings, eos: tuple[int, ...], params, adapter, slots: Slots
 ) -> Slots:
     """Generates one token for every active slot."""
-    hidden, cache = kv_cache.decode(config, params, adapter, slots.cache, slots.token, slots.position)
-    logits = sharding.constrain(decoder.project(hidden, decoder.head(params), config.logit_cap), "rows")
+    hidden, cache = kv_cache.decode(model, params, adapter, slots.cache, slots.token, slots.position)
+    logits = sharding.constrain(decoder.project(hidden, decoder.head(params), model.logit_cap), "rows")
     chosen, log_prob, sampled_log_prob = token_choice.choose(settings, logits, jax.vmap(_uniform)(slots.key, slots.count))
     token = chosen.astype(jnp.int32)
     index = jnp.arange(token.shape[0]), jnp.where(slots.active, slots.count, slots.tokens.shape[1])
@@ -123,7 +123,7 @@ def advance(
 
 
 def decode_steps(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     settings: token_choice.Settings,
     eos: tuple[int, ...],
     num_blocks: int,
@@ -140,7 +140,7 @@ def decode_steps(
         return (done < steps) & (jnp.sum(~slots.active) < min_free)
 
     def body(carry):
-        return carry[0] + 1, advance(config, settings, eos, params, adapter, carry[1])
+        return carry[0] + 1, advance(model, settings, eos, params, adapter, carry[1])
 
     def put_back(cache, window):
         # XLA does not see that a scatter replaces the whole cache, and would hold both.
@@ -167,16 +167,16 @@ def window_size(longest: int, cache_length: int) -> int:
     return next((size for size in window_sizes(cache_length) if size >= longest + LEEWAY), cache_length)
 
 
-def merges_adapter(config: model_config.ModelConfig) -> bool:
+def merges_adapter(model: model_config.ModelConfig) -> bool:
     """Whether decoding reads a copy of the weights, by layer and with the adapter merged into it.
 
     This is faster, and exact enough in float32. In half precision, rounding W + ΔW would lose small updates, so the adapter stays
     separate and there is no copy: decoding reads the arrays of the training step. So it does where they are quantised.
     """
-    return config.dtype == "float32" and config.quantization == "none"
+    return model.dtype == "float32" and model.quantization == "none"
 
 
-def make_weights(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
+def make_weights(model: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Callable:
     """Builds `(base, adapter) -> (params, adapter)`, the weights for `models.kv_cache.decode`.
 
     They are a copy only where adapters are merged into it, or where all weights are learned, in float32, and must be rounded.
@@ -184,15 +184,15 @@ def make_weights(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> C
 
     @jax.jit
     def merged(base, adapter):
-        base = kv_cache.split_layers(lora.merge_adapter(config, base, adapter))
+        base = kv_cache.split_layers(lora.merge_adapter(model, base, adapter))
         return jax.lax.with_sharding_constraint(base, sharding.weight_shardings(mesh, base))
 
     @jax.jit
     def rounded(adapter):
-        return lora.in_use(config, None, adapter)[0]
+        return lora.in_use(model, None, adapter)[0]
 
     def weights(base, adapter):
-        if merges_adapter(config):
+        if merges_adapter(model):
             return merged(base, adapter), None
         return (rounded(adapter), None) if lora.is_full(adapter) else (base, adapter)
 

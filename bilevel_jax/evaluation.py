@@ -31,7 +31,7 @@ class HeldOut:
     def pair_margins(self, name: str, log_ratio_nx2: np.ndarray, length_nx2: np.ndarray) -> np.ndarray:
         """The margin of each pair of a level, `upper` or `lower`, as it is trained on, [n]."""
         if getattr(self.objective, name) == "ipo":
-            log_ratio_nx2 = losses.row_losses(log_ratio_nx2, length_nx2, self.objective.reduction)
+            log_ratio_nx2 = losses.reduce_tokens(log_ratio_nx2, length_nx2, self.objective.reduction)
         return log_ratio_nx2 @ np.array([1.0, -1.0])
 
 
@@ -81,15 +81,15 @@ def rows_in_use(
 ) -> dict[str, float]:
     """The loss of training rows with the responses in use, and with those of the data.
 
-    Returns:
-      `eval/used_loss`, the mean ℓ of the rows, where that of a question with generated responses is the mean over these;
-      `eval/used_data_loss`, of the same rows with the responses of the data; `eval/used_generated`, the share of the former kind.
-
     Args:
       examples: the training rows of the lower level.
       store: the generated responses in use.
       chosen: indices of the rows to measure.
       score: from `scoring.make_scorer` with `greedy`.
+
+    Returns:
+      `eval/used_loss`, the mean ℓ of the rows, where that of a question with generated responses is the mean over these;
+      `eval/used_data_loss`, of the same rows with the responses of the data; `eval/used_generated`, the share of the former kind.
     """
     generated = [(row, index) for row in chosen for index in store.by_row.get(int(row), ())]
     segments = scoring.example_segments([examples[row] for row in chosen])

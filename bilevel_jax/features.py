@@ -20,7 +20,6 @@ No feature uses labels. φ learns from (10b) or (47) of the paper how much each 
 
 import dataclasses
 import functools
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -57,22 +56,22 @@ OLD_NAMES = {  # of encoder fields, in files of earlier versions
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def middle_states(config: model_config.ModelConfig, base, packed: packing.Packed, m) -> jax.Array:
+def middle_states(model: model_config.ModelConfig, base, packed: packing.Packed, m) -> jax.Array:
     """Hidden states [T, D] of micro-batch m after half of the layers and the final norm. No part of the base is copied."""
-    number = -(-config.num_layers // 2)
-    half = dataclasses.replace(config, num_layers=number)
+    number = -(-model.num_layers // 2)
+    half = dataclasses.replace(model, num_layers=number)
     hidden_SxLxD = decoder.enter(half, base, number, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
-    hidden_TxD = layers.norm(config, None).apply({"params": base["norm"]}, hidden_SxLxD.reshape(-1, config.hidden_size))
-    return layers.scaled(hidden_TxD, 1 / config.logit_divisor)
+    hidden_TxD = layers.norm(model, None).apply({"params": base["norm"]}, hidden_SxLxD.reshape(-1, model.hidden_size))
+    return layers.scaled(hidden_TxD, 1 / model.logit_divisor)
 
 
-def entry_means(config: model_config.ModelConfig, base, packed: packing.Packed) -> jax.Array:
+def entry_means(model: model_config.ModelConfig, base, packed: packing.Packed) -> jax.Array:
     """Means of `middle_states` of the prompt and of the response of every entry, [E, 2, D] float32; 0 without such tokens."""
     E, (S, L) = packed.length.shape[0], packed.tokens.shape[1:]
 
     def add(m, sums):
         total_Ex2xD, count_Ex2 = sums
-        hidden_TxD = middle_states(config, base, packed, m).astype(jnp.float32)
+        hidden_TxD = middle_states(model, base, packed, m).astype(jnp.float32)
         response_token_P = packed.logit_index[m] + 1  # the flat index of the target itself; above T - 1 for padding
         is_response_T = jnp.zeros(S * L, jnp.int32).at[response_token_P].set(1, mode="drop")
         slot_T = 2 * forward.token_entries(packed, m) + is_response_T
@@ -80,7 +79,7 @@ def entry_means(config: model_config.ModelConfig, base, packed: packing.Packed) 
         count_Ex2 += jax.ops.segment_sum(jnp.ones(S * L), slot_T, num_segments=2 * E).reshape(count_Ex2.shape)
         return total_Ex2xD, count_Ex2
 
-    start = jnp.zeros((E, 2, config.hidden_size)), jnp.zeros((E, 2))
+    start = jnp.zeros((E, 2, model.hidden_size)), jnp.zeros((E, 2))
     total_Ex2xD, count_Ex2 = jax.lax.fori_loop(0, packed.num_micro, add, start)
     return total_Ex2xD / jnp.maximum(count_Ex2, 1)[..., None]
 
@@ -89,7 +88,7 @@ _entry_means = jax.jit(lambda *batch: sharding.constrain(entry_means(*batch)), s
 
 
 def pooled(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     base,
     examples: Sequence[templates.Example],
     sequences: int,
@@ -104,8 +103,8 @@ def pooled(
     Args:
       sequences, max_length, description: see `scoring.batches`.
     """
-    means_nx2xD = np.zeros((len(examples), 2, config.hidden_size), np.float32)
-    program, segments = functools.partial(_entry_means, config, base), scoring.example_segments(examples)
+    means_nx2xD = np.zeros((len(examples), 2, model.hidden_size), np.float32)
+    program, segments = functools.partial(_entry_means, model, base), scoring.example_segments(examples)
     for indices, _, means in scoring.results(program, segments, sequences, max_length, mesh, description):
         means_nx2xD[indices] = np.asarray(means)[: len(indices)]
     return means_nx2xD
@@ -280,16 +279,14 @@ def similarity(encoder: Encoder, raw_nx2xD: np.ndarray) -> np.ndarray:
 
 def write(file: pathlib.Path, encoder: Encoder, features_NxA: np.ndarray) -> None:
     """Writes the encoder and the features of all rows to select from."""
-    buffer = io.BytesIO()
-    np.savez(buffer, features=features_NxA, **encoder._asdict())
-    files.write_atomically(file, buffer.getvalue())
+    with files.replacing(file) as out:
+        np.savez(out, features=features_NxA, **encoder._asdict())
 
 
 def write_params(file: pathlib.Path, feature_params_A: np.ndarray) -> None:
     """Writes φ."""
-    buffer = io.BytesIO()
-    np.save(buffer, feature_params_A)
-    files.write_atomically(file, buffer.getvalue())
+    with files.replacing(file) as out:
+        np.save(out, feature_params_A)
 
 
 def _load(file: pathlib.Path, parse: Callable):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import features, files, scoring, sharding, train_state
+from bilevel_jax import errors, features, files, scoring, sharding, train_state
 from bilevel_jax.export import merged_model
 from bilevel_jax.models import huggingface
 from bilevel_jax.report import page
@@ -41,14 +41,14 @@ def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setu
         shutil.rmtree(paths[number])
 
 
-def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State, encoder) -> None:
+def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State) -> None:
     """θ, in PEFT format or as a model directory, and, where ω is a function of features, φ."""
     if config.lora.rank:
         write_adapter(config, workdir / "adapter", setup, state)
     else:
         params = jax.tree.map(sharding.to_host, state.policy.adapter)
         merged_model.write_learned_model(huggingface.locate(config.model.path), params, setup.model, workdir / "model")
-    if encoder:
+    if configuration.has_row_features(config):
         features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
 
 
@@ -81,7 +81,7 @@ def write_summary(workdir: pathlib.Path, setup: Setup, values: dict, clock: cloc
         with clock("report"), phases.phase("writing the report"):
             page.write(workdir, setup.lower.rows)
     except Exception as error:  # whatever it is, the run is finished and only its report is missing
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = errors.one_line(error)
         say(f"no report.html ({cause}); to try again: python -m bilevel_jax.report --workdir={workdir}", file=sys.stderr)
     summary["time/report"] = round(clock.elapsed()["report"], 2)
     write()

@@ -28,43 +28,48 @@ def token_entries(packed: packing.Packed, m) -> jax.Array:
 
 
 def hidden_states(
-    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
+    model: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
 ) -> jax.Array:
     """Final hidden states [T, D] of micro-batch m; with a key, the adapter's dropout is on."""
-    base, adapter = lora.in_use(config, base, adapter)
+    base, adapter = lora.in_use(model, base, adapter)
     if probe is not None:
         entry_T = token_entries(packed, m)
         of_tokens = jax.tree.map(lambda value_YxE: value_YxE.at[:, entry_T].get(mode="fill", fill_value=0.0), probe.values)
         adapter = probes.attach(adapter, probe.directions, of_tokens)
-    variables = {"params": base} | ({"adapter": adapter} if adapter is not None else {})
     rngs = {} if key is None else {"dropout": jax.random.fold_in(key, m)}
     batch = packed.tokens[m], packed.positions[m], packed.segment_ids[m]
-    entering_TxD = None if packed.entering is None else packed.entering[m].reshape(-1, config.hidden_size)
-    hidden_SxLxD: Any = decoder.Decoder(config).apply(variables, *batch, entering_TxD, rngs=rngs)
-    return hidden_SxLxD.reshape(-1, config.hidden_size)
+    entering_TxD = None if packed.entering is None else packed.entering[m].reshape(-1, model.hidden_size)
+    hidden_SxLxD: Any = decoder.Decoder(model).apply(decoder.variables(base, adapter), *batch, entering_TxD, rngs=rngs)
+    return hidden_SxLxD.reshape(-1, model.hidden_size)
+
+
+def loss_inputs(
+    model: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
+) -> tuple[jax.Array, jax.Array, Any, Any, Any]:
+    """The first five arguments of `losses.token_nll` for micro-batch m; with a key, the adapter's dropout is on."""
+    hidden_TxD = hidden_states(model, base, adapter, packed, m, key, probe)
+    head_VxD = decoder.head(lora.in_use(model, base, adapter)[0])
+    return hidden_TxD, head_VxD, packed.logit_index[m], packed.target[m], packed.num_targets[m]
 
 
 def target_nll(
-    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
+    model: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, key=None, probe: Probe | None = None
 ) -> jax.Array:
     """NLL of every target [P] of micro-batch m, nats; 0 for padding."""
-    hidden_TxD = hidden_states(config, base, adapter, packed, m, key, probe)
     # The fast version has no derivative in the output matrix.
-    token_nll = losses.token_nll_plain if config.second_order or lora.is_full(adapter) else losses.token_nll
-    head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
-    target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
-    return token_nll(hidden_TxD, head_VxD, *target, config.logit_cap)
+    token_nll = losses.token_nll_plain if model.second_order or lora.is_full(adapter) else losses.token_nll
+    return token_nll(*loss_inputs(model, base, adapter, packed, m, key, probe), model.logit_cap)
 
 
 def micro_nll(
-    config: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
+    model: model_config.ModelConfig, base, adapter, packed: packing.Packed, m, token_weights: Callable | None = None, key=None
 ) -> jax.Array:
     """The first result of `micro_nll_and_power`."""
-    return micro_nll_and_power(config, base, adapter, packed, m, token_weights, key)[0]
+    return micro_nll_and_power(model, base, adapter, packed, m, token_weights, key)[0]
 
 
 def micro_nll_and_power(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     base,
     adapter,
     packed: packing.Packed,
@@ -85,7 +90,7 @@ def micro_nll_and_power(
     Returns:
       Two arrays [E] float32, nats and their power; 0 for entries of other micro-batches. The second has no derivative.
     """
-    nll_P = target_nll(config, base, adapter, packed, m, key, probe)
+    nll_P = target_nll(model, base, adapter, packed, m, key, probe)
     power_P = jax.lax.stop_gradient(nll_P) ** losses.POWER
     if token_weights is not None:
         nll_P *= token_weights(nll_P, packed.entry[m])
@@ -97,18 +102,21 @@ def micro_nll_and_power(
 
 
 def entry_nll(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     base,
     adapter,
     packed: packing.Packed,
     num_micro=None,
     token_weights: Callable | None = None,
 ) -> jax.Array:
-    """Summed NLL of every entry [E], nats, over the first `num_micro` micro-batches (default: all in use). Forward only."""
+    """Summed NLL of every entry [E], nats, over the first `num_micro` micro-batches (default: all in use).
+
+    It has no reverse-mode derivative: the device knows how many turns the loop takes.
+    """
     num_micro = packed.num_micro if num_micro is None else num_micro
     start = jnp.zeros(packed.length.shape[0], jnp.float32)
 
     def add(m, nll_E):
-        return nll_E + micro_nll(config, base, adapter, packed, m, token_weights)
+        return nll_E + micro_nll(model, base, adapter, packed, m, token_weights)
 
     return jax.lax.fori_loop(0, num_micro, add, start)

@@ -54,7 +54,7 @@ def num_tokens(*of: levels.Level) -> int:
     return sum(int(sequences.sizes(level.examples).sum()) for level in of)
 
 
-class SegmentSlots:
+class SegmentKeys:
     """Numbers for the segments of the data: those of the upper level first, two for a pair.
 
     Args:
@@ -68,7 +68,7 @@ class SegmentSlots:
         self.num_tokens = num_tokens(upper, lower)
 
     def of_row(self, level: str, i: int) -> list[int]:
-        """The slots of the segments of a row, in the order of `batches.row_segments`."""
+        """The keys of the segments of a row, in the order of `batches.row_segments`."""
         width, first = (self._of_upper, 0) if level == "upper" else (self._of_lower, self._first_lower)
         return [first + width * i + k for k in range(width)]
 
@@ -108,46 +108,46 @@ class FrozenLayers:
         with jax.set_mesh(self.mesh):
             return enter(self.model, self.num_layers, self.base, tokens)
 
-    def fill(self, batch: packing.Batch, slots: np.ndarray) -> packing.Batch:
+    def fill(self, batch: packing.Batch, keys: np.ndarray) -> packing.Batch:
         """The batch with `entering`.
 
         Args:
           batch: on the host.
-          slots: of each entry, -1 for a generated response.
+          keys: of each entry, -1 for a generated response.
         """
         packed = batch.packed
         entering = empty_states(self.model, packed.tokens.shape)
         by_sequence = entering.reshape(-1, *entering.shape[2:])
-        indices = segment_indices(packed, len(slots))
-        kept = [self.store.get(slot) if self.store and slot >= 0 else None for slot in slots]
+        indices = segment_indices(packed, len(keys))
+        kept = [self.store.get(key) if self.store and key >= 0 else None for key in keys]
         missing = [i for i, states in enumerate(kept) if states is None and indices[i] is not None]
         tokens = packed.tokens.reshape(by_sequence.shape[:2])
         computed = self.states_of([tokens[indices[i]] for i in missing])
         for i, states in zip(missing, computed):
             kept[i] = states
-            if self.store and slots[i] >= 0:
-                self.store.put(slots[i], states)
+            if self.store and keys[i] >= 0:
+                self.store.put(keys[i], states)
         for index, states in zip(indices, kept):
             if index is not None:
                 by_sequence[index] = states
         return with_states(batch, entering)
 
-    def put_batch(self, batch: packing.Batch, slots: np.ndarray) -> packing.Batch:
+    def put_batch(self, batch: packing.Batch, keys: np.ndarray) -> packing.Batch:
         """The batch of `fill` on the devices. It takes the memory of `entering` from the batch before, which cannot be used again.
 
         Only micro-batches in use are sent. The others have states of earlier batches, which no step reads.
 
         Args:
-          batch, slots: see `fill`.
+          batch, keys: see `fill`.
         """
-        states = self.fill(batch, slots).packed.entering
+        states = self.fill(batch, keys).packed.entering
         target = sharding.shardings(self.mesh, states, None, "rows")
         on_devices = self.buffer.pop() if self.buffer else jnp.zeros(states.shape, states.dtype, device=target)
         for m in range(int(batch.packed.num_micro)):
             micro = sharding.device_put(states[m], sharding.shardings(self.mesh, states[m], "rows"))
             on_devices = _overwriting(target)(on_devices, micro, np.int32(m))
         self.buffer.append(on_devices)
-        return with_states(sharding.split_batch(batch, self.mesh), on_devices)
+        return with_states(sharding.put_batch(batch, self.mesh), on_devices)
 
 
 @functools.cache
@@ -197,16 +197,16 @@ def make(
     base,
     adapter,
     mesh: jax.sharding.Mesh,
-    slots: SegmentSlots,
+    keys: SegmentKeys,
     directory: pathlib.Path | None,
     resumed: bool,
 ) -> FrozenLayers | None:
-    """What a run uses; None where no layer is frozen.
+    """The frozen layers of a run, with the store of their states; None where no layer is frozen.
 
     Args:
       cache: `model.cache_frozen`.
       model, base, adapter, mesh: of the run.
-      slots: of its rows.
+      keys: of its rows.
       directory: its workdir; None keeps nothing, for a run that only tries its step.
       resumed: whether the run goes on from a checkpoint.
 
@@ -216,7 +216,7 @@ def make(
     number = num_frozen(model, adapter)
     if not number:
         return None
-    store, sizes = None, (slots.number, slots.num_tokens, model.hidden_size, jnp.dtype(model.activations))
+    store, sizes = None, (keys.number, keys.num_tokens, model.hidden_size, jnp.dtype(model.activations))
     if cache == "memory" and directory is not None:
         store = state_store.in_memory(*sizes)
     elif cache == "disk" and directory is not None:

@@ -7,6 +7,12 @@ RESPONSE_WEIGHTS = ("sequence", "geometric", "softmax", "none")
 LARGE = 80.0  # bound on log r: e^80 stands for everything larger, since JSON has no infinity
 
 
+def group_sizes(group_E) -> jax.Array:
+    """G of each entry's group, [E]."""
+    E = group_E.shape[0]
+    return jax.ops.segment_sum(jnp.ones(E), group_E, num_segments=E)[group_E]
+
+
 def group_softmax(value_E, generated_E, group_E) -> jax.Array:
     """G · softmax of a value over the G entries of its group.
 
@@ -23,8 +29,7 @@ def group_softmax(value_E, generated_E, group_E) -> jax.Array:
     highest_E = jax.ops.segment_max(value_E, group_E, num_segments=E)[group_E]
     likelihood_E = jnp.where(generated_E, jnp.exp(value_E - highest_E), 1.0)
     total_E = jax.ops.segment_sum(likelihood_E, group_E, num_segments=E)[group_E]
-    number_E = jax.ops.segment_sum(jnp.ones(E), group_E, num_segments=E)[group_E]
-    return jnp.where(generated_E, number_E * likelihood_E / total_E, 1.0)
+    return jnp.where(generated_E, group_sizes(group_E) * likelihood_E / total_E, 1.0)
 
 
 def response_weights(kind: str, log_prob_E, old_log_prob_E, length_E, group_E, clip: float) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from bilevel_jax import checks, config_files, files
+from bilevel_jax import checks, config_files, files, near_names
 from bilevel_jax import config as configuration
 from bilevel_jax.data import in_memory, parts, rows
 from bilevel_jax.errors import RunError
@@ -56,7 +56,7 @@ def configure(model: Any, settings: Mapping[str, Any]) -> ml_collections.ConfigD
         if key in ("data.upper", "data.lower"):
             raise configuration.ConfigError(f"{key} is set by the argument {key.removeprefix('data.')}")
         if key not in known:
-            raise configuration.ConfigError(f"there is no setting {key}{checks.nearest(key, known)}")
+            raise configuration.ConfigError(f"there is no setting {key}{near_names.hint(key, known)}")
         section, _, name = key.rpartition(".")
         target = config[section] if section else config
         with target.ignore_type():  # `checks.build` refuses wrong types, in one line

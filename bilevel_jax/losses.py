@@ -168,6 +168,6 @@ def surprises(power_E: jax.Array, length_E: jax.Array) -> jax.Array:
     return (power_E / jnp.maximum(length_E, 1)) ** (1 / POWER)
 
 
-def row_losses(nll_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:
-    """ℓ of each row in nats, from its summed NLL: per learned token (`mean`), or the sum itself, eq. (1) of the paper (`sum`)."""
-    return nll_E / jnp.maximum(length_E, 1) if reduction == "mean" else nll_E
+def reduce_tokens(total_E: jax.Array, length_E: jax.Array, reduction: str) -> jax.Array:
+    """A sum over the tokens of each response, such as its NLL: per learned token (`mean`), or as it is, eq. (1) (`sum`)."""
+    return total_E / jnp.maximum(length_E, 1) if reduction == "mean" else total_E

@@ -45,13 +45,13 @@ def _floats(tree) -> tuple[list, Callable]:
     return [leaves[i] for i in indices], put
 
 
-def make_replay(config: model_config.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
+def make_replay(model: model_config.ModelConfig, objective: Objective, optimizer: optax.GradientTransformation) -> Callable:
     """Builds `replay(base, learner, weight_N, batch, scales, adjoint) -> (adjoint, gradient_N)`, equation (M1), for one step.
 
     `learner` is that before the step. `adjoint` lists the derivatives of L0(θ^T) in the float leaves of the learner after it, the
     result those before it. `gradient_N` is the step's part of dL0/dw.
     """
-    twice = dataclasses.replace(config, second_order=True)
+    twice = dataclasses.replace(model, second_order=True)
 
     def step_gradient(base, adapter, weight_N, batch: packing.Batch, scales: Scales, tangent=None):
         """The gradient of the step's loss; with a `tangent` c, H c and ⟨∇ℓ_e, c⟩ [E]."""
@@ -60,7 +60,7 @@ def make_replay(config: model_config.ModelConfig, objective: Objective, optimize
         weight_E = weight_N.at[batch.row_index].get(mode="fill", fill_value=0.0)
 
         def loss(adapter, m):
-            nll_E = forward.micro_nll(config if tangent is None else twice, base, adapter, batch.packed, m)
+            nll_E = forward.micro_nll(model if tangent is None else twice, base, adapter, batch.packed, m)
             upper = jnp.sum(upper_E * entry_losses(objective.upper, objective, batch, nll_E, m))
             loss_E = lower_losses(objective, batch, nll_E, m)  # 0 for entries of other micro-batches
             return scales.upper * upper + scales.lower * jnp.sum(lower_E * weight_E * loss_E), loss_E
@@ -96,11 +96,11 @@ def make_replay(config: model_config.ModelConfig, objective: Objective, optimize
     return replay
 
 
-def make_upper_gradient(config: model_config.ModelConfig) -> Callable:
+def make_upper_gradient(model: model_config.ModelConfig) -> Callable:
     """Builds `(base, adapter, packed, number) -> gradient` of Σ ℓ / `number` over the entries of a packed batch."""
 
     def loss(adapter, base, packed: packing.Packed, m, number):
-        return jnp.sum(forward.micro_nll(config, base, adapter, packed, m) / jnp.maximum(packed.length, 1)) / number
+        return jnp.sum(forward.micro_nll(model, base, adapter, packed, m) / jnp.maximum(packed.length, 1)) / number
 
     def gradient(base, adapter, packed: packing.Packed, number):
         def body(m, total):

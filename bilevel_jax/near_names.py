@@ -69,3 +69,9 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     best = max(scores, default=0.0)
     close = [one for one, value in zip(known, scores) if value > best - 1e-9] if best >= ENOUGH else []
     return close[:MAX_NAMES]
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` for the known names nearest to `name`, or an empty text."""
+    close = nearest(name, known)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -99,17 +99,18 @@ def check_combination(objective: Objective, selector: selection.Selector) -> Non
         "selection.value_function": objective.value_function,
         "loss.lower": objective.lower,
     }
-    required: tuple[str, ...] = ()
-    cause = ""
+    required = {"selection.cost": "loss", "selection.value_function": "zero"}
     if selector.token_learning_rate:
         cause = "selection.unit=token follows (10b) at θ^{k+1} on losses of tokens"
-        required = "bds", "loss", "next", "zero", "sft"
+        required |= {"selection.rule": "bds", "selection.coefficient_at": "next", "loss.lower": "sft"}
     elif selector.order == "paper":  # (10a) and (10b) move θ first, as `joint` does
         cause = "selection.order=paper moves ω before θ, by (48) at θ^k"
-        required = "bmo", "loss", "current", "zero"
-    for (key, value), supported in zip(values.items(), required):
-        if value != supported:
-            raise ValueError(f"{cause}: {key}={value} must be {supported}")
+        required |= {"selection.rule": "bmo", "selection.coefficient_at": "current"}
+    else:
+        return
+    for key, value in values.items():  # in this order, so that the error names the first key
+        if value != required.get(key, value):
+            raise ValueError(f"{cause}: {key}={value} must be {required[key]}")
 
 
 def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m=None) -> jax.Array:
@@ -121,11 +122,11 @@ def entry_losses(kind: str, objective: Objective, batch: packing.Batch, nll_E, m
       m: with it, `nll_E` is of micro-batch m alone, and so are the pairs: both responses of one are in the same micro-batch.
     """
     if kind == "sft":
-        return losses.row_losses(nll_E, batch.packed.length, objective.reduction)
+        return losses.reduce_tokens(nll_E, batch.packed.length, objective.reduction)
     E = nll_E.shape[0]
     log_ratio_E = -nll_E - batch.reference
     if kind == "ipo":
-        log_ratio_E = losses.row_losses(log_ratio_E, batch.packed.length, objective.reduction)
+        log_ratio_E = losses.reduce_tokens(log_ratio_E, batch.packed.length, objective.reduction)
     margin_J = preferences.margins(log_ratio_E, batch.sign, batch.group)
     paired_E = batch.sign != 0
     if m is not None:

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel_jax import errors, sampling
+from bilevel_jax import errors, preferences, random_streams, sampling
 from bilevel_jax.data import packing, shuffle, templates
 
 GENERATE = ("needed", "all")
 NORMALIZATIONS = ("algorithm", "eq7")
-MASK = 2  # tag of the random stream; `sources.SPLIT`, which orders other things, has the same: the bits of runs depend on it
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -42,7 +41,7 @@ def masked_rows(logits_N: np.ndarray | None, num_rows: int, ratio: float, seed: 
         number = 0
     if not number:
         return np.zeros(0, np.int64)
-    shuffled = np.random.default_rng((seed, MASK)).permutation(num_rows)
+    shuffled = np.random.default_rng((seed, random_streams.MASKED)).permutation(num_rows)
     return np.sort(shuffled[:number] if logits_N is None else shuffled[smallest(logits_N[shuffled], number)])
 
 
@@ -63,7 +62,7 @@ def row_factors(masked: np.ndarray) -> np.ndarray:
       masked: [N] bool.
     """
     number = np.where(masked, masked.sum(), (~masked).sum())
-    return np.float32(len(masked) / number)
+    return (len(masked) / number).astype(np.float32)
 
 
 def visited_rows(seed: int, num_rows: int, batch: int, first: int, last: int) -> np.ndarray:
@@ -80,6 +79,8 @@ def visited_rows(seed: int, num_rows: int, batch: int, first: int, last: int) ->
 @dataclasses.dataclass(frozen=True)
 class ResponseStore:
     """The generated responses in use between two refreshes, n in all, ordered by question and sample.
+
+    Nothing in it changes but `log_ratio`, which `runtime.step_log` sets in place after each step.
 
     Blank responses are not stored. A masked question without a stored response uses the response of the data.
     """
@@ -196,7 +197,7 @@ def response_segments(
 
     if objective == "sft":
         return [segment(i, share / len(indices)) for i in indices]
-    if objective in ("rwr", "reinforce"):
+    if objective in preferences.RANKED:
         return [segment(i, share / len(indices), reward=float(store.reward[i])) for i in indices]
     best, worst = best_and_worst(store, row)
     if objective == "best_of" or best == worst:

@@ -1,4 +1,4 @@
-"""The updates of everything that is learned but ω: θ, the tracking adapter θ' and the token weights' φ. `step` puts them together.
+"""The updates of everything that is learned but ω: θ, the tracking adapter θ' and the token weights' ψ. `step` puts them together.
 
 The factor of an entry is known before the forward pass or, as r^g, from its own micro-batch, and both responses of a pair are in
 one micro-batch. So the micro-batches of a step add up exact parts of the full-batch gradient, for every split of the rows.
@@ -37,7 +37,11 @@ class Problem:
         return jax.random.fold_in(jax.random.key(self.seed), state.step) if self.model.adapter_dropout else None
 
     def check(self, state: State) -> None:
-        """Refuses a state that `init` made for other costs, whose arrays would decide which cost is taken."""
+        """Refuses a state that `init` made for other costs: `step` takes the cost for which the state has arrays.
+
+        Raises:
+          ValueError: the state has other arrays than `objective` and `selector` need.
+        """
         wanted = self.objective.value_function == "tracked", train_state.measures_influence(self.objective, self.selector)
         if (state.tracker is not None, state.influence is not None) != wanted:
             raise ValueError("the state is of another objective or selector: make it by train_state.init with those of make_step")
@@ -48,8 +52,8 @@ class Problem:
         return o.cost == "loss" and o.coefficient_at == "next" and not self.selector.frozen
 
 
-def _gradient(loss_of_micro: Callable, adapter, num_micro, first=0):
-    """Sums `loss_of_micro(adapter, m) -> (part of the loss, more parts)` and its gradient over micro-batches.
+def _gradient(loss_of_micro: Callable, adapter, end, first=0):
+    """Sums `loss_of_micro(adapter, m) -> (part of the loss, more parts)` and its gradient over micro-batches `first` ... `end` - 1.
 
     The trip count is a number on the device, so every step costs only the micro-batches it holds and all share one compilation.
 
@@ -62,7 +66,7 @@ def _gradient(loss_of_micro: Callable, adapter, num_micro, first=0):
 
     parts = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(loss_of_micro, adapter, 0))
     start = parts, jax.tree.map(jnp.zeros_like, adapter)
-    return jax.lax.fori_loop(first, num_micro, body, start)
+    return jax.lax.fori_loop(first, end, body, start)
 
 
 def _descend(optimizer: optax.GradientTransformation, learner: Learner, gradient) -> Learner:
@@ -197,12 +201,12 @@ def update_tracker(
 def update_token_params(
     problem: Problem, base, policy: Learner, state: State, batch: packing.Batch, shares: Shares, scales: Scales
 ) -> tuple[jax.Array, jax.Array]:
-    """One gradient step of φ on the penalty at θ^{k+1}, see `token_weights`.
+    """One gradient step of ψ on the penalty at θ^{k+1}, see `token_weights`.
 
-    The derivative is forward-mode: φ has two entries, and the model's own forward pass does not depend on it.
+    The derivative is forward-mode: ψ has two entries, and the model's own forward pass does not depend on it.
 
     Returns:
-      φ^{k+1}, and the weighted NLL [E] at φ^k.
+      ψ^{k+1}, and the weighted NLL [E] at ψ^k.
     """
 
     def weighted_nll(token_params):
@@ -211,6 +215,6 @@ def update_token_params(
         return nll_E, nll_E
 
     gradient_Ex2, nll_E = jax.jacfwd(weighted_nll, has_aux=True)(state.token_params)
-    gradient_Ex2 = losses.row_losses(gradient_Ex2, batch.packed.length[:, None], problem.objective.reduction)
+    gradient_Ex2 = losses.reduce_tokens(gradient_Ex2, batch.packed.length[:, None], problem.objective.reduction)
     rate, token_params = problem.selector.token_learning_rate, jnp.asarray(state.token_params)
     return token_params - rate * scales.lower * (shares.lower * shares.weight) @ gradient_Ex2, nll_E

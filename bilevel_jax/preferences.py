@@ -70,12 +70,6 @@ def with_reward(reward_E, group_E) -> tuple[jax.Array, jax.Array]:
     return has_reward_E, jnp.where(has_reward_E, group_E, E)
 
 
-def group_sizes(group_E) -> jax.Array:
-    """G of each entry's group, [E]."""
-    E = group_E.shape[0]
-    return jax.ops.segment_sum(jnp.ones(E), group_E, num_segments=E)[group_E]
-
-
 def reward_weighted(reward_E, group_E, beta: float) -> jax.Array:
     """Weights (R5) of reward-weighted regression, [E]: mean 1 over a group; 1 without a reward.
 
@@ -96,7 +90,7 @@ def leave_one_out(reward_E, group_E) -> jax.Array:
     """
     E = reward_E.shape[0]
     has_reward_E, group_E = with_reward(reward_E, group_E)
-    number_E = group_sizes(group_E)
+    number_E = importance.group_sizes(group_E)
     total_E = jax.ops.segment_sum(jnp.where(has_reward_E, reward_E, 0.0), group_E, num_segments=E)[group_E]
     advantage_E = (number_E * reward_E - total_E) / jnp.maximum(number_E - 1, 1)
     return jnp.where(has_reward_E, advantage_E, 1.0)

@@ -18,14 +18,14 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float:
     return float((rank[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-def keep_order(logits: np.ndarray) -> np.ndarray:
+def heaviest_first(logits: np.ndarray) -> np.ndarray:
     """Row indices from the largest to the smallest weight; equal weights keep their order."""
     return np.argsort(-np.asarray(logits), kind="stable")
 
 
 def _kept(logits: np.ndarray, keep: float) -> np.ndarray:
     """Indices of the fraction `keep` of the rows that has the largest weights."""
-    return keep_order(logits)[: round(keep * len(logits))]
+    return heaviest_first(logits)[: round(keep * len(logits))]
 
 
 def bad_kept(logits: np.ndarray, bad: np.ndarray, keep: float) -> float:

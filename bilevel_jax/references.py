@@ -1,7 +1,6 @@
 """Log-probabilities of preference pairs under the reference model: computed before the first step, read again by a resumed run."""
 
 import dataclasses
-import io
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -46,6 +45,5 @@ def read(file: pathlib.Path) -> np.ndarray | None:
 def write(file: pathlib.Path, level: levels.Level) -> None:
     """Writes the references of a level, if it has any."""
     if level.references is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, level.references)
-        files.write_atomically(file, buffer.getvalue())
+        with files.replacing(file) as out:
+            np.save(out, level.references)

@@ -63,7 +63,7 @@ def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[st
         try:
             values = np.asarray(reward(*texts), np.float64)
         except (Exception, SystemExit) as error:  # a user function may raise anything, and may try to end the process
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = errors.one_line(error)
             raise errors.RunError(f"online.reward={name} failed on {len(indices)} responses ({cause})") from error
         _check_values(name, values, [rows[i].id for i in indices])
         return values
@@ -101,7 +101,7 @@ def load(name: str) -> Reward:
         for part in attribute.split("."):
             function = getattr(function, part)
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = errors.one_line(error)
         raise RewardError(f"online.reward={name}: cannot be imported ({cause})") from error
     if not callable(function):
         raise RewardError(f"online.reward={name}: {attribute} has type {type(function).__name__}, it is not a function")
@@ -164,7 +164,7 @@ def _load_classifier(directory: pathlib.Path, prefix: str):
         options = {"trust_remote_code": False, "use_safetensors": True}
         model = transformers.AutoModelForSequenceClassification.from_pretrained(directory, **options).eval()
     except Exception as error:  # missing and broken files raise many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = errors.first_line(error)
         raise RewardError(f"{prefix}: not a readable model ({reason})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from bilevel_jax import config as configuration
 from bilevel_jax import frozen, online, preferences, train_state
 from bilevel_jax import setup as setups
-from bilevel_jax.runtime import checkpoint, disk, state_store
+from bilevel_jax.runtime import checkpoint, state_store
+
+TABLE_BYTES = 128  # of a row in the table of weights of an epoch
+OTHER = 1 << 20  # bytes of config, metrics, summary and report
 
 
 def response_store_bytes(config: configuration.Config, num_rows: int) -> int:
@@ -36,15 +39,16 @@ def cache_bytes(config: configuration.Config, setup: setups.Setup) -> int:
     if config.model.cache_frozen == "off" or not frozen.num_frozen(setup.model, setup.adapter):
         return 0
     both = setup.upper, setup.lower
-    num_slots, num_tokens = 2 * sum(len(level.rows) for level in both), frozen.num_tokens(*both)
-    return state_store.num_bytes(num_slots, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
+    num_keys, num_tokens = 2 * sum(len(level.rows) for level in both), frozen.num_tokens(*both)
+    return state_store.num_bytes(num_keys, num_tokens, setup.model.hidden_size, jnp.dtype(setup.model.activations))
 
 
 def disk_bytes(config: configuration.Config, state: train_state.State, num_rows: int, num_saved: int) -> int:
     """Bytes that a run still writes into a workdir with `num_saved` checkpoints, without what frozen layers compute."""
     adapter = _adapter_bytes(state)
     size = checkpoint_bytes(config, state, num_rows) + (adapter if config.lora.rank else 0)  # no `adapters/step_K` of all weights
-    return disk.run_bytes(size, config.checkpoint.keep, num_saved, adapter, num_rows, config.num_epochs)
+    number = max(1, config.checkpoint.keep + 1 - num_saved)  # one more is on disk while it is being written
+    return number * size + adapter + TABLE_BYTES * num_rows * config.num_epochs + OTHER
 
 
 def new_bytes(

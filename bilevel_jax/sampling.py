@@ -86,25 +86,31 @@ def _prefill_batches(
     return batches
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """The settings and compiled functions of one sampler, shared by all calls."""
+class Functions(NamedTuple):
+    """The compiled functions of all samplers with equal arguments, see `jit_functions`."""
 
-    settings: Settings
-    eos: tuple[int, ...]
-    num_slots: int
-    length: int  # maximum number of tokens of prompt and response together
-    max_new_tokens: int
-    full_batches: bool  # see `make_sampler`; False in what `jit_functions` returns
-    mesh: jax.sharding.Mesh
-    shardings: Slots
-    detokenize: Callable[[Sequence[int]], str] | None  # None in what `jit_functions` returns
+    shardings: Any  # a `Slots` of shardings
     init: Callable  # () -> Slots
     weights: Callable  # (base, adapter) -> weights of `decode`
     prefill: Callable  # (base, adapter, tokens) -> prefilled
     fill: Callable  # (Slots, prefilled, Starts) -> Slots
     decode: Callable  # (num_blocks, base, adapter, Slots, min_free, steps) -> Slots
     replicate: Callable  # (*arrays) -> arrays that the host can read
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What all calls of one sampler share."""
+
+    functions: Functions
+    settings: Settings
+    eos: tuple[int, ...]
+    num_slots: int
+    length: int  # maximum number of tokens of prompt and response together
+    max_new_tokens: int
+    full_batches: bool  # see `make_sampler`
+    mesh: jax.sharding.Mesh
+    detokenize: Callable[[Sequence[int]], str] | None
 
 
 @dataclasses.dataclass
@@ -151,11 +157,11 @@ def _fill_free_slots(sampler: Sampler, schedule: Schedule, base, adapter, state:
     while free and schedule.has_queue:
         if not schedule.waiting:
             schedule.waiting, tokens = schedule.batches.pop()  # the longest first, so that none remains for the end
-            schedule.prefilled = sampler.prefill(base, adapter, tokens)
+            schedule.prefilled = sampler.functions.prefill(base, adapter, tokens)
         number = min(len(free), len(schedule.waiting))
         jobs, schedule.waiting = schedule.waiting[:number], schedule.waiting[number:]
         slots, free = free[:number], free[number:]
-        state = sampler.fill(state, schedule.prefilled, _starts(sampler, schedule, jobs, slots))
+        state = sampler.functions.fill(state, schedule.prefilled, _starts(sampler, schedule, jobs, slots))
         schedule.running |= zip(slots, jobs)
         schedule.num_read |= dict.fromkeys(slots, 0)
     return state
@@ -168,7 +174,7 @@ def _decode_some(sampler: Sampler, schedule: Schedule, weights, state: Slots) ->
     longest = max(ends)
     window = decoding.window_size(longest, attention.cache_window(sampler.length))
     steps = min(STEPS_TO_STOP if sampler.settings.stop else STEPS, window - longest)
-    return sampler.decode(window // attention.CACHE_BLOCK, *weights, state, min_free, steps)
+    return sampler.functions.decode(window // attention.CACHE_BLOCK, *weights, state, min_free, steps)
 
 
 def _tokens_to_stop(tokens: np.ndarray, num_read: int, stop: Sequence[str], detokenize) -> int | None:
@@ -186,7 +192,7 @@ def _tokens_to_stop(tokens: np.ndarray, num_read: int, stop: Sequence[str], deto
 def _collect(sampler: Sampler, schedule: Schedule, state: Slots) -> Slots:
     """Moves finished responses from their slots to `schedule.responses`."""
     arrays = state.tokens, state.log_probs, state.sampled_log_probs, state.count, state.active
-    tokens_SxX, plain_SxX, sampled_SxX, count_S, active_S = jax.device_get(sampler.replicate(*arrays))
+    tokens_SxX, plain_SxX, sampled_SxX, count_S, active_S = jax.device_get(sampler.functions.replicate(*arrays))
     active_S, stop = active_S.copy(), sampler.settings.stop
     for slot, job in list(schedule.running.items()):
         count = int(count_S[slot])
@@ -206,8 +212,8 @@ def _collect(sampler: Sampler, schedule: Schedule, state: Slots) -> Slots:
             sampled_log_probs=sampled_SxX[slot, :count].astype(np.float64),
             finish_reason="length" if stopped_at is None and eos is None else "stop",
         )
-    shardings: Any = sampler.shardings  # a `Slots` of shardings
-    return state._replace(active=sharding.device_put(active_S, shardings.active)) if stop else state
+    target = sampler.functions.shardings.active
+    return state._replace(active=sharding.device_put(active_S, target)) if stop else state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ def _sample(
     total = len(prompts) * num_samples
     bar = progress.bar(desc=description, unit="response", total=total)
     with bar, jax.set_mesh(sampler.mesh):
-        weights, state = sampler.weights(base, adapter), sampler.init()
+        weights, state = sampler.functions.weights(base, adapter), sampler.functions.init()
         while schedule.running or schedule.has_queue:
             state = _fill_free_slots(sampler, schedule, base, adapter, state)
             state = _decode_some(sampler, schedule, weights, state)
@@ -247,7 +253,7 @@ def _sample(
 
 
 def make_sampler(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     settings: Settings,
     eos: Sequence[int],
     *,
@@ -263,7 +269,7 @@ def make_sampler(
     calls `stopped()` regularly; if it returns True, the result is None. Samplers with equal arguments share compiled programs.
 
     Args:
-      config: of base and adapter.
+      model: of base and adapter.
       settings: the distribution, and the conditions that end a response.
       eos: ids that end a response.
       slots: number of responses decoded side by side. If it is not a multiple of the number of parts into which rows are split,
@@ -280,33 +286,26 @@ def make_sampler(
     if settings.stop and not detokenize:
         raise ValueError("stop strings need a tokenizer")
     compiled_for = dataclasses.replace(settings, stop=())  # the host searches for stop strings
-    sampler = jit_functions(config, compiled_for, tuple(int(token) for token in eos), slots, length, mesh)
-    sampler = dataclasses.replace(sampler, settings=settings, detokenize=detokenize, full_batches=full_batches)
+    ends, max_new_tokens = tuple(int(token) for token in eos), min(settings.max_new_tokens, length - 1)
+    functions = jit_functions(model, compiled_for, ends, slots, length, mesh)
+    sampler = Sampler(functions, settings, ends, slots, length, max_new_tokens, full_batches, mesh, detokenize)
     return functools.partial(_sample, sampler)
 
 
 @functools.lru_cache(maxsize=NUM_SAMPLERS)
 def jit_functions(
-    config: model_config.ModelConfig, settings: Settings, eos: tuple[int, ...], slots: int, length: int, mesh: jax.sharding.Mesh
-) -> Sampler:
+    model: model_config.ModelConfig, settings: Settings, eos: tuple[int, ...], slots: int, length: int, mesh: jax.sharding.Mesh
+) -> Functions:
     """The jitted functions of a sampler; arguments as of `make_sampler`. Equal arguments give the same functions."""
     max_new_tokens = min(settings.max_new_tokens, length - 1)
-    init = functools.partial(decoding.init_slots, config, slots, length, max_new_tokens)
+    init = functools.partial(decoding.init_slots, model, slots, length, max_new_tokens)
     shardings = decoding.slot_shardings(mesh, jax.eval_shape(init))
-    decode = functools.partial(decoding.decode_steps, config, settings, eos)
-    return Sampler(
-        settings=settings,
-        eos=eos,
-        num_slots=slots,
-        length=length,
-        max_new_tokens=max_new_tokens,
-        full_batches=False,
-        mesh=mesh,
+    decode = functools.partial(decoding.decode_steps, model, settings, eos)
+    return Functions(
         shardings=shardings,
-        detokenize=None,
         init=jax.jit(init, out_shardings=shardings),
-        weights=decoding.make_weights(config, mesh),
-        prefill=jax.jit(functools.partial(decoding.prefill, config)),
+        weights=decoding.make_weights(model, mesh),
+        prefill=jax.jit(functools.partial(decoding.prefill, model)),
         fill=jax.jit(decoding.fill, donate_argnums=0, out_shardings=shardings),
         decode=jax.jit(decode, static_argnums=0, donate_argnums=3, out_shardings=shardings),
         replicate=jax.jit(lambda *arrays: arrays, out_shardings=sharding.replicated(mesh)),

@@ -10,21 +10,18 @@ import numpy as np
 
 from bilevel_jax import forward, losses, progress, sharding, token_weights
 from bilevel_jax.data import packing
-from bilevel_jax.models import decoder, lora, model_config
+from bilevel_jax.models import model_config
 
 ENTRIES = 256  # segments per packed batch: enough to fill the sequences well
 SHORT = 512  # tokens; segments up to this length share one shape, longer ones use the next power of two
 
 
-def entry_scores(config: model_config.ModelConfig, base, adapter, packed: packing.Packed) -> tuple[jax.Array, jax.Array]:
+def entry_scores(model: model_config.ModelConfig, base, adapter, packed: packing.Packed) -> tuple[jax.Array, jax.Array]:
     """Summed NLL of every entry [E], nats, and the number of its targets that are not the most likely token, int32 [E]."""
     E = packed.length.shape[0]
 
     def add(m, sums):
-        hidden_TxD = forward.hidden_states(config, base, adapter, packed, m)
-        target = packed.logit_index[m], packed.target[m], packed.num_targets[m]
-        head_VxD = decoder.head(lora.in_use(config, base, adapter)[0])
-        nll_P, missed_P = losses.token_scores(hidden_TxD, head_VxD, *target, config.logit_cap)
+        nll_P, missed_P = losses.token_scores(*forward.loss_inputs(model, base, adapter, packed, m), model.logit_cap)
         scores = nll_P, missed_P.astype(jnp.int32)
         return tuple(sum_E + jax.ops.segment_sum(part_P, packed.entry[m], num_segments=E) for sum_E, part_P in zip(sums, scores))
 
@@ -70,7 +67,7 @@ def batches(
       mesh: the sequences are sharded over its `data` and `fsdp` axes.
     """
     for indices, packed in host_batches(segments, sequences, max_length, description):
-        yield indices, sharding.split_batch(packed, mesh)
+        yield indices, sharding.put_batch(packed, mesh)
 
 
 def results(
@@ -93,7 +90,7 @@ def results(
 
     def dispatched():
         for indices, packed in host_batches(segments, sequences, max_length, description):
-            on_devices = sharding.split_batch(packed, mesh)
+            on_devices = sharding.put_batch(packed, mesh)
             with jax.set_mesh(mesh):
                 result = program(on_devices)
             yield indices, packed, result
@@ -108,7 +105,7 @@ _entry_scores = jax.jit(lambda *batch: _replicated(entry_scores(*batch)), static
 
 
 def make_scorer(
-    config: model_config.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh, greedy: bool = False
+    model: model_config.ModelConfig, sequences: int, max_length: int, mesh: jax.sharding.Mesh, greedy: bool = False
 ) -> Callable:
     """Builds `score(base, adapter, segments, description) -> (nll, length)`.
 
@@ -116,15 +113,15 @@ def make_scorer(
     number of its tokens. `adapter=None` scores the base.
 
     Args:
-      config: of base and adapter.
+      model: of base and adapter.
       sequences, max_length, mesh: see `batches`.
       greedy: also return whether every token of the response is the most likely one, [n] bool.
     """
 
     def score(base, adapter, segments: Sequence[packing.Segment], description: str) -> tuple[np.ndarray, ...]:
-        _check_tokens(segments, config.vocab_size)
+        _check_tokens(segments, model.vocab_size)
         nll, missed, count = np.zeros(len(segments)), np.zeros(len(segments), np.int64), np.zeros(len(segments), np.int64)
-        program = functools.partial(_entry_scores if greedy else _entry_nll, config, base, adapter)
+        program = functools.partial(_entry_scores if greedy else _entry_nll, model, base, adapter)
         for indices, packed, scores in results(program, segments, sequences, max_length, mesh, description):
             for result, values in zip((nll, missed), scores):
                 result[indices] = np.asarray(values)[: len(indices)]
@@ -142,24 +139,24 @@ def _check_tokens(segments: Sequence[packing.Segment], vocab_size: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _token_weights(config: model_config.ModelConfig, base, adapter, packed: packing.Packed, phi_2) -> jax.Array:
+def _token_weights(model: model_config.ModelConfig, base, adapter, packed: packing.Packed, psi_2) -> jax.Array:
     """v of every target of every micro-batch, [M, P]."""
 
     def set_micro(m, weight_MxP):
-        nll_P = forward.target_nll(config, base, adapter, packed, m)
-        return weight_MxP.at[m].set(token_weights.weights(phi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
+        nll_P = forward.target_nll(model, base, adapter, packed, m)
+        return weight_MxP.at[m].set(token_weights.weights(psi_2, nll_P, packed.entry[m], jnp.ones(packed.length.shape, bool)))
 
     return _replicated(jax.lax.fori_loop(0, packed.num_micro, set_micro, jnp.zeros(packed.entry.shape)))
 
 
 def example_token_weights(
-    config: model_config.ModelConfig, base, adapter, phi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
+    model: model_config.ModelConfig, base, adapter, psi_2, examples, sequences: int, max_length: int, mesh: jax.sharding.Mesh
 ) -> list[np.ndarray]:
     """`token_weights.weights` of the response of each example, [T] float32, for the tokens that have a prediction.
 
     Args:
-      config: of base and adapter.
-      phi_2: φ of the token weights.
+      model: of base and adapter.
+      psi_2: ψ of the token weights.
       examples: rows with prompt and response.
       sequences, max_length, mesh: see `batches`.
     """
@@ -167,7 +164,7 @@ def example_token_weights(
     segments = example_segments(examples)
 
     def program(packed):
-        return _token_weights(config, base, adapter, packed, phi_2)
+        return _token_weights(model, base, adapter, packed, psi_2)
 
     for indices, packed, weight_MxP in results(program, segments, sequences, max_length, mesh, "weights of tokens"):
         weight, entry = np.asarray(weight_MxP).ravel(), packed.entry.ravel()

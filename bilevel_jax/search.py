@@ -17,7 +17,6 @@ derivative at a point says little about larger changes. So the learning rate fal
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 import zipfile
@@ -27,7 +26,7 @@ import jax
 import numpy as np
 import optax
 
-from bilevel_jax import batches, files, metagradient, online, progress, scoring, sharding, train_state
+from bilevel_jax import batches, files, metagradient, online, progress, random_streams, scoring, sharding, train_state
 from bilevel_jax import config as configuration
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels, packing, shuffle
@@ -40,12 +39,12 @@ DROPPED = 10.0  # rows that help less than the average have logits down to minus
 PARTS = 0.5, 0.35  # of the trusted rows: trained on, steering; the rest measures
 TINY = 1e-30
 REMEDY = "lower optimizer.learning_rate, or inspect the rows"
-SPLIT = 3  # tag of the random stream
+SEEDS_APART = 1000  # of the orders of rows of two outer iterations
 
 
 def split_trusted(num_rows: int, seed: int) -> list[np.ndarray]:
     """Indices of the trusted rows that are trained on, that steer, and that measure."""
-    order = np.random.default_rng([seed, SPLIT]).permutation(num_rows)
+    order = np.random.default_rng([seed, random_streams.TRUSTED_PARTS]).permutation(num_rows)
     bounds = np.maximum(np.round(np.cumsum(PARTS) * num_rows).astype(int), [1, 2])
     return np.split(order, bounds)
 
@@ -55,7 +54,7 @@ def _subset(level: levels.Level, indices: np.ndarray) -> levels.Level:
 
 
 @dataclasses.dataclass(frozen=True)
-class Iteration:
+class SearchContext:
     """What every outer iteration works with."""
 
     config: configuration.Config
@@ -69,28 +68,28 @@ class Iteration:
     measuring: list[packing.Segment]
 
 
-def _train(it: Iteration, state: train_state.State, j: int, keep: bool):
+def _train(context: SearchContext, state: train_state.State, j: int, keep: bool):
     """A run with frozen weights.
 
     Returns:
       θ^T; with `keep`, of each step, the learner before it, its batch, both on the host, and its scales.
     """
-    config, setup = dataclasses.replace(it.config, seed=it.config.seed + 1000 * (j + 1)), it.setup
-    layout = it.program.layout
+    config, setup = dataclasses.replace(context.config, seed=context.config.seed + SEEDS_APART * (j + 1)), context.setup
+    layout = context.program.layout
     epoch_steps = shuffle.steps_per_epoch(len(setup.lower.rows), config.batch.size)
     past, empty = [], online.empty(len(setup.lower.rows))
     for k in progress.bar(range(config.num_epochs * epoch_steps), desc=f"metagradient {j + 1}, training", unit="step"):
-        batch = batches.make_batch(config, it.inner, setup.lower, layout, k, empty).batch  # on the host
+        batch = batches.make_batch(config, context.inner, setup.lower, layout, k, empty).batch  # on the host
         scales = sharding.replicate(batches.level_scales(config, k // epoch_steps), setup.mesh)
         if keep:
             past.append((jax.tree.map(sharding.to_host, state.policy), batch, scales))
-        state, _ = it.train_step(setup.base, state, sharding.split_batch(batch, setup.mesh), scales, None)
+        state, _ = context.train_step(setup.base, state, sharding.put_batch(batch, setup.mesh), scales, None)
     return state.policy.adapter, past
 
 
-def _measured(it: Iteration, adapter) -> float:
+def _measured(context: SearchContext, adapter) -> float:
     """The loss of the trusted rows that measure."""
-    return scoring.mean_loss(*it.program.score(it.setup.base, adapter, it.measuring, "trusted rows that measure"))
+    return scoring.mean_loss(*context.program.score(context.setup.base, adapter, context.measuring, "trusted rows that measure"))
 
 
 def _comparable(loss: float, j: int) -> float:
@@ -106,15 +105,15 @@ def _comparable(loss: float, j: int) -> float:
     return math.inf
 
 
-def _metagradient(it: Iteration, logits: np.ndarray, adapter, past: list, j: int) -> np.ndarray:
+def _metagradient(context: SearchContext, logits: np.ndarray, adapter, past: list, j: int) -> np.ndarray:
     """g_j [N], of the run that ended with θ^T."""
-    config, setup = it.config, it.setup
+    config, setup = context.config, context.setup
     shape = config.batch.micro_size, config.data.max_length, setup.mesh
-    final = metagradient.mean_gradient(it.upper_gradient, setup.base, adapter, it.steering, *shape)
+    final = metagradient.mean_gradient(context.upper_gradient, setup.base, adapter, context.steering, *shape)
     weights = sharding.replicate(row_weights(config, logits), setup.mesh)
 
     def replay(learner, weight_N, batch, scales, adjoint):
-        return it.replay(setup.base, learner, weight_N, sharding.split_batch(batch, setup.mesh), scales, adjoint)
+        return context.replay(setup.base, learner, weight_N, sharding.put_batch(batch, setup.mesh), scales, adjoint)
 
     with jax.set_mesh(setup.mesh):
         gradient = metagradient.metagradient(replay, past, weights, final, f"metagradient {j + 1}")
@@ -138,9 +137,8 @@ def to_logits(gradients: Sequence[np.ndarray], num_rows: int) -> np.ndarray:
 
 
 def _write(file: pathlib.Path, identity: str, gradients: list[np.ndarray], losses: list[float]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, gradients=np.array(gradients), losses=np.array(losses), identity=identity)
-    files.write_atomically(file, buffer.getvalue())
+    with files.replacing(file) as out:
+        np.savez(out, gradients=np.array(gradients), losses=np.array(losses), identity=identity)
 
 
 def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[float]]:
@@ -200,7 +198,7 @@ def search(
     gradients, losses = _read(directory / FILE, identity)
     start = _smooth_state(make_state(to_logits([], num_rows)), optimizer)
     shardings = sharding.state_shardings(setup.mesh, start, config.mesh.shard_selector)
-    it = Iteration(
+    context = SearchContext(
         config,
         setup,
         program,
@@ -217,14 +215,15 @@ def search(
         state = jax.tree.map(sharding.device_put, _smooth_state(make_state(logits), optimizer), shardings)
         differentiated = j < config.selection.outer_steps
         with jax.set_mesh(setup.mesh):
-            adapter, past = _train(it, state, j, keep=differentiated)
-        losses.append(_comparable(_measured(it, adapter), j))
+            adapter, past = _train(context, state, j, keep=differentiated)
+        losses.append(_comparable(_measured(context, adapter), j))
         if differentiated and losses[j] == min(losses):
-            gradients.append(_metagradient(it, logits, adapter, past, j))
+            gradients.append(_metagradient(context, logits, adapter, past, j))
         _write(directory / FILE, identity, gradients, losses)
     best = int(np.argmin(losses))
     measured = ", ".join(f"{loss:.4f}" for loss in losses)
     phases.announce(
-        f"loss of {len(it.measuring)} trusted rows with equal weights, then by metagradient: {measured}; number {best + 1} is taken"
+        f"loss of {len(context.measuring)} trusted rows with equal weights, then by metagradient: {measured}; "
+        f"number {best + 1} is taken"
     )
     return to_logits(gradients[:best], num_rows)

@@ -238,7 +238,7 @@ def record(state: SelectorState, row_index_E, part_E, surprise_E, harm_E) -> Sel
 
 
 def update(
-    selector: Selector, state: SelectorState, row_index_E, share_E, num_lower, cost_E, gamma, features=None
+    selector: Selector, state: SelectorState, row_index_E, share_E, num_costs, cost_E, gamma, features=None
 ) -> SelectorState:
     """One move of ω, or of φ.
 
@@ -256,7 +256,7 @@ def update(
     Args:
       row_index_E: int32, the row of each entry; outside [0, N) for entries that are not of the lower level.
       share_E: each entry's weight in the batch mean: 1/B, or 1/(B·G) for one of G responses to a row; 0 for padding.
-      num_lower: B.
+      num_costs: B, the lower-level rows of the batch that have a cost.
       cost_E: [E] float32, C of each entry: nats with `cost="loss"`, without a unit in (-2, 2) with `cost="influence"`. Entries of
         one row are averaged.
       gamma: γ of the penalty.
@@ -269,7 +269,7 @@ def update(
     sigma_E = probabilities(state.logits, row_index_E)
     share_E = jnp.where((row_index_E >= 0) & (row_index_E < N), share_E, 0.0)
     cost_E, baseline = _center(selector, state, jnp.where(share_E > 0, cost_E, 0.0), share_E)
-    part_E = share_E * num_lower  # of its row: 1, or 1/G
+    part_E = share_E * num_costs  # of its row: 1, or 1/G
     state = state._replace(visits=state.visits.at[row_index_E].add(part_E, mode="drop"), baseline=baseline)
     if selector.frozen:
         return state
@@ -283,7 +283,7 @@ def update(
         return state._replace(logits=logits)
     if selector.rule == "bmo":  # (47) sums over the batch, so the ridge counts B times
         gradient_N = jnp.zeros(N).at[row_index_E].add(move_E, mode="drop")
-        return _optimizer_move(selector, state, gradient_N, features, num_lower * selector.ridge)
+        return _optimizer_move(selector, state, gradient_N, features, num_costs * selector.ridge)
     pull_E = gamma * selector.scale(N) * share_E * cost_E
     gradient_N = penalty_gradient(state.logits, row_index_E, pull_E, sigma_E)
     return _optimizer_move(selector, state, gradient_N, features, selector.ridge)

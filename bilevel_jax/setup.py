@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,11 +37,11 @@ class Setup:
     """The model and the rows of a run."""
 
     mesh: jax.sharding.Mesh
-    tokenizer: object
+    tokenizer: Any  # of Hugging Face
     eos: tuple[int, ...]  # ids that end a response
     model: model_config.ModelConfig
     base: dict
-    adapter: dict  # at its start
+    adapter: dict  # at its start; in a run only its shapes, see `without_adapter`
     upper: levels.Level
     lower: levels.Level
 
@@ -56,7 +57,7 @@ def load(config: configuration.Config) -> Setup:
     model = huggingface.read_config(directory, config.model.dtype, quantization=config.model.quantization)
     model = layer_settings.for_length(model, config.data.max_length)
     startup_checks.check_fit(config, model.max_positions, sharding.num_parts(mesh, "rows"))
-    attention, reason = startup_checks.attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
+    attention, reason = startup_checks.resolve_attention(config, model, jax.default_backend(), sharding.num_parts(mesh, "heads"))
     if reason:
         say(f"model.attention=auto takes xla and not fused: {reason}")
     model = dataclasses.replace(model, attention=attention)
@@ -172,7 +173,7 @@ def token_offsets(config: configuration.Config, setup: Setup) -> list[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What computes: the compiled step with what it is called on, the scorer, the maker of batches."""
+    """The compiled functions of a run, with the arguments that are the same in every step."""
 
     train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
     score: Callable  # see `scoring.make_scorer`
@@ -185,8 +186,8 @@ class Program:
     def put_batch(self, batch: batches.StepBatch, mesh: jax.sharding.Mesh) -> packing.Batch:
         """The batch on the devices, complete with the hidden states that leave the frozen layers."""
         if self.frozen_layers is None:
-            return sharding.split_batch(batch.batch, mesh)
-        return self.frozen_layers.put_batch(batch.batch, batch.slots)
+            return sharding.put_batch(batch.batch, mesh)
+        return self.frozen_layers.put_batch(batch.batch, batch.state_keys)
 
 
 def with_references(config: configuration.Config, setup: Setup, directory: pathlib.Path | None = None) -> Setup:
@@ -261,7 +262,7 @@ def jit_step(
     optimizer: optax.GradientTransformation,
     shardings: train_state.State,
     mesh: jax.sharding.Mesh,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """The jitted `(base, state, batch, scales, features) -> (state, metrics)`; `shardings` are those of the state."""
     objective, selector = configuration.to_objective(config), configuration.to_selector(config)
     update = step.make_step(model, objective, selector, optimizer, config.seed)
@@ -287,15 +288,15 @@ def compile_program(
     layout = batch_layout(config, mesh)
     score = scoring.make_scorer(setup.model, micro_size, length, mesh)
     upper, lower = setup.upper, setup.lower
-    slots = frozen.SegmentSlots(upper, lower)
-    layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, slots, directory, resumed)
-    batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_slots=slots if layers else None)
+    keys = frozen.SegmentKeys(upper, lower)
+    layers = frozen.make(config.model.cache_frozen, setup.model, base, setup.adapter, mesh, keys, directory, resumed)
+    batch_of = functools.partial(batches.make_batch, config, upper, lower, layout, row_keys=keys if layers else None)
     with jax.set_mesh(mesh):
         jitted = jit_step(config, setup.model, make_optimizer(config, len(lower.rows)), shardings, mesh)
         first = batch_of(0, online.empty(len(lower.rows))).batch
         if layers:
             first = frozen.with_states(first, frozen.empty_states(setup.model, first.packed.tokens.shape))
-        first = sharding.split_batch(first, mesh)
+        first = sharding.put_batch(first, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
         train_step = jitted.lower(base, state, first, scales, values).compile()
     score_greedy = scoring.make_scorer(setup.model, micro_size, length, mesh, greedy=True)

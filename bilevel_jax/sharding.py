@@ -197,6 +197,6 @@ def batch_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(split, tree)
 
 
-def split_batch(tree, mesh: Mesh):
+def put_batch(tree, mesh: Mesh):
     """Puts a `Packed`, or a tree that contains one, on the devices, see `batch_shardings`."""
     return jax.tree.map(device_put, tree, batch_shardings(tree, mesh))

@@ -18,13 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bilevel_jax import config as configuration
-from bilevel_jax import features
+from bilevel_jax import features, random_streams
 from bilevel_jax import setup as setups
 from bilevel_jax.data import levels
 
 FITTED = 10_000  # rows of each level to which the scores are fitted, drawn at random if there are more
 MIN_TRUSTED = 16  # trusted rows; fewer say too little
-DRAW = 4  # tag of the random stream
 COMPARED = 1000  # rows that are compared at once with all trusted ones
 
 
@@ -66,7 +65,9 @@ def measure(config: configuration.Config, setup: setups.Setup) -> Likeness | Non
     num_upper, num_lower = len(setup.upper.examples), len(setup.lower.examples)
     if num_upper < MIN_TRUSTED:
         return None
-    drawn = (np.random.default_rng([config.seed, DRAW, n]).permutation(n)[:FITTED] for n in (num_lower, num_upper))
+    drawn = (
+        np.random.default_rng([config.seed, random_streams.SIMILARITY, n]).permutation(n)[:FITTED] for n in (num_lower, num_upper)
+    )
     lower, upper = (np.sort(rows) for rows in drawn)
     fitted = _means(config, setup, setup.lower, lower, "rows to compare")
     trusted = _means(config, setup, setup.upper, upper, "trusted rows to compare with")

@@ -41,11 +41,10 @@ class RunContext:
     """What the loop works with. Nothing here changes from step to step, except for the clock and what is written."""
 
     config: configuration.Config
-    workdir: pathlib.Path  # for the files of this process
+    process_dir: pathlib.Path  # the workdir in the first process; a temporary directory in the others
     clock: clocks.Clock
     setup: setups.Setup
     program: setups.Program
-    encoder: features.Encoder | None  # of the rows' features
     token_offsets: list[np.ndarray] | None  # where each row's tokens are in its response, if tokens have weights
     held_out: evaluation.HeldOut
     start: int  # steps taken before this process
@@ -96,8 +95,8 @@ class LoopState(NamedTuple):
 def prepare(
     config: configuration.Config,
     config_dict: ml_collections.ConfigDict,
+    process_dir: pathlib.Path,
     workdir: pathlib.Path,
-    shared: pathlib.Path,
     clock: clocks.Clock,
 ) -> tuple[RunContext, LoopState]:
     """Loads, compiles and restores."""
@@ -107,36 +106,35 @@ def prepare(
     num_steps = setups.checked_steps(config, setup)
     truths = levels.truths(lower, config.data.truth)
     reward_fn = _reward_fn(config, lower, truths)  # fails before anything is compiled
-    checkpoints = checkpoint.Checkpoints(shared / "checkpoints", config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     start = checkpoints.latest() or 0
-    identity, counters = _identify(config, settings(config_dict), setup, shared, checkpoints, start)
+    identity, counters = _identify(config, settings(config_dict), setup, workdir, checkpoints, start)
     with clock("load"):
         given = None if start else _given_logits(config, lower)
-        row_features = setups.row_features(config, setup, shared, resumed=bool(start))
+        row_features = setups.row_features(config, setup, workdir, resumed=bool(start))
     state, shardings = setups.init_state(config, setup, row_features.size)
     setup = setups.without_adapter(setup)
-    disk.check(shared, run_sizes.new_bytes(config, setup, state, workdir, disk.num_saved(shared)))
+    disk.check(workdir, run_sizes.new_bytes(config, setup, state, process_dir, disk.num_saved(workdir)))
     token_offsets = setups.token_offsets(config, setup)
     with clock("compile"), phases.phase("compiling the training step"):
-        setup = setups.with_references(config, setup, shared if start else None)
-        program = setups.compile_program(config, setup, state, shardings, row_features.values, workdir, resumed=bool(start))
+        setup = setups.with_references(config, setup, workdir if start else None)
+        program = setups.compile_program(config, setup, state, shardings, row_features.values, process_dir, resumed=bool(start))
 
-    loop = LoopState(state, online.empty(len(lower.rows)), None, {}, {}, {})
+    loop = LoopState(state, online.empty(len(lower.rows)), best=None, measured={}, at_start={}, refresh_counts={})
     if start:
-        loop = _restore(config, shared, checkpoints, state, counters, num_steps, clock)
+        loop = _restore(config, workdir, checkpoints, state, counters, num_steps, clock)
 
     # The workdir belongs to this config now that the config has proved to run.
-    files.write_atomically(workdir / "config.json", config_json(config_dict))
+    files.write_atomically(process_dir / "config.json", config_json(config_dict))
     if not start:
-        _write_for_resumption(workdir, row_features, setup)
-        loop = loop._replace(state=_with_first_weights(config, setup, program, state, given, shared, identity, clock))
+        _write_for_resumption(process_dir, row_features, setup)
+        loop = loop._replace(state=_with_first_weights(config, setup, program, state, given, workdir, identity, clock))
     run = RunContext(
         config=config,
-        workdir=workdir,
+        process_dir=process_dir,
         clock=clock,
         setup=setup,
         program=program,
-        encoder=row_features.encoder,
         token_offsets=token_offsets,
         held_out=_held_out(config, setup, program, clock),
         start=start,
@@ -146,18 +144,18 @@ def prepare(
         truths=truths,
         checkpoints=checkpoints,
         identity=identity,
-        writer=_open_writer(config, config_dict, workdir, start),
+        writer=_open_writer(config, config_dict, process_dir, start),
         refresh=setups.build_refresh(config, setup, program.score, reward_fn) if config.method in configuration.ONLINE else None,
     )
     return run, loop if start else _measure_start(run, loop)
 
 
-def _write_for_resumption(workdir: pathlib.Path, row_features: setups.RowFeatures, setup: setups.Setup) -> None:
+def _write_for_resumption(process_dir: pathlib.Path, row_features: setups.RowFeatures, setup: setups.Setup) -> None:
     """Writes what a resumed run reads again: features, if the encoder was fitted, and references, if there are pairs."""
     if row_features.encoder:
-        features.write(workdir / features.FILE, row_features.encoder, np.asarray(row_features.values))
+        features.write(process_dir / features.FILE, row_features.encoder, np.asarray(row_features.values))
     for name, level in (("upper", setup.upper), ("lower", setup.lower)):
-        references.write(references.file_of(workdir, name), level)
+        references.write(references.file_of(process_dir, name), level)
 
 
 def _held_out(
@@ -171,7 +169,7 @@ def _held_out(
 
 def _restore(
     config: configuration.Config,
-    shared: pathlib.Path,
+    workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     state: train_state.State,
     counters: dict,
@@ -181,20 +179,21 @@ def _restore(
     """What the newest checkpoint has; `state` has its shapes and shardings. The clock goes on from its seconds."""
     start = checkpoints.latest() or 0
     state, store, adapter = checkpoints.restore(start, state, keeps_best=config.eval.keep_best)
-    _check_growth(config, shared, store, counters.get("num_steps", num_steps), num_steps, start)
+    _check_growth(config, workdir, store, counters.get("num_steps", num_steps), num_steps, start)
     clock.seconds = {key: value + counters.get("seconds", {}).get(key, 0.0) for key, value in clock.seconds.items()}
-    say(f"resuming {shared} at step {start} of {num_steps}")
+    say(f"resuming {workdir} at step {start} of {num_steps}")
     best = early_stopping.restore(counters.get("best"), adapter)
-    return LoopState(state, store, best, {}, counters.get("at_start", {}), counters.get("refreshed", {}))
+    at_start, refreshed = counters.get("at_start", {}), counters.get("refreshed", {})
+    return LoopState(state, store, best, measured={}, at_start=at_start, refresh_counts=refreshed)
 
 
 def _check_growth(
-    config: configuration.Config, shared: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
+    config: configuration.Config, workdir: pathlib.Path, store: online.ResponseStore, before: int, num_steps: int, start: int
 ) -> None:
     """Refuses more steps than the run had `before`, where the responses in use do not reach so far."""
     if not online.covers_remaining_steps(store, config.online, before, num_steps, start):
         what = f"num_epochs cannot grow now: the responses of step {store.step} are for the steps before {before} only"
-        raise RunError(f"{shared}: {what}; put num_epochs back, or give another --workdir")
+        raise RunError(f"{workdir}: {what}; put num_epochs back, or give another --workdir")
 
 
 def _with_logits(state: train_state.State, logits: np.ndarray) -> train_state.State:
@@ -210,7 +209,7 @@ def _with_first_weights(
     program: setups.Program,
     state: train_state.State,
     given: np.ndarray | None,
-    shared: pathlib.Path,
+    workdir: pathlib.Path,
     identity: dict,
     clock: clocks.Clock,
 ) -> train_state.State:
@@ -222,7 +221,7 @@ def _with_first_weights(
     phases.announce("searching for weights by exact metagradients")
     with clock("search"):
         make_state, rows_and_model = functools.partial(_with_logits, state), f"{identity['data']} {identity['model']}"
-        return _with_logits(state, search.search(config, setup, program, make_state, shared, rows_and_model))
+        return _with_logits(state, search.search(config, setup, program, make_state, workdir, rows_and_model))
 
 
 def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:
@@ -253,7 +252,7 @@ def _identify(
     config: configuration.Config,
     now: dict,
     setup: setups.Setup,
-    shared: pathlib.Path,
+    workdir: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
     start: int,
 ) -> tuple[dict, dict]:
@@ -267,19 +266,19 @@ def _identify(
     model = checkpoint.fingerprint_model(setup.base, *(level.all_examples for level in both))
     counters = checkpoints.counters(start) if start else {}
     if start:  # earlier versions stored no settings
-        refuse_other_settings(now, counters.get("config", now), f"{shared}/checkpoints/{start}", resumes=True)
+        refuse_other_settings(now, counters.get("config", now), f"{workdir}/checkpoints/{start}", resumes=True)
     if start and counters.get("data") != data:
-        raise RunError(f"{shared}: the data changed since this run began; give another --workdir")
+        raise RunError(f"{workdir}: the data changed since this run began; give another --workdir")
     if start and counters.get("model") != model:
         what = f"weights or tokenizer at {config.model.path} changed since this run began"
-        raise RunError(f"{shared}: {what}; put them back, or give another --workdir")
+        raise RunError(f"{workdir}: {what}; put them back, or give another --workdir")
     return {"data": data, "model": model, "config": now}, counters
 
 
 def _open_writer(
-    config: configuration.Config, config_dict: ml_collections.ConfigDict, workdir: pathlib.Path, start: int
+    config: configuration.Config, config_dict: ml_collections.ConfigDict, process_dir: pathlib.Path, start: int
 ) -> metrics.MetricsWriter:
     wandb = "" if jax.process_index() else config.log.wandb
     return metrics.MetricsWriter(
-        workdir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config_dict.to_dict()
+        process_dir, start=start or -1, tensorboard=config.log.tensorboard, wandb=wandb, config=config_dict.to_dict()
     )

@@ -1,8 +1,7 @@
 """Checks of a config against its model, rows and devices, which are known once a run starts or is planned."""
 
 from bilevel_jax import config as configuration
-from bilevel_jax import online
-from bilevel_jax.checks import nearest
+from bilevel_jax import near_names, online
 from bilevel_jax.config import Config, ConfigError
 from bilevel_jax.data import levels
 from bilevel_jax.models import fused_attention, model_config
@@ -28,7 +27,7 @@ def check_fit(config: Config, max_positions: int, num_parts: int) -> None:
             raise ConfigError(f"{key}={number} must be a multiple of mesh.data · mesh.fsdp, {num_parts} devices")
 
 
-def attention(config: Config, model: model_config.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
+def resolve_attention(config: Config, model: model_config.ModelConfig, platform: str, tensor: int) -> tuple[str, str]:
     """What `model.attention` is on these devices: `xla` or a kernel, and why `auto` is `xla` on a TPU, or an empty text.
 
     Args:
@@ -121,7 +120,7 @@ def notices(config: Config, upper: levels.Level, lower: levels.Level) -> list[st
         lines.append(f"{what}, so the trusted loss is not measured")
     label = config.data.label
     if label != configuration.Data().label and levels.labels(lower, label) is None:
-        near = nearest(label, next(iter(lower.rows)).fields)
+        near = near_names.hint(label, next(iter(lower.rows)).fields)
         lines.append(f"data.label={label}: no row of data.lower has this field{near}, so nothing is measured by labels")
     return lines
 

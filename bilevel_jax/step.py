@@ -1,4 +1,4 @@
-"""The joint update of θ and ω, the heart of the method: one pure function of `(base, state, batch, scales)`.
+"""The joint update of θ and ω, the heart of the method: one pure function of `(base, state, batch, scales, features)`.
 
 For an upper batch of B0 rows and a lower batch of B rows i_1 ... i_B, with w_i = N·σ_i(ω) and γ = ρ/(1-ρ):
 
@@ -132,7 +132,7 @@ def weights_before_policy(
 
 
 def make_step(
-    config: model_config.ModelConfig,
+    model: model_config.ModelConfig,
     objective: Objective,
     selector: selection.Selector,
     optimizer: optax.GradientTransformation,
@@ -144,7 +144,7 @@ def make_step(
     `features` are those of the rows where ω is a function of them, see `selector.update`. For `metrics` see `_metrics`.
 
     Args:
-      config: shape of the model.
+      model: shape of the model.
       objective: losses of both levels.
       selector: rule and optimizer of ω.
       optimizer: of θ and θ'.
@@ -158,7 +158,7 @@ def make_step(
       ValueError: options that do not go together, see `objective.check_combination`; by `step`, a state made for other options.
     """
     check_combination(objective, selector)
-    problem = Problem(config, objective, selector, optimizer, seed)
+    problem = Problem(model, objective, selector, optimizer, seed)
 
     def step(base, state: State, batch: packing.Batch, scales: Scales, features=None):
         problem.check(state)
@@ -205,7 +205,7 @@ def _metrics(objective: Objective, batch: packing.Batch, shares: Shares, update:
         "lower_loss": jnp.sum(shares.cost * loss_E),
         "gradient_norm": optax.tree.norm(update.gradient),
         "response_tokens": jnp.sum(batch.packed.num_targets).astype(jnp.float32),
-        "row_loss": losses.row_losses(update.nll_E, batch.packed.length, objective.reduction),
+        "row_loss": losses.reduce_tokens(update.nll_E, batch.packed.length, objective.reduction),
         "log_ratio": -update.nll_E - batch.old_log_prob,
         "response_weight": update.response_weight_E,
     }

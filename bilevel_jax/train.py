@@ -22,6 +22,7 @@ from bilevel_jax import (
     finish,
     online,
     optimizer,
+    random_streams,
     selector,
     sharding,
     similarity,
@@ -35,8 +36,6 @@ from bilevel_jax.runtime import clock as clocks
 from bilevel_jax.runtime import interruption, phases, response_log, response_metrics, state_store, step_log, weight_table
 from bilevel_jax.runtime.workdir import open_workdir
 from bilevel_jax.startup import LoopState, RunContext
-
-IN_USE = 5  # tag of the stream that draws the measured rows
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: float | None = None) -> dict[str, float]:
@@ -60,20 +59,20 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, began: f
         if not jax.process_index():
             return _run(typed, config, workdir, workdir, began)
         with tempfile.TemporaryDirectory() as scratch:  # all processes compute the same, and the first one's files are enough
-            return _run(typed, config, pathlib.Path(scratch), workdir, began)
+            return _run(typed, config, workdir, pathlib.Path(scratch), began)
 
 
 def _run(
     config: configuration.Config,
     config_dict: ml_collections.ConfigDict,
     workdir: pathlib.Path,
-    shared: pathlib.Path,
+    process_dir: pathlib.Path,
     began: float | None,
 ) -> dict[str, float]:
-    """Prepares, trains and finishes. Checkpoints, which all processes write together, go to `shared`."""
+    """Prepares, trains and finishes. Checkpoints, which all processes write together, go to `workdir`."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches, and prints what it raises
     clock = clocks.Clock(began)
-    run, loop = startup.prepare(config, config_dict, workdir, shared, clock)
+    run, loop = startup.prepare(config, config_dict, workdir, process_dir, clock)
     return _finish(run, _train(run, loop))
 
 
@@ -89,26 +88,26 @@ def _train(run: RunContext, loop: LoopState) -> LoopState:
       Interrupted: a signal arrived; the state is saved.
     """
     patience = run.config.eval.patience
-    with _open_outputs(run) as out:
+    with _open_resources(run) as resources:
         for k in range(run.start, run.num_steps):
             if early_stopping.is_over(loop.best, patience):
                 break
             if run.refresh_due(k):
-                refreshed = _refresh(run, loop, k, out)
+                refreshed = _refresh(run, loop, k, resources)
                 if refreshed is None:
                     _save(run, loop, k)
                     break
-                out.write_responses(loop.store)
+                resources.write_responses(loop.store)
                 loop = refreshed
-            batch = out.prefetcher.get(k, loop.store)
-            loop = loop._replace(state=_step(run, loop.state, k, batch, loop.store, out))
+            batch = resources.prefetcher.get(k, loop.store)
+            loop = loop._replace(state=_step(run, loop.state, k, batch, loop.store, resources))
             done = k + 1
-            stops = done < run.num_steps and out.stopped()  # asked once: a signal may arrive at any moment
+            stops = done < run.num_steps and resources.stopped()  # asked once: a signal may arrive at any moment
             if run.eval_due(done) or run.save_due(done) or stops:
-                out.log.flush()  # nothing is evaluated or saved before its step is known to be finite
+                resources.log.flush()  # nothing is evaluated or saved before its step is known to be finite
             if run.eval_due(done):
                 loop = _evaluate(run, loop, done)
-                out.log.restart_clock()
+                resources.log.restart_clock()
             if run.save_due(done) or stops or early_stopping.is_over(loop.best, patience):
                 _save(run, loop, done)
             if stops:
@@ -116,16 +115,16 @@ def _train(run: RunContext, loop: LoopState) -> LoopState:
         done = int(loop.state.step)
         is_finished = done == run.num_steps or early_stopping.is_over(loop.best, patience)
         if is_finished:
-            out.write_responses(loop.store)
+            resources.write_responses(loop.store)
     if not is_finished:
-        number = out.signals[0] if out.signals else signal.SIGTERM
-        name = signal.Signals(number).name if out.signals else "a signal to another process"
+        number = resources.signals[0] if resources.signals else signal.SIGTERM
+        name = signal.Signals(number).name if resources.signals else "a signal to another process"
         raise Interrupted(f"{name}: saved at step {done} of {run.num_steps}; the same command continues", number)
     return loop
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
+class LoopResources:
     """What is open while the steps run."""
 
     log: step_log.StepLog
@@ -141,7 +140,7 @@ class Outputs:
 
 
 @contextlib.contextmanager
-def _open_outputs(run: RunContext):
+def _open_resources(run: RunContext):
     """Opens files, signal handlers and the progress bar, and closes them in the reverse order."""
     config = run.config
     with contextlib.ExitStack() as stack:
@@ -150,45 +149,50 @@ def _open_outputs(run: RunContext):
         stack.enter_context(contextlib.closing(run.writer))
         write_responses = _open_responses(run, stack)
         stack.enter_context(run.clock("train"))
-        profile = stack.enter_context(clocks.Profile(run.workdir / "profile", configuration.profiled_steps(config)))
+        profile = stack.enter_context(clocks.Profile(run.process_dir / "profile", configuration.profiled_steps(config)))
         signals = stack.enter_context(interruption.catch_signals())
         prefetcher = stack.enter_context(batches.Prefetcher(run.program.batch_of, run.num_steps, run.refresh_due))
         options = {"unit": "step", "smoothing": 0.05, "disable": not text.is_first_process()}
         bar = tqdm.tqdm(total=run.num_steps, initial=run.start, desc=config.method, **options)
         rates = optimizer.learning_rates(configuration.optimizer_settings(config), run.num_steps)
         log = step_log.StepLog(config, run.writer, stack.enter_context(bar), run.epoch_steps, rates)
-        yield Outputs(log, prefetcher, profile, signals, write_responses, sharding.AnyProcess())
+        yield LoopResources(log, prefetcher, profile, signals, write_responses, sharding.AnyProcess())
 
 
 def _open_responses(run: RunContext, stack: contextlib.ExitStack) -> Callable[[online.ResponseStore], None]:
     if run.refresh is None:
         return lambda store: None
-    log = response_log.ResponseLog(run.workdir / "responses.jsonl", run.start, run.config.online.refresh_every)
+    log = response_log.ResponseLog(run.process_dir / "responses.jsonl", run.start, run.config.online.refresh_every)
     stack.enter_context(contextlib.closing(log))
     return lambda store: log.write(store, run.setup.lower.ids, run.setup.detokenize, run.setup.eos)
 
 
 def _step(
-    run: RunContext, state: train_state.State, k: int, batch: batches.StepBatch, store: online.ResponseStore, out: Outputs
+    run: RunContext,
+    state: train_state.State,
+    k: int,
+    batch: batches.StepBatch,
+    store: online.ResponseStore,
+    resources: LoopResources,
 ) -> train_state.State:
     """One joint update of θ and ω (lines 9-17), dispatched; its metrics are logged one step later."""
     mesh, done = run.setup.mesh, k + 1
     scales = sharding.replicate(batches.level_scales(run.config, k // run.epoch_steps), mesh)
-    with out.log.paused():
-        out.profile.before(k, state)
+    with resources.log.paused():
+        resources.profile.before(k, state)
     with jax.profiler.StepTraceAnnotation("step", step_num=k):
         packed = run.program.put_batch(batch, mesh)
         state, values = run.program.train_step(run.setup.base, state, packed, scales, run.program.features)
     log_weights = run.selects and done % run.config.log.every == 0
-    out.log.push(done, values, selector.summary(state.selector.logits) if log_weights else {}, batch, store)
+    resources.log.push(done, values, selector.summary(state.selector.logits) if log_weights else {}, batch, store)
     return state
 
 
-def _refresh(run: RunContext, loop: LoopState, k: int, out: Outputs) -> LoopState | None:
+def _refresh(run: RunContext, loop: LoopState, k: int, resources: LoopResources) -> LoopState | None:
     """New responses to the masked questions that steps k ... will visit (lines 5-8); None if a signal arrived meanwhile."""
-    out.log.flush()  # notes the last ratios of the responses that are replaced
-    with run.clock("generate"), out.log.paused():
-        return _generate(run, loop, k, out.stopped)
+    resources.log.flush()  # notes the last ratios of the responses that are replaced
+    with run.clock("generate"), resources.log.paused():
+        return _generate(run, loop, k, resources.stopped)
 
 
 def _generate(run: RunContext, loop: LoopState, k: int, stopped: Callable[[], bool]) -> LoopState | None:
@@ -233,7 +237,7 @@ def _measure_rows_in_use(run: RunContext, state: train_state.State, store: onlin
     config, steps, every = run.config, int(state.step), run.config.online.refresh_every
     num_rows = len(run.setup.lower.rows)
     visited = online.visited_rows(config.seed, num_rows, config.batch.size, (steps - 1) // every * every, steps)
-    order = np.random.default_rng((config.seed, IN_USE)).permutation(visited)
+    order = np.random.default_rng((config.seed, random_streams.ROWS_IN_USE)).permutation(visited)
     chosen = np.sort(order[: len(run.held_out.examples["lower"])])
     with run.clock("eval"):
         return evaluation.rows_in_use(
@@ -267,15 +271,16 @@ def _write_weights(run: RunContext, loop: LoopState, epoch: int, likeness: simil
     logits, visits, data_visits, surprise, harm = map(sharding.to_host, parts)
     useful = np.where(data_visits > 0, -harm / np.maximum(data_visits, 1), np.nan) if has_influence else None
     ids, masked = run.setup.lower.ids, loop.store.masked
-    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, *(likeness or ()))
-    weight_table.write_blocks(run.workdir / "weights" / f"epoch_{epoch}.parquet", blocks)
+    measured = likeness._asdict() if likeness else {}
+    blocks = weight_table.blocks(ids, run.sources, logits, visits, masked, surprise, useful, **measured)
+    weight_table.write_blocks(run.process_dir / "weights" / f"epoch_{epoch}.parquet", blocks)
 
 
 def _save(run: RunContext, loop: LoopState, k: int) -> None:
     """Writes the adapter of step k, and starts to write the checkpoint."""
     state, best = loop.state, loop.best
     with run.clock("checkpoint"):
-        finish.write_step_adapter(run.config, run.workdir, run.setup, state, k)
+        finish.write_step_adapter(run.config, run.process_dir, run.setup, state, k)
         counters = run.identity | {"seconds": run.clock.elapsed()}
         counters |= {"at_start": loop.at_start, "refreshed": loop.refresh_counts, "num_steps": run.num_steps, "step": k}
         counters |= {"best": best.counters()} if best else {}
@@ -288,11 +293,11 @@ def _finish(run: RunContext, loop: LoopState) -> dict[str, float]:
     steps = int(state.step)
     if best and best.adapter is not None and best.step != steps:
         state, measured = state._replace(policy=state.policy._replace(adapter=best.adapter)), {}
-    finish.write_parameters(run.config, run.workdir, run.setup, state, run.encoder)
+    finish.write_parameters(run.config, run.process_dir, run.setup, state)
     measured = measured or _measure(run, state)  # empty if resumed after the last step
     if run.token_offsets is not None:
         with run.clock("eval"):
-            measured |= finish.write_token_weights(run.config, run.workdir, run.setup, state, run.token_offsets)
+            measured |= finish.write_token_weights(run.config, run.process_dir, run.setup, state, run.token_offsets)
     if run.held_out.examples["lower"] and run.config.loss.lower == "sft":
         measured |= _measure_rows_in_use(run, state, loop.store)
     values: dict = {"steps": steps, "rows": len(run.setup.lower.rows)}
@@ -300,5 +305,5 @@ def _finish(run: RunContext, loop: LoopState) -> dict[str, float]:
     for level in ("upper", "lower"):
         values |= {f"data/{level}_{key}": count for key, count in getattr(run.setup, level).counts.items()}
     values |= {f"start/{key.removeprefix('eval/')}": value for key, value in loop.at_start.items()}
-    state_store.remove(run.workdir)
-    return finish.write_summary(run.workdir, run.setup, values | measured | loop.refresh_counts, run.clock)
+    state_store.remove(run.process_dir)
+    return finish.write_summary(run.process_dir, run.setup, values | measured | loop.refresh_counts, run.clock)

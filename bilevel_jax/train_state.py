@@ -20,11 +20,13 @@ class Learner(NamedTuple):
 
 
 class State(NamedTuple):
+    """All that a step changes: θ, ω, and what is learned or measured beside them."""
+
     step: jax.Array  # [] int32, optimizer steps taken
     policy: Learner  # θ
     selector: selection.SelectorState  # ω
     tracker: Learner | None  # θ' of `value_function="tracked"`
-    token_params: jax.Array | None = None  # [2] float32, φ of `token_weights`; None where tokens have no weights
+    token_params: jax.Array | None = None  # [2] float32, ψ of `token_weights`; None where tokens have no weights
     influence: influences.InfluenceState | None = None  # None for other costs
 
     @property

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel_jax import errors, features, ranking, sharding, similarity
+from bilevel_jax import errors, features, random_streams, ranking, sharding, similarity
 from bilevel_jax.data import templates
 from bilevel_jax.models import decoder, layer_settings, layers
 from tests.conftest import load
@@ -213,7 +213,7 @@ def test_similarity_of_many_rows(compared, monkeypatch):
     monkeypatch.setattr(similarity, "FITTED", 300)
     similar, nearest = compared(lower, upper)
     assert similar.shape == (650,) and ranking.auroc(-similar.astype(np.float64), is_bad) > 0.9
-    drawn = [np.sort(np.random.default_rng([0, similarity.DRAW, n]).permutation(n)[:300]) for n in (650, 400)]
+    drawn = [np.sort(np.random.default_rng([0, random_streams.SIMILARITY, n]).permutation(n)[:300]) for n in (650, 400)]
     encoder = features.fit(lower[drawn[0]], upper[drawn[1]])
     np.testing.assert_allclose(similar, features.similarity(encoder, lower), rtol=1e-5, atol=1e-6)
     lower_Nxd, upper_txd = (features.coordinates(encoder, states) for states in (lower, upper[drawn[1]]))

@@ -209,7 +209,7 @@ def test_only_micro_batches_in_use_are_sent(monkeypatch):
         on_devices = layers.put_batch(batch, slots).packed
         assert sent == [(S, L, MODEL.hidden_size)] * used
         np.testing.assert_array_equal(on_devices.entering[:used], expected.entering[:used])
-        of_all = entry_losses(MODEL, params, adapter, sharding.split_batch(expected, layers.mesh))
+        of_all = entry_losses(MODEL, params, adapter, sharding.put_batch(expected, layers.mesh))
         np.testing.assert_array_equal(entry_losses(MODEL, params, adapter, on_devices), of_all)
         assert on_devices.entering.sharding == sharding.batch_shardings(expected, layers.mesh).entering
         assert frozen._overwriting(on_devices.entering.sharding)._cache_size() == 1

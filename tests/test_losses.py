@@ -163,6 +163,6 @@ def test_compiled_memory_is_that_of_one_chunk():
 
 
 @pytest.mark.parametrize("reduction, expected", [("mean", [2.0, 0.5, 0.0]), ("sum", [6.0, 0.5, 0.0])])
-def test_row_losses(reduction, expected):
+def test_reduce_tokens(reduction, expected):
     nll, length = jnp.array([6.0, 0.5, 0.0]), jnp.array([3, 1, 0])
-    np.testing.assert_allclose(losses.row_losses(nll, length, reduction), expected)
+    np.testing.assert_allclose(losses.reduce_tokens(nll, length, reduction), expected)

@@ -41,7 +41,7 @@ def test_auroc_of_special_cases(score, positive, expected):
     "logits, expected", [([0.0, 2.0, 1.0], [1, 2, 0]), ([1.0, 1.0, 1.0], [0, 1, 2]), ([0.0, 1.0, 0.0], [1, 0, 2])]
 )
 def test_keep_order(logits, expected):
-    assert ranking.keep_order(np.array(logits)).tolist() == expected
+    assert ranking.heaviest_first(np.array(logits)).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -287,10 +287,10 @@ def source_names(level: Level) -> pa.DictionaryArray:
 def labels(level: Level, field: str) -> np.ndarray | None:
     """Whether each training row is marked bad, [n] bool, for measurement; None if no row has the field."""
     if isinstance(level.rows, sequences.StoredRows):
-        stored_marks = level.rows.marks(field)
-        return stored_marks > 0 if (stored_marks >= 0).any() else None
-    marks = [rows.mark(row, field) for row in level.rows]
-    return np.array([bool(mark) for mark in marks]) if any(mark is not None for mark in marks) else None
+        codes = level.rows.marks(field)
+    else:
+        codes = np.array([rows.mark_code(row, field) for row in level.rows], np.int8)
+    return codes > 0 if (codes != rows.UNLABELLED).any() else None
 
 
 def truths(level: Level, field: str) -> Sequence[str | None]:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+from bilevel_jax import errors
 from bilevel_jax.data import limits, parts, schemas
 from bilevel_jax.data.parts import FORMATS, is_hub
 from bilevel_jax.data.rejections import COMPRESSED, DataError, Line, Rejection, suffix_of
@@ -134,7 +135,7 @@ def _open_saved(folder: str, split: str):
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return errors.first_line(error)
 
 
 # --------------------------------------------------------------------------------------------------------------------

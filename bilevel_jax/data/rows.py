@@ -26,6 +26,7 @@ CUT = "turns after the last answer left out"
 EXPORTED = frozenset(("id", "rank", "prompt", "completion"))  # columns of a row that was exported for SFTTrainer
 RENAMED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")  # then, as original_NAME
 CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)  # of what the id covers
+UNLABELLED = -1  # `mark_code` of a row without a label
 UNMARKED = ("", "0", "0.0", "false", "no", "f", "n")  # texts of labels, as CSV files hold them
 
 
@@ -323,6 +324,12 @@ def spans(row: Row, field: str) -> Sequence[Sequence[float]]:
         what = f"row {row.id}: {field}={row.fields[field]!r:.80} is not a list of [start, stop], in characters of the response"
         raise DataError(f"{what}; mend it, or name another field as data.spans")
     return values
+
+
+def mark_code(row: Row, field: str) -> int:
+    """`mark` as a number for arrays: 1 or 0; UNLABELLED for None."""
+    value = mark(row, field)
+    return UNLABELLED if value is None else int(value)
 
 
 def mark(row: Row, field: str) -> bool | None:

@@ -4,18 +4,18 @@ import functools
 
 import numpy as np
 
-LOWER, UPPER = 0, 1  # tags of the two levels' random streams
+from bilevel_jax import random_streams
 
 
 # Two caches: a batch may take many passes over a small upper level, which must not displace the order of a large lower one.
 @functools.lru_cache(maxsize=2)
 def _lower_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, LOWER, epoch)).permutation(size)
+    return np.random.default_rng((seed, random_streams.LOWER_ORDER, epoch)).permutation(size)
 
 
 @functools.lru_cache(maxsize=4)
 def _upper_pass(seed: int, number: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, UPPER, number)).permutation(size)
+    return np.random.default_rng((seed, random_streams.UPPER_ORDER, number)).permutation(size)
 
 
 def steps_per_epoch(size: int, batch: int) -> int:

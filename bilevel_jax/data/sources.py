@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_jax import random_streams
 from bilevel_jax.data import readers, recipes, rows, synthetic
 from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.rejections import DataError
 from bilevel_jax.data.rows import Report, Row
 
-SUBSET, SPLIT = 1, 2  # tags of the random streams of the two functions
 MAX_HELD_OUT = 200  # the most rows that are held out where a share of them is asked for
 
 
@@ -74,7 +74,7 @@ def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.nd
     """
     if not 0 <= num_eval < len(stored):
         raise DataError(f"cannot hold out {num_eval} of {len(stored)} rows: at least one must be left for training")
-    order = np.random.default_rng([seed, SPLIT]).permutation(len(stored))
+    order = np.random.default_rng([seed, random_streams.HELD_OUT]).permutation(len(stored))
     return np.sort(order[num_eval:]), np.sort(order[:num_eval])
 
 
@@ -102,7 +102,7 @@ def subset_indices(size: int, num_rows: int, seed: int) -> np.ndarray:
     """Indices of a random subset of `num_rows` rows in stored order; all rows if `num_rows` is 0 or at least `size`."""
     if not 0 < num_rows < size:
         return np.arange(size)
-    return np.sort(np.random.default_rng([seed, SUBSET]).permutation(size)[:num_rows])
+    return np.sort(np.random.default_rng([seed, random_streams.SUBSET]).permutation(size)[:num_rows])
 
 
 def _subset(stored: list[Row], report: Report, num_rows: int, seed: int) -> tuple[list[Row], Report]:

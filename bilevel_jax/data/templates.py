@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from bilevel_jax import progress
-from bilevel_jax.data import limits, turns
+from bilevel_jax import errors, progress
+from bilevel_jax.data import limits, tokenization, turns
 from bilevel_jax.data.messages import Unusable
 from bilevel_jax.data.rejections import Rejection, location, tally
 from bilevel_jax.data.rows import Row
@@ -51,7 +51,7 @@ class Example:
     rejected: np.ndarray | None  # [R'] int32, including EOS; None unless the row is a preference
     reason: str | None = None  # why the template cannot render the row, which then has no tokens
     earlier: turns.Spans = ()  # tokens of `prompt` that are learned: the answers before the response
-    is_cut: bool = False  # the conversation is cut: `response` is an earlier answer of the row
+    ends_early: bool = False  # the conversation is cut: `response` is an earlier answer of the row
 
     @property
     def size(self) -> int:
@@ -83,12 +83,12 @@ def load_tokenizer(path: str):
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        limits.tokenize(tokenizer, ["a"])  # some damaged files fail only here
+        tokenization.tokenize(tokenizer, ["a"])  # some damaged files fail only here
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers makes without its files
             raise ValueError("it has no tokens but special ones; is tokenizer.json missing?")
         return tokenizer
     except Exception as error:  # missing and damaged files raise many types of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = errors.first_line(error)
         raise ValueError(f"no usable tokenizer at '{path}': {reason.rstrip(': ')}") from error
 
 
@@ -165,8 +165,8 @@ def _encode(
     """The examples of rows with their prompts, or with the reasons why they have none."""
     usable = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if isinstance(prompt, turns.Prompt)]
     encoded = turns.tokenize([prompt for _, prompt in usable], tokenizer) if usable else iter(())
-    responses = iter(limits.token_ids(tokenizer, [response_text(row, tokenizer) for row, _ in usable]))
-    rejected = iter(limits.token_ids(tokenizer, [row.rejected for row, _ in usable if row.rejected is not None]))
+    responses = iter(tokenization.token_ids(tokenizer, [response_text(row, tokenizer) for row, _ in usable]))
+    rejected = iter(tokenization.token_ids(tokenizer, [row.rejected for row, _ in usable if row.rejected is not None]))
 
     def example(row: Row, prompt: turns.Prompt | str) -> Example:
         if isinstance(prompt, str):
@@ -290,9 +290,9 @@ def response_offsets(rows: Sequence[Row], examples: Sequence[Example], tokenizer
     offsets = []
     for first in range(0, len(rows), CHUNK):
         texts = [response_text(row, tokenizer) for row in rows[first : first + CHUNK]]
-        encoded = limits.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenization.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
         for text, token_offsets, example in zip(texts, encoded["offset_mapping"], examples[first : first + CHUNK]):
-            number = 0 if example.is_cut else len(example.response)
+            number = 0 if example.ends_early else len(example.response)
             offsets.append(np.array([*token_offsets, (len(text), len(text))], np.int32)[:number])
     return offsets
 
@@ -356,7 +356,7 @@ def _cut(example: Example, max_length: int) -> Example | None:
     start, stop = fitting.pop()
     response = example.prompt[start : min(stop, max_length)]
     earlier = tuple(span for span in example.earlier if span[1] <= start)
-    return dataclasses.replace(example, prompt=example.prompt[:start], response=response, earlier=earlier, is_cut=True)
+    return dataclasses.replace(example, prompt=example.prompt[:start], response=response, earlier=earlier, ends_early=True)
 
 
 def _parts(row: Row, template: str) -> list[tuple[str, bool]]:
@@ -385,7 +385,7 @@ def _chat(row: Row, messages: list[dict], tokenizer, add_generation_prompt: bool
     except limits.LimitError as error:  # no row is left out for it: each would take as long
         raise limits.LimitError(f"the chat template on the row of line {row.line} (id {row.id}): {error}") from error
     except Exception as error:  # rejected rows, for example system texts, and any error in the template
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = errors.first_line(error)
         where = location(row.line.file, row.line) if getattr(row.line, "file", "") else f"line {row.line}"
         raise ValueError(f"the chat template refuses the row of {where} (id {row.id}): {reason}") from error
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from bilevel_jax.data import limits
+from bilevel_jax.data import tokenization
 from bilevel_jax.data.messages import Unusable
 
 Render = Callable[[Sequence[dict], bool], str]  # (messages, whether the header of an answer follows) -> text
@@ -146,15 +146,15 @@ def tokenize(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], 
     same tokens before it as when the model gives it. A tokenizer that writes a space before every text, such as that of Llama 2,
     would write one at each of these positions. Its prompts are tokenized whole, unless a token would reach over such a position.
     """
-    writes_space = limits.token_ids(tokenizer, ["\na"])[0] != sum(limits.token_ids(tokenizer, ["\n", "a"]), [])
+    writes_space = tokenization.token_ids(tokenizer, ["\na"])[0] != sum(tokenization.token_ids(tokenizer, ["\n", "a"]), [])
     whole = iter(_whole([prompt for prompt in prompts if writes_space or not prompt.answers], tokenizer))
     texts = [part for prompt in prompts if prompt.answers and not writes_space for part in _parts(prompt)]
-    tokens = iter(limits.token_ids(tokenizer, texts))
+    tokens = iter(tokenization.token_ids(tokenizer, texts))
     for prompt in prompts:
         ids, spans = next(whole) if writes_space or not prompt.answers else ([], None)
         if spans is None:
             number = 2 * len(prompt.answers) + 1
-            parts = limits.token_ids(tokenizer, _parts(prompt)) if writes_space else list(itertools.islice(tokens, number))
+            parts = tokenization.token_ids(tokenizer, _parts(prompt)) if writes_space else list(itertools.islice(tokens, number))
             ends = [0, *itertools.accumulate(map(len, parts))]
             ids, spans = sum(parts, []), tuple(zip(ends[1::2], ends[2::2]))
         yield ids, spans
@@ -172,10 +172,10 @@ def _whole(prompts: Sequence[Prompt], tokenizer) -> Iterator[tuple[list[int], Sp
         return
     texts = [prompt.text for prompt in prompts]
     if not tokenizer.is_fast or not any(prompt.answers for prompt in prompts):
-        for prompt, ids in zip(prompts, limits.token_ids(tokenizer, texts)):
+        for prompt, ids in zip(prompts, tokenization.token_ids(tokenizer, texts)):
             yield ids, None if prompt.answers else ()
         return
-    encoded = limits.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenization.tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"]):
         yield ids, _token_spans(offsets, prompt.answers) if prompt.answers else ()
 

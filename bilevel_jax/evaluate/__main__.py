@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from bilevel_jax import cli, files
+from bilevel_jax import cli, errors, files
 from bilevel_jax.text import say
 
 FLAGS = flags.FlagValues()
@@ -112,7 +112,7 @@ def load_tasks(names: list[str], include_path: str | None = None):
         except rows.DataError:
             raise
         except Exception as error:  # the hub and task files raise errors of all types
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = errors.first_line(error)
             local = ", ".join(sorted(file.stem for file in LOCAL_TASKS.glob("*.yaml")))
             raise ValueError(f"task {name} cannot be loaded ({reason}); without the hub use {local}") from error
         groups = loaded.get("groups", {})

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from bilevel_jax import files, selector
+from bilevel_jax.data import rows
 from bilevel_jax.export import kept_rows
 from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.text import visible
@@ -233,7 +234,7 @@ def _by_source(sources: pa.ChunkedArray, is_kept: np.ndarray) -> list[str]:
 def _bad_rows(groups: Groups, labels: np.ndarray, provenance: Provenance) -> list[str]:
     """A section on the rows that the data mark as bad; empty without labels. Training never reads the labels."""
     label, bad = provenance.config["data"]["label"], labels == 1
-    if (labels == kept_rows.UNLABELLED).all():
+    if (labels == rows.UNLABELLED).all():
         return []
     shares = {name: bad[is_in].mean() for name, is_in in groups.items() if is_in.any()}
     sentence = ", ".join(f"{share:.1%} of {'all' if name == 'all' else f'the {name}'} rows" for name, share in shares.items())

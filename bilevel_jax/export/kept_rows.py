@@ -17,7 +17,6 @@ from bilevel_jax.export.records import Records
 from bilevel_jax.models import huggingface
 from bilevel_jax.runtime import weight_table
 
-UNLABELLED = -1
 UNTIL_ANOTHER = ("original", "as is")  # forms that `auto` takes as long as all rows are of one kind
 
 
@@ -29,7 +28,7 @@ class KeptRows:
     order: np.ndarray  # [records] index of each record in the table
     kept: np.ndarray  # [N] bool
     refined: np.ndarray | None  # [N] bool, whether a row has the model's response; None without `refined`
-    labels: np.ndarray  # [N] int8, whether the data mark the row as bad; UNLABELLED where they do not say
+    labels: np.ndarray  # [N] int8, whether the data mark the row as bad; `rows.UNLABELLED` where they do not say
     table: pa.Table  # the weights of all candidates
     form: str  # of `selected_rows.resolve_format`
     renamed: list[str]  # fields that are now called original_NAME
@@ -156,12 +155,11 @@ def _writer(config, form: str, names: list[str], responses: Mapping[str, str] | 
 
 def _gather(candidates: Iterable[rows.Row], table: pa.Table, kept: np.ndarray, writer: _Writer, form: str) -> _Gathered:
     """Reads the candidates once. Ends early at a kept row that calls for another form."""
-    refined, labels = np.zeros(len(kept), bool), np.full(len(kept), UNLABELLED, np.int8)
+    refined, labels = np.zeros(len(kept), bool), np.full(len(kept), rows.UNLABELLED, np.int8)
     gathered = _Gathered(Records(), array.array("q"), refined, labels, selected_rows.Traits())
     numbers = selected_rows.numbers(table)
     for indices, block in matching.blocks(progress.bar(candidates, desc="reading rows", unit="row"), table["id"]):
-        marks = [rows.mark(row, writer.label) for row in block]
-        labels[indices] = [UNLABELLED if mark is None else mark for mark in marks]
+        labels[indices] = [rows.mark_code(row, writer.label) for row in block]
         is_kept = kept[indices]
         ones = selected_rows.with_weights([*itertools.compress(block, is_kept)], numbers, indices[is_kept])
         for index, one in zip(indices[is_kept].tolist(), ones):

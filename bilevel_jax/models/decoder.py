@@ -88,10 +88,14 @@ class Decoder(nn.Module):
         return x_TxD
 
 
+def variables(params, adapter) -> dict:
+    """What `Decoder.apply` takes first: the weights of the base, and those of the adapter if there is one."""
+    return {"params": params} | ({"adapter": adapter} if adapter is not None else {})
+
+
 def _apply_layer(config: ModelConfig, table, segments_SxL, stores: bool, weights, adapter, x_TxD, settings, key):
     """A layer with the weights given, and the keys and values that it stores for `kv_cache.prefill`, if any."""
-    variables = {"params": weights} | ({"adapter": adapter} if adapter is not None else {})
-    arguments = variables, x_TxD, table, segments_SxL, settings
+    arguments = variables(weights, adapter), x_TxD, table, segments_SxL, settings
     rngs = {} if key is None else {"dropout": key}
     layer = Layer(config, parent=None)
     if not stores:
@@ -130,8 +134,7 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
         positions_SxL = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     if segments_SxL is None:
         segments_SxL = jnp.ones_like(tokens_SxL)
-    variables = {"params": params} | ({"adapter": adapter} if adapter is not None else {})
-    hidden = Decoder(config).apply(variables, tokens_SxL, positions_SxL, segments_SxL)
+    hidden = Decoder(config).apply(variables(params, adapter), tokens_SxL, positions_SxL, segments_SxL)
     return project(hidden, head(params), config.logit_cap)
 
 

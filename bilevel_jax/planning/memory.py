@@ -190,7 +190,7 @@ def make_plan(config, num_rows: int | None = None, platform: str | None = None) 
     if platform is None:
         here = jax.default_backend()
         platform = "tpu" if config.model.attention == "fused" and here not in fused_attention.KERNELS else here
-    attention, _ = startup_checks.attention(config, model, platform, sharding.num_parts(mesh, "heads"))
+    attention, _ = startup_checks.resolve_attention(config, model, platform, sharding.num_parts(mesh, "heads"))
     model = dataclasses.replace(model, remat=config.model.remat, attention=attention)
     assumed = num_rows is None and not config.data.num_lower
     if num_rows is None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from bilevel_jax import checks
+from bilevel_jax import near_names
 from bilevel_jax.errors import RunError
 
 
@@ -114,7 +114,7 @@ def parse(text: str) -> Target:
     """
     match = re.fullmatch(r"(tpu|gpu)-(\w+)(?::(\d+(?:x\d+)*))?", text)
     if not match or f"{match[1]}-{match[2]}" not in KNOWN:
-        raise ValueError(f"--compile={text!r:.80} is no known target{checks.nearest(text.split(':')[0], KNOWN)}; {USAGE}")
+        raise ValueError(f"--compile={text!r:.80} is no known target{near_names.hint(text.split(':')[0], KNOWN)}; {USAGE}")
     platform, name, arrangement = match.groups()
     example = TPUS[name].example if platform == "tpu" else "8"
     if arrangement is None and platform == "tpu" or (arrangement or example).count("x") != example.count("x"):

@@ -19,7 +19,7 @@ from bilevel_jax.runtime import stored, weight_table
 from bilevel_jax.runtime.workdir import read_config
 
 NUM_MISSING = 10  # ids shown of rows that are no longer in the data
-UNLABELLED, MISSING = -1, -2
+MISSING = -2
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files
@@ -36,7 +36,7 @@ class RunData(NamedTuple):
     tables: dict[int, dict[str, np.ndarray]]  # epoch -> columns of its weight table
     responses: list[dict]  # of responses.jsonl, in the order of steps
     rows: dict[str, data_rows.Row]  # by id, those that may be shown; incomplete where the data changed since the run
-    labels: np.ndarray  # [N] int8, whether the data mark each row of a table as bad; UNLABELLED, or MISSING from the data
+    labels: np.ndarray  # [N] int8, whether the data mark each row of a table as bad; `rows.UNLABELLED`, or MISSING from the data
     words: np.ndarray  # [N] words of the response of the data; NaN where the row is missing
     notice: str  # why rows are missing, or ""
     tokens: pa.Table | None = None  # weights of tokens, or None
@@ -61,8 +61,7 @@ def read(workdir: pathlib.Path, rows: Iterable[data_rows.Row] | None = None) -> 
         try:
             candidates = streaming.reopen(config) if rows is None else rows
             for i, row in matching.match(progress.bar(candidates, desc="reading rows", unit="row"), ids, strict=False):
-                mark = data_rows.mark(row, config.data.label)
-                labels[i] = UNLABELLED if mark is None else mark
+                labels[i] = data_rows.mark_code(row, config.data.label)
                 words[i] = len(row.response.split())
                 if needed[i]:
                     by_id[row.id] = row

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from bilevel_jax import files, online
+from bilevel_jax import errors, files, online
 from bilevel_jax.data import templates
 from bilevel_jax.data.prepared.sequences import StoredExamples
 from bilevel_jax.errors import RunError
@@ -237,7 +237,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = errors.first_line(error)
             what = f"{self._directory / str(self._saving_step)}: the checkpoint could not be written ({reason:.200})"
             if self._written is None:
                 raise RunError(f"{what}; there is no earlier one, so the same command starts from step 0") from error

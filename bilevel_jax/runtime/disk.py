@@ -6,23 +6,6 @@ import shutil
 
 from bilevel_jax.errors import RunError
 
-TABLE_BYTES = 128  # of a row in the table of weights of an epoch
-OTHER = 1 << 20  # bytes of config, metrics, summary and report
-
-
-def run_bytes(checkpoint_bytes: int, keep: int, num_saved: int, adapter_bytes: int, num_rows: int, num_epochs: int) -> int:
-    """Bytes that a run still writes.
-
-    Args:
-      checkpoint_bytes: of one checkpoint, with the adapter that is written beside it.
-      keep: checkpoints that stay; one more is on disk while it is being written.
-      num_saved: checkpoints that are there already.
-      adapter_bytes: of what the run leaves.
-      num_rows, num_epochs: of the run.
-    """
-    checkpoints = max(1, keep + 1 - num_saved)
-    return checkpoints * checkpoint_bytes + adapter_bytes + TABLE_BYTES * num_rows * num_epochs + OTHER
-
 
 def num_saved(workdir: pathlib.Path) -> int:
     """The number of checkpoints in a workdir."""

@@ -21,6 +21,7 @@ import threading
 import jax
 from jax._src import distributed  # the coordinator's address and its key-value store have no public API
 
+from bilevel_jax import errors
 from bilevel_jax.errors import Interrupted, RunError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -119,7 +120,7 @@ def _connect() -> dict[socket.socket, str]:
     try:
         links = _connect_to_first(key, host) if jax.process_index() else _accept_others(key)
     except (OSError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = errors.first_line(error)
         atexit.register(_exit, {})
         what = f"process {jax.process_index()} cannot connect to the others at {host} ({reason})"
         raise RunError(f"{what}; all machines of a run must be up and accept connections from each other") from error

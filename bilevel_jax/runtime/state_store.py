@@ -1,6 +1,6 @@
 """Hidden states of segments, kept in memory or in two mapped files, see `frozen`.
 
-The states of all slots share one array, in the order in which they were put. The index says where those of a slot are, with a
+The states of all keys share one array, in the order in which they were put. The index says where those of a key are, with a
 CRC-32: states that a killed process or a full disk left half written are computed again.
 """
 
@@ -20,54 +20,54 @@ ENTRY = np.dtype([("end", "<i8"), ("size", "<u4"), ("checksum", "<u4")])  # end:
 
 
 class StateStore:
-    """Hidden states [size, D] by slot.
+    """Hidden states [size, D] by key.
 
     Args:
-      index: [slots] of `ENTRY`.
-      states: [tokens, D], of all slots together.
+      index: [keys] of `ENTRY`.
+      states: [tokens, D], of all keys together.
     """
 
     def __init__(self, index: np.ndarray, states: np.ndarray):
         self._index, self._states = index, states
         self._end = int(index["end"].max(initial=0))
 
-    def get(self, slot: int) -> np.ndarray | None:
-        """The states of a slot; None if they were not put, or are damaged."""
-        entry = self._index[slot]
+    def get(self, key: int) -> np.ndarray | None:
+        """The states of a key; None if they were not put, or are damaged."""
+        entry = self._index[key]
         end = int(entry["end"])
         states = self._states[end - int(entry["size"]) : end]
         return states if end and zlib.crc32(states.view(np.uint8)) == entry["checksum"] else None
 
-    def put(self, slot: int, states: np.ndarray) -> None:
-        """Keeps the states of a slot. Those that were there and proved to be damaged are replaced."""
-        size, end = len(states), int(self._index[slot]["end"])
+    def put(self, key: int, states: np.ndarray) -> None:
+        """Keeps the states of a key. Those that were there and proved to be damaged are replaced."""
+        size, end = len(states), int(self._index[key]["end"])
         if not end:
             end = self._end = self._end + size
         self._states[end - size : end] = states
-        self._index[slot] = end, size, zlib.crc32(np.ascontiguousarray(states).view(np.uint8))
+        self._index[key] = end, size, zlib.crc32(np.ascontiguousarray(states).view(np.uint8))
 
 
-def in_memory(num_slots: int, num_tokens: int, width: int, dtype) -> StateStore:
+def in_memory(num_keys: int, num_tokens: int, width: int, dtype) -> StateStore:
     """A store in the memory of this process.
 
     Raises:
       RunError: this machine has less memory.
     """
-    needed, memory = num_bytes(num_slots, num_tokens, width, dtype), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, memory = num_bytes(num_keys, num_tokens, width, dtype), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         what = f"needs {disk.amount(needed)}, this machine has {disk.amount(memory)}"
         raise RunError(f"model.cache_frozen=memory {what}; take model.cache_frozen=disk or off, or fewer rows")
-    return StateStore(np.zeros(num_slots, ENTRY), np.empty((num_tokens, width), dtype))
+    return StateStore(np.zeros(num_keys, ENTRY), np.empty((num_tokens, width), dtype))
 
 
-def on_disk(directory: pathlib.Path, num_slots: int, num_tokens: int, width: int, dtype, resumed: bool) -> StateStore:
+def on_disk(directory: pathlib.Path, num_keys: int, num_tokens: int, width: int, dtype, resumed: bool) -> StateStore:
     """A store in two files of a directory, which a resumed run finds again.
 
     Raises:
       OSError: the file system has no space for them.
     """
     shape = num_tokens, width
-    sizes = {STATES: num_tokens * width * np.dtype(dtype).itemsize, INDEX: num_slots * ENTRY.itemsize}
+    sizes = {STATES: num_tokens * width * np.dtype(dtype).itemsize, INDEX: num_keys * ENTRY.itemsize}
     kept = resumed and all((directory / name).exists() and (directory / name).stat().st_size == sizes[name] for name in sizes)
     if not kept:
         shutil.rmtree(directory, ignore_errors=True)  # of another run
@@ -75,7 +75,7 @@ def on_disk(directory: pathlib.Path, num_slots: int, num_tokens: int, width: int
         for name, size in sizes.items():
             with open(directory / name, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)  # a mapped file that cannot grow would end the process by a signal
-    index = np.memmap(directory / INDEX, ENTRY, "r+", shape=(num_slots,))
+    index = np.memmap(directory / INDEX, ENTRY, "r+", shape=(num_keys,))
     return StateStore(index, np.memmap(directory / STATES, dtype, "r+", shape=shape))
 
 
@@ -90,6 +90,6 @@ def remove(workdir: pathlib.Path) -> None:
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
 
 
-def num_bytes(num_slots: int, num_tokens: int, width: int, dtype) -> int:
-    """Bytes of a store with all slots filled."""
-    return num_tokens * width * np.dtype(dtype).itemsize + num_slots * ENTRY.itemsize
+def num_bytes(num_keys: int, num_tokens: int, width: int, dtype) -> int:
+    """Bytes of a store with all keys filled."""
+    return num_tokens * width * np.dtype(dtype).itemsize + num_keys * ENTRY.itemsize

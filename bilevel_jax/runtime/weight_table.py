@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from bilevel_jax import files, ranking
+from bilevel_jax import errors, files, ranking
 from bilevel_jax.data import matching
 from bilevel_jax.data import rows as data_rows
 from bilevel_jax.data.prepared import sequences
@@ -83,7 +83,8 @@ def blocks(
         plausible   exp(-s), how likely the model finds the response, in (0, 1]: between the geometric mean and the smallest of the
                     probabilities of its tokens. Of a preference pair s is its loss: exp(-s) is σ(β margin) with DPO; with IPO
                     only its order means something
-        useful      how much the row helps the trusted rows: mean of tanh(I / σ_I), in (-1, 1); below 0 it harms them
+        useful      how much the row helps the trusted rows: minus the mean of h over its visits, see `influence`;
+                    in (-1, 1), below 0 it harms them
         similar     how much the row is like the trusted ones, `features.similarity`, mean 0; measured at the end of the run
         nearest     index of the trusted row that it is most like, among those that the run trained on; measured with `similar`
 
@@ -105,7 +106,7 @@ def blocks(
     weights = np.exp(logits - logits.max())
     weights *= len(weights) / weights.sum()
     ranks = np.empty(len(logits), np.int64)
-    ranks[ranking.keep_order(logits)] = np.arange(1, len(logits) + 1)
+    ranks[ranking.heaviest_first(logits)] = np.arange(1, len(logits) + 1)
     for first in range(0, len(ids), BLOCK):
         part = slice(first, first + BLOCK)
         s, u, like = (values[part].astype(np.float64) for values in (surprise, useful, similar))
@@ -158,7 +159,7 @@ def read(path: pathlib.Path, schema: pa.Schema = SCHEMA) -> pa.Table:
     except FileNotFoundError:
         raise
     except Exception as error:  # Arrow raises errors of many types for damaged files and wrong columns
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = errors.first_line(error)
         raise data_rows.DataError(f"{path}: not a readable table of weights: {reason}") from error
     _check_values(path, weights)
     pa.default_memory_pool().release_unused()  # more than half of what reading a large table took

@@ -103,7 +103,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     """Markdown lines: seconds and share of every part, over `rounds` steps."""
     mesh, optimizer = sharding.make_mesh(1), optax.adam(config.optimizer.learning_rate)
     host_batches = train_step.Work(config, directory, upper, lower, rounds).packed()
-    batches = [sharding.split_batch(host.batch, mesh) for host in host_batches]
+    batches = [sharding.put_batch(host.batch, mesh) for host in host_batches]
     num_tokens = sum(host.num_tokens for host in host_batches)
     scales = train_state.Scales(jnp.float32(1), jnp.float32(train_step.RHO / (1 - train_step.RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")

@@ -34,7 +34,7 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
     step_batches: dict[packing.Layout, list] = {}
     for layout in (mixed, whole, halved):
         host_batches = (batches.make_batch(config, upper, lower, layout, k, store) for k in range(rounds))
-        step_batches[layout] = [sharding.split_batch(host.batch, mesh) for host in host_batches]
+        step_batches[layout] = [sharding.put_batch(host.batch, mesh) for host in host_batches]
     states, runs = {}, {}
     for name, variant in VARIANTS.items():
         adapter = lora.init_adapter(model, jax.random.key(0), config.lora.rank, targets)

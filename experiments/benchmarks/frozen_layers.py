@@ -49,13 +49,13 @@ def measure(config, model, base, upper: levels.Level, lower: levels.Level, round
 
         def run(k, name=name, jitted=steps[layers]):
             host = hosts[k]
-            batch = kept[name].fill(host.batch, host.slots) if kept[name] else host.batch
-            states[name], metrics = jitted(base, states[name], sharding.split_batch(batch, mesh), scales)
+            batch = kept[name].fill(host.batch, host.state_keys) if kept[name] else host.batch
+            states[name], metrics = jitted(base, states[name], sharding.put_batch(batch, mesh), scales)
             return metrics["loss"]
 
         runs[name] = run
     for host in hosts:  # the first visits
-        kept[f"{last}, kept"].fill(host.batch, host.slots)
+        kept[f"{last}, kept"].fill(host.batch, host.state_keys)
     seconds = timing.in_turn(runs, rounds)
     tokens = sum(host.num_tokens for host in hosts) / rounds
     rows_text = f"{config.batch.size} + {config.batch.size} rows a step, {tokens:.0f} tokens"

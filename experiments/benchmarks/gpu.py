@@ -109,7 +109,7 @@ def measure_steps(name: str, quantization: str, methods) -> dict:
         cost, rule, attention = METHODS[method]
         select, aim = selector.Selector(rule=rule), objective.Objective(cost=cost, coefficient_at="current")
         influence = train_state.measures_influence(aim, select)
-        steps = [sharding.split_batch(batch(of, k, influence), mesh) for k in range(of.rounds)]
+        steps = [sharding.put_batch(batch(of, k, influence), mesh) for k in range(of.rounds)]
         adapter = lora.init_adapter(model, jax.random.key(0), 16, lora.resolve_targets(model, "all-linear"))
         start = train_state.init(adapter, optimizer, aim, select, of.rows)
         shardings = sharding.state_shardings(mesh, start, False)

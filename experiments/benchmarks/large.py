@@ -54,7 +54,7 @@ class Variant:
         k, mesh = self._step, self._setup.mesh
         batch = self._prefetcher.get(k, self._store)
         scales = sharding.replicate(batches.level_scales(self._config, 0), mesh)
-        packed = sharding.split_batch(batch.batch, mesh)
+        packed = sharding.put_batch(batch.batch, mesh)
         self.state, values = self._program.train_step(self._setup.base, self.state, packed, scales, None)
         self._step += 1
         return values["loss"]

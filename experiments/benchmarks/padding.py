@@ -27,7 +27,7 @@ def _padded(work: train_step.Work, k: int, mesh):
         layout = packing.Layout(train_step.ROWS, length, train_step.ROWS)
         bins = [[i] for i in sorted(range(len(segments)), key=lambda i: -segments[i].size)]
         batch = packing.pack_bins(segments, bins, len(work.lower.rows), len(part), layout)
-        micro_batches.append((sharding.split_batch(batch, mesh), longest, length))
+        micro_batches.append((sharding.put_batch(batch, mesh), longest, length))
     return micro_batches
 
 
@@ -41,7 +41,7 @@ def measure(config, model, base, directory: str, upper: levels.Level, lower: lev
     scales = train_state.Scales(jnp.float32(0.5), jnp.float32(0.5))
     work = train_step.Work(config, directory, upper, lower, rounds)
     hosts = work.packed()
-    packed = [sharding.split_batch(drawn.batch, mesh) for drawn in hosts]
+    packed = [sharding.put_batch(drawn.batch, mesh) for drawn in hosts]
     padded = [_padded(work, k, mesh) for k in range(rounds)]
     for length in {given for micro in padded for _, _, given in micro}:  # compile ahead
         jitted.lower(base, state, next(b for m in padded for b, _, g in m if g == length), scales).compile()

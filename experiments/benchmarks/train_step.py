@@ -185,7 +185,7 @@ def start_adapter(config, model):
 def ours(work: Work, model, base, coefficient_at: str) -> Callable[[int], float]:
     """Returns `run(k)`, which executes step k of our implementation and returns its loss."""
     mesh, optimizer = sharding.make_mesh(1), optax.adam(work.config.optimizer.learning_rate)
-    step_batches = [sharding.split_batch(host.batch, mesh) for host in work.packed()]
+    step_batches = [sharding.put_batch(host.batch, mesh) for host in work.packed()]
     scales = train_state.Scales(jnp.float32(1), jnp.float32(RHO / (1 - RHO)))
     select = selector.Selector(optimizer="adam", learning_rate=1e-4, baseline="none")
     aim = objective.Objective(coefficient_at=coefficient_at)

@@ -7,7 +7,7 @@ that module.
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax import preferences
+from bilevel_jax import importance, preferences
 
 
 def pairs(log_ratio_E, sign_E, share_E, group_E) -> tuple[jax.Array, jax.Array]:
@@ -82,4 +82,4 @@ def best_of(reward_E, group_E) -> jax.Array:
     Reference: Dong et al., RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment, Algorithm 1.
     """
     has_reward_E, group_E = preferences.with_reward(reward_E, group_E)
-    return jnp.where(has_reward_E, preferences.group_sizes(group_E) * _is_best(reward_E, group_E), 1.0)
+    return jnp.where(has_reward_E, importance.group_sizes(group_E) * _is_best(reward_E, group_E), 1.0)

@@ -57,7 +57,7 @@ class Side:
         return jax.tree.map(sharding.device_put, host_state, self.shardings)
 
     def step(self, state, k: int):
-        batch = sharding.split_batch(self.program.batch_of(k, self.store).batch, self.setup.mesh)
+        batch = sharding.put_batch(self.program.batch_of(k, self.store).batch, self.setup.mesh)
         scales = sharding.replicate(batches.level_scales(self.config, 0), self.setup.mesh)
         return self.program.train_step(self.setup.base, state, batch, scales, None)
 

@@ -156,7 +156,7 @@ def measure_kinds(bed: Bed, record: Record) -> dict[str, list[float]]:
 def kept_rows(score_N: np.ndarray, share: float, nearest_N: np.ndarray | None = None) -> np.ndarray:
     """1.0 for the rows with the highest scores, else 0.0; with `nearest_N` round-robin, as in an export."""
     rank_N = np.empty(len(score_N), np.int64)
-    rank_N[ranking.keep_order(score_N)] = np.arange(1, len(score_N) + 1)
+    rank_N[ranking.heaviest_first(score_N)] = np.arange(1, len(score_N) + 1)
     nearest = pa.nulls(len(score_N), pa.int32()) if nearest_N is None else pa.array(nearest_N, pa.int32())
     return selected_rows.choose(pa.table({"rank": rank_N, NEAREST: nearest}), share).astype(float)
 

@@ -18,8 +18,8 @@ COLUMNS = {
     "AUROC, tokens": measures.WORD,
     "within rows": measures.WORD_INSIDE,
     "AUROC, rows": measures.AUROC,
-    "φ own": "selector/token_own",
-    "φ before": "selector/token_before",
+    "ψ own": "selector/token_own",
+    "ψ before": "selector/token_before",
     "seconds": "time/train",
 }
 CLAIMS = (

@@ -14,5 +14,5 @@ def test_data_imports_only_itself():
     """
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-        == "['bilevel_jax.errors', 'bilevel_jax.files', 'bilevel_jax.progress', 'bilevel_jax.text']\n"
+        == "['bilevel_jax.errors', 'bilevel_jax.files', 'bilevel_jax.progress', 'bilevel_jax.random_streams', 'bilevel_jax.text']\n"
     )

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from bilevel_jax.data import limits, readers, rows, templates
+from bilevel_jax.data import limits, readers, rows, templates, tokenization
 from bilevel_jax.models import huggingface
 from tests.conftest import load, make_rows, write_jsonl
 
@@ -94,7 +94,7 @@ def test_a_failing_tokenizer(neox):
             raise panic("called `Option::unwrap()` on a `None` value\nnote: run with RUST_BACKTRACE=1")
 
     with pytest.raises(ValueError, match="the tokenizer 'evil' failed on 1 texts: called .*value$"):
-        limits.tokenize(Tokenizer(), ["a"])
+        tokenization.tokenize(Tokenizer(), ["a"])
 
 
 def test_a_catastrophic_regular_expression(neox, tmp_path):
@@ -194,6 +194,6 @@ def test_token_ids(neox):
     texts = ["Grüße ☃ nothing", "", "12 and 13 make 25<|end|>", " a"]
     expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokenizer(texts, truncation=True, max_length=2)
-    assert limits.token_ids(tokenizer, texts) == expected and limits.token_ids(tokenizer, []) == []
+    assert tokenization.token_ids(tokenizer, texts) == expected and tokenization.token_ids(tokenizer, []) == []
     tokenizer.split_special_tokens = True
-    assert limits.token_ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] != expected
+    assert tokenization.token_ids(tokenizer, texts) == tokenizer(texts, add_special_tokens=False)["input_ids"] != expected

@@ -31,7 +31,7 @@ def card_of(provenance, objects, keep, renamed=(), share=0.0, **measures):
     kept = selected_rows.choose(table, keep, left_out)
     out = provenance.workdir / "a.jsonl"
     marks = [rows.mark(row, "bad") for row in parsed]
-    labels = np.array([kept_rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)
+    labels = np.array([rows.UNLABELLED if mark is None else mark for mark in marks], np.int8)
     selection = kept_rows.KeptRows(
         records.Records(),
         np.flatnonzero(kept),

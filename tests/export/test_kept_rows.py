@@ -67,7 +67,7 @@ def test_the_form_follows_from_all_rows(tmp_path, objects, form):
     assert [record["id"] for record in result] == [row.id for row in parsed]
     assert all(record.get("completion", "").strip() in "cr" for record in result)
     assert ("original_prompt" in result[-1]) == (form == "text" and objects[-1] is PAIRED)
-    assert selection.labels.tolist() == [1 if value is PLAIN else kept_rows.UNLABELLED for value in objects]
+    assert selection.labels.tolist() == [1 if value is PLAIN else rows.UNLABELLED for value in objects]
 
 
 @pytest.mark.parametrize("name", ["kept.jsonl", "kept.parquet"])

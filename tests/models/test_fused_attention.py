@@ -152,9 +152,9 @@ def test_choice(setting, platform, length, change, tensor, expected):
     )
     arguments = config, dataclasses.replace(TINY, **change), platform, tensor
     if expected in ("xla", *fused_attention.KERNELS.values()):
-        kind, reason = startup_checks.attention(*arguments)
+        kind, reason = startup_checks.resolve_attention(*arguments)
         assert kind == expected and bool(reason) == (kind == "xla" and (setting, platform) == ("auto", "tpu"))
         return
     with pytest.raises(configuration.ConfigError) as error:
-        startup_checks.attention(*arguments)
+        startup_checks.resolve_attention(*arguments)
     assert str(error.value).startswith("model.attention=fused: ") and expected in str(error.value)

@@ -10,13 +10,6 @@ from bilevel_jax import setup as setups
 from bilevel_jax.runtime import disk
 
 
-@pytest.mark.parametrize("num_saved, checkpoints", [(0, 3), (1, 2), (2, 1), (3, 1)])
-def test_run_bytes(num_saved, checkpoints):
-    """Two checkpoints stay and a third is being written, each with an adapter; those on disk are not needed again."""
-    needed = disk.run_bytes(1010, 2, num_saved, adapter_bytes=10, num_rows=5, num_epochs=3)
-    assert needed == checkpoints * 1010 + 10 + 5 * 3 * disk.TABLE_BYTES + disk.OTHER
-
-
 def test_saved_checkpoints(tmp_path):
     assert disk.num_saved(tmp_path) == 0
     for name in ("4", "6", "damaged-2", "8.orbax-checkpoint-tmp"):
@@ -44,14 +37,18 @@ def test_directories_that_cannot_be_written(tmp_path, monkeypatch, part):
         disk.check(tmp_path, 1000)
 
 
-@pytest.mark.parametrize("rank, copies", [(4, 3 + 1), (0, 1)])
-def test_all_weights_are_written_once(make_config, monkeypatch, rank, copies):
-    """An adapter is beside each of three checkpoints and at the end; all weights are in the checkpoints and at the end."""
-    config = checks.build(make_config({"lora.rank": rank, "checkpoint.keep": 2}))
-    monkeypatch.setattr(run_sizes, "checkpoint_bytes", lambda *_: 0)
-    monkeypatch.setattr(run_sizes, "_adapter_bytes", lambda _: 1000)
-    needed = run_sizes.disk_bytes(config, None, 5, 0)
-    assert needed == copies * 1000 + 5 * config.num_epochs * disk.TABLE_BYTES + disk.OTHER
+@pytest.mark.parametrize(
+    "rank, num_saved, sizes", [(4, 0, 3 * 1010 + 10), (4, 1, 2 * 1010 + 10), (4, 3, 1010 + 10), (0, 0, 3 * 1000 + 10)]
+)
+def test_disk_bytes(make_config, monkeypatch, rank, num_saved, sizes):
+    """Two checkpoints stay and a third is being written, each with an adapter; those on disk are not needed again.
+
+    All weights are in the checkpoints and at the end only. Two epochs have a table of five rows each."""
+    config = checks.build(make_config({"lora.rank": rank, "checkpoint.keep": 2, "num_epochs": 2}))
+    monkeypatch.setattr(run_sizes, "checkpoint_bytes", lambda *_: 1000)
+    monkeypatch.setattr(run_sizes, "_adapter_bytes", lambda _: 10)
+    needed = run_sizes.disk_bytes(config, None, 5, num_saved)
+    assert needed == sizes + 5 * 2 * run_sizes.TABLE_BYTES + run_sizes.OTHER
 
 
 def test_a_run_is_refused_before_it_compiles(make_config, tmp_path, monkeypatch):

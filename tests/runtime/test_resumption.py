@@ -22,7 +22,7 @@ def interrupted(make_config, tmp_path_factory):
         return len(calls) == 6
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Outputs, "stopped", stopped)
+        patch.setattr(train.LoopResources, "stopped", stopped)
         with pytest.raises(errors.Interrupted, match=f"saved at step 6 of {STEPS}"):
             train_without_report(make_config(), workdir)
     return workdir
@@ -66,7 +66,7 @@ def test_a_renamed_checkpoint_is_not_used(make_config, workdir, name, capsys):
     shutil.rmtree(alone / "checkpoints" / "4")
     assert f"no checkpoint is intact ({name}: it is that of step 6)" in refused(make_config(), alone)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Outputs, "stopped", lambda outputs: True)
+        patch.setattr(train.LoopResources, "stopped", lambda outputs: True)
         with pytest.raises(errors.Interrupted, match=f"saved at step 5 of {STEPS}"):
             train_without_report(make_config(), workdir)
     printed = capsys.readouterr().out

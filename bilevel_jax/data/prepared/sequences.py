@@ -99,13 +99,12 @@ class StoredRows(Stored):
         return self.store.text["source"].take(pa.array(self.index))
 
     def marks(self, field: str) -> np.ndarray:
-        """`rows.mark` of each row, [n] int8; -1 for none. Reads all rows if it is another field than that of the preparation."""
+        """`rows.mark_code` of each row, [n] int8. Reads all rows if it is another field than that of the preparation."""
         if field == self.store.job.label and field not in self.of_last:
             return self.store.index["marked"][self.index]
-        marks = np.full(len(self), -1, np.int8)
+        marks = np.empty(len(self), np.int8)
         for i in progress.bar(range(len(self)), desc=f"reading {field}", unit="row"):
-            mark = rows.mark(self[i], field)
-            marks[i] = -1 if mark is None else mark
+            marks[i] = rows.mark_code(self[i], field)
         return marks
 
     def fields(self, name: str) -> "StoredField":

@@ -202,7 +202,6 @@ def location_of(job: Job, line: int) -> tuple[int, int]:
 
 def _batch(job: Job, values: list[bytes], kept: Sequence[Row], examples: Sequence[templates.Example]) -> pa.RecordBatch:
     locations = [location_of(job, row.line) for row in kept]
-    marks = [rows.mark(row, job.label) for row in kept]
     columns = {
         "value": pa.array(values, pa.large_binary()),
         "prompt": _lists([example.prompt for example in examples]),
@@ -215,7 +214,7 @@ def _batch(job: Job, values: list[bytes], kept: Sequence[Row], examples: Sequenc
         "line": pa.array([line for line, _ in locations], pa.int64()),
         "file": pa.array([file for _, file in locations], pa.int32()),
         "source": pa.array([row.source for row in kept], pa.string()),
-        "marked": pa.array([-1 if mark is None else int(mark) for mark in marks], pa.int8()),
+        "marked": pa.array([rows.mark_code(row, job.label) for row in kept], pa.int8()),
         "turns": pa.array([by_turn.num_rows(row) for row in kept], pa.int32()),
     }
     return pa.RecordBatch.from_pydict(columns)

@@ -5,6 +5,8 @@ import os
 import pathlib
 import stat
 
+from bilevel_jax import errors
+
 PACKAGE = pathlib.Path(__file__).parents[2]
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")  # of a hub download: no pickles
 
@@ -38,7 +40,7 @@ def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except Exception as error:  # the hub raises a dozen types, from DNS to permissions; the user sees one message
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = errors.first_line(error)
         raise ModelError(f"{path}: no such directory, and the hub could not be reached for it ({reason})") from error
 
 

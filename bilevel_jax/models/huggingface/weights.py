@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
 from bilevel_jax import progress, sharding
 from bilevel_jax.models import decoder, model_config
@@ -112,18 +113,7 @@ def hf_name(path: tuple[str, ...], config: model_config.ModelConfig) -> tuple[st
 
 def flatten(tree) -> list[tuple[tuple[str, ...], object]]:
     """The leaves of nested dictionaries, each with the path of its keys."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(tuple(entry.key for entry in path), leaf) for path, leaf in leaves]
-
-
-def _unflatten(leaves: dict[tuple[str, ...], object]) -> dict:
-    tree = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
+    return sorted(traverse_util.flatten_dict(tree).items())
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
@@ -151,7 +141,7 @@ def load_params(directory: pathlib.Path, config: model_config.ModelConfig, mesh:
             tensor = reader.read(name, leaf.shape, transposed, directory, leaf.dtype)
             array = sharding.device_put(tensor, sharding.weight_sharding(mesh, path, leaf.shape))
         params[path] = jax.block_until_ready(array)
-    return _unflatten(params)
+    return traverse_util.unflatten_dict(params)
 
 
 def _load_stack(reader: TensorReader, path, leaf, config: model_config.ModelConfig, mesh, directory: pathlib.Path):
