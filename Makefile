@@ -2,7 +2,7 @@
 # make test       install, then the quick tests
 # make test-all   what must pass before a change lands: lint, types, all tests but the long ones, parity with PyTorch
 # make test-long  tests that take minutes each
-# make lint       ruff check, ruff format --check, and mypy on the core
+# make lint       ruff check, ruff format --check, and mypy
 # make parity     recompute outside references with PyTorch, in an environment of its own, which make parity-install makes
 # make compile    compile the programs of a run for TPUs that are not there, in an environment of its own
 # make compile-gpu   the same for GPUs (a download of 3 GB)

@@ -158,7 +158,7 @@ class Run:
             table = weight_table.latest(self.workdir)
             if table is None:
                 raise FileNotFoundError(f"{self.workdir} has no weights: no epoch is finished, or the method is direct mixing")
-            texts: list = [None] * len(table)
+            texts = [None] * len(table)
             # `match` returns the rows alone, so they carry their position in place of their line.
             rows = (dataclasses.replace(row, line=position) for position, row in streaming.numbered(self.config))
             for index, row in matching.match(rows, table["id"]):
@@ -214,8 +214,15 @@ class Run:
             if format not in selected_rows.FORMATS:
                 raise ValueError(f"format={format!r} is not among {', '.join(selected_rows.FORMATS)}")
             self._require_finished()
-            options = dropped | {"refined": refined, "form": format}
-            records = kept_rows.collect(self.workdir, self.config, keep=share, **options).records
+            records = kept_rows.collect(
+                self.workdir,
+                self.config,
+                keep=share,
+                drop_implausible=drop_implausible,
+                drop_dissimilar=drop_dissimilar,
+                refined=refined,
+                form=format,
+            ).records
             names = dict.fromkeys(name for record in records for name in record)
             columns: dict[str, list] = {name: [] for name in names}
             for record in records:

@@ -27,6 +27,7 @@ def row_segments(level: levels.Level, i: int, share: float, group: int, row_inde
     example = level.examples[i]
     if level.references is None:
         return [packing.Segment(example.prompt, example.response, row_index, share, earlier=example.earlier)]
+    assert example.rejected is not None  # as in every row of a level with references
     responses = zip((1, -1), (example.response, example.rejected), level.references[i])
     return [
         packing.Segment(example.prompt, response, row_index, share, group, sign, float(reference))
@@ -89,7 +90,8 @@ class Prefetcher:
 
     def __init__(self, make_batch: Callable, num_steps: int, refresh_due: Callable[[int], bool]):
         self._make_batch, self._num_steps, self._refresh_due = make_batch, num_steps, refresh_due
-        self._worker, self._next = concurrent.futures.ThreadPoolExecutor(1), None
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._next: concurrent.futures.Future | None = None
 
     def __enter__(self):
         return self

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -17,7 +18,7 @@ SMALLER = "lower batch.micro_size, data.max_length or lora.rank, or set model.re
 BEGAN = time.perf_counter()  # approximate start of the process: before JAX is imported
 
 
-def fail(message: object, code: int = 1):
+def fail(message: object, code: int = 1) -> NoReturn:
     """Prints an error as one escaped line to standard error and ends the process.
 
     Errors of this package are one line, and a line feed in one comes from the data. Of other errors the last line says most.
@@ -43,9 +44,10 @@ def register(*command_flags: flags.FlagValues, target: flags.FlagValues = flags.
         target.append_flag_values(values)
         values.mark_as_parsed()  # `target` holds the same flag objects
         for name in values:
-            target.register_flag_by_module(sys.argv[0], values[name])  # for --help
-            if hasattr(values[name], "flag_values"):  # a config flag, which defines a flag for each --config.KEY
-                values[name].flag_values = target
+            flag: Any = values[name]
+            target.register_flag_by_module(sys.argv[0], flag)  # for --help
+            if hasattr(flag, "flag_values"):  # a config flag, which defines a flag for each --config.KEY
+                flag.flag_values = target
 
 
 def refuse_without(flag_values: flags.FlagValues, needed: str, names: Iterable[str]) -> None:
@@ -146,8 +148,9 @@ def call(main: Callable[[], None]) -> None:
     except (ValueError, OSError, errors.RunError) as error:
         if os.environ.get("BILEVEL_JAX_TRACEBACK"):
             raise
-        is_of_file = isinstance(error, OSError) and error.filename and error.strerror
-        fail(f"{error.filename}: {error.strerror}" if is_of_file else error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            fail(f"{error.filename}: {error.strerror}")
+        fail(error)
     except BaseException as error:
         first = str(error).splitlines()[0] if str(error) else "no message"
         if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in first:

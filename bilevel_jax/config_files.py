@@ -52,6 +52,7 @@ def load(name: str) -> ConfigDict:
     """
     file, _, tier = resolve(name).partition(":")
     spec = importlib.util.spec_from_file_location(f"bilevel_jax_config_{pathlib.Path(file).stem}", file)
+    assert spec and spec.loader  # of a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*[tier] if tier else [])

@@ -22,6 +22,7 @@ class Key(NamedTuple):
 
 def _comment(lines: list[str], node: ast.AnnAssign) -> str:
     """The comment of a field: the lines above it, and the one behind it."""
+    assert node.end_lineno is not None  # of source that was parsed
     first = node.lineno - 1
     while lines[first - 1].strip().startswith("#"):
         first -= 1
@@ -40,10 +41,12 @@ def read() -> list[Key]:
         fields = [node for node in classes[name].body if isinstance(node, ast.AnnAssign)]
         direct, nested = [], []
         for node in fields:
+            field = ast.unparse(node.target)
             if (kind := ast.unparse(node.annotation)) in classes:
-                nested += keys(kind, node.target.id)
+                nested += keys(kind, field)
             else:
-                full_name = f"{section}.{node.target.id}".lstrip(".")
+                assert node.value is not None  # every key has a default
+                full_name = f"{section}.{field}".lstrip(".")
                 direct.append(Key(section, full_name, kind, ast.literal_eval(node.value), _comment(lines, node)))
         return direct + nested
 

@@ -22,7 +22,7 @@ class Slots(NamedTuple):
     token: jax.Array  # [S] int32, the latest token, not in the cache yet
     position: jax.Array  # [S] int32, its position; 0 while the slot is free
     key: jax.Array  # [S, 2] uint32
-    count: jax.Array  # [S] int32, number of generated tokens
+    count: jax.Array  # type: ignore[assignment]  # [S] int32, number of generated tokens, in place of `tuple.count`
     limit: jax.Array  # [S] int32, maximum of `count`
     active: jax.Array  # [S] bool
     tokens: jax.Array  # [S, X] int32, generated tokens, the EOS included

@@ -37,7 +37,7 @@ def start(config: configuration.Config, values: dict[str, float], adapter) -> Be
 
 def restore(counters: dict | None, adapter) -> Best | None:
     """The best evaluation from a checkpoint."""
-    return counters and Best(**counters, adapter=adapter)
+    return Best(**counters, adapter=adapter) if counters else None
 
 
 def update(best: Best | None, values: dict[str, float], step: int, adapter) -> Best | None:

@@ -28,7 +28,7 @@ class HeldOut:
     references: dict[str, np.ndarray]
     objective: objective.Objective
 
-    def pair_margins(self, name: str, log_ratio_nx2: np.ndarray, length_nx2: np.ndarray) -> np.ndarray:
+    def pair_margins(self, name: str, log_ratio_nx2: packing.Array, length_nx2: packing.Array) -> packing.Array:
         """The margin of each pair of a level, `upper` or `lower`, as it is trained on, [n]."""
         if getattr(self.objective, name) == "ipo":
             log_ratio_nx2 = losses.reduce_tokens(log_ratio_nx2, length_nx2, self.objective.reduction)

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def middle_states(model: model_config.ModelConfig, base, packed: packing.Packed,
     number = -(-model.num_layers // 2)
     half = dataclasses.replace(model, num_layers=number)
     hidden_SxLxD = decoder.enter(half, base, number, packed.tokens[m], packed.positions[m], packed.segment_ids[m])
-    hidden_TxD = layers.norm(model, None).apply({"params": base["norm"]}, hidden_SxLxD.reshape(-1, model.hidden_size))
+    hidden_TxD: Any = layers.norm(model, None).apply({"params": base["norm"]}, hidden_SxLxD.reshape(-1, model.hidden_size))
     return layers.scaled(hidden_TxD, 1 / model.logit_divisor)
 
 

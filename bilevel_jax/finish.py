@@ -22,8 +22,10 @@ from bilevel_jax.text import say
 
 def write_adapter(config: configuration.Config, directory: pathlib.Path, setup: Setup, state: train_state.State) -> None:
     """θ in PEFT format."""
-    base, options = absolute(config.model.path), {"rslora": config.lora.rslora, "dropout": config.lora.dropout}
-    huggingface.save_adapter(directory, setup.model, state.policy.adapter, alpha=config.lora.alpha, base=base, **options)
+    base, lora = absolute(config.model.path), config.lora
+    huggingface.save_adapter(
+        directory, setup.model, state.policy.adapter, alpha=lora.alpha, base=base, rslora=lora.rslora, dropout=lora.dropout
+    )
 
 
 def write_step_adapter(config: configuration.Config, workdir: pathlib.Path, setup: Setup, state: train_state.State, k: int) -> None:
@@ -49,6 +51,7 @@ def write_parameters(config: configuration.Config, workdir: pathlib.Path, setup:
         params = jax.tree.map(sharding.to_host, state.policy.adapter)
         merged_model.write_learned_model(huggingface.locate(config.model.path), params, setup.model, workdir / "model")
     if configuration.has_row_features(config):
+        assert state.selector.feature_params is not None  # as with features
         features.write_params(workdir / features.PARAMS_FILE, sharding.to_host(state.selector.feature_params))
 
 

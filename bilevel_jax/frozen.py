@@ -127,9 +127,9 @@ class FrozenLayers:
             kept[i] = states
             if self.store and keys[i] >= 0:
                 self.store.put(keys[i], states)
-        for index, states in zip(indices, kept):
+        for index, of_segment in zip(indices, kept):
             if index is not None:
-                by_sequence[index] = states
+                by_sequence[index] = of_segment
         return with_states(batch, entering)
 
     def put_batch(self, batch: packing.Batch, keys: np.ndarray) -> packing.Batch:
@@ -141,6 +141,7 @@ class FrozenLayers:
           batch, keys: see `fill`.
         """
         states = self.fill(batch, keys).packed.entering
+        assert states is not None  # `fill` adds them
         target = sharding.shardings(self.mesh, states, None, "rows")
         on_devices = self.buffer.pop() if self.buffer else jnp.zeros(states.shape, states.dtype, device=target)
         for m in range(int(batch.packed.num_micro)):

@@ -164,6 +164,7 @@ def best_and_worst(store: ResponseStore, row: int) -> tuple[int, int]:
 
     The two are the same where there is no pair: all rewards are equal, or both responses have the same tokens.
     """
+    assert store.reward is not None  # there is a reward function
     indices = store.by_row[row]
     reward = store.reward[indices]
     best, worst = indices[int(reward.argmax())], indices[int(reward.argmin())]
@@ -197,6 +198,7 @@ def response_segments(
 
     if objective == "sft":
         return [segment(i, share / len(indices)) for i in indices]
+    assert store.reward is not None  # all other objectives have a reward function
     if objective in preferences.RANKED:
         return [segment(i, share / len(indices), reward=float(store.reward[i])) for i in indices]
     best, worst = best_and_worst(store, row)
@@ -204,6 +206,7 @@ def response_segments(
         return [segment(best, share)]
     if 2 * len(prompt) + len(store.tokens[best]) + len(store.tokens[worst]) > max_pair_tokens:
         return []
+    assert store.reference is not None  # as for all pairs
     signs = ((best, 1), (worst, -1))
     return [segment(i, share, sign=sign, reference=float(store.reference[i])) for i, sign in signs]
 
@@ -282,7 +285,10 @@ def make_refresh(generator: Generator, generate: str, reward_fn: Callable | None
         needed = np.intersect1d(masked, visited)
         # The needed rows come first and alone, so that `all` repeats the arithmetic of `needed` to the last bit.
         parts = [needed, np.setdiff1d(masked, needed)] if generate == "all" else [needed]
-        generations, stored, log_probs, references = [], [], [], []
+        generations: list[Generation] = []
+        stored: list[Generation] = []
+        log_probs: list[float] = []
+        references: list[float] = []
         for rows in parts:
             if not len(rows):
                 continue

@@ -51,7 +51,7 @@ def make_reward_fn(name: str, rows: Sequence[data_rows.Row], truths: Sequence[st
         missing = next((row for row, truth in zip(rows, truths) if truth is None), None)
         if missing:
             raise RewardError(f"online.reward=truth: row {missing.id} has no right response; name its field with data.truth")
-        reward = _truth
+        reward: Reward = _truth
     elif name != "likelihood":
         reward = classifier(pathlib.Path(name)) if pathlib.Path(name).is_dir() else load(name)
 

@@ -187,6 +187,7 @@ class Program:
         """The batch on the devices, complete with the hidden states that leave the frozen layers."""
         if self.frozen_layers is None:
             return sharding.put_batch(batch.batch, mesh)
+        assert batch.state_keys is not None  # as where layers are frozen
         return self.frozen_layers.put_batch(batch.batch, batch.state_keys)
 
 
@@ -273,7 +274,7 @@ def compile_program(
     config: configuration.Config,
     setup: Setup,
     state: train_state.State,
-    shardings: train_state.State,
+    shardings: Any,  # a `State` of them
     row_values: np.ndarray | None,
     directory: pathlib.Path | None = None,
     resumed: bool = False,

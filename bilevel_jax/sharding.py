@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from bilevel_jax import compilations
 from bilevel_jax.models import architectures
@@ -32,7 +32,8 @@ RULES = {
     "vocab": ("tensor",),
     "examples": AXES,  # rows of the lower level, in ω
 }
-WEIGHTS = {  # dimensions of the matrices of the base, without the stack of layers; a bias has the last one, a norm is replicated
+# Dimensions of the matrices of the base, without the stack of layers; a bias has the last one, a norm is replicated.
+WEIGHTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("embed_tokens", "lm_head"), ("vocab", "hidden")),
     **architectures.sharding_axes(),
 }
@@ -46,7 +47,7 @@ class AnyProcess:
     after the step that was dispatched before it: to wait for its result at once would leave them without work.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pending: jax.Array | None = None
 
     def __call__(self, value: bool) -> bool:
@@ -93,8 +94,8 @@ def num_parts(mesh, name: str) -> int:
 
 def spec(mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
     """The partition of an array whose first dimensions have these names. Also works for an `AbstractMesh`."""
-    split = [name and size % num_parts(mesh, name) == 0 for size, name in zip(shape, names)]
-    return PartitionSpec(*(RULES[name] if is_split else None for name, is_split in zip(names, split)))
+    sized = zip(shape, names)
+    return PartitionSpec(*(RULES[name] if name and size % num_parts(mesh, name) == 0 else None for size, name in sized))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -161,7 +162,7 @@ def state_shardings(mesh, state, shard_selector: bool):
     return result._replace(selector=shardings(mesh, state.selector, "examples")) if shard_selector else result
 
 
-def device_put(x, target: NamedSharding) -> jax.Array:
+def device_put(x, target: Sharding) -> jax.Array:
     """Puts an array on the devices. Every process has the full array and fills its own devices, or x has the target's sharding."""
     if isinstance(x, jax.Array) and x.sharding == target:
         return x
@@ -172,6 +173,7 @@ def device_put(x, target: NamedSharding) -> jax.Array:
 def to_host(array: jax.Array) -> np.ndarray:
     """The full array on the host. If the array is sharded, every process must call this function."""
     if not array.is_fully_replicated:
+        assert isinstance(array.sharding, NamedSharding)  # as of all arrays over a mesh
         array = _gather(replicated(array.sharding.mesh))(array)
     return np.asarray(array)
 

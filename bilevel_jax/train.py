@@ -204,6 +204,7 @@ def _generate(run: RunContext, loop: LoopState, k: int, stopped: Callable[[], bo
     asked = masked if config.online.generate == "all" else np.intersect1d(masked, visited)
     times = f" {config.online.num_samples} times each" if config.online.num_samples > 1 else ""
     cause = ", because all weights are equal" if config.online.ratio and not len(masked) else ""
+    assert run.refresh is not None  # for a method that generates
     with phases.phase(f"step {k}: answering {len(asked)} questions{times if len(asked) else cause}"):
         refreshed = run.refresh(run.setup.base, state.policy.adapter, k, masked, visited, stopped)
     if refreshed is None:

@@ -39,7 +39,7 @@ def name(rows: Any) -> str:
     return source_name(rows) if is_source(rows) else "rows"
 
 
-def objects(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+def objects(rows: Any) -> Iterator[tuple[int, Any]]:
     """Yields (number, object) for every row, numbered from 1, as `readers.read_objects` does for a file, without NumPy values.
 
     Args:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow as pa
 from bilevel_jax.data import by_turn, duplicates, rows, sources, templates
 from bilevel_jax.data.columns import Columns
 from bilevel_jax.data.prepared import cache, sequences
+from bilevel_jax.data.rows import Row
 from bilevel_jax.text import say
 
 OVERLAP = ("warn", "drop", "refuse")
@@ -21,9 +22,9 @@ GENERATING = ("online", "dynamic")  # methods whose responses answer the last qu
 class Level:
     """Training and held-out rows, with their token ids."""
 
-    rows: Sequence[rows.Row]
+    rows: Sequence[Row]
     examples: Sequence[templates.Example]
-    eval_rows: Sequence[rows.Row]
+    eval_rows: Sequence[Row]
     eval_examples: Sequence[templates.Example]
     references: np.ndarray | None = None  # [n, 2] reference log-probabilities of chosen and rejected; None: no pairs
     counts: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of duplicates and overlap, for the summary
@@ -50,12 +51,12 @@ class _Read:
 
     level: str
     source: str
-    rows: Sequence[rows.Row]
+    rows: Sequence[Row]
     examples: Sequence[templates.Example]
     counts: Mapping[str, object]
     pairs: bool  # whether rejected responses are used
 
-    def pick(self, indices: np.ndarray) -> tuple[Sequence[rows.Row], Sequence[templates.Example]]:
+    def pick(self, indices: np.ndarray) -> tuple[Sequence[Row], Sequence[templates.Example]]:
         return _pick(self.rows, indices), _pick(self.examples, indices)
 
     def only(self, keep: np.ndarray, **counts: object) -> "_Read":
@@ -71,9 +72,7 @@ def _joined(first: Sequence, second: Sequence) -> Sequence:
     return first + second if isinstance(first, sequences.Stored) else [*first, *second]
 
 
-def usable(
-    config, source: str, all_rows: Sequence[rows.Row], report, tokenizer
-) -> tuple[Sequence[rows.Row], Sequence[templates.Example]]:
+def usable(config, source: str, all_rows: Sequence[Row], report, tokenizer) -> tuple[Sequence[Row], Sequence[templates.Example]]:
     """Returns the rows that fit into `data.max_length` tokens, with their token ids. Prints the report and the rows left out.
 
     Raises:
@@ -81,12 +80,16 @@ def usable(
     """
     say("\n".join(report.summary()))
     cut_turns = config.method not in GENERATING
+    encoded: Sequence[templates.Example]
+    examples: Sequence[templates.Example]
+    counts: Mapping[str, tuple[int, int]]
     if isinstance(all_rows, sequences.StoredRows):
         encoded = all_rows.examples()
         kept, examples, counts = encoded.fit(config.data.max_length, cut_turns)
     else:
         encoded = templates.encode(all_rows, tokenizer, template=config.data.template, learn=config.data.learn)
-        kept, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
+        indices, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
+        kept = np.array(indices, int)
     for reason, (count, line) in counts.items():
         say(f"  {count}: {reason} (first: {rows.location(source, line)})")
     if not len(kept):
@@ -113,9 +116,9 @@ def load_levels(config, tokenizer) -> tuple[Level, Level]:
       DataError: a source cannot be used, too few rows remain for training, or `data.overlap=refuse` and rows are on both levels.
     """
     columns = columns_of(config)
-    upper, lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
-    columns.check(f"{upper.source} and {lower.source}")
-    upper, lower = _split(config, [upper, _without_overlap(config, upper, lower)])
+    all_upper, all_lower = (_read(config, level, tokenizer, columns) for level in ("upper", "lower"))
+    columns.check(f"{all_upper.source} and {all_lower.source}")
+    upper, lower = _split(config, [all_upper, _without_overlap(config, all_upper, all_lower)])
     return upper, _by_turn(config, lower) if weighs_turns(config) else lower
 
 
@@ -126,7 +129,7 @@ def weighs_turns(config) -> bool:
 
 def _by_turn(config, level: Level) -> Level:
     """The level with a training row for every answer; held-out rows stay whole."""
-    split = sequences.split_turns if isinstance(level.rows, sequences.StoredRows) else by_turn.split
+    split: Callable = sequences.split_turns if isinstance(level.rows, sequences.StoredRows) else by_turn.split
     turn_rows, examples = split(level.rows, level.examples, of_last=[config.data.truth])
     say(f"the {len(level.rows)} rows to train on have {len(examples)} answers, each with a weight of its own")
     return dataclasses.replace(level, rows=turn_rows, examples=examples)
@@ -158,7 +161,7 @@ def _read(config, level: str, tokenizer, columns: Columns) -> _Read:
     return read.only(keep, duplicates=copies, duplicate_clusters=clusters)
 
 
-def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[rows.Row], rows.Report]:
+def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[Row], rows.Report]:
     """All rows of a level: prepared ones, or rows in memory."""
     source, num_rows = getattr(config.data, level), getattr(config.data, f"num_{level}")
     preference = getattr(config.loss, level) != "sft"
@@ -172,6 +175,7 @@ def _open(config, level: str, tokenizer, columns: Columns) -> tuple[Sequence[row
         label=config.data.label,
     )
     prepared = cache.open_rows(config.data.cache, source, tokenizer, options, columns)
+    read: Sequence[Row]
     if prepared:
         read, report = sequences.rows_of(prepared[0]), prepared[1]
     else:
@@ -224,7 +228,7 @@ def _split(config, read: Sequence[_Read]) -> list[Level]:
     return [_level(one, train, held_out, held) for one, (train, held_out) in zip(read, splits)]
 
 
-def _are_among(read: _Read, some: Sequence[rows.Row], other: _Read, others: Sequence[rows.Row]) -> np.ndarray:
+def _are_among(read: _Read, some: Sequence[Row], other: _Read, others: Sequence[Row]) -> np.ndarray:
     """Which rows of a level have the content of one of the rows of another level, [n] bool.
 
     A rejected response counts where both levels use it: without it, pairs that differ in it alone are the same row.
@@ -233,7 +237,7 @@ def _are_among(read: _Read, some: Sequence[rows.Row], other: _Read, others: Sequ
     return np.isin(sequences.contents(some, pairs), sequences.contents(others, pairs))
 
 
-def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Sequence[tuple[_Read, Sequence[rows.Row]]]) -> Level:
+def _level(read: _Read, train: np.ndarray, held_out: np.ndarray, held: Sequence[tuple[_Read, Sequence[Row]]]) -> Level:
     train_rows = _pick(read.rows, train)
     free = train[~np.any([_are_among(read, train_rows, other, others) for other, others in held], axis=0)]
     counts = dict(read.counts)

@@ -154,7 +154,7 @@ class Budget:
 class Unpacked(io.RawIOBase):
     """A stream of unpacked bytes, which are counted."""
 
-    def __init__(self, stream: IO[bytes], budget: Budget):
+    def __init__(self, stream: io.BufferedIOBase, budget: Budget):
         super().__init__()
         self._stream, self._budget = stream, budget
 

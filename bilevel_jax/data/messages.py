@@ -131,8 +131,11 @@ def _text(message: Mapping, key: str) -> str:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind not in ("text", "input_text", "output_text"):
             raise Unusable(f"a message with a part of type '{kind}', where only text can be used")
-        texts.append(part if isinstance(part, str) else text_field(part, "text") if isinstance(part, Mapping) else None)
-    if None in texts:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping):
+            texts.append(text_field(part, "text"))
+    if len(texts) < len(message[key]):
         raise Unusable(f"field '{key}' is not text")
     return "".join(texts)
 

@@ -265,7 +265,8 @@ def _csv_row(line: int, header: list[str], values: list[str]) -> Any:
 def _read_parquet(path: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    line, source, budget = 0, path, limits.Budget(path)
+    line, budget = 0, limits.Budget(path)
+    source: str | IO[bytes] = path
     with contextlib.ExitStack() as stack:
         if path.lower().endswith(COMPRESSED):  # Parquet is read from its end
             source = stack.enter_context(tempfile.TemporaryFile())

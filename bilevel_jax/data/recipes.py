@@ -178,8 +178,8 @@ def redorca(slimorca: Iterable[Mapping], red_team: Iterable[Mapping], *, num_row
     num_unsafe = round(num_rows * REDORCA_UNSAFE / REDORCA_ROWS)
     pairs = potentially_unsafe(red_team, max(num_unsafe, REDORCA_UNSAFE))
     unsafe = _sample(pairs, num_unsafe, seed, "red-teaming pairs")
-    rows = (row for row in _unique(slimorca, slimorca_row) if side(row) == "redorca")
-    rows = _sample(rows, num_rows - num_unsafe, seed, "SlimOrca rows")
+    candidates = (row for row in _unique(slimorca, slimorca_row) if side(row) == "redorca")
+    rows = _sample(candidates, num_rows - num_unsafe, seed, "SlimOrca rows")
     return sorted(rows + unsafe, key=_order(seed))
 
 

@@ -138,7 +138,9 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool, nam
         row_id = content_id(content)
     except UnicodeEncodeError:  # JSON can contain half a surrogate pair, which no tokenizer or file accepts
         raise schemas.Unusable("text with a lone surrogate") from None
-    if preference and content.response.strip() == content.rejected.strip():
+    # The id covers the rejected response even if it is dropped here, so that a row has the same id in every use.
+    rejected = content.rejected if preference else None
+    if rejected is not None and content.response.strip() == rejected.strip():
         raise schemas.Unusable("chosen and rejected are the same")
     context = [] if schemas.CONTEXT_NAMES.isdisjoint(fields) else schemas.CONTEXT
     not_read = [name for name in context if fields.get(name) and name not in schema.reads]
@@ -147,8 +149,7 @@ def _make_row(line: int, value: Any, preference: bool, questions_only: bool, nam
         system=content.system,
         messages=content.messages,
         response=content.response,
-        # The id covers the rejected response even if it is dropped here, so that a row has the same id in every use.
-        rejected=content.rejected if preference else None,
+        rejected=rejected,
         source=source,
         fields=value,
         line=line,

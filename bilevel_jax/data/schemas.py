@@ -131,7 +131,8 @@ def _pair_chat(fields: Mapping, key: str) -> Chat:
 def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
     """The prompt is the field `prompt` (text or messages), or the turns before the responses in `chosen` and `rejected`."""
     del questions_only  # both responses are required
-    system, prompt = "", []
+    system = ""
+    prompt: Sequence[tuple[str, str]] = ()
     if isinstance(fields.get("prompt"), str):
         prompt = [("user", fields["prompt"])]
     elif "prompt" in fields:
@@ -152,7 +153,8 @@ def _parse_preference(fields: Mapping, questions_only: bool) -> Content:
         system, prompt = conversations.pop()
     elif "prompt" not in fields:
         raise Unusable("no field 'prompt'")
-    return Content(system, _prompt_messages(prompt), *responses)
+    chosen, rejected = responses
+    return Content(system, _prompt_messages(prompt), chosen, rejected)
 
 
 SCHEMAS = (  # in order of precedence

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from bilevel_jax.data.rejections import DataError
 from bilevel_jax.data.rows import Report, Row
 
 MAX_HELD_OUT = 200  # the most rows that are held out where a share of them is asked for
+
+Generate = Callable[[int, int], list[dict]]  # (number of rows, seed) -> rows
 
 
 def open_source(
@@ -79,7 +81,7 @@ def split(stored: Sequence, num_eval: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: float, preference: bool) -> list[dict]:
-    generators = {
+    generators: dict[str, Generate] = {
         "upper": synthetic.upper,
         "lower": functools.partial(synthetic.lower, bad_fraction=bad_fraction),
         "domains": synthetic.domains,
@@ -87,7 +89,10 @@ def _generate(name: str, part: str, num_rows: int, seed: int, bad_fraction: floa
         "trusted": synthetic.trusted,
         "mixture": synthetic.mixture,
     }
-    pairs = {"upper": synthetic.upper_pairs, "lower": functools.partial(synthetic.lower_pairs, bad_fraction=bad_fraction)}
+    pairs: dict[str, Generate] = {
+        "upper": synthetic.upper_pairs,
+        "lower": functools.partial(synthetic.lower_pairs, bad_fraction=bad_fraction),
+    }
     if part not in generators:
         *names, last = (f"synthetic:{generator}" for generator in generators)
         raise DataError(f"{name}: no such generator; choose {', '.join(names)} or {last}")

@@ -386,7 +386,8 @@ def _chat(row: Row, messages: list[dict], tokenizer, add_generation_prompt: bool
         raise limits.LimitError(f"the chat template on the row of line {row.line} (id {row.id}): {error}") from error
     except Exception as error:  # rejected rows, for example system texts, and any error in the template
         reason = errors.first_line(error)
-        where = location(row.line.file, row.line) if getattr(row.line, "file", "") else f"line {row.line}"
+        file = getattr(row.line, "file", "")
+        where = location(file, row.line) if file else f"line {row.line}"
         raise ValueError(f"the chat template refuses the row of {where} (id {row.id}): {reason}") from error
 
 

@@ -72,16 +72,17 @@ def model_from_flags() -> EvaluatedModel:
     if MODEL.value is not None:
         if SAMPLES.value and not OUT.value:
             raise ValueError("--samples goes with --out, the file for them, where --model is given")
-        out = OUT.value and pathlib.Path(OUT.value)
+        out = pathlib.Path(OUT.value) if OUT.value else None
         return EvaluatedModel(MODEL.value, ADAPTER.value, DTYPE.value or "float32", QUANTIZATION.value or "none", out)
     if ADAPTER.value is not None:
         raise ValueError("--adapter goes with --model; a --workdir has an adapter")
+    assert WORKDIR.value is not None  # where --model is not given
     workdir = pathlib.Path(WORKDIR.value)
     config = read_finished(workdir)
     out = pathlib.Path(OUT.value or workdir / "lm_eval.json")
     path, adapter = learned(workdir, config)
     quantization = QUANTIZATION.value or config.model.quantization
-    return EvaluatedModel(path, adapter and str(adapter), DTYPE.value or config.model.dtype, quantization, out)
+    return EvaluatedModel(path, str(adapter) if adapter else None, DTYPE.value or config.model.dtype, quantization, out)
 
 
 def load_tasks(names: list[str], include_path: str | None = None):
@@ -99,13 +100,13 @@ def load_tasks(names: list[str], include_path: str | None = None):
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not all(manager.match_tasks([name]) for name in names):
         manager = TaskManager(include_path=paths)  # seconds: lm-eval has thousands of tasks
-    task_names = {}
+    task_names: dict[str, None] = {}
     for name in names:
         matching = manager.match_tasks([name])
         if not matching:
             raise ValueError(f"--tasks: unknown task {name!r}; `python -m lm_eval ls tasks` lists the tasks of lm-eval")
         task_names |= dict.fromkeys(matching)
-    tasks = []
+    tasks: list = []
     for name in task_names:
         try:
             loaded = manager.load([name])

@@ -101,7 +101,10 @@ class JaxLM(TemplateLM):
             room = self.max_length + 1 - len(continuation)
             key = tuple(context[-room:]), tuple(continuation)
             indices.append(segment_index.setdefault(key, len(segment_index)))
-        segments = [packing.Segment(*(np.array(ids, np.int32) for ids in key)) for key in segment_index]
+        segments = [
+            packing.Segment(np.array(context, np.int32), np.array(continuation, np.int32))
+            for context, continuation in segment_index
+        ]
         nll, _, greedy = self._score(segments)
         _check_numbers(nll)
         return [(-float(nll[i]), bool(greedy[i])) for i in indices]

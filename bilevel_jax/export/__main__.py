@@ -103,23 +103,30 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
     from bilevel_jax.export import cards, kept_rows, new_rows, records
 
     new = new_rows.rank(workdir, config, SCORE_NEW.value, COLUMNS.value) if SCORE_NEW.value else None
-    dropped = {"drop_implausible": DROP_IMPLAUSIBLE.value, "drop_dissimilar": DROP_DISSIMILAR.value}
-    options = dropped | {"refined": REFINED.value, "form": FORMAT.value}
-    selection = kept_rows.collect(workdir, config, keep=KEEP.value, **options, weight=not RESAMPLED.value, new=new)
-    kept, num_kept = selection.kept, int(selection.kept.sum())
-    repeated, num_different = selection.records, None
+    selection = kept_rows.collect(
+        workdir,
+        config,
+        keep=KEEP.value,
+        drop_implausible=DROP_IMPLAUSIBLE.value,
+        drop_dissimilar=DROP_DISSIMILAR.value,
+        refined=REFINED.value,
+        form=FORMAT.value,
+        weight=not RESAMPLED.value,
+        new=new,
+    )
+    kept, num_kept, num_different = selection.kept, int(selection.kept.sum()), None
+    written: records.Records | records.Repeated = selection.records
     if RESAMPLED.value:
         copies = selected_rows.resample(selection.table["weight"].to_numpy()[selection.order], SEED.value)
         times = np.bincount(copies, minlength=num_kept)
-        repeated, num_different = records.Repeated(selection.records, times), int((times > 0).sum())
-    late = records.write(out, repeated)
+        written, num_different = records.Repeated(selection.records, times), int((times > 0).sum())
+    late = records.write(out, written)
     is_new, num_replaced = bool(new), 0
     if not is_new:
         replaced = kept & selected_rows.replaced(workdir, selection.table["id"])
         num_replaced = int((replaced if selection.refined is None else replaced & ~selection.refined).sum())
     provenance, card = cards.Provenance(workdir, config, command), out.with_name(f"{out.name}.card.md")
-    numbers = {"num_replaced": num_replaced, "num_different": num_different}
-    text = cards.data_card(provenance, out, selection, is_new=is_new, **numbers)
+    text = cards.data_card(provenance, out, selection, is_new=is_new, num_replaced=num_replaced, num_different=num_different)
     files.write_atomically(card, text)
 
     say(f"{out}: {num_kept} of {selection.table.num_rows} rows kept")
@@ -131,7 +138,7 @@ def export_selected(workdir: pathlib.Path, config, out: pathlib.Path, command: s
         say(f"  {num_different} of them are in the file, repeated by weight; it has no column 'weight'")
     for name, number in selection.num_left_out.items():
         say(f"  {number} of the others are left out as {selected_rows.OPPOSITES[name]}")
-    if REFINED.value:
+    if selection.refined is not None:
         masked, refined = (selection.masked & kept).sum(), selection.refined.sum()
         hint = "" if masked or KEEP.value == 1 else "; masked rows have the smallest weights: --keep=1 keeps them"
         say(f"  {masked} of them are masked, {refined} of these have the model's response{hint}")

@@ -4,7 +4,7 @@ import array
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ class _Writer(NamedTuple):
     """How kept rows get their columns."""
 
     asked: str  # form of `collect`
-    template: str | None
+    template: str  # "" where the form needs none
     tokenizer: object
     names: list[str]  # fields of `Kept` that are columns
     responses: Mapping[str, str] | None  # generated ones by id; None for those of the data
@@ -80,7 +80,7 @@ def collect(
     refined: bool = False,
     form: str = "auto",
     weight: bool = True,
-    new: tuple[list[rows.Row], pa.Table] | None = None,
+    new: tuple[Sequence[rows.Row], pa.Table] | None = None,
 ) -> KeptRows:
     """Selects rows of a finished run, see `selected_rows.choose`, and gives them their columns.
 
@@ -146,7 +146,7 @@ def _left_out(workdir: pathlib.Path, table: pa.Table, shares: Mapping[str, float
 
 
 def _writer(config, form: str, names: list[str], responses: Mapping[str, str] | None) -> _Writer:
-    tokenizer, template = None, None
+    tokenizer, template = None, ""
     if form in ("auto", "text"):
         tokenizer = templates.load_tokenizer(str(huggingface.locate(config.model.path)))
         template = templates.resolve(config.data.template, tokenizer)

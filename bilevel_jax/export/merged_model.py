@@ -55,7 +55,8 @@ def list_weights(config: model_config.ModelConfig) -> list[Weight]:
 
 def split(weights: list[Weight], itemsize: int, max_shard: int) -> list[list[Weight]]:
     """Consecutive weights in shards of at most `max_shard` bytes. A larger weight has its own shard."""
-    shards, size = [[]], 0
+    shards: list[list[Weight]] = [[]]
+    size = 0
     for weight in weights:
         num_bytes = int(np.prod(weight.shape)) * itemsize
         if shards[-1] and size + num_bytes > max_shard:
@@ -171,7 +172,7 @@ def _merge_function(
 
 def _write_shards(directory: pathlib.Path, shards: list[list[Weight]], tensor: Callable[[Weight], np.ndarray]) -> dict[str, str]:
     """Writes one safetensors file per shard. Returns the file of each tensor."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with progress.bar(total=sum(map(len, shards)), desc="writing weights", unit="tensor") as bar:
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"

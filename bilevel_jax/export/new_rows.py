@@ -1,6 +1,8 @@
 """Ranks rows that a run never saw, by the logits of their sources or by their features."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from bilevel_jax.runtime import weight_table
 MAX_SOURCES = 20  # named in an error
 
 
-def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple[list[rows.Row], pa.Table]:
+def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple[Sequence[rows.Row], pa.Table]:
     """The rows of a file that fit the model, and their `weight_table.table`.
 
     Args:
@@ -34,8 +36,8 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
     columns = config.data.columns if columns is None else columns
-    new, report = rows.read_rows(file, columns=columns, preference=levels.prefers(config))
-    new, examples = levels.usable(config, file, new, report, tokenizer)
+    readable, report = rows.read_rows(file, columns=columns, preference=levels.prefers(config))
+    new, examples = levels.usable(config, file, readable, report, tokenizer)
     if config.selection.unit == "turn":
         new, examples = by_turn.split(new, examples)
     if by_domain:
@@ -46,9 +48,9 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
     return new, weight_table.table(new, logits, visits=zeros, masked=zeros)
 
 
-def _logits_of_sources(workdir: pathlib.Path, file: str, new: list[rows.Row]) -> np.ndarray:
+def _logits_of_sources(workdir: pathlib.Path, file: str, new: Sequence[rows.Row]) -> np.ndarray:
     """The logit of each row's source in the run."""
-    table = weight_table.latest(workdir)
+    table: Any = weight_table.latest(workdir)  # None if someone removed weights/
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
     for row in new:
         if row.source not in logits:

@@ -28,7 +28,7 @@ class Records:
     yields the rows in the order in which they were added, as often as needed, one iteration after the other.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()
         self._number = 0
         self._pending: list[tuple[dict, dict]] = []  # rows that are not in the file yet
@@ -124,7 +124,7 @@ def write(out: pathlib.Path, records: Iterable[dict]) -> list[str]:
         if out.suffix == ".parquet":
             _write_parquet(out, file, records)
             return []
-        seen = set()
+        seen: set[str] = set()
         for record in records:
             new = {name for name, value in record.items() if value is not None} - seen
             if new and file.tell() > INFERENCE_BYTES:

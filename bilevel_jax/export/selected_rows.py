@@ -24,7 +24,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -164,7 +164,7 @@ def _read_responses(file: pathlib.Path) -> Iterator[dict]:
             try:
                 response = json.loads(line.decode())
                 values = *(response[key] for key in ("id", "text", "step", "sample")), response.get("reward", 0.0)
-                if not all(isinstance(value, kind) for value, kind in zip(values, (str, str, int, int, (int, float)))):
+                if not all(isinstance(value, kind) for value, kind in zip(values, ((str,), (str,), (int,), (int,), (int, float)))):
                     raise TypeError("a field of another type")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise rows.DataError(f"{file}:{number}: not a response ({type(error).__name__}: {error})") from error
@@ -210,7 +210,7 @@ def with_response(row: rows.Row, response: str) -> rows.Row:
       DataError: the row is a preference pair.
     """
     if row.schema in ("messages", "conversations"):
-        changed = {row.schema: messages.with_last_answer(row.fields[row.schema], response)}
+        changed: dict[str, Any] = {row.schema: messages.with_last_answer(row.fields[row.schema], response)}
     elif isinstance(row.fields.get("completion"), list):
         changed = {"completion": messages.with_last_answer(row.fields["completion"], response)}
     elif row.schema in RESPONSE_FIELDS:
@@ -267,8 +267,8 @@ def prompt_columns(row: rows.Row, form: str, tokenizer, template: str) -> dict:
         return {"prompt": prompt, "completion": [completion]} | ({"tools": row.tools} if row.tools else {})
     if form == "text":
         rendered = templates.render(row, tokenizer, template)
-        prompt = rendered.rstrip(" ")  # the concatenation stays the same, and the prompt ends at a token boundary
-        return {"prompt": prompt, "completion": rendered[len(prompt) :] + templates.response_text(row, tokenizer)}
+        text = rendered.rstrip(" ")  # the concatenation stays the same, and the prompt ends at a token boundary
+        return {"prompt": text, "completion": rendered[len(text) :] + templates.response_text(row, tokenizer)}
     return {}
 
 

@@ -123,15 +123,15 @@ def confirmed() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> None:
-    """Sends requests, and adds each verdict to `rows_by_request` and to the file after its first `size` bytes."""
+def collect(requests, rows_by_request: dict, out: str, size: int, url: str, chat_options: dict) -> None:
+    """Sends requests, and adds each verdict to `rows_by_request` and to the file `out` after its first `size` bytes."""
     import tqdm
 
     from bilevel_jax import files
     from bilevel_jax.judge import endpoint, verdicts
 
     stop = threading.Event()
-    with open(OUT.value, "ab") as file, tqdm.tqdm(total=len(requests), desc="judging", unit="verdict") as bar:
+    with open(out, "ab") as file, tqdm.tqdm(total=len(requests), desc="judging", unit="verdict") as bar:
         file.truncate(size)
 
         def record(row: dict) -> None:
@@ -140,30 +140,30 @@ def collect(requests, rows_by_request: dict, size: int, chat_options: dict) -> N
             rows_by_request[row["request"]] = row
             bar.update()
 
-        chat = endpoint.make_chat(ENDPOINT.value, **chat_options, stop=stop, notice=lambda cause: bar.set_postfix_str(cause[:40]))
+        chat = endpoint.make_chat(url, **chat_options, stop=stop, notice=lambda cause: bar.set_postfix_str(cause[:40]))
         verdicts.judge_all(requests, chat, record, stop=stop, concurrency=CONCURRENCY.value)
 
 
-def judge(pairs) -> None:
+def judge(pairs, url: str, model: str, out: str) -> None:
     """Requests the missing verdicts and prints the result."""
     from bilevel_jax.judge import endpoint, verdicts
 
     endpoint.check_installed()
     options = read_options(OPTIONS.value)
     key = os.environ.get(KEY_VARIABLE.value, "").strip() or None
-    endpoint.check_endpoint(ENDPOINT.value, key)
-    rows_by_request, size = verdicts.read_verdicts(pathlib.Path(OUT.value))
-    requests_of_pairs = [verdicts.make_requests(pair, JUDGE.value, options) for pair in pairs]
+    endpoint.check_endpoint(url, key)
+    rows_by_request, size = verdicts.read_verdicts(pathlib.Path(out))
+    requests_of_pairs = [verdicts.make_requests(pair, model, options) for pair in pairs]
     requests = {request.hash: request for orders in requests_of_pairs for request in orders}
     missing = [request for name, request in requests.items() if name not in rows_by_request]
-    say(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {OUT.value}")
+    say(f"{len(pairs)} pairs, {len(requests)} verdicts, {len(requests) - len(missing)} of them in {out}")
     if missing:
         authorization = f"with the key in {KEY_VARIABLE.value}" if key else "without a key"
-        say(f"{len(missing)} requests to {JUDGE.value} at {ENDPOINT.value} {authorization}")
+        say(f"{len(missing)} requests to {model} at {url} {authorization}")
         say(estimate(missing, options), flush=True)
         if not confirmed():
             return
-        collect(missing, rows_by_request, size, {"key": key, "timeout": TIMEOUT.value, "backoff": BACKOFF.value})
+        collect(missing, rows_by_request, out, size, url, {"key": key, "timeout": TIMEOUT.value, "backoff": BACKOFF.value})
     winners = [
         tuple(rows_by_request[request.hash]["winner"] for request in orders) or (verdicts.TIE,) * 2 for orders in requests_of_pairs
     ]
@@ -208,9 +208,10 @@ def main() -> None:
     for out in (OUTPUTS, SUMMARY):  # a file of --out is refused where it has no verdicts
         if out.value:
             parts.refuse_overwriting(out.value, f"--{out.name}", PROMPTS.value, ANSWERS.value, *filter(None, [AGAINST.value]))
-    for first, second in itertools.combinations([flag for flag in (OUT, OUTPUTS, SUMMARY) if flag.value], 2):
-        if os.path.realpath(first.value) == os.path.realpath(second.value):
-            raise ValueError(f"--{first.name} and --{second.name} are the same file; name another one")
+    written = [(flag.name, os.path.realpath(flag.value)) for flag in (OUT, OUTPUTS, SUMMARY) if flag.value]
+    for (first, path), (second, other_path) in itertools.combinations(written, 2):
+        if path == other_path:
+            raise ValueError(f"--{first} and --{second} are the same file; name another one")
     prompts, report = rows.read_rows(PROMPTS.value, questions_only=True, columns=COLUMNS.value)
     if report.rejections or report.notes():
         say("\n".join(report.summary()))
@@ -220,9 +221,10 @@ def main() -> None:
         outputs = verdicts.alpaca_eval_outputs(prompts, answers, generator)
         files.write_atomically(pathlib.Path(OUTPUTS.value), files.to_json(outputs, indent=2) + "\n")
         say(f"{OUTPUTS.value}: {len(outputs)} answers of {generator}, {answers.count('')} of them empty")
-    if any(values):
+    if ENDPOINT.value and JUDGE.value and OUT.value:
         pairs = read_pairs(prompts, answers, AGAINST.value)
-        judge(sorted(pairs)[: LIMIT.value] if LIMIT.value else pairs)  # ids are hashes, so their order is random
+        some = sorted(pairs)[: LIMIT.value] if LIMIT.value else pairs  # ids are hashes, so their order is random
+        judge(some, ENDPOINT.value, JUDGE.value, OUT.value)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import ssl
 import threading
 import urllib.parse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from bilevel_jax.errors import RunError
 
@@ -99,7 +99,7 @@ def _error_message(body: bytes) -> str:
     return message if isinstance(message, str) else text
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether a value can be a number of tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
 
@@ -129,8 +129,9 @@ def _is_certificate_error(error: BaseException | None) -> bool:
 def _limit_body(response) -> None:
     """Limits a response of httpx before its body is read."""
     httpx = importlib.import_module(type(response).__module__.partition(".")[0])  # or httpx2, of later versions of `openai`
+    stream_type: Any = httpx.SyncByteStream
 
-    class Limited(httpx.SyncByteStream):
+    class Limited(stream_type):
         """The stream of the response, which fails after MAX_BODY bytes."""
 
         def __init__(self, stream):

@@ -88,7 +88,7 @@ def read_answers(path: str) -> list[Answer]:
       DataError: a line is not a row of `sample`.
     """
     answers: dict[tuple, Answer] = {}
-    missing = []
+    missing: list[int] = []
     files.check_regular(path)
     with open(path, "rb") as file:
         for number, line in enumerate(limits.lines(file, path), 1):
@@ -99,10 +99,14 @@ def read_answers(path: str) -> list[Answer]:
                     raise TypeError
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise rows.DataError(f"{path}:{number}: not a row of `sample` (an object with id or question, and text)") from None
-            if answer.id is not None or answer.question is not None:
-                missing += [number] if answer.text is None else []
-                key = ("id", answer.id) if answer.id is not None else ("question", answer.question.strip())
-                answers.setdefault(key, answer._replace(text=(answer.text or "").strip()))
+            if answer.id is not None:
+                key = "id", answer.id
+            elif answer.question is not None:
+                key = "question", answer.question.strip()
+            else:
+                continue
+            missing += [number] if answer.text is None else []
+            answers.setdefault(key, answer._replace(text=(answer.text or "").strip()))
     if missing:
         many = len(missing) > 1
         what = f"{len(missing)} {'rows have' if many else 'row has'} no text (the first: line {missing[0]})"
@@ -181,7 +185,8 @@ def parse(reply: str) -> str | None:
 def judge_once(request: Request, chat: Callable[[dict], Reply]) -> dict:
     """Sends a request and returns its row of verdicts.jsonl."""
     reply = chat(request.body)
-    letter, tokens = parse(reply.text), reply.tokens
+    letter = parse(reply.text)
+    tokens: tuple[int, ...] = reply.tokens
     if letter is None:
         turns = [{"role": "assistant", "content": reply.text or "..."}, {"role": "user", "content": SHORTER_PROMPT}]
         reply = chat(request.body | {"messages": request.body["messages"] + turns})
@@ -260,7 +265,7 @@ def summarize(pairs: Sequence[Pair], winners: Sequence[tuple[str | None, str | N
     Args:
       winners: of each pair, with its answer first and with the other answer first; None without a verdict.
     """
-    complete = [(pair, results) for pair, results in zip(pairs, winners) if None not in results]
+    complete = [(pair, (one, other)) for pair, (one, other) in zip(pairs, winners) if one is not None and other is not None]
     scores = [(POINTS[one] + POINTS[other]) / 2 for _, (one, other) in complete]
     first_wins = [
         winner == first for results in winners for winner, first in zip(results, (ANSWERS, AGAINST)) if winner not in (None, TIE)

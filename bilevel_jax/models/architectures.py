@@ -327,7 +327,7 @@ def sharding_axes() -> dict[str, tuple[str, str]]:
     Raises:
       ValueError: two architectures give one name to layers with different dimensions.
     """
-    axes = {}
+    axes: dict[str, tuple[str, str]] = {}
     for record in ARCHITECTURES.values():
         for name, (_, linear) in record.projections.items():
             dimensions = SHARDING_AXES[linear.inputs], SHARDING_AXES[linear.outputs]

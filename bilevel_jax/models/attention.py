@@ -118,7 +118,8 @@ def _attend_backward(dtype, cap, residuals, d_output):
     d_output = d_output.astype(jnp.float32)
     inner = jnp.sum(d_output * output, axis=-1, keepdims=True)  # D
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dq, dk, dv = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_SxKxLxC, v_SxKxLxC))
+    dq = []
+    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k_SxKxLxC, v_SxKxLxC))
     for (first, end), max_score, total in zip(_blocks(q.shape[1]), maxima, totals):
         queries, d, inner_block = (_by_key(x[:, first:end], key_heads) for x in (scaled, d_output, inner))
         keys, values = (x[:, :, :end] for x in (k_SxKxLxC, v_SxKxLxC))

@@ -15,6 +15,7 @@ Axes: S sequences, L positions, T = S·L tokens, D hidden, V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def logits(config: ModelConfig, params, adapter, tokens_SxL, positions_SxL=None,
         positions_SxL = jnp.broadcast_to(jnp.arange(tokens_SxL.shape[1]), tokens_SxL.shape)
     if segments_SxL is None:
         segments_SxL = jnp.ones_like(tokens_SxL)
-    hidden = Decoder(config).apply(variables(params, adapter), tokens_SxL, positions_SxL, segments_SxL)
+    hidden: Any = Decoder(config).apply(variables(params, adapter), tokens_SxL, positions_SxL, segments_SxL)
     return project(hidden, head(params), config.logit_cap)
 
 

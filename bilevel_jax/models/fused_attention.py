@@ -9,6 +9,7 @@ Axes: S sequences, L positions, H query heads, K key/value heads, C head width.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,16 +114,17 @@ def _splash(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, window: int, cap: flo
     _, L, H, _ = q_SxLxHxC.shape
     mask = splash.CausalMask((L, L)) if window >= L else splash.LocalMask((L, L), (window - 1, 0), 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes: dict[str, Any] = dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), _block(L))
     kernel = splash.make_splash_mha_single_device(
         mask=splash.MultiHeadMask([mask] * H),
-        block_sizes=splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), _block(L))),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=cap,
         residual_checkpoint_name=attention.SAVED,
         interpret=interpret,
     )
     of_sequence = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, splash.SegmentIds(segments, segments)))
-    by_head = (x.swapaxes(1, 2) for x in (q_SxLxHxC, k_SxLxKxC, v_SxLxKxC))
-    return of_sequence(*by_head, segments_SxL).swapaxes(1, 2)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_SxLxHxC, k_SxLxKxC, v_SxLxKxC))
+    return of_sequence(q, k, v, segments_SxL).swapaxes(1, 2)
 
 
 def _triton(q_SxLxHxC, k_SxLxKxC, v_SxLxKxC, segments_SxL, interpret: bool) -> jax.Array:

@@ -3,6 +3,8 @@
 Axes: S sequences, L positions, D hidden, K key/value heads, C head width; B blocks of W positions in a cache.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -73,5 +75,5 @@ def decode(config: ModelConfig, params, adapter, cache: list, token_S: jax.Array
         of_layer = {name: values[i] for name, values in settings.items()}
         (x_SxD, _), state = Layer(config).apply(variables, x_SxD, table, None, of_layer, position_S, mutable=["cache"])
         new_cache.append(state["cache"])
-    hidden_SxD = norm(config, None).apply({"params": params["norm"]}, x_SxD)
+    hidden_SxD: Any = norm(config, None).apply({"params": params["norm"]}, x_SxD)
     return scaled(hidden_SxD, 1 / config.logit_divisor), new_cache

@@ -6,6 +6,7 @@ CPU this makes the backward pass of the products 1.4x faster, elsewhere it is fr
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ class Projection(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), dtype)
         if self.has_variable("adapter", "a"):
-            a = self.get_variable("adapter", "a").astype(dtype)
-            b = self.get_variable("adapter", "b").astype(dtype)
+            a: jax.Array = self.get_variable("adapter", "a").astype(dtype)
+            b: jax.Array = self.get_variable("adapter", "b").astype(dtype)
             dropped = self._dropped(x_TxI)
             low_rank = attention.save(product(dropped, a))
             update = self._probed(probes.of_adapter, product(low_rank, b), dropped, low_rank, b)
@@ -84,7 +85,7 @@ class Projection(nn.Module):
         if not self.has_variable("adapter", "probe"):
             return y_TxO
         names = ("direction_a", "direction_b") if function is probes.of_adapter else ("direction_kernel",)
-        directions = (self.get_variable("adapter", name).astype(self.config.dtype) for name in names)
+        directions: Iterable[jax.Array] = (self.get_variable("adapter", name).astype(self.config.dtype) for name in names)
         return function(y_TxO, self.get_variable("adapter", "probe"), *factors, *directions)
 
     def _kernel(self, width: int, dtype) -> jax.Array:
@@ -92,6 +93,7 @@ class Projection(nn.Module):
         kind = self.config.quantization
         if kind == "none":
             return self.param("kernel", nn.initializers.normal(0.02), (width, self.features), dtype)
+        assert self.name is not None  # the parent gives it
         kernel = self.param("kernel", functools.partial(quantization.random, kind), width, self.features)
         return quantization.dequantize(sharding.gather_kernel(self.name, kernel), dtype)
 

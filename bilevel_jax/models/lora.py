@@ -7,6 +7,7 @@ copy of all weights, in the layout of the base.
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def is_full(adapter) -> bool:
     return adapter is not None and "embed_tokens" in adapter
 
 
-def in_use(config: model_config.ModelConfig, base, adapter):
+def in_use(config: model_config.ModelConfig, base, adapter) -> tuple[Any, Any]:
     """`(params, adapter)` with which the model computes: all weights that were learned, rounded, stand in for the base."""
     if is_full(adapter):
         return jax.tree.map(lambda leaf: leaf.astype(config.dtype), adapter), None
@@ -96,7 +97,8 @@ def init_adapter(
     """
     if rank < 1:
         raise ValueError(f"the rank of an adapter must be at least 1, got {rank}")
-    modules, num_layers = {}, num_layers or config.num_layers
+    modules: dict[str, dict[str, dict[str, jax.Array]]] = {}
+    num_layers = num_layers or config.num_layers
     for name, (module, width_in, width_out) in projections(config).items():
         if name not in targets:
             continue

@@ -105,7 +105,7 @@ def attach(adapter, directions: dict, probes: dict) -> dict:
       directions: from `along`.
       probes: of the tokens, module -> name -> [Y, T].
     """
-    layers = {}
+    layers: dict[str, dict[str, dict]] = {}
     for module, weights in directions.items():
         layers[module] = {}
         for name, leaves in weights.items():

@@ -74,7 +74,7 @@ def _scaled(x_BxW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def quantize(kind: str, kernel_IxO: np.ndarray) -> dict[str, np.ndarray]:
+def quantize(kind: str, kernel_IxO: np.ndarray) -> dict[str, np.ndarray | np.float32]:
     """The arrays of a kernel, see `shapes`."""
     weight_OxI = np.ascontiguousarray(kernel_IxO.T, np.float32)
     if kind == "int8":
@@ -90,7 +90,7 @@ def quantize(kind: str, kernel_IxO: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": codes.T.astype(ml_dtypes.uint4), **quantize_magnitudes(magnitudes, mean)}
 
 
-def quantize_magnitudes(magnitude_OxB: np.ndarray, mean: np.float32) -> dict[str, np.ndarray]:
+def quantize_magnitudes(magnitude_OxB: np.ndarray, mean: np.float32) -> dict[str, np.ndarray | np.float32]:
     """Double quantisation: the magnitudes of all blocks in 8 bits. Groups run over the ends of rows."""
     centred = (magnitude_OxB - mean).ravel()
     padded = np.pad(centred, (0, -centred.size % GROUP)).reshape(-1, GROUP)

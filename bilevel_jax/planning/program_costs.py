@@ -136,7 +136,7 @@ def array_bytes(text: str) -> list[int]:
     """Bytes of each array of a type in HLO, such as `(f32[2,3]{1,0}, bf16[])`."""
     return [
         math.prod(int(size) for size in shape.split(",") if size)
-        * (8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]))
+        * (8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0]))
         // 8
         for dtype, shape in _ARRAY.findall(text)
     ]
@@ -147,8 +147,9 @@ def parse_collectives(hlo: str) -> list[Collective]:
 
     XLA may split one collective into pieces that overlap with computation. They share a channel and count once.
     """
-    seen, totals = set(), collections.Counter()
-    numbers: collections.Counter = collections.Counter()
+    seen: set[str] = set()
+    totals: collections.Counter[tuple[str, int]] = collections.Counter()
+    numbers: collections.Counter[tuple[str, int]] = collections.Counter()
     for line in hlo.splitlines():
         match = _COLLECTIVE.search(line)
         if not match:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -74,7 +75,15 @@ device_description_str: "{name}"
 """
 
 
-HOPPER = {"capability": (9, 0), "cores": 132, "fpus": 128, "threads": 2048, "shared": 233472, "l2": 50 << 20, "clock_ghz": 1.98}
+HOPPER: dict[str, Any] = {
+    "capability": (9, 0),
+    "cores": 132,
+    "fpus": 128,
+    "threads": 2048,
+    "shared": 233472,
+    "l2": 50 << 20,
+    "clock_ghz": 1.98,
+}
 TPUS = {  # the name of a generation in a topology -> a chip
     "v5e": Tpu(197e12, 819e9, 16e9, "2x2"),
     "v5p": Tpu(459e12, 2765e9, 95e9, "2x2x1"),
@@ -162,7 +171,7 @@ def _tpus(target: Target) -> topologies.TopologyDescription:
 
 
 def _gpus(target: Target) -> topologies.TopologyDescription:
-    description = target.chip.description(target.name)
+    description = GPUS[target.name].description(target.name)
     arrangement = f"1x1x{target.shape[0]}"
     try:
         return topologies.get_topology_desc(target.name, platform="cuda", target_config=description, topology=arrangement)

@@ -21,8 +21,9 @@ WIDTH, HEIGHT = 4.4, 2.6  # inches of 72 points; a point is about a pixel on a p
 MAX_POINTS = 300  # of a line; more points are averaged in groups
 BINS = 40
 PERCENT = ticker.FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.linewidth": 0.8}
-styled = matplotlib.rc_context(STYLE)  # a decorator; pyplot and its global figures are not used
+styled = matplotlib.rc_context(  # a decorator; pyplot and its global figures are not used
+    {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.linewidth": 0.8}
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -63,8 +64,8 @@ def _embed(text: str, label: str) -> str:
 
     Every pattern contains a `<`. Names from rows contain none here, because matplotlib has escaped them.
     """
-    head, body = re.fullmatch(r".*?(<svg.*?>)(.*)", text, re.DOTALL).groups()
-    view = re.search(r'viewBox="[^"]*"', head)[0]
+    _, head, body = re.split("(<svg.*?>)", text, maxsplit=1, flags=re.DOTALL)
+    view = re.findall(r'viewBox="[^"]*"', head)[0]
     body = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # unused, and not unique on a page with several figures
     body = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*;? ?', r"\1", body)
@@ -93,9 +94,9 @@ def _legend(axes) -> None:
 
 def thinned(values: Sequence[float]) -> np.ndarray:
     """At most MAX_POINTS values: means of groups of neighbours of equal size (the last group may be smaller)."""
-    values = np.asarray(values, float)
-    group = -(-len(values) // MAX_POINTS)
-    return np.array([values[i : i + group].mean() for i in range(0, len(values), group)]) if group > 1 else values
+    array = np.asarray(values, float)
+    group = -(-len(array) // MAX_POINTS)
+    return np.array([array[i : i + group].mean() for i in range(0, len(array), group)]) if group > 1 else array
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,12 +134,12 @@ def ess(label: str, line: Line) -> str:
 def spread(label: str, x: Sequence[float], quantiles: Mapping[str, Sequence[float]]) -> str:
     """Percentiles of the weights over time; `quantiles` has p01, p10, p50, p90 and p99."""
     figure, axes = _panel("epoch", "weight")
-    x, q = thinned(x), {name: thinned(values) for name, values in quantiles.items()}
-    axes.fill_between(x, q["p01"], q["p99"], color=BLUE, alpha=0.15, linewidth=0, label="98% of rows")
-    axes.fill_between(x, q["p10"], q["p90"], color=BLUE, alpha=0.3, linewidth=0, label="80%")
-    axes.plot(x, q["p50"], color=BLUE, linewidth=1.8, label="median")
+    epochs, q = thinned(x), {name: thinned(values) for name, values in quantiles.items()}
+    axes.fill_between(epochs, q["p01"], q["p99"], color=BLUE, alpha=0.15, linewidth=0, label="98% of rows")
+    axes.fill_between(epochs, q["p10"], q["p90"], color=BLUE, alpha=0.3, linewidth=0, label="80%")
+    axes.plot(epochs, q["p50"], color=BLUE, linewidth=1.8, label="median")
     axes.set_ylim(bottom=0)
-    _epochs(axes, max(x))
+    _epochs(axes, max(epochs))
     _legend(axes)
     return _svg(figure, label)
 

@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
@@ -31,7 +31,7 @@ class RunData(NamedTuple):
 
     name: str
     config: ml_collections.ConfigDict
-    summary: dict[str, float]  # empty before the end of the run
+    summary: dict[str, Any]  # empty before the end of the run
     events: list[dict]  # of metrics.jsonl
     tables: dict[int, dict[str, np.ndarray]]  # epoch -> columns of its weight table
     responses: list[dict]  # of responses.jsonl, in the order of steps
@@ -261,7 +261,7 @@ def responses_in_use(run: RunData, epoch: int) -> dict[str, list[str]]:
 
 def response_lengths(run: RunData, share: float = 0.1) -> dict[str, list[float]]:
     """Mean words of the responses in use, by epoch: of the `share` heaviest rows, of all rows, of the `share` lightest rows."""
-    means = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
+    means: dict[str, list[float]] = {"heaviest tenth": [], "all rows": [], "lightest tenth": []}
     answered = {response["id"] for response in run.responses}
     ids = run.tables[min(run.tables)]["id"]
     index_of = {row_id: i for i, row_id in enumerate(ids) if row_id in answered}

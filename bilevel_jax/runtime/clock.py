@@ -18,18 +18,18 @@ class Compiling:
 
     EVENTS = "/jax/core/compile/"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds = 0.0
         self._counted: list[tuple[float, float]] = []  # start, and seconds counted since
 
-    def __call__(self, event: str, seconds: float, **_) -> None:
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
         if not event.startswith(self.EVENTS) or threading.current_thread() is not threading.main_thread():
             return
-        start, inside = time.perf_counter() - seconds, 0.0
+        start, inside = time.perf_counter() - duration_secs, 0.0
         while self._counted and self._counted[-1][0] >= start:
             inside += self._counted.pop()[1]
-        self._counted.append((start, seconds))
-        self.seconds += max(0.0, seconds - inside)
+        self._counted.append((start, duration_secs))
+        self.seconds += max(0.0, duration_secs - inside)
 
 
 COMPILING = Compiling()

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 import jax
 from jax._src import distributed  # the coordinator's address and its key-value store have no public API
@@ -31,6 +32,7 @@ DONE, LOST = b".", b"?"  # a process is done; its machine does not answer
 # An unreachable machine is detected after 25 seconds, also where data were sent that it has not confirmed.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 _contexts = itertools.count()
+_connection: Any = distributed.global_state  # with an address and a client, once JAX is connected
 
 
 def join() -> None:
@@ -42,13 +44,14 @@ def join() -> None:
     Raises:
       ValueError: some of the variables are missing or invalid.
     """
-    address, *numbers = (os.environ.get(name) for name in VARIABLES)
+    address, *numbers = (os.environ.get(name, "") for name in VARIABLES)
     if address or any(numbers):
         if not address or not all(number and number.isdigit() for number in numbers):
             raise ValueError(
                 f"{', '.join(VARIABLES)} must all be set: host:port, number of processes, index of this process from 0"
             )
-        return jax.distributed.initialize(address, *map(int, numbers))
+        number, index = map(int, numbers)
+        return jax.distributed.initialize(address, number, index)
     try:
         jax.distributed.initialize()
     except ValueError as error:
@@ -116,7 +119,7 @@ def _connect() -> dict[socket.socket, str]:
       Connections, with the names of the processes at the other ends.
     """
     key = f"bilevel_jax/{next(_contexts)}"
-    host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+    host = _connection.coordinator_address.rpartition(":")[0].strip("[]")
     try:
         links = _connect_to_first(key, host) if jax.process_index() else _accept_others(key)
     except (OSError, jax.errors.JaxRuntimeError) as error:
@@ -134,7 +137,7 @@ def _connect() -> dict[socket.socket, str]:
 
 
 def _connect_to_first(key: str, host: str) -> dict[socket.socket, str]:
-    port = int(distributed.global_state.client.blocking_key_value_get(key, 1000 * CONNECT_TIMEOUT))
+    port = int(_connection.client.blocking_key_value_get(key, 1000 * CONNECT_TIMEOUT))
     link = socket.create_connection((host, port), CONNECT_TIMEOUT)
     link.sendall(jax.process_index().to_bytes(4))
     return {link: "process 0"}
@@ -146,7 +149,7 @@ def _accept_others(key: str) -> dict[socket.socket, str]:
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
     backlog = jax.process_count()
     with socket.create_server(("", 0), family=family, dualstack_ipv6=dual_stack, backlog=backlog) as server:
-        distributed.global_state.client.key_value_set(key, str(server.getsockname()[1]))
+        _connection.client.key_value_set(key, str(server.getsockname()[1]))
         server.settimeout(CONNECT_TIMEOUT)
         accepted = [server.accept()[0] for _ in range(jax.process_count() - 1)]
     return {link: f"process {int.from_bytes(link.recv(4, socket.MSG_WAITALL))}" for link in accepted}
@@ -180,17 +183,18 @@ def _watch(links: dict[socket.socket, str], reports_own_error: threading.Event) 
     """
     with selectors.DefaultSelector() as selector:
         for link in links:
-            selector.register(link, selectors.EVENT_READ)
+            selector.register(link, selectors.EVENT_READ, link)
         while selector.get_map():
             for ready, _ in selector.select():
-                message = _receive(ready.fileobj)
+                link = ready.data
+                message = _receive(link)
                 if message == DONE:
-                    selector.unregister(ready.fileobj)
+                    selector.unregister(link)
                     continue
                 ended = {b"": "died", LOST: "cannot be reached"}.get(message)
                 if reports_own_error.wait(0 if ended else GRACE / 2):
                     return
-                reason = f"{links[ready.fileobj]} {ended}" if ended else message.decode(errors="replace")
+                reason = f"{links[link]} {ended}" if ended else message.decode(errors="replace")
                 _send(links, reason.encode())
                 what_to_do = "start the same command on every machine again to continue from the last checkpoint"
                 _print_last(f"\nerror: {reason}, so this process exits; {what_to_do}\n")

@@ -6,13 +6,14 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
 SAME = 0.2  # seconds in which further signals count as the first one: `timeout` and terminals may deliver one twice
 
 
 @contextlib.contextmanager
-def catch_signals():
+def catch_signals() -> Iterator[list[int]]:
     """Yields a list to which received SIGTERM and SIGINT are appended. The first one does not end the process inside this context.
 
     A second one ends it at once, with status 128 + its number: nothing more is saved. Outside the main thread Python allows no

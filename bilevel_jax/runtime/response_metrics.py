@@ -31,11 +31,12 @@ def refresh_metrics(
     values["online/eos_rate"] = float(np.mean([one.response.finish_reason == "stop" for one in generations]))
     values["online/empty"] = float(np.mean([not one.text.strip() for one in generations]))
     values |= _reward_metrics(store, generations, truths)
-    to_bad = [one for one in generations if bad is not None and bad[one.row_index] and truths[one.row_index] is not None]
-    if to_bad:
-        num_correct = sum(one.text.strip() == truths[one.row_index].strip() for one in to_bad)
-        values |= {"online/bad_answered": float(len(to_bad)), "online/bad_right": float(num_correct)}
-        values["online/correction_rate"] = num_correct / len(to_bad)
+    to_bad = [(one.text, truths[one.row_index]) for one in generations if bad is not None and bad[one.row_index]]
+    are_right = [text.strip() == truth.strip() for text, truth in to_bad if truth is not None]
+    if are_right:
+        num_correct = sum(are_right)
+        values |= {"online/bad_answered": float(len(are_right)), "online/bad_right": float(num_correct)}
+        values["online/correction_rate"] = num_correct / len(are_right)
     return values
 
 

@@ -36,7 +36,7 @@ class StateStore:
         entry = self._index[key]
         end = int(entry["end"])
         states = self._states[end - int(entry["size"]) : end]
-        return states if end and zlib.crc32(states.view(np.uint8)) == entry["checksum"] else None
+        return states if end and zlib.crc32(states.view(np.uint8).data) == entry["checksum"] else None
 
     def put(self, key: int, states: np.ndarray) -> None:
         """Keeps the states of a key. Those that were there and proved to be damaged are replaced."""
@@ -44,7 +44,7 @@ class StateStore:
         if not end:
             end = self._end = self._end + size
         self._states[end - size : end] = states
-        self._index[key] = end, size, zlib.crc32(np.ascontiguousarray(states).view(np.uint8))
+        self._index[key] = end, size, zlib.crc32(np.ascontiguousarray(states).view(np.uint8).data)
 
 
 def in_memory(num_keys: int, num_tokens: int, width: int, dtype) -> StateStore:

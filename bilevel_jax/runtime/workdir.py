@@ -103,7 +103,7 @@ def _lock(descriptor: int) -> str:
     except BlockingIOError:
         raise
     except OSError as error:  # of some network file systems
-        return error.strerror
+        return error.strerror or str(error)
     return ""
 
 
@@ -280,7 +280,7 @@ def learned(workdir: pathlib.Path, config) -> tuple[str, pathlib.Path | None]:
 
 
 def _flatten(config, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in config.items():
         inner = isinstance(value, ml_collections.ConfigDict)
         flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}

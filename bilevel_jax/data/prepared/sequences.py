@@ -27,7 +27,7 @@ class Stored(Sequence):
     """
 
     store: Store
-    index: np.ndarray  # [n] rows of the store
+    index: np.ndarray  # type: ignore[assignment]  # [n] rows of the store, in place of `Sequence.index`
 
     def _get(self, i: int) -> Any:
         raise NotImplementedError
@@ -36,7 +36,7 @@ class Stored(Sequence):
         return len(self.index)
 
     @overload
-    def __getitem__(self, i: int) -> Any: ...
+    def __getitem__(self, i: int | np.integer) -> Any: ...
     @overload
     def __getitem__(self, i: slice) -> Sequence: ...
     def __getitem__(self, i):
@@ -51,7 +51,8 @@ class Stored(Sequence):
 
     def take(self, indices: np.ndarray):
         """The elements at some indices."""
-        return dataclasses.replace(self, **{name: array[indices] for name, array in self._arrays().items()})  # type: ignore[type-var]
+        taken = {name: array[indices] for name, array in self._arrays().items()}
+        return dataclasses.replace(self, **taken)  # type: ignore[type-var]  # of a subclass, which is a dataclass
 
     def __add__(self, other):
         """One sequence after another of the same store."""
@@ -59,7 +60,7 @@ class Stored(Sequence):
         if both[0].keys() != both[1].keys():
             return [*self, *other]
         joined = {name: np.concatenate([array, both[1][name]]) for name, array in both[0].items()}
-        return dataclasses.replace(self, **joined)  # type: ignore[type-var]
+        return dataclasses.replace(self, **joined)  # type: ignore[type-var]  # as in `take`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,8 +74,9 @@ class StoredRows(Stored):
 
     def _get(self, i: int) -> Row:
         row = self.store.row(self.index[i])
-        is_whole = self.turn is None or self.turn[i] < 0
-        return row if is_whole else by_turn.rows_of(row, self.of_last)[int(self.turn[i])]
+        if self.turn is None or self.turn[i] < 0:
+            return row
+        return by_turn.rows_of(row, self.of_last)[int(self.turn[i])]
 
     def examples(self) -> "StoredExamples":
         """The tokens of the rows as they are in the source; not those of single answers."""
@@ -179,8 +181,9 @@ class StoredExamples(Stored):
     def _get(self, i: int) -> templates.Example:
         example = self.store.example(self.index[i])
         if self.max_length:
-            example, note = templates.fit_one(example, self.max_length, self.cut_turns)
-            assert example is not None, note  # `fit` leaves the others out
+            shorter, note = templates.fit_one(example, self.max_length, self.cut_turns)
+            assert shorter is not None, note  # `fit` leaves the others out
+            example = shorter
         if self.start is None or self.stop is None or self.start[i] < 0:
             return example
         tokens = np.concatenate([example.prompt, example.response])
@@ -232,7 +235,8 @@ class StoredExamples(Stored):
     def _tokens(self, number: int, index: np.ndarray) -> np.ndarray:
         """The tokens of uncut rows of one shard: each part that a row has, with -1 after it."""
         shard, local = self.store.mapped(number), index - self.store.first_row(number)
-        is_pair, pieces = self.store.index["rejected"][index] >= 0, []
+        is_pair = self.store.index["rejected"][index] >= 0
+        pieces: list[_Piece] = []
         for name in TOKENS:
             offsets, values = shard.lists[name]
             start, length = offsets[local].astype(np.int64), np.diff(offsets)[local].astype(np.int64)
@@ -273,8 +277,8 @@ def split_turns(stored_rows: StoredRows, examples: StoredExamples, of_last: Coll
         spans = [*example.earlier, (len(example.prompt), example.size)][: turns[i]]  # fewer spans than answers if it is cut
         role, text = stored_rows[i].messages[0]
         first = int(role == "assistant" and bool(text.strip()))  # an answer that opens the conversation has no question
-        learned = [(k, start, stop) for k, (start, stop) in enumerate(spans) if 0 < start < stop and k >= first]
-        learned = np.array(learned).reshape(-1, 3)
+        answers = [(k, start, stop) for k, (start, stop) in enumerate(spans) if 0 < start < stop and k >= first]
+        learned = np.array(answers).reshape(-1, 3)
         rows_at.append(np.full(len(learned), i))
         for column, values in zip((numbers, starts, stops), learned.T):
             column.append(values)

@@ -110,7 +110,7 @@ def _tag(kind: str, value: Any) -> dict:
 def _untagged(value: dict) -> Any:
     if TAG not in value:
         return value
-    kinds = {
+    kinds: dict[str, Callable[[Any], Any]] = {
         "items": dict,
         "tuple": tuple,
         "bytes": bytes.fromhex,

@@ -176,7 +176,11 @@ def in_order(tasks: Iterable[Task | Shard], number: int, encode_rows: Callable) 
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(number - 1))
         started: list[_Worker] = []
-        stack.callback(lambda: [worker.end() for worker in started])  # before the threads end, which may wait for them
+
+        @stack.callback
+        def end() -> None:  # before the threads end, which may wait for them
+            for worker in started:
+                worker.end()
 
         def do(task: Task) -> Any:
             try:

@@ -6,7 +6,7 @@ split them.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -79,7 +79,7 @@ def lower_pairs(num_rows: int, seed: int, bad_fraction: float = 0.15) -> list[di
     return _pairs(rng, num_rows, flipped, side=1)
 
 
-def _pairs(rng: np.random.Generator, num_rows: int, flipped: Sequence[bool], side: int) -> list[dict]:
+def _pairs(rng: np.random.Generator, num_rows: int, flipped: np.ndarray, side: int) -> list[dict]:
     """Bad rows of all kinds, each paired with its truth. `bad` marks a flipped pair, `kind` is the kind of the wrong response."""
     kinds = rng.choice(list(BAD_KINDS), num_rows, p=list(BAD_KINDS.values()))
     pairs = []
@@ -100,7 +100,7 @@ def _mixed_kinds(rng: np.random.Generator, bad_kinds: dict[str, float], num_rows
 
 
 def _rows(
-    rng: np.random.Generator, kinds: Sequence[str], side: int, make: Callable = make_row, max_tries: int = 1000
+    rng: np.random.Generator, kinds: Iterable[str], side: int, make: Callable = make_row, max_tries: int = 1000
 ) -> list[dict]:
     """One row per kind, from `make`. No question is repeated, and all questions have the checksum of this side (0 or 1)."""
     rows: dict[str, dict] = {}

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ _ALLOWED = {
     *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
-_OFF = (None, False, "none", [], {})
+_OFF: tuple = (None, False, "none", [], {})
 _ALLOWED_INIT = (None, True, False, "gaussian", "orthogonal", "eva")  # others (PiSSA, OLoRA, ...) change the base too
 
 
@@ -94,7 +95,8 @@ def load_adapter(directory: str | pathlib.Path, config: model_config.ModelConfig
     rank, scale = _read_options(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     tensors = _read_tensors(file)
-    modules, first = {}, _first_layer(config, tensors, file)
+    first = _first_layer(config, tensors, file)
+    modules: dict[str, dict] = {}
     number = config.num_layers - first
     for name, (module, width_in, width_out) in lora.projections(config).items():
         low_rank = {}
@@ -136,7 +138,8 @@ def _read_options(file: pathlib.Path) -> tuple[int, float]:
         is_off = value in (_ALLOWED_INIT if option == "init_lora_weights" else _OFF)
         if not is_off and (option not in _ALLOWED or option == "init_lora_weights"):
             raise ModelError(f"{file}: {option}={value!r} is not supported")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    rank = raw.get("r")
+    alpha: Any = raw.get("lora_alpha")
     if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
         raise ModelError(f"{file}: r must be a positive integer and lora_alpha a number")
     return rank, alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank

@@ -114,7 +114,7 @@ def _read_heads(raw: dict, record: architectures.Architecture, sizes: dict[str, 
     return {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "rotary_dim": rotary_dim}
 
 
-def _read_switches(raw: dict, record: architectures.Architecture, file: pathlib.Path) -> dict[str, bool]:
+def _read_switches(raw: dict, record: architectures.Architecture, file: pathlib.Path) -> dict:
     switches = {}
     for field in SWITCHES:
         key = getattr(record, field)

@@ -38,7 +38,7 @@ def locate(path: str, files: tuple[str, ...] = MODEL_FILES) -> pathlib.Path:
     import huggingface_hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=list(files)))
     except Exception as error:  # the hub raises a dozen types, from DNS to permissions; the user sees one message
         reason = errors.first_line(error)
         raise ModelError(f"{path}: no such directory, and the hub could not be reached for it ({reason})") from error

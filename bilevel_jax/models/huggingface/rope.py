@@ -91,8 +91,8 @@ def read_scaling(raw: dict, rope: Rope, rotary_dim: int, max_positions: int, fil
         return rotary.Yarn(factor, _yarn_attention(number, parameters, factor), fast, slow, original, bool(truncate))
     if kind == "longrope":
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        lists = (_factors(parameters, name, rotary_dim // 2, file) for name in ("short_factor", "long_factor"))
-        return rotary.LongRope(*lists, number("attention_factor", attention), original)
+        short, long = (_factors(parameters, name, rotary_dim // 2, file) for name in ("short_factor", "long_factor"))
+        return rotary.LongRope(short, long, number("attention_factor", attention), original)
     raise ModelError(f"{file}: rope type '{kind}' is not supported; known are {', '.join(KINDS)}")
 
 

@@ -7,6 +7,7 @@ Hugging Face's format, transposed. The record of the architecture lists the pref
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def hf_name(path: tuple[str, ...], config: model_config.ModelConfig) -> tuple[st
     return ".".join([prefix, *middle, kind]), rest[-1] == "kernel"
 
 
-def flatten(tree) -> list[tuple[tuple[str, ...], object]]:
+def flatten(tree) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of nested dictionaries, each with the path of its keys."""
     return sorted(traverse_util.flatten_dict(tree).items())
 
