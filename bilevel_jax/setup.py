@@ -172,10 +172,27 @@ def token_offsets(config: configuration.Config, setup: Setup) -> list[np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """The compiled `(base, state, batch, scales, features) -> (state, metrics)`."""
+
+    compiled: jax.stages.Compiled
+    jitted: Callable  # what it was compiled from
+    mesh: jax.sharding.Mesh
+    has_4_bits: bool  # whether the base has arrays of 4 bits
+
+    def __call__(self, *arguments):
+        if not self.has_4_bits:
+            return self.compiled(*arguments)
+        # `compiled` compares the layouts of arrays of 4 bits wrongly, and refuses them (jax 0.10). `jitted` calls the same program.
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """The compiled functions of a run, with the arguments that are the same in every step."""
 
-    train_step: Callable  # (base, state, batch, scales, features) -> (state, metrics)
+    train_step: CompiledStep
     score: Callable  # see `scoring.make_scorer`
     score_greedy: Callable  # the same with `greedy=True`, see `scoring.make_scorer`
     batch_of: Callable  # (k, store) -> StepBatch
@@ -299,7 +316,8 @@ def compile_program(
             first = frozen.with_states(first, frozen.empty_states(setup.model, first.packed.tokens.shape))
         first = sharding.put_batch(first, mesh)
         scales = sharding.replicate(batches.level_scales(config, 0), mesh)
-        train_step = jitted.lower(base, state, first, scales, values).compile()
+        compiled = jitted.lower(base, state, first, scales, values).compile()
+    train_step = CompiledStep(compiled, jitted, mesh, has_4_bits=setup.model.quantization == "nf4")
     score_greedy = scoring.make_scorer(setup.model, micro_size, length, mesh, greedy=True)
     return Program(train_step, score, score_greedy, batch_of, values, layout, layers)
 

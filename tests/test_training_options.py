@@ -167,3 +167,9 @@ def test_continues_an_adapter(finished, make_config, tmp_path):
     assert summary_of(tmp_path / "run")["start/upper_loss"] == pytest.approx(summary_of(finished)["eval/upper_loss"], rel=1e-6)
     with pytest.raises(configuration.ConfigError, match="has rank 2, scale 2 .* set lora.rank=2, lora.alpha=4 and lora.targets="):
         train_without_report(make_config(changes | {"lora.rank": 4}), tmp_path / "other")
+
+
+def test_a_base_of_4_bits(make_config, tmp_path):
+    changes = {"model.path": "bilevel_jax/tiny", "model.quantization": "nf4", "num_epochs": 1, "selection.cost": "influence"}
+    summary = train_without_report(make_config(changes), tmp_path / "run")
+    assert summary["steps"] == EPOCH_STEPS and summary["eval/upper_loss"] < summary["start/upper_loss"]

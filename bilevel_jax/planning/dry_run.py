@@ -76,7 +76,7 @@ def check(config: ml_collections.ConfigDict, directory: pathlib.Path, plan: bool
     evaluated = time_evaluation(typed, setup, program, state)
     timing = Timing(load_seconds, compile_seconds, seconds, tokens, positions, *evaluated)
     yield time_text(typed, setup, num_steps, timing)
-    yield memory_text(program.train_step)
+    yield memory_text(program.train_step.compiled)
     yield disk_text(typed, state, num_rows, directory)
     if typed.model.cache_frozen != "off":
         yield frozen_text(typed, setup, directory)
