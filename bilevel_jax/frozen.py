@@ -221,6 +221,8 @@ def make(
     if cache == "memory" and directory is not None:
         store = state_store.in_memory(*sizes)
     elif cache == "disk" and directory is not None:
+        # All processes compute what is missing together, and only the first one has a directory that stays.
+        resumed = resumed and jax.process_count() == 1
         try:
             store = state_store.on_disk(directory / state_store.FOLDER, *sizes, resumed=resumed)
         except OSError as error:

@@ -250,6 +250,15 @@ def test_the_store_on_disk(tmp_path):
     again.put(0, states[0])
     for slot in range(3):
         np.testing.assert_array_equal(again.get(slot), states[slot])
+    with open(directory / state_store.INDEX, "r+b") as opened:  # what a machine that stopped had not written: slot 1, the last one
+        opened.seek(state_store.ENTRY.itemsize)
+        opened.write(bytes(state_store.ENTRY.itemsize))
+        opened.seek(3 * state_store.ENTRY.itemsize)
+        opened.write(np.array((9, 3, 0), state_store.ENTRY).tobytes())
+    full = state_store.on_disk(directory, 4, 9, 4, np.float32, resumed=True)
+    full.put(1, states[1])  # there is no space left
+    assert full.get(1) is None
+    np.testing.assert_array_equal(full.get(2), states[2])
     assert state_store.on_disk(directory, 4, 9, 4, np.float32, resumed=False).get(2) is None
 
 

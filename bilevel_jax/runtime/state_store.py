@@ -39,9 +39,11 @@ class StateStore:
         return states if end and zlib.crc32(states.view(np.uint8).data) == entry["checksum"] else None
 
     def put(self, key: int, states: np.ndarray) -> None:
-        """Keeps the states of a key. Those that were there and proved to be damaged are replaced."""
+        """Keeps the states of a key, if there is space. Those that were there and proved to be damaged are replaced."""
         size, end = len(states), int(self._index[key]["end"])
         if not end:
+            if self._end + size > len(self._states):  # the machine stopped before it wrote all of the index
+                return
             end = self._end = self._end + size
         self._states[end - size : end] = states
         self._index[key] = end, size, zlib.crc32(np.ascontiguousarray(states).view(np.uint8).data)
