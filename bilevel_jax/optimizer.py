@@ -56,8 +56,8 @@ class Settings:
 
 
 def warmup_steps(settings: Settings, num_steps: int) -> int:
-    """Steps in which the rate rises."""
-    return math.ceil(settings.warmup * num_steps) if settings.warmup < 1 else int(settings.warmup)
+    """Steps in which the rate rises. A part of a step counts as one, but not what rounding adds, as to 0.07 · 100."""
+    return math.ceil(settings.warmup * num_steps - 1e-9) if settings.warmup < 1 else int(settings.warmup)
 
 
 def learning_rate(settings: Settings, num_steps: int) -> float | optax.Schedule:

@@ -8,6 +8,7 @@ Only the derivative of a response's NLL in θ is automatic, and it is that of `f
 Axes: E entries (responses), P parameters that are learned, L tokens.
 """
 
+import fractions
 import math
 from typing import Any, NamedTuple
 
@@ -208,7 +209,7 @@ def softmax(logits) -> np.ndarray:
 
 def rate(settings, num_steps: int, k: int) -> float:
     """The learning rate of step k of `num_steps`, by the table of docs/training.md."""
-    rising = math.ceil(settings.warmup * num_steps) if settings.warmup < 1 else int(settings.warmup)
+    rising = math.ceil(fractions.Fraction(str(settings.warmup)) * num_steps) if settings.warmup < 1 else int(settings.warmup)
     if k < rising:
         return settings.learning_rate * (k + 1) / rising
     u = min(1.0, (k - rising) / (num_steps - rising))

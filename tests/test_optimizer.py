@@ -34,6 +34,14 @@ def test_schedule(schedule, warmup):
     np.testing.assert_allclose(rates, [rate_by_hand(k, schedule, warmup) for k in range(STEPS)], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "warmup, num_steps, expected", [(0.07, 100, 7), (0.28, 25, 7), (0.55, 180, 99), (0.12, 25, 3), (0.13, 25, 4)]
+)
+def test_a_share_of_the_steps(warmup, num_steps, expected):
+    """⌈warmup · steps⌉ in decimal numbers; 0.07 · 100 in binary ones is above 7."""
+    assert optimizer.warmup_steps(Settings("sgd", PEAK, "linear", warmup), num_steps) == expected
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_adam(clip, decay):
