@@ -30,6 +30,7 @@ def _check_learned(config: Config) -> None:
         of_adapters = {
             "lora.init": bool(section.init),
             "lora.layers": section.layers != "all",
+            "lora.targets": section.targets != configuration.Lora().targets,
             "lora.dropout": section.dropout > 0,
             "lora.rslora": section.rslora,
         }

@@ -187,7 +187,7 @@ def search(
       program: of the run.
       make_state: `logits -> State`, the state of a run before its first step.
       directory: where the iterations are written, and read again.
-      identity: of rows and model; iterations of another one are not read.
+      identity: of rows, model and settings; iterations of another one are not read.
 
     Raises:
       RunError: a run of the search diverged, or the file of the iterations is damaged.

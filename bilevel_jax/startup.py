@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from bilevel_jax.data import levels, token_ids
 from bilevel_jax.errors import RunError
 from bilevel_jax.runtime import checkpoint, disk, metrics, phases
 from bilevel_jax.runtime import clock as clocks
-from bilevel_jax.runtime.workdir import config_json, refuse_other_settings, settings
+from bilevel_jax.runtime.workdir import config_json, fixed_settings, refuse_other_settings, settings
 from bilevel_jax.text import say
 
 
@@ -220,8 +221,9 @@ def _with_first_weights(
         return state
     phases.announce("searching for weights by exact metagradients")
     with clock("search"):
-        make_state, rows_and_model = functools.partial(_with_logits, state), f"{identity['data']} {identity['model']}"
-        return _with_logits(state, search.search(config, setup, program, make_state, workdir, rows_and_model))
+        make_state = functools.partial(_with_logits, state)
+        of_run = json.dumps(identity | {"config": fixed_settings(identity["config"])}, sort_keys=True)
+        return _with_logits(state, search.search(config, setup, program, make_state, workdir, of_run))
 
 
 def _given_logits(config: configuration.Config, lower: levels.Level) -> np.ndarray | None:

@@ -64,6 +64,7 @@ MIXING = {"method": "mixing"}
         ({"batch.micro_size": -4}, "batch.micro_size"),
         ({"lora.rank": 0, "lora.dropout": 0.1}, "lora.dropout is an option of adapters"),
         ({"lora.rank": 0, "lora.rslora": True}, "lora.rslora is an option of adapters"),
+        ({"lora.rank": 0, "lora.targets": "q_proj"}, "lora.targets is an option of adapters"),
         ({"lora.rank": 0, "model.quantization": "nf4"}, "model.quantization=nf4 freezes the weights that lora.rank=0 learns"),
         ({"model.attention": "flash"}, "'flash' is not among auto, xla, fused"),
         ({"model.quantization": "nf5"}, "'nf5' is not among none, nf4, int8"),

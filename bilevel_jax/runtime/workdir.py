@@ -175,6 +175,11 @@ def settings(config: ml_collections.ConfigDict) -> dict:
     return _flatten(ml_collections.ConfigDict(json.loads(config_json(config))))
 
 
+def fixed_settings(values: dict) -> dict:
+    """Those of `settings` that no continued run may change."""
+    return {key: value for key, value in values.items() if not any(fnmatch.fnmatch(key, pattern) for pattern in RESUMABLE)}
+
+
 def refuse_other_settings(now: dict, there: dict, what: str, resumes: bool) -> None:
     """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds those `there`."""
     may_differ = RESUMABLE if resumes else NO_RESULT
