@@ -145,6 +145,8 @@ def call(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(128 + signal.SIGINT)  # a normal exit would wait for a running computation, or crash in it
+    except BrokenPipeError:
+        raise  # see `run`
     except (ValueError, OSError, errors.RunError) as error:
         if os.environ.get("BILEVEL_JAX_TRACEBACK"):
             raise
@@ -171,4 +173,8 @@ def run(main: Callable[[], None], *command_flags: flags.FlagValues) -> None:
 
     register(*command_flags)
     compilations.enable()  # before anything imports JAX, for example the config file
-    app.run(call_quietly, flags_parser=parse)
+    try:
+        app.run(call_quietly, flags_parser=parse)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+        sys.exit(1)

@@ -7,6 +7,7 @@ from bilevel_jax.data import levels
 from bilevel_jax.models import fused_attention, model_config
 
 MIN_TRUSTED_ROWS = 6  # of `search`, so that each of its three parts has one
+MAX_RHO = 0.5  # above it, γ is more than 1
 FEW_TRUSTED_ROWS = 20
 
 
@@ -118,10 +119,27 @@ def notices(config: Config, upper: levels.Level, lower: levels.Level) -> list[st
     if config.eval.num_upper and not num_held_out:
         what = f"eval.num_upper={config.eval.num_upper:g} of {num_upper} trusted rows holds none out"
         lines.append(f"{what}, so the trusted loss is not measured")
+    lines += _notices_of_weights(config)
     label = config.data.label
     if label != configuration.Data().label and levels.labels(lower, label) is None:
         near = near_names.hint(label, next(iter(lower.rows)).fields)
         lines.append(f"data.label={label}: no row of data.lower has this field{near}, so nothing is measured by labels")
+    return lines
+
+
+def _notices_of_weights(config: Config) -> list[str]:
+    """What concentrates the weights on few rows."""
+    s = config.selection
+    lines: list[str] = []
+    if config.method == "mixing" or configuration.to_selector(config).frozen:
+        return lines
+    if s.optimizer == "adam" and s.learning_rate >= 1:
+        what = f"selection.learning_rate={s.learning_rate:g}: adam moves each logit by about this much in every step"
+        lines.append(f"{what}, so few rows may get all the weight; usual are 1e-4 to 0.1")
+    last = configuration.rho(config, config.num_epochs - 1)
+    if last > MAX_RHO:
+        what = f"ρ grows to {last:g} in {config.num_epochs} epochs, and with it how far the weights move"
+        lines.append(f"{what}, so few rows may get all the weight; lower penalty.rho_step")
     return lines
 
 

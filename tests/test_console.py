@@ -123,3 +123,12 @@ def test_an_installed_package(tmp_path):
         assert done.returncode == 0 and "fits devices of 16 GB and more" in done.stdout, done.stderr
     done = run("train", "--config=finetun")
     assert done.returncode == 2 and "did you mean finetune?" in done.stderr
+
+
+def test_a_reader_that_ends():
+    """As `| head -1` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilevel_jax.export", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1

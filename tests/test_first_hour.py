@@ -171,7 +171,7 @@ def test_tool_calls_without_a_template_that_renders_them(read):
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     chat = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     level, printed = read({"a.jsonl": lines([*named(), {"messages": chat}])})
-    assert len(level.rows) == 3 and "  1: tools, which need a chat template" in printed and "a.jsonl:4" in printed
+    assert len(level.rows) == 3 and "  left out 1: tools, which need a chat template" in printed and "a.jsonl:4" in printed
 
 
 # --------------------------------------------------------------------------------------------------------------------

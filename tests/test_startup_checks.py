@@ -46,6 +46,24 @@ def test_numbers_of_rows_that_a_user_would_want_to_know():
     ]
 
 
+@pytest.mark.parametrize(
+    "selection, num_epochs, expected",
+    [
+        ({"optimizer": "adam", "learning_rate": 3.0}, 5, "selection.learning_rate=3: adam moves each logit"),
+        ({"optimizer": "adam", "learning_rate": 0.1}, 5, None),
+        ({"learning_rate": 3.0}, 6, "ρ grows to 0.6 in 6 epochs, and with it"),
+        ({"rule": "uniform"}, 6, None),
+    ],
+)
+def test_settings_that_give_few_rows_all_the_weight(selection, num_epochs, expected):
+    """ρ is 0.1 in the first epoch and grows by 0.1."""
+    config = dataclasses.replace(
+        CONFIG, batch=configuration.Batch(size=1), num_epochs=num_epochs, selection=configuration.Selection(**selection)
+    )
+    lines = startup_checks.notices(config, level_of(18, 2), level_of(2, 0))
+    assert len(lines) == (expected is not None) and all(line.startswith(expected) for line in lines)
+
+
 def test_a_label_that_no_row_has():
     config = dataclasses.replace(CONFIG, batch=configuration.Batch(size=1), data=configuration.Data(label="unsaef"))
     [line] = startup_checks.notices(config, level_of(18, 2), level_of(2, 0, unsafe=True))

@@ -91,7 +91,8 @@ def usable(config, source: str, all_rows: Sequence[Row], report, tokenizer) -> t
         indices, examples, counts = templates.fit(encoded, all_rows, config.data.max_length, cut_turns)
         kept = np.array(indices, int)
     for reason, (count, line) in counts.items():
-        say(f"  {count}: {reason} (first: {rows.location(source, line)})")
+        what = f"{count}" if templates.CUT in reason else f"left out {count}"
+        say(f"  {what}: {reason} (first: {rows.location(source, line)})")
     if not len(kept):
         if len(counts) == 1 and encoded[0].reason:
             raise rows.DataError(f"{rows.location(source, all_rows[0].line)}: {encoded[0].reason}; no row can be used")

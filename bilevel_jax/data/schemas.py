@@ -50,7 +50,8 @@ def split_response(chat: Chat, key: str, trim: bool = True) -> tuple[Chat, str, 
     while trim and turns and turns[-1][0] != "assistant":
         turns.pop()
     if not turns or turns[-1][0] != "assistant":
-        raise Unusable(f"field '{key}' does not end with the assistant's message")
+        what = "has no message of the assistant" if trim else "does not end with the assistant's message"
+        raise Unusable(f"field '{key}' {what}")
     end = len(turns)
     response = turns.pop()[1]
     if not response.strip():
@@ -59,6 +60,8 @@ def split_response(chat: Chat, key: str, trim: bool = True) -> tuple[Chat, str, 
 
 
 def _prompt_messages(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    if turns and turns[-1][0] == "assistant":
+        raise Unusable("two messages of the assistant in a row")
     if not turns or turns[-1][0] not in ("user", "tool") or not turns[-1][1].strip():
         raise Unusable("empty question")
     return tuple(turns)
@@ -66,8 +69,9 @@ def _prompt_messages(turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str],
 
 def _parse_texts(fields: Mapping, questions_only: bool, *, prompt_key: str, response_key: str) -> Content:
     question = text_field(fields, prompt_key, "question")
-    is_empty = not str(fields.get(response_key, "")).strip()
-    response = "" if questions_only and is_empty else text_field(fields, response_key, "response")
+    given = fields.get(response_key)
+    is_missing = not isinstance(given, str) or not given.strip()
+    response = "" if questions_only and is_missing else text_field(fields, response_key, "response")
     return Content("", (("user", question),), response)
 
 
@@ -103,7 +107,7 @@ def _parse_completion(fields: Mapping, questions_only: bool) -> Content:
     if completion.system:
         raise Unusable("field 'completion' has a system text")
     if not any(role == "assistant" for role, _ in completion.turns):
-        raise Unusable("field 'completion' does not end with the assistant's message")
+        raise Unusable("field 'completion' has no message of the assistant")
     joined = Chat(
         prompt.system,
         prompt.turns + completion.turns,

@@ -31,6 +31,7 @@ from bilevel_jax.data.rows import Row
 
 LEARN = ("all", "last")
 TEMPLATES = ("auto", "chat", "human", "alpaca", "none")
+CUT = "cut to"  # in the notes of `fit` on rows that remain
 CHUNK = 1024  # texts per tokenizer call: enough to use all its threads
 
 HUMAN = {"user": "Human: ", "assistant": "Assistant: "}
@@ -341,10 +342,10 @@ def fit_one(example: Example, max_length: int, cut_turns: bool = True) -> tuple[
         return (None, f"pair over {max_length} tokens") if length > max_length else (example, "")
     if room < 1:
         shorter = _cut(example, max_length) if cut_turns else None
-        note = f"question over {max_length} tokens" if shorter is None else f"conversation cut to {max_length} tokens"
+        note = f"question over {max_length} tokens" if shorter is None else f"conversation {CUT} {max_length} tokens"
         return shorter, note
     if len(example.response) > room:
-        return dataclasses.replace(example, response=example.response[:room]), f"response cut to {max_length} tokens"
+        return dataclasses.replace(example, response=example.response[:room]), f"response {CUT} {max_length} tokens"
     return example, ""
 
 

@@ -22,7 +22,8 @@ LICENCE = (
     "Check these licences before you share the file."
 )
 REPLACED = (
-    "The model answered their questions itself for some of the time, so their weights say less about the responses of the data; "
+    "The model may have answered their questions itself for some of the time, so their weights say less about the responses of the "
+    "data; "
     "method=offline weighs these."
 )
 COLUMNS = {
@@ -30,7 +31,7 @@ COLUMNS = {
     "weight": "N·σ(ω) at the end of the run: mean 1 over all rows",
     "rank": "1 is the heaviest",
     **weight_table.MEASURES,
-    "masked": "whether the model answered the question itself at the end of the run",
+    "masked": "whether the question was left to the model at the end of the run",
     "prompt": "the prompt for TRL's SFTTrainer",
     "completion": "the completion that SFTTrainer trains on",
     "refined": "whether the model generated the response",

@@ -37,7 +37,7 @@ class KeptRows:
 
     @property
     def masked(self) -> np.ndarray:
-        """Whether the model answered a row's question itself at the end of the run, [N] bool."""
+        """Whether a row's question was left to the model at the end of the run, [N] bool."""
         return self.table["masked"].to_numpy()
 
 

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +49,9 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
 
 def _logits_of_sources(workdir: pathlib.Path, file: str, new: Sequence[rows.Row]) -> np.ndarray:
     """The logit of each row's source in the run."""
-    table: Any = weight_table.latest(workdir)  # None if someone removed weights/
+    table = weight_table.latest(workdir)
+    if table is None:
+        raise FileNotFoundError(f"{workdir} has no weights/: someone removed the tables of this run")
     logits = dict(zip(table["source"].to_pylist(), table["logit"].to_pylist()))
     for row in new:
         if row.source not in logits:

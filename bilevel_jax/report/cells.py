@@ -57,7 +57,7 @@ def row_cells(run: RunData, table: Mapping[str, np.ndarray], i: int) -> dict:
         "id": visible(str(table["id"][i])),
         "weight": float(table["weight"][i]),
         "rank": int(table["rank"][i]),
-        **{name: float(table[name][i]) for name in weight_table.MEASURES if not np.isnan(table[name][i])},
+        **{name: float(table[name][i]) + 0.0 for name in weight_table.MEASURES if not np.isnan(table[name][i])},
         "visits": int(table["visits"][i]),
         "source": one_line(str(table["source"][i]), 40),
         "masked": masked,

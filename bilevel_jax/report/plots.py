@@ -179,6 +179,7 @@ def scatter(label: str, names: tuple[str, str], kinds: Mapping[str, np.ndarray],
     """
     figure, axes = _panel(*names)
     axes.grid(visible=False)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5))
     low, first, last, high = np.quantile(np.concatenate([*kinds.values()]), (0, 0.01, 0.99, 1), axis=0)
     margin = np.where(last > first, 0.25 * (last - first), 0.5)
     low, high = np.maximum(low, first - margin), np.minimum(high, last + margin)

@@ -347,8 +347,8 @@ def test_a_long_conversation_ends_with_an_earlier_answer(max_length, prompt, res
     (one,) = fitted
     assert (len(one.prompt), len(one.response), one.earlier) == (prompt, response, earlier)
     np.testing.assert_array_equal([*one.prompt, *one.response], tokens[: prompt + response])
-    assert one.is_cut == (note is not None and note.startswith("conversation"))
-    if one.is_cut:
+    assert one.ends_early == (note is not None and note.startswith("conversation"))
+    if one.ends_early:
         assert templates.fit([example], [row], max_length, cut_turns=False)[2] == {f"question over {max_length} tokens": (1, 1)}
         assert [len(offsets) for offsets in templates.response_offsets([row], [one], PLAIN)] == [0]
 
