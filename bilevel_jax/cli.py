@@ -66,7 +66,7 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     try:
         rest = flag_values(argv)
     except (flags.Error, ValueError, TypeError) as error:
-        fail(_section_error(argv) or error, 2)
+        fail(_section_error(argv) or _missing_flag(error) or error, 2)
     except (SyntaxError, ImportError) as error:
         fail(f"--config cannot be read: {error}", 2)
     except (AttributeError, LookupError) as error:  # raised by ml_collections for an unknown key and for a missing get_config
@@ -74,6 +74,12 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value", 2)
     return rest
+
+
+def _missing_flag(error: Exception) -> str:
+    """Names the first required flag that is not given; "" for another error."""
+    missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+    return f"--{missing[1]} is missing; --help describes it" if missing else ""
 
 
 def _config_error(argv: list[str], error: Exception) -> str:

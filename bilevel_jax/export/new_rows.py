@@ -30,7 +30,8 @@ def rank(workdir: pathlib.Path, config, file: str, columns: str | None) -> tuple
     by_domain = config.selection.unit == "domain"
     if not by_domain and config.selection.parameterization != "features":
         raise ValueError(
-            f"--score_new: {workdir} has logits for its training rows only; run with --config.selection.parameterization=features"
+            f"--score_new: {workdir} has logits for its training rows only; run with selection.parameterization=features or "
+            "selection.unit=domain, and selection.optimizer=adam"
         )
     directory = huggingface.locate(config.model.path)
     tokenizer = templates.load_tokenizer(str(directory))
