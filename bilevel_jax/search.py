@@ -142,7 +142,7 @@ def _write(file: pathlib.Path, identity: str, gradients: list[np.ndarray], losse
 
 
 def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[float]]:
-    """The metagradients g_0 ... and the measured losses of the iterations that are done; none of other data or another model.
+    """The metagradients g_0 ... and the measured losses of the iterations that are done; none of other data, another model or other settings.
 
     Raises:
       RunError: the file is damaged, or of an earlier version.
@@ -157,7 +157,7 @@ def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[flo
         raise RunError(f"{file}: not the state of a search ({error}); remove it, and the search begins again") from error
     if is_same:
         return gradients, losses
-    phases.announce(f"{file.name} is of other rows or another model, so the search begins again")
+    phases.announce(f"{file.name} is of other rows, another model or other settings, so the search begins again")
     return [], []
 
 

@@ -96,11 +96,11 @@ class LoopState(NamedTuple):
 def prepare(
     config: configuration.Config,
     config_dict: ml_collections.ConfigDict,
-    process_dir: pathlib.Path,
     workdir: pathlib.Path,
+    process_dir: pathlib.Path,
     clock: clocks.Clock,
 ) -> tuple[RunContext, LoopState]:
-    """Loads, compiles and restores."""
+    """Loads, compiles and restores. `process_dir` is that of `RunContext`."""
     with clock("load"):
         setup = setups.load(config)
     lower = setup.lower

@@ -196,7 +196,7 @@ def test_search_of_other_rows_is_not_continued(tmp_path, capsys):
     gradients, measured = search._read(file, "rows model")
     assert np.array_equal(gradients, [np.ones(3)]) and measured == [2.0, 1.0]
     assert search._read(file, "others model") == ([], [])
-    assert "metagradient.npz is of other rows or another model, so the search begins again" in capsys.readouterr().out
+    assert "metagradient.npz is of other rows, another model or other settings, so" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x", None], ids=["empty", "a broken archive", "a text", "an array"])

@@ -109,7 +109,7 @@ def test_without_the_openai_package(monkeypatch):
 
 
 def slow(number, body):
-    time.sleep(0.6)
+    time.sleep(1.5)
     return completion("late")
 
 
@@ -131,7 +131,7 @@ TRANSIENT = {
 def test_transient_errors(trouble):
     causes = []
     with serve(lambda number, body: TRANSIENT[trouble](number, body) if number < 2 else completion("A")) as server:
-        assert make(server.endpoint, timeout=0.3, notice=causes.append)(BODY).text == "A"
+        assert make(server.endpoint, timeout=1.0, notice=causes.append)(BODY).text == "A"
     assert len(server.requests) == 3 and len(causes) == 2
     assert all(body == BODY for _, _, body, _ in server.requests)
 

@@ -242,7 +242,7 @@ def test_signals_and_resuming(tmp_path, number):
 
     def answer(count, body):
         if count >= 20 and not hold.is_set():
-            hold.wait(0.3)
+            hold.wait(2.0)
         replied.append(texts(body))
         return longer(count, body)
 
