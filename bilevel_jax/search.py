@@ -142,7 +142,7 @@ def _write(file: pathlib.Path, identity: str, gradients: list[np.ndarray], losse
 
 
 def _read(file: pathlib.Path, identity: str) -> tuple[list[np.ndarray], list[float]]:
-    """The metagradients g_0 ... and the measured losses of the iterations that are done; none of other data, another model or other settings.
+    """The metagradients g_0 ... and the measured losses of the iterations that are done; none of another identity.
 
     Raises:
       RunError: the file is damaged, or of an earlier version.
