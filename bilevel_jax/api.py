@@ -11,6 +11,7 @@ import numbers
 import os
 import pathlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bilevel_jax import compilations  # JAX is imported in functions, after its cache of compiled programs is set
@@ -77,6 +78,26 @@ def select(upper: Any, lower: Any, model: Any = None, workdir: Any = None, *, ov
                 else:
                     train.run(config, directory)
         return Run(directory)
+
+
+def _dataset(records: Iterable[Mapping]):
+    """A `datasets.Dataset` of records, which are read twice, with null for what a record lacks.
+
+    Raises:
+      ValueError: a field has values that it cannot hold.
+    """
+    import datasets
+    import pyarrow
+
+    names = dict.fromkeys(name for record in records for name in record)
+    columns: dict[str, list] = {name: [] for name in names}
+    for record in records:
+        for name, values in columns.items():
+            values.append(record.get(name))
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(f"a field has values that a Dataset cannot hold ({error})") from error
 
 
 class Run:
@@ -196,9 +217,6 @@ class Run:
           ValueError: an argument is out of range, or a field has values that a Dataset cannot hold, such as some of several types.
           FileNotFoundError: the run is not finished.
         """
-        import datasets
-        import pyarrow
-
         from bilevel_jax.export import kept_rows, selected_rows
 
         with started():
@@ -223,15 +241,7 @@ class Run:
                 refined=refined,
                 form=format,
             ).records
-            names = dict.fromkeys(name for record in records for name in record)
-            columns: dict[str, list] = {name: [] for name in names}
-            for record in records:
-                for name, values in columns.items():
-                    values.append(record.get(name))
-            try:
-                return datasets.Dataset.from_dict(columns)
-            except (pyarrow.ArrowException, OverflowError) as error:
-                raise ValueError(f"a field has values that a Dataset cannot hold ({error})") from error
+            return _dataset(records)
 
     def report(self) -> "Report":
         """The report of the run, which a notebook shows inline: losses, weights, sources, most and least trusted rows.

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import stat
 import sys
+from collections.abc import Sequence
 from typing import IO
 
 import ml_collections
@@ -177,13 +178,17 @@ def settings(config: ml_collections.ConfigDict) -> dict:
 
 def fixed_settings(values: dict) -> dict:
     """Those of `settings` that no continued run may change."""
-    return {key: value for key, value in values.items() if not any(fnmatch.fnmatch(key, pattern) for pattern in RESUMABLE)}
+    return _without(values, RESUMABLE)
+
+
+def _without(values: dict, patterns: Sequence[str]) -> dict:
+    """The settings whose keys match none of the patterns."""
+    return {key: value for key, value in values.items() if not any(fnmatch.fnmatch(key, pattern) for pattern in patterns)}
 
 
 def refuse_other_settings(now: dict, there: dict, what: str, resumes: bool) -> None:
     """`refuse_another` for the settings of two configs; `what` names the workdir or the checkpoint that holds those `there`."""
-    may_differ = RESUMABLE if resumes else NO_RESULT
-    compared = {key for key in now | there if not any(fnmatch.fnmatch(key, pattern) for pattern in may_differ)}
+    compared = _without(now | there, RESUMABLE if resumes else NO_RESULT)
     different = sorted(key for key in compared if not _equal(key, there.get(key), now.get(key)))
     if resumes and different == ["num_epochs"] and _may_grow(now, there):
         return
